@@ -1,0 +1,142 @@
+"""Cases on the working grid, computed once and kept as memory-mapped arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from aslseg.errors import BadImageError, BadLabelError
+from aslseg.settings import Settings
+from aslseg.types import Case, Prepared, Volume
+from aslseg.volume.geometry import Grid
+from aslseg.volume.intensity import normalise
+from aslseg.volume.io import read_image, read_label
+from aslseg.weights import atomic_file, sha256
+
+logger = logging.getLogger(__name__)
+
+Spacing = tuple[float, float, float] | None
+
+
+def working_spacing(volumes: Iterable[Volume], settings: Settings) -> Spacing:
+    """The working spacing for the setting ``spacing``.
+
+    ``auto`` takes the per-axis median (RAS-closest axes) of the given scans, then coarsens the finest axis or axes
+    step by step until the median scan has at most ``max_working_voxels``.
+
+    Returns:
+        (x, y, z) in mm, or None for ``native``.
+    """
+    if settings.spacing == "native":
+        return None
+    if settings.spacing != "auto":
+        x, y, z = (float(v) for v in settings.spacing.split(","))
+        return x, y, z
+    grids = [Grid.of(v, None) for v in volumes]
+    spacing = np.median([g.spacing for g in grids], axis=0)
+    extent = np.median([np.multiply(g.spacing, g.shape) for g in grids], axis=0)
+    while np.prod(extent / spacing) > settings.max_working_voxels:
+        finest = spacing.min()
+        spacing[spacing <= finest * 1.001] *= 1.02
+    x, y, z = (round(float(s), 4) for s in spacing)
+    return x, y, z
+
+
+def prepare(volume: Volume, settings: Settings, spacing: Spacing) -> tuple[np.ndarray, Grid]:
+    """One scan to the working grid: (i, j, k) float32 in 0..1, and the way back."""
+    grid = Grid.of(volume, spacing)
+    return grid.to_working(normalise(volume.array, settings)), grid
+
+
+class PreparedStore:
+    """Prepared cases on disk, found again by the content of their files and the preparation settings.
+
+    Args:
+        folder: Cache folder (``Places.cache``).
+        settings: Window, labels and size limit.
+        spacing: Working spacing.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, spacing: Spacing) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.spacing = spacing
+
+    def load(self, case: Case) -> Prepared:
+        """The case on the working grid; the image is a read-only memory map.
+
+        Raises:
+            BadImageError, BadLabelError: As the readers.
+        """
+        keys = ("modality", "window_low", "window_high", "labels", "nested")
+        chosen = {k: getattr(self.settings, k) for k in keys}
+        label_hash = sha256(case.label) if case.label else ""
+        text = json.dumps([sha256(case.image), label_hash, self.spacing, chosen], sort_keys=True)
+        entry = self.folder / f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        files = [entry.with_name(f"{entry.name}.{part}.npy") for part in ("label", "image")]
+        wanted = files if case.label else files[1:]
+        volume = None
+        if not all(f.exists() for f in wanted):
+            volume = read_image(case.image, self.settings.max_voxels)
+            image, grid = prepare(volume, self.settings, self.spacing)
+            if case.label:
+                label = read_label(case.label, volume, self.settings.label_set, self.settings.max_voxels)
+                _save(files[0], grid.label_to_working(label, self.settings.label_set))
+            _save(files[1], image)
+        grid = Grid.of(volume or _header(case.image), self.spacing)
+        return Prepared(
+            case.id,
+            case.patient,
+            np.load(files[1], mmap_mode="r"),
+            grid,
+            np.load(files[0], mmap_mode="r") if case.label else None,
+        )
+
+    def load_all(self, cases: Iterable[Case]) -> tuple[list[Prepared], dict[str, str]]:
+        """All cases that can be read, and the reason for each that cannot."""
+        prepared, skipped = [], {}
+        for case in cases:
+            try:
+                prepared.append(self.load(case))
+            except (BadImageError, BadLabelError) as error:
+                logger.warning("skipped case %s: %s", case.id, error)
+                skipped[case.id] = str(error)
+        return prepared, skipped
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.ascontiguousarray(array))
+
+
+def _header(path: Path) -> Volume:
+    """Shape and affine only; the voxels stay on disk."""
+    import nibabel as nib
+
+    if path.name.endswith((".nii", ".nii.gz")):
+        image = nib.load(path)
+        shape = image.shape
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        return Volume(np.broadcast_to(np.float32(0), shape), np.asarray(image.affine, np.float64))
+    return read_image(path)
+
+
+def automatic_patch(shapes: Iterable[tuple[int, ...]], settings: Settings, divisor: int = 16) -> tuple[int, ...]:
+    """Training patch in voxels of the working grid.
+
+    ``auto`` starts from the median shape and shrinks the longest axis until the patch has at most
+    ``patch_voxels``, each axis a multiple of ``divisor``.
+    """
+    if settings.patch != "auto":
+        return tuple(max(divisor, round(float(v) / divisor) * divisor) for v in settings.patch.split(","))
+    size = [max(divisor, math.ceil(n / divisor) * divisor) for n in np.median(list(shapes), axis=0)]
+    while math.prod(size) > settings.patch_voxels and max(size) > divisor:
+        size[int(np.argmax(size))] -= divisor
+    return tuple(size)

@@ -1,0 +1,73 @@
+"""Who is trained on and who judges: by patient, by a stable hash, human labels only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable
+
+from aslseg.cases.studies import Studies
+from aslseg.errors import NotEnoughCasesError
+from aslseg.types import Case
+
+
+def hash_fraction(patient: str) -> float:
+    """A number in [0, 1) that depends on nothing but the name."""
+    return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2**64
+
+
+def validation_patients(
+    labelled: Iterable[str], fraction: float, fixed: dict[str, str], before: Collection[str] = ()
+) -> set[str]:
+    """Choose the patients whose labels judge models and are never trained on.
+
+    A patient once chosen (``before``) stays chosen, so that labels saved later cannot move it into training.
+    Patients whose hash lies below ``fraction`` are chosen; if that leaves none and there are two or more, the one
+    with the lowest hash is. At least one labelled patient always remains for training.
+
+    Args:
+        labelled: Patients with a human label.
+        fraction: Setting ``validation_fraction``.
+        fixed: Patient to ``train`` or ``validation``, which overrules everything.
+        before: Patients chosen in earlier rounds (from the ledger).
+    """
+    patients = sorted(set(labelled), key=lambda p: (hash_fraction(p), p))
+    chosen = {p for p in patients if fixed.get(p) == "validation" or (p in before and p not in fixed)}
+    if fraction > 0:
+        free = [p for p in patients if p not in fixed and p not in chosen]
+        chosen |= {p for p in free if hash_fraction(p) < fraction}
+        if not chosen and len(patients) > 1 and free:
+            chosen = {free[0]}
+    keep = [p for p in patients if p not in chosen]
+    if not keep and patients:
+        movable = [p for p in patients if p not in before and fixed.get(p) != "validation"]
+        chosen -= {(movable or patients)[-1]}
+    return chosen
+
+
+def split(studies: Studies, fraction: float, before: Collection[str] = ()) -> list[Case]:
+    """Give every scan its role.
+
+    Unlabelled scans of a validation patient are left out: nothing of that patient may be learned from.
+
+    Returns:
+        Cases sorted by id.
+
+    Raises:
+        NotEnoughCasesError: No scan has a human label.
+    """
+    if not studies.final:
+        raise NotEnoughCasesError(
+            f"{studies.root}: no labelled case; draw at least one label in 3D Slicer and submit it, "
+            f"or put label files into {studies.root}/labels/final"
+        )
+    labelled = {studies.patients[c] for c in studies.final}
+    judges = validation_patients(labelled, fraction, studies.fixed_roles, before)
+    cases = []
+    for case, image in studies.images.items():
+        patient = studies.patients[case]
+        if case in studies.final:
+            role = "validation" if patient in judges else "train"
+            cases.append(Case(case, image, patient, role, studies.final[case]))  # type: ignore[arg-type]
+        elif patient not in judges:
+            cases.append(Case(case, image, patient, "unlabelled"))
+    return cases

@@ -1,0 +1,51 @@
+"""Every error a user can meet: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+
+class AslsegError(Exception):
+    """Base of all errors with a message meant for the person at the screen."""
+
+
+class BadSettingsError(AslsegError):
+    """A setting is unknown or its value cannot be used (command line exit code 2)."""
+
+
+class BadImageError(AslsegError):
+    """An image file cannot be read as a finite 3-D volume."""
+
+
+class BadLabelError(AslsegError):
+    """A label does not belong to its image or holds values outside the configured labels."""
+
+
+class NotEnoughCasesError(AslsegError):
+    """The studies folder holds too few labelled or unlabelled cases for what was asked."""
+
+
+class BadWeightsError(AslsegError):
+    """A model file is damaged, of another kind, or does not fit the settings."""
+
+
+class NoModelError(AslsegError):
+    """Nothing has been trained or published yet for the task asked for."""
+
+
+class BadPromptError(AslsegError):
+    """Clicks or boxes that cannot be understood."""
+
+
+class TrainingDivergedError(AslsegError):
+    """Training gave NaN or collapsed to the empty mask."""
+
+
+class RoundRunningError(AslsegError):
+    """Another round holds the studies folder."""
+
+
+class DiskFullError(AslsegError):
+    """Less free disk than the step needs; nothing was written."""
+
+
+class LedgerError(AslsegError):
+    """The ledger cannot do what was asked (no such round, damaged file)."""

@@ -1,0 +1,273 @@
+"""One typed class for every setting: ``--conf`` pairs over ``ASLSEG_*`` over ``.env`` over defaults.
+
+Imports no torch, so that ``aslseg --help`` and MONAI Label's constructors stay quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from dotenv import dotenv_values
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from aslseg.errors import BadSettingsError
+from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS, nearest
+from aslseg.types import Labels
+
+PREFIX = "ASLSEG_"
+APP_DIR = Path(os.environ.get("ASLSEG_APP_DIR", Path(__file__).resolve().parents[2] / "apps" / "aslseg"))
+# Keys that MONAI Label itself or its sample apps put into --conf; not ours to refuse.
+PLATFORM_KEYS = {"models", "preload", "auto_update_scoring"}
+
+
+def _setting(default: Any, description: str, *, unit: str = "", example: str = "", **limits: Any) -> Any:
+    """A field whose help, unit and example end up in apps/aslseg/README.md."""
+    extra = {"unit": unit, "example": example or str(default)}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+class Settings(BaseSettings):
+    """Everything that can be set, frozen once read. See apps/aslseg/README.md for the generated table."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX)
+
+    # what is segmented
+    labels: str = _setting(
+        "liver,tumour", "Label names in the order of their values 1..N, background left out", example="atrium"
+    )
+    nested: str = _setting(
+        "tumour:liver",
+        "child:parent pairs where the child lies inside the parent; pairs of unknown labels are ignored",
+        example="tumour:liver,cyst:liver",
+    )
+    modality: Literal["ct", "mr"] = _setting("ct", "ct: fixed window in HU; mr: percentiles of each scan")
+    window_low: float = _setting(-160.0, "Lower end of the CT window", unit="HU")
+    window_high: float = _setting(240.0, "Upper end of the CT window", unit="HU")
+    spacing: str = _setting(
+        "auto",
+        "Working grid: auto (median of the labelled scans, coarsened to max_working_voxels), native, or x,y,z",
+        unit="mm",
+        example="1.5,1.5,2",
+    )
+    max_working_voxels: float = _setting(
+        4e6, "Size that the automatic working grid may not exceed for the median scan", unit="voxels", gt=1e3
+    )
+    max_voxels: float = _setting(1.6e9, "Scans with more voxels are refused", unit="voxels", gt=1)
+
+    # stage 1
+    ssl_method: str = _setting("mean_teacher", "How labelled and unlabelled scans are learned from")
+    network: str = _setting("vnet_small", "Network of the SSL model")
+    patch: str = _setting("auto", "Training patch: auto or x,y,z", unit="voxels of the working grid")
+    patch_voxels: float = _setting(2e5, "Size that an automatic patch aims for", unit="voxels", gt=500)
+    ssl_iterations: int = _setting(2000, "Training steps of the SSL model", unit="steps", gt=0)
+    retrain_iterations: int = _setting(
+        1500, "Training steps when retraining with pseudo-labels", unit="steps", gt=0
+    )
+    batch_labelled: int = _setting(2, "Labelled patches in a batch", unit="patches", gt=0)
+    batch_unlabelled: int = _setting(2, "Unlabelled patches in a batch", unit="patches", ge=0)
+    learning_rate: float = _setting(0.01, "Initial learning rate of the SSL model (SGD)", gt=0)
+    consistency: float = _setting(0.1, "Largest weight of the unlabelled loss", ge=0)
+    ema_decay: float = _setting(0.99, "Decay of the EMA teacher", gt=0, lt=1)
+    overlap: float = _setting(0.5, "Overlap of sliding windows", ge=0, lt=0.95)
+    flips: bool = _setting(False, "Average predictions over left-right and front-back flips")
+
+    # stage 2
+    sam_checkpoint: str = _setting(
+        "", "SAM weights to start from; empty: the small SAM that ships", unit="file", example="sam.safetensors"
+    )
+    sam_iterations: int = _setting(300, "Fine-tuning steps of SAM", unit="steps", ge=0)
+    sam_batch: int = _setting(8, "Slices in a SAM batch", unit="slices", gt=0)
+    sam_learning_rate: float = _setting(2e-4, "Learning rate of SAM fine-tuning (AdamW)", gt=0)
+    sam_train: Literal["decoder", "full"] = _setting("full", "Which part of SAM is fine-tuned")
+    sam_prompts: str = _setting("box+point+mask", "What the SSL mask is turned into", example="box+mask")
+    box_margin: float = _setting(3.0, "Dilation of the box prompt", unit="pixels of SAM's input", ge=0)
+    min_component: int = _setting(9, "Smaller 2-D components give no prompt", unit="pixels", ge=0)
+
+    # stage 3
+    adapter_iterations: int = _setting(600, "Training steps of the adaptation network", unit="steps", ge=0)
+    adapter_learning_rate: float = _setting(2e-3, "Learning rate of the adaptation network (AdamW)", gt=0)
+
+    # rounds
+    recipe: str = _setting("aslseg", "The steps of a round")
+    validation_fraction: float = _setting(
+        0.2, "Part of the labelled patients kept for the publishing gate", ge=0, lt=1
+    )
+    promote_threshold: str = _setting(
+        "0.9,tumour=0.7",
+        "Least Dice agreement per class for promotion: one number, then exceptions by label",
+        unit="Dice",
+        example="0.85,tumour=0.6",
+    )
+    promote_fraction: float = _setting(
+        0.5, "At most this part of the unlabelled scans is promoted in one round", ge=0, le=1
+    )
+    promote_weight: float = _setting(0.5, "Weight of a promoted scan's loss in retraining", ge=0, le=1)
+    disagreement_weight: float = _setting(
+        0.3, "Weight of a promoted scan's voxels where SSL and adaptation disagree", ge=0, le=1
+    )
+    gate_tolerance: float = _setting(
+        0.0, "Validation Dice a new model may lose and still be published", unit="Dice", ge=0, le=1
+    )
+    first_round: bool = _setting(True, "With nothing published yet, the server starts a round by itself")
+
+    # machine
+    device: str = _setting("auto", "auto, cpu, cuda, cuda:1", example="cuda:0")
+    threads: int = _setting(0, "CPU threads; 0: all cores", unit="threads", ge=0)
+    seed: int = _setting(1337, "Seed of every generator", ge=0)
+    home: str = _setting("", "Ledger and round files; empty: .aslseg in the studies folder", unit="folder")
+    model_dir: str = _setting(
+        "", "Published models; empty: apps/aslseg/model, a folder per studies", unit="folder"
+    )
+    min_free_gb: float = _setting(1.0, "Free disk below which nothing is written", unit="GB", ge=0)
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only explicit values: :func:`load_settings` reads the sources, so that each value's origin is known."""
+        return (init_settings,)
+
+    @field_validator("ssl_method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        return _known(value, list(SSL_METHODS), "ssl_method")
+
+    @field_validator("network")
+    @classmethod
+    def _known_network(cls, value: str) -> str:
+        return _known(value, list(NETWORKS), "network")
+
+    @field_validator("recipe")
+    @classmethod
+    def _known_recipe(cls, value: str) -> str:
+        return _known(value, list(RECIPES), "recipe")
+
+    @field_validator("sam_prompts")
+    @classmethod
+    def _known_prompts(cls, value: str) -> str:
+        for part in value.split("+"):
+            _known(part, ["box", "point", "mask"], "sam_prompts")
+        return value
+
+    @field_validator("spacing", "patch")
+    @classmethod
+    def _triple(cls, value: str) -> str:
+        if value in ("auto", "native"):
+            return value
+        try:
+            numbers = [float(v) for v in value.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 3 or min(numbers) <= 0:
+            raise ValueError(f"expected auto or three positive numbers x,y,z, got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.window_low >= self.window_high:
+            raise ValueError(f"window_low {self.window_low} must lie below window_high {self.window_high}")
+        _ = self.label_set
+        _ = self.thresholds
+        return self
+
+    @property
+    def label_set(self) -> Labels:
+        """The labels with their nesting."""
+        return Labels.parse(self.labels, self.nested)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Least agreement for promotion, by label name."""
+        general, exceptions = 0.9, {}
+        for part in self.promote_threshold.split(","):
+            name, _, number = part.rpartition("=")
+            try:
+                value = float(number)
+            except ValueError:
+                raise ValueError(f"promote_threshold: {part!r} is not a number or label=number") from None
+            if not 0 <= value <= 1:
+                raise ValueError(f"promote_threshold: {value} is outside 0..1")
+            if name:
+                exceptions[name.strip()] = value
+            else:
+                general = value
+        return {name: exceptions.get(name, general) for name in self.label_set.names}
+
+
+def _known(value: str, known: list[str], what: str) -> str:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}; {nearest(value, known)}")
+    return value
+
+
+def load_settings(
+    conf: Mapping[str, str] | None = None, env: Mapping[str, str] | None = None, dotenv: Path | None = None
+) -> tuple[Settings, dict[str, str]]:
+    """Read the settings from their three sources.
+
+    Args:
+        conf: ``--conf`` pairs, the strongest source. MONAI Label's own keys are passed over.
+        env: Environment; ``os.environ`` by default. Only ``ASLSEG_*`` is looked at.
+        dotenv: A ``.env`` file; the one in the working folder by default.
+
+    Returns:
+        The settings, and for every setting where its value came from:
+        ``conf``, ``environment``, ``.env`` or ``default``.
+
+    Raises:
+        BadSettingsError: Unknown key (with the nearest valid name) or unusable value.
+    """
+    known = list(Settings.model_fields)
+    sources = (
+        (".env", _prefixed(dotenv_values(dotenv or Path(".env")))),
+        ("environment", _prefixed(os.environ if env is None else env)),
+        ("conf", {k: v for k, v in (conf or {}).items() if k not in PLATFORM_KEYS}),
+    )
+    values: dict[str, str] = {}
+    origin = dict.fromkeys(known, "default")
+    for source, pairs in sources:
+        for key, value in pairs.items():
+            if key not in known:
+                raise BadSettingsError(f"unknown setting {key!r} in {source}; {nearest(key, known)}")
+            values[key], origin[key] = value, source
+    try:
+        return Settings(**values), origin
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
+        raise BadSettingsError("; ".join(lines)) from None
+
+
+def _prefixed(pairs: Mapping[str, str | None]) -> dict[str, str]:
+    found = {k[len(PREFIX) :].lower(): v for k, v in pairs.items() if k.startswith(PREFIX) and v is not None}
+    found.pop("app_dir", None)
+    return found
+
+
+class Places:
+    """Where the files of one studies folder (or DICOMweb address) live.
+
+    Attributes:
+        studies: The studies folder, or None for a DICOMweb address.
+        home: Ledger, rounds and caches.
+        models: Published models.
+    """
+
+    def __init__(self, settings: Settings, studies: str | Path) -> None:
+        text = str(studies)
+        remote = text.startswith(("http://", "https://"))
+        self.studies = None if remote else Path(text).resolve()
+        name = text.split("//")[-1].split("/")[0].replace(":", "-") if remote else Path(text).resolve().name
+        key = f"{name}-{hashlib.sha256((text if remote else str(self.studies)).encode()).hexdigest()[:8]}"
+        self.models = Path(settings.model_dir or APP_DIR / "model") / key
+        if settings.home:
+            self.home = Path(settings.home)
+        else:
+            self.home = self.models / "home" if self.studies is None else self.studies / ".aslseg"
+        self.ledger = self.home / "ledger.sqlite"
+        self.rounds = self.home / "rounds"
+        self.cache = self.home / "cache"

@@ -1,0 +1,162 @@
+"""The nouns that pass between the stages.
+
+Conventions: arrays are indexed (i, j, k) as nibabel gives them; world coordinates are RAS millimetres; a class
+map holds 0 for background and 1..N in the order of the ``labels`` setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from aslseg.volume.geometry import Grid
+
+Role = Literal["train", "validation", "unlabelled"]
+
+# report(done, total, **numbers to show); raises to stop the work
+Report = Callable[..., None]
+
+
+def silent(done: int, total: int, **shown: Any) -> None:
+    """A report that nobody reads."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Label names in the order of their values, and which lies inside which.
+
+    A *region* is a label with everything nested in it: a tumour is part of its liver. SAM and the adaptation
+    network work on regions (independent sigmoids); the SSL network works on exclusive classes (softmax).
+
+    Attributes:
+        names: N label names; value of ``names[n]`` is n + 1.
+        parents: For each label the index of its parent, or None.
+    """
+
+    names: tuple[str, ...]
+    parents: tuple[int | None, ...]
+
+    @classmethod
+    def parse(cls, names: str, nested: str = "") -> Labels:
+        """From the settings ``labels`` and ``nested``.
+
+        Raises:
+            ValueError: Empty, repeated or reserved names, or a nesting that goes in a circle.
+        """
+        listed = tuple(n.strip() for n in names.split(",") if n.strip())
+        if not listed or len(set(listed)) != len(listed):
+            raise ValueError(f"labels: expected different names separated by commas, got {names!r}")
+        reserved = {"background", "label", "image", "model", "roi", "device", "foreground", "slice"}
+        for name in listed:
+            if name.lower() in reserved:
+                raise ValueError(f"labels: {name!r} has a meaning of its own in the clients; choose another name")
+        parents: list[int | None] = [None] * len(listed)
+        for pair in (p for p in nested.split(",") if p.strip()):
+            child, colon, parent = (s.strip() for s in pair.partition(":"))
+            if not colon:
+                raise ValueError(f"nested: expected child:parent, got {pair!r}")
+            if child in listed and parent in listed:
+                if listed.index(parent) >= listed.index(child):
+                    raise ValueError(f"nested: list {parent!r} before {child!r} in labels")
+                parents[listed.index(child)] = listed.index(parent)
+        return cls(listed, tuple(parents))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def values(self) -> dict[str, int]:
+        """Name to value, contiguous from 1."""
+        return {name: n + 1 for n, name in enumerate(self.names)}
+
+    def members(self, region: int) -> list[int]:
+        """Values that make up a region: its own and those of everything nested in it."""
+        found = [region]
+        for child, parent in enumerate(self.parents):
+            if parent in found:
+                found.append(child)
+        return [n + 1 for n in found]
+
+    def regions(self, class_map: np.ndarray) -> np.ndarray:
+        """Class map (...) to region masks (N, ...), bool."""
+        return np.stack([np.isin(class_map, self.members(n)) for n in range(len(self))])
+
+    def region_probabilities(self, probabilities: np.ndarray) -> np.ndarray:
+        """Softmax output (1 + N, ...) to region probabilities (N, ...), float32."""
+        p = probabilities.astype(np.float32, copy=False)
+        return np.stack([p[self.members(n)].sum(0) for n in range(len(self))])
+
+    def decode(self, regions: np.ndarray) -> np.ndarray:
+        """Region probabilities or masks (N, ...) to a class map (...), uint8.
+
+        A later (inner) label wins over an earlier one where both reach 0.5.
+        """
+        out = np.zeros(regions.shape[1:], np.uint8)
+        for n in range(len(self)):
+            out[regions[n] >= 0.5] = n + 1
+        return out
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A scan or a label in its own grid.
+
+    Attributes:
+        array: (i, j, k); float32 for scans, uint8 for labels.
+        affine: 4 x 4, voxel index to RAS millimetres.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel edge lengths in millimetres along i, j, k."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(x), float(y), float(z)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan of the studies folder.
+
+    Attributes:
+        id: Image id in the datastore (file name without extension).
+        image: The scan's file.
+        patient: Scans of one patient never stand on both sides of a split.
+        role: ``train`` and ``validation`` have a human label, ``unlabelled`` has none that may be read.
+        label: The human label's file; None for unlabelled cases.
+    """
+
+    id: str
+    image: Path
+    patient: str
+    role: Role
+    label: Path | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case on the working grid: canonical (RAS) axes, working spacing, intensities in 0..1.
+
+    Attributes:
+        id, patient: As in :class:`Case`.
+        image: (i, j, k) float32 in 0..1.
+        grid: The way back to the scan's own grid.
+        label: (i, j, k) uint8 class map, or None.
+        weight: Weight of this case in the loss (1 for human labels).
+        voxel_weight: (i, j, k) float16 weights in 0..1, or None for 1 everywhere.
+    """
+
+    id: str
+    patient: str
+    image: np.ndarray
+    grid: Grid
+    label: np.ndarray | None = None
+    weight: float = 1.0
+    voxel_weight: np.ndarray | None = field(default=None, repr=False)

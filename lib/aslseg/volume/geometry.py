@@ -1,0 +1,121 @@
+"""Between a scan's own grid and the working grid: canonical axes, chosen spacing, and the exact way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from aslseg.types import Labels, Volume
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The way from a scan's own grid to its working grid and back.
+
+    Attributes:
+        native_shape: Shape of the scan's array (i, j, k).
+        affine: The scan's 4 x 4 affine (RAS mm).
+        canonical_shape: Shape after flipping and permuting to RAS-closest axes.
+        shape: Shape of the working grid.
+        spacing: Voxel size of the working grid in mm (exact: extent / shape).
+    """
+
+    native_shape: tuple[int, int, int]
+    affine: np.ndarray
+    canonical_shape: tuple[int, int, int]
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, volume: Volume, spacing: tuple[float, float, float] | None) -> Grid:
+        """The working grid of a scan.
+
+        Args:
+            volume: The scan.
+            spacing: Working spacing in mm along RAS-closest axes; None keeps the scan's own.
+        """
+        native = tuple(int(n) for n in volume.array.shape)
+        order = np.argsort(_orientation(volume.affine)[:, 0])
+        canonical = tuple(native[a] for a in order)
+        own = tuple(volume.spacing[a] for a in order)
+        if spacing is None:
+            shape = canonical
+        else:
+            shape = tuple(
+                max(1, round(n * s / t)) for n, s, t in zip(canonical, own, spacing, strict=True)
+            )
+        exact = tuple(n * s / m for n, s, m in zip(canonical, own, shape, strict=True))
+        return cls(native, volume.affine, canonical, shape, exact)  # type: ignore[arg-type]
+
+    def to_working(self, array: np.ndarray) -> np.ndarray:
+        """A scan's array (i, j, k) to the working grid, trilinear, float32.
+
+        Anti-aliased where it shrinks (area averaging), so that thin slices are not skipped.
+        """
+        canonical = nib.orientations.apply_orientation(array, _orientation(self.affine))
+        return _resize(np.ascontiguousarray(canonical, np.float32), self.shape)
+
+    def label_to_working(self, class_map: np.ndarray, labels: Labels) -> np.ndarray:
+        """A class map on the scan's grid to the working grid, uint8.
+
+        Resampled region by region so that borders stay smooth; a nested label keeps its place.
+        """
+        canonical = nib.orientations.apply_orientation(class_map, _orientation(self.affine))
+        if self.shape == self.canonical_shape:
+            return np.ascontiguousarray(canonical, np.uint8)
+        regions = labels.regions(canonical)
+        return labels.decode(np.stack([_resize(r.astype(np.float32), self.shape) for r in regions]))
+
+    def to_native(self, array: np.ndarray) -> np.ndarray:
+        """A float array on the working grid back to the scan's grid, trilinear."""
+        canonical = _resize(np.asarray(array, np.float32), self.canonical_shape)
+        back = nib.orientations.ornt_transform(
+            nib.orientations.axcodes2ornt("RAS"), _orientation(self.affine)
+        )
+        return np.ascontiguousarray(nib.orientations.apply_orientation(canonical, back))
+
+    def regions_to_native(self, regions: np.ndarray, labels: Labels) -> np.ndarray:
+        """Region probabilities (N, i, j, k) on the working grid to a class map on the scan's grid, uint8."""
+        return labels.decode(np.stack([self.to_native(r) for r in regions]))
+
+    def label_to_native(self, class_map: np.ndarray, labels: Labels) -> np.ndarray:
+        """A class map on the working grid to the scan's grid, uint8."""
+        return self.regions_to_native(labels.regions(class_map), labels)
+
+
+def _orientation(affine: np.ndarray) -> np.ndarray:
+    """nibabel's orientation array: array axis to (RAS axis, direction)."""
+    return nib.orientations.io_orientation(affine)
+
+
+def _resize(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Trilinear resize of (i, j, k), each axis averaged first where it shrinks by more than half a voxel."""
+    if array.shape == shape:
+        return array
+    tensor = torch.from_numpy(np.ascontiguousarray(array))[None, None]
+    shrunk = tuple(min(n, m) for n, m in zip(array.shape, shape, strict=True))
+    if shrunk != array.shape:
+        tensor = F.interpolate(tensor, size=shrunk, mode="area") if _whole(array.shape, shrunk) else _smooth(
+            tensor, array.shape, shrunk
+        )
+    if tuple(tensor.shape[2:]) != shape:
+        tensor = F.interpolate(tensor, size=shape, mode="trilinear", align_corners=False)
+    return tensor[0, 0].numpy()
+
+
+def _whole(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    return all(o % n == 0 for o, n in zip(old, new, strict=True))
+
+
+def _smooth(tensor: torch.Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> torch.Tensor:
+    """Gaussian blur matched to the shrink factor (sigma = (f - 1) / 2 voxels), left for the caller to resample."""
+    from monai.networks.layers import GaussianFilter
+
+    sigmas = [max(o / n - 1, 0) / 2 for o, n in zip(old, new, strict=True)]
+    if max(sigmas) < 0.25:
+        return tensor
+    return GaussianFilter(3, [max(s, 1e-3) for s in sigmas])(tensor)
