@@ -65,6 +65,7 @@ NETWORKS = Registry(
         "vnet_small": "aslseg.ssl.networks:vnet_small",
         "unet": "aslseg.ssl.networks:unet",
         "segresnet": "aslseg.ssl.networks:segresnet",
+        "dynunet": "aslseg.ssl.networks:dynunet",
     },
 )
 

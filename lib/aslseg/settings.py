@@ -65,9 +65,7 @@ class Settings(BaseSettings):
     patch: str = _setting("auto", "Training patch: auto or x,y,z", unit="voxels of the working grid")
     patch_voxels: float = _setting(2e5, "Size that an automatic patch aims for", unit="voxels", gt=500)
     ssl_iterations: int = _setting(2000, "Training steps of the SSL model", unit="steps", gt=0)
-    retrain_iterations: int = _setting(
-        1500, "Training steps when retraining with pseudo-labels", unit="steps", gt=0
-    )
+    retrain_iterations: int = _setting(1500, "Training steps when retraining with pseudo-labels", unit="steps", gt=0)
     batch_labelled: int = _setting(2, "Labelled patches in a batch", unit="patches", gt=0)
     batch_unlabelled: int = _setting(2, "Unlabelled patches in a batch", unit="patches", ge=0)
     learning_rate: float = _setting(0.01, "Initial learning rate of the SSL model (SGD)", gt=0)
@@ -78,7 +76,10 @@ class Settings(BaseSettings):
 
     # stage 2
     sam_checkpoint: str = _setting(
-        "", "SAM weights to start from; empty: the small SAM that ships", unit="file", example="sam.safetensors"
+        "",
+        "SAM weights to start from; empty: the small SAM that ships",
+        unit="file",
+        example="sam.safetensors",
     )
     sam_iterations: int = _setting(300, "Fine-tuning steps of SAM", unit="steps", ge=0)
     sam_batch: int = _setting(8, "Slices in a SAM batch", unit="slices", gt=0)
@@ -94,9 +95,7 @@ class Settings(BaseSettings):
 
     # rounds
     recipe: str = _setting("aslseg", "The steps of a round")
-    validation_fraction: float = _setting(
-        0.2, "Part of the labelled patients kept for the publishing gate", ge=0, lt=1
-    )
+    validation_fraction: float = _setting(0.2, "Part of the labelled patients kept for the publishing gate", ge=0, lt=1)
     promote_threshold: str = _setting(
         "0.9,tumour=0.7",
         "Least Dice agreement per class for promotion: one number, then exceptions by label",
@@ -120,9 +119,7 @@ class Settings(BaseSettings):
     threads: int = _setting(0, "CPU threads; 0: all cores", unit="threads", ge=0)
     seed: int = _setting(1337, "Seed of every generator", ge=0)
     home: str = _setting("", "Ledger and round files; empty: .aslseg in the studies folder", unit="folder")
-    model_dir: str = _setting(
-        "", "Published models; empty: apps/aslseg/model, a folder per studies", unit="folder"
-    )
+    model_dir: str = _setting("", "Published models; empty: apps/aslseg/model, a folder per studies", unit="folder")
     min_free_gb: float = _setting(1.0, "Free disk below which nothing is written", unit="GB", ge=0)
 
     @classmethod

@@ -63,9 +63,7 @@ def read_studies(root: Path) -> Studies:
     problems += unmatched + complaints
     for problem in problems:
         logger.warning("passed over: %s", problem)
-    return Studies(
-        root, images, final, {c: patients.get(c, c) for c in images}, roles, tuple(problems)
-    )
+    return Studies(root, images, final, {c: patients.get(c, c) for c in images}, roles, tuple(problems))
 
 
 def _images(folder: Path) -> tuple[dict[str, Path], list[str]]:

@@ -1,0 +1,52 @@
+"""Random geometry and intensity changes for a batch of patches, on the batch's device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROTATION = math.radians(15)
+SCALE = 0.15
+CENTRE, SPREAD = 0.5, 0.25
+
+
+def centre(image: Tensor) -> Tensor:
+    """0..1 to roughly zero mean and unit variance, the networks' input range."""
+    return (image - CENTRE) / SPREAD
+
+
+def random_geometry(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Sampling grid (B, i, j, k, 3): in-plane rotation up to 15 degrees, scaling up to 15 %, flips along i and j.
+
+    Args:
+        shape: (B, C, i, j, k).
+        generator: Source of randomness (CPU).
+    """
+    batch, size = shape[0], shape[2:]
+    u = torch.rand(batch, 5, generator=generator) * 2 - 1
+    angle, scale = u[:, 0] * ROTATION, 1 + u[:, 1] * SCALE
+    flip = torch.where(torch.rand(batch, 2, generator=generator) < 0.5, -1.0, 1.0)
+    cos, sin, ratio = torch.cos(angle) * scale, torch.sin(angle) * scale, size[0] / size[1]
+    theta = torch.zeros(batch, 3, 4)
+    # grid_sample orders coordinates from the last axis to the first: (k, j, i)
+    theta[:, 0, 0] = 1 + u[:, 2] * SCALE
+    theta[:, 1, 1], theta[:, 1, 2] = cos * flip[:, 1], -sin * ratio * flip[:, 1]
+    theta[:, 2, 1], theta[:, 2, 2] = sin / ratio * flip[:, 0], cos * flip[:, 0]
+    return F.affine_grid(theta, list(shape), align_corners=False)
+
+
+def warp(tensor: Tensor, grid: Tensor, mode: str = "bilinear") -> Tensor:
+    """Resample (B, C, i, j, k); outside is 0."""
+    return F.grid_sample(tensor, grid.to(tensor.device), mode=mode, align_corners=False)
+
+
+def random_intensity(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Gamma, contrast, brightness and noise on images in 0..1 (B, 1, i, j, k)."""
+    u = (torch.rand(len(image), 4, generator=generator) * 2 - 1).to(image.device)[:, :, None, None, None, None]
+    image = image.clamp(0, 1) ** torch.exp(0.3 * u[:, 0])
+    image = (image - 0.5) * (1 + 0.2 * u[:, 1]) + 0.5 + 0.08 * u[:, 2]
+    noise = torch.randn(image.shape, generator=generator).to(image.device)
+    return image + 0.03 * (u[:, 3] + 1) / 2 * noise

@@ -1,0 +1,118 @@
+"""Networks of the SSL model: the SSL papers' V-Net, a small one for CPUs, and MONAI's by name.
+
+Every factory takes (classes, patch) and returns a module from (B, 1, i, j, k) to logits (B, classes, i, j, k) for
+i, j, k multiples of 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.nets import SegResNet, UNet
+from torch import Tensor, nn
+
+
+class VNet(nn.Module):
+    """V-Net as the SSL literature trains it (UA-MT lineage, science.md §4): five levels, skips by addition.
+
+    With 16 filters, batch norm and one input channel it has 9.44 M parameters.
+
+    Args:
+        classes: Output channels, background included.
+        filters: Channels of the first level, doubled at each of four strided convolutions.
+        norm: ``batch`` (the papers') or ``instance`` (the same in training and prediction, whatever the batch).
+        dropout: Drop probability after the deepest and the last block.
+    """
+
+    ENCODER = (1, 2, 3, 3, 3)
+    DECODER = (1, 2, 3, 3)
+
+    def __init__(self, classes: int, filters: int = 16, norm: str = "batch", dropout: float = 0.5) -> None:
+        super().__init__()
+        width = [filters * 2**level for level in range(5)]
+        self.encoder = nn.ModuleList(
+            _convolutions(n, 1 if level == 0 else width[level], width[level], norm)
+            for level, n in enumerate(self.ENCODER)
+        )
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.Conv3d(width[level], width[level + 1], 2, 2), *_norm_relu(width[level + 1], norm))
+            for level in range(4)
+        )
+        self.up = nn.ModuleList(
+            nn.Sequential(nn.ConvTranspose3d(width[level + 1], width[level], 2, 2), *_norm_relu(width[level], norm))
+            for level in range(4)
+        )
+        self.decoder = nn.ModuleList(
+            _convolutions(n, width[level], width[level], norm) for level, n in enumerate(self.DECODER)
+        )
+        self.head = nn.Conv3d(filters, classes, 1)
+        self.dropout = nn.Dropout3d(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1, i, j, k) to logits (B, classes, i, j, k)."""
+        skips = []
+        for level in range(4):
+            x = self.encoder[level](x)
+            skips.append(x)
+            x = self.down[level](x)
+        x = self.dropout(self.encoder[4](x))
+        for level in (3, 2, 1, 0):
+            x = self.decoder[level](self.up[level](x) + skips[level])
+        return self.head(self.dropout(x))
+
+
+def _norm_relu(channels: int, norm: str) -> tuple[nn.Module, nn.Module]:
+    layer = nn.BatchNorm3d(channels) if norm == "batch" else nn.InstanceNorm3d(channels, affine=True)
+    return layer, nn.ReLU(inplace=True)
+
+
+def _convolutions(count: int, inputs: int, outputs: int, norm: str) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for n in range(count):
+        layers += [
+            nn.Conv3d(inputs if n == 0 else outputs, outputs, 3, padding=1),
+            *_norm_relu(outputs, norm),
+        ]
+    return nn.Sequential(*layers)
+
+
+def vnet(classes: int, patch: Sequence[int]) -> nn.Module:
+    """The papers' V-Net: 16 filters, batch norm."""
+    return VNet(classes)
+
+
+def vnet_small(classes: int, patch: Sequence[int]) -> nn.Module:
+    """V-Net with 8 filters (2.4 M parameters), quick enough to train on a CPU overnight."""
+    return VNet(classes, filters=8)
+
+
+def unet(classes: int, patch: Sequence[int]) -> nn.Module:
+    """MONAI's residual U-Net, 16 to 256 channels."""
+    return UNet(3, 1, classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2)
+
+
+def segresnet(classes: int, patch: Sequence[int]) -> nn.Module:
+    """MONAI's SegResNet, 16 filters."""
+    return SegResNet(3, 16, 1, classes)
+
+
+def dynunet(classes: int, patch: Sequence[int]) -> nn.Module:
+    """MONAI's DynUNet with nnU-Net's plain layout; axes that reach four voxels are no longer halved."""
+    from monai.networks.nets import DynUNet
+
+    size = list(patch)
+    kernels, strides = [[3, 3, 3]], [[1, 1, 1]]
+    for _ in range(4):
+        stride = [2 if n >= 8 else 1 for n in size]
+        size = [n // s for n, s in zip(size, stride, strict=True)]
+        kernels.append([3, 3, 3])
+        strides.append(stride)
+    return DynUNet(3, 1, classes, kernels, strides, strides[1:], filters=(16, 32, 64, 128, 160))
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether bf16 autocast is supported in hardware (AMX or AVX512-BF16 on CPUs, Ampere or later on GPUs)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

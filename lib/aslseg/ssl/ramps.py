@@ -1,0 +1,30 @@
+"""Schedules over the training, as functions of the part done (0..1), and the EMA of the teacher."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+def sigmoid_ramp(part: float) -> float:
+    """exp(-5 (1 - t)^2), the ramp-up of the consistency weight (Laine & Aila; science.md §4)."""
+    t = min(max(part, 0.0), 1.0)
+    return math.exp(-5 * (1 - t) ** 2)
+
+
+def polynomial(part: float, power: float = 0.9) -> float:
+    """(1 - t)^0.9, the learning-rate decay."""
+    return max(1 - part, 0.0) ** power
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, step: int, decay: float) -> None:
+    """teacher = a teacher + (1 - a) student with a = min(1 - 1 / (step + 1), decay), parameters only.
+
+    Batch-norm statistics are the teacher's own, gathered in its passes in training mode (science.md §4).
+    """
+    alpha = min(1 - 1 / (step + 1), decay)
+    old, new = list(teacher.parameters()), list(student.parameters())
+    torch._foreach_lerp_(old, new, 1 - alpha)
