@@ -128,15 +128,17 @@ def _header(path: Path) -> Volume:
     return read_image(path)
 
 
-def automatic_patch(shapes: Iterable[tuple[int, ...]], settings: Settings, divisor: int = 16) -> tuple[int, ...]:
-    """Training patch in voxels of the working grid.
+def automatic_patch(shapes: Iterable[tuple[int, ...]], settings: Settings) -> tuple[int, int, int]:
+    """Training patch in voxels of the working grid, each axis a multiple of 16.
 
-    ``auto`` starts from the median shape and shrinks the longest axis until the patch has at most
-    ``patch_voxels``, each axis a multiple of ``divisor``.
+    ``auto`` starts from the median shape and shrinks the longest axis until the patch has at most ``patch_voxels``.
+    Never below (32, 32, 16): a deepest level of a single voxel leaves batch norm two values to normalise.
     """
     if settings.patch != "auto":
-        return tuple(max(divisor, round(float(v) / divisor) * divisor) for v in settings.patch.split(","))
-    size = [max(divisor, math.ceil(n / divisor) * divisor) for n in np.median(list(shapes), axis=0)]
-    while math.prod(size) > settings.patch_voxels and max(size) > divisor:
-        size[int(np.argmax(size))] -= divisor
-    return tuple(size)
+        size = [max(16, round(float(v) / 16) * 16) for v in settings.patch.split(",")]
+    else:
+        size = [max(16, math.ceil(n / 16) * 16) for n in np.median(list(shapes), axis=0)]
+        while math.prod(size) > settings.patch_voxels and max(size) > 16:
+            size[int(np.argmax(size))] -= 16
+    i, j, k = size
+    return max(i, 32), max(j, 32), k

@@ -45,9 +45,7 @@ class Grid:
         if spacing is None:
             shape = canonical
         else:
-            shape = tuple(
-                max(1, round(n * s / t)) for n, s, t in zip(canonical, own, spacing, strict=True)
-            )
+            shape = tuple(max(1, round(n * s / t)) for n, s, t in zip(canonical, own, spacing, strict=True))
         exact = tuple(n * s / m for n, s, m in zip(canonical, own, shape, strict=True))
         return cls(native, volume.affine, canonical, shape, exact)  # type: ignore[arg-type]
 
@@ -73,9 +71,7 @@ class Grid:
     def to_native(self, array: np.ndarray) -> np.ndarray:
         """A float array on the working grid back to the scan's grid, trilinear."""
         canonical = _resize(np.asarray(array, np.float32), self.canonical_shape)
-        back = nib.orientations.ornt_transform(
-            nib.orientations.axcodes2ornt("RAS"), _orientation(self.affine)
-        )
+        back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), _orientation(self.affine))
         return np.ascontiguousarray(nib.orientations.apply_orientation(canonical, back))
 
     def regions_to_native(self, regions: np.ndarray, labels: Labels) -> np.ndarray:
@@ -99,8 +95,10 @@ def _resize(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     tensor = torch.from_numpy(np.ascontiguousarray(array))[None, None]
     shrunk = tuple(min(n, m) for n, m in zip(array.shape, shape, strict=True))
     if shrunk != array.shape:
-        tensor = F.interpolate(tensor, size=shrunk, mode="area") if _whole(array.shape, shrunk) else _smooth(
-            tensor, array.shape, shrunk
+        tensor = (
+            F.interpolate(tensor, size=shrunk, mode="area")
+            if _whole(array.shape, shrunk)
+            else _smooth(tensor, array.shape, shrunk)
         )
     if tuple(tensor.shape[2:]) != shape:
         tensor = F.interpolate(tensor, size=shape, mode="trilinear", align_corners=False)

@@ -163,7 +163,15 @@ def _read(path: Path, max_voxels: float, error: type[AslsegError]) -> tuple[np.n
         raise error(f"{path}: may not be read; check its permissions") from None
     except MemoryError:
         raise error(f"{path.name}: not enough memory to read it; lower max_voxels or crop the scan") from None
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError, RuntimeError) as problem:
+    except (
+        ImageFileError,
+        HeaderDataError,
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        RuntimeError,
+    ) as problem:
         first = str(problem).strip().splitlines()[0][:200] if str(problem).strip() else type(problem).__name__
         raise error(
             f"{path.name}: cannot be read as an image ({first}); it is truncated or not an image. "
@@ -187,7 +195,9 @@ def _read_itk(path: Path, max_voxels: float, error: type[AslsegError]) -> tuple[
     reader.ReadImageInformation()
     dimension = reader.GetDimension()
     if dimension < 3 or reader.GetNumberOfComponents() != 1:
-        raise error(f"{path.name}: {dimension}-D with {reader.GetNumberOfComponents()} components; expected one 3-D volume")
+        raise error(
+            f"{path.name}: {dimension}-D with {reader.GetNumberOfComponents()} components; expected one 3-D volume"
+        )
     direction = np.array(reader.GetDirection()).reshape(dimension, dimension)[:3, :3]
     affine = np.eye(4)
     affine[:3, :3] = direction * np.array(reader.GetSpacing())[:3]

@@ -12,7 +12,7 @@ from aslseg.volume.geometry import Grid
 
 @pytest.fixture()
 def make_case():
-    def make(seed: int, labelled: bool = True, shape: tuple[int, int, int] = (24, 20, 16)) -> Prepared:
+    def make(seed: int, labelled: bool = True, shape: tuple[int, int, int] = (36, 34, 16)) -> Prepared:
         rng = np.random.default_rng(seed)
         axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
         centre, radius = rng.uniform(-0.2, 0.2, 3), rng.uniform(0.4, 0.6)
@@ -29,7 +29,7 @@ def tiny_settings():
     def make(**changes: object):
         conf = {
             "labels": "blob",
-            "patch": "16,16,16",
+            "patch": "32,32,16",
             "network": "vnet_small",
             "learning_rate": "0.02",
             "threads": "1",

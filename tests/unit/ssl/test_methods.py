@@ -31,7 +31,12 @@ def test_learns_deterministically_and_resumes(method, make_case, tiny_settings, 
     labelled, unlabelled = [make_case(n) for n in range(3)], [make_case(n, False) for n in range(3, 6)]
     losses: list[float] = []
     result = engine.train(
-        labelled, unlabelled, settings, tmp_path / "a.safetensors", iterations=60, spacing=None,
+        labelled,
+        unlabelled,
+        settings,
+        tmp_path / "a.safetensors",
+        iterations=60,
+        spacing=None,
         report=lambda done, total, loss: losses.append(loss),
     )
     assert np.isfinite(losses).all()
@@ -79,7 +84,7 @@ def test_works_without_unlabelled_cases(method, make_case, tiny_settings, tmp_pa
     model = predict.load(out, settings)
     assert model.spacing == (1.0, 1.0, 1.0)
     p = model.predict(make_case(1).image)
-    assert p.shape == (2, 24, 20, 16)
+    assert p.shape == (2, 36, 34, 16)
     assert np.allclose(p.sum(0), 1, atol=1e-3)
 
 

@@ -1,0 +1,71 @@
+"""ASLseg as a MONAI Label app: which models, trainers, strategies and scores are offered, and on what they rest."""
+
+from __future__ import annotations
+
+import numpy as np
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.scoring import ScoringMethod
+from monailabel.interfaces.tasks.strategy import Strategy
+from monailabel.interfaces.tasks.train import TrainTask
+
+from aslseg.rounds.ledger import Ledger
+from aslseg.serving import app, work
+from aslseg.serving.cascade import Scans
+from aslseg.serving.infer import AdapterTask, MaskTask, RefinedTask
+from aslseg.serving.interactive import ClickTask
+from aslseg.serving.models import Models
+from aslseg.serving.scoring import AgreementScoring
+from aslseg.serving.strategies import Random, Ranked
+from aslseg.serving.trainers import Trainer
+
+
+class Aslseg(app.ServedApp, MONAILabelApp):
+    """The app that MONAI Label finds here: the first class among these names that has MONAILabelApp as a direct base."""
+
+    def init_infers(self) -> dict[str, InferTask]:
+        """Slicer runs the first one by itself on the next sample."""
+        scans = Scans(Models(self.settings, self.places))
+        return {
+            "ssl": MaskTask(scans, "ssl", ("ssl",), "Automatic mask of the semi-supervised network"),
+            "aslseg": RefinedTask(
+                scans,
+                "adapter",
+                ("ssl", "adapter"),
+                "Automatic mask, redrawn by SAM and refined by the adaptation network",
+            ),
+            "adapter": AdapterTask(
+                scans,
+                "adapter",
+                ("ssl", "adapter"),
+                "Adaptation network on SAM's mask, or on the mask sent along",
+            ),
+            "sam": ClickTask(
+                scans, "Click inside and outside a structure, or draw a box around it; whole object"
+            ),
+        }
+
+    def init_trainers(self) -> dict[str, TrainTask]:
+        """Both clients show the progress of the first one."""
+        entries = {
+            "round": (work.full_round, "A whole round: train all, rank, promote, retrain, publish if better"),
+            "ssl": (work.train_ssl, "The semi-supervised network only"),
+            "sam": (work.train_sam, "SAM only"),
+            "adapter": (work.train_adapter, "The adaptation network only"),
+        }
+        return {k: Trainer(self.settings, self.places, do, text) for k, (do, text) in entries.items()}
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        """OHIF asks for ``random`` unless told otherwise."""
+        ledger = Ledger(self.places.ledger)
+        lowest = "Lowest agreement first: where a human helps most"
+        highest = "Highest agreement first: quick confirmations"
+        return {
+            "agreement": Ranked(ledger, self.leases, False, lowest),
+            "confirm": Ranked(ledger, self.leases, True, highest),
+            "random": Random(self.leases, np.random.default_rng()),
+        }
+
+    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
+        """Agreement between the masks, as the last round found it."""
+        return {"agreement": AgreementScoring(Ledger(self.places.ledger))}

@@ -1,0 +1,125 @@
+"""Refining SAM's masks with a trained adaptation network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from torch import Tensor, nn
+
+from aslseg.adaptation.network import AdaptationNetwork
+from aslseg.errors import BadWeightsError
+from aslseg.settings import Settings
+from aslseg.ssl.augment import centre
+from aslseg.ssl.engine import choose_device
+from aslseg.ssl.networks import bfloat16_pays
+from aslseg.weights import load_weights
+
+FOREGROUND = 0.3  # probability from which on a voxel of an input counts as something to look at
+MARGIN = 12  # voxels around it
+
+
+class AdapterModel:
+    """A trained adaptation network with what is needed to use it.
+
+    Attributes:
+        metadata: As stored by :func:`aslseg.adaptation.train.train`.
+    """
+
+    def __init__(self, network: nn.Module, metadata: dict[str, Any], settings: Settings) -> None:
+        self.metadata = metadata
+        self.settings = settings
+        self.device = choose_device(settings)
+        self.bf16 = bfloat16_pays(self.device)
+        self.network = network.eval().to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def predict(self, image: np.ndarray, sam_regions: np.ndarray, ssl_regions: np.ndarray) -> np.ndarray:
+        """Refined region probabilities of a volume on the working grid.
+
+        Only a box around what either input found is looked at; outside it everything is 0. NaN in an input counts
+        as 0.
+
+        Args:
+            image: (i, j, k) float32 in 0..1.
+            sam_regions: SAM's region probabilities, (R, i, j, k).
+            ssl_regions: The SSL model's region probabilities, (R, i, j, k).
+
+        Returns:
+            (R, i, j, k) float32 in 0..1, finite.
+
+        Raises:
+            ValueError: Shapes that do not belong together or another number of regions.
+        """
+        wanted = (len(self.metadata["labels"]), *image.shape)
+        if sam_regions.shape != wanted or ssl_regions.shape != wanted:
+            raise ValueError(
+                f"expected regions of shape {wanted}, got {sam_regions.shape} and {ssl_regions.shape}"
+            )
+        out = np.zeros(wanted, np.float32)
+        box = self._box(sam_regions, ssl_regions)
+        if box is None:
+            return out
+        parts = [image[None, *box], sam_regions[:, *box], ssl_regions[:, *box]]
+        inputs = np.nan_to_num(np.concatenate(parts).astype(np.float32), posinf=1, neginf=0).clip(0, 1)
+        x = torch.from_numpy(inputs)[None]
+        x[:, :1] = centre(x[:, :1])
+        logits = sliding_window_inference(
+            x,
+            tuple(self.metadata["patch"]),
+            1 if self.device.type == "cpu" else 4,
+            self._logits,
+            overlap=self.settings.overlap,
+            mode="gaussian",
+            sw_device=self.device,
+            device=torch.device("cpu"),
+        )
+        out[:, *box] = torch.sigmoid(logits[0]).numpy()
+        return out
+
+    def _box(self, *inputs: np.ndarray) -> tuple[slice, ...] | None:
+        """Foreground of the inputs with a margin, at least as large as a window where the volume is."""
+        found = np.any([(regions >= FOREGROUND).any(0) for regions in inputs], axis=0)
+        if not found.any():
+            return None
+        box = []
+        for axis, window in enumerate(self.metadata["patch"]):
+            where = np.flatnonzero(found.any(axis=tuple(a for a in range(3) if a != axis)))
+            low, high = int(where[0]) - MARGIN, int(where[-1]) + 1 + MARGIN
+            short = max(window - (high - low), 0)
+            low, high = low - short // 2, high + short - short // 2
+            size = found.shape[axis]
+            # move the box inside before cutting it, so that it keeps a window's size
+            shift = max(-low, 0) - max(high - size, 0)
+            box.append(slice(max(low + shift, 0), min(high + shift, size)))
+        return tuple(box)
+
+    def _logits(self, window: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.network(window)
+
+
+def load(path: Path, settings: Settings) -> AdapterModel:
+    """Load a model written by :func:`aslseg.adaptation.train.train`.
+
+    Raises:
+        BadWeightsError: Damaged, of another kind, or trained for other labels.
+    """
+    state, metadata = load_weights(path, "adapter")
+    labels = list(settings.label_set.names)
+    if metadata["labels"] != labels:
+        raise BadWeightsError(
+            f"{path.name} was trained for {', '.join(metadata['labels'])}, but labels = {', '.join(labels)}; "
+            "use another model_dir or set labels to what the model knows"
+        )
+    network = AdaptationNetwork(len(labels), metadata["strides"])
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise BadWeightsError(
+            f"{path.name} does not fit its network: {str(error)[:200]}; retrain it"
+        ) from None
+    return AdapterModel(network, metadata, settings)

@@ -1,0 +1,385 @@
+"""Errors that an SSL network or SAM makes, put into true masks so that the adaptation network can learn to undo them.
+
+Every operator is a pure function ``(mask, image, spacing, rng, severity) -> mask``: mask (i, j, k) bool, image
+(i, j, k) float32 in 0..1 or None, spacing in mm along i, j, k, severity 0..1. It returns a new mask and never fails on
+an empty or a full one. Lengths are millimetres and are limited by the size of the object, so that one severity gives
+a liver (large) a Dice of about .85 and its tumours (small) one of about .6, as segmentation networks do.
+
+The idea is ASLseg's (Chen et al., arXiv 2312.07969, stage III); the paper does not list its operators, these are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from aslseg.adaptation.fields import (
+    FAR,
+    Spacing,
+    box_around,
+    box_of,
+    components,
+    offsets,
+    random_field,
+    random_voxel,
+    signed_distance,
+)
+from aslseg.types import Labels
+
+Operator = Callable[[np.ndarray, np.ndarray | None, Spacing, np.random.Generator, float], np.ndarray]
+
+CONTEXT = 30.0  # mm around a region in which errors are made
+MOST_PARTS = 24  # components treated one by one; a label with more is mostly specks
+
+
+class Error(NamedTuple):
+    """An operator and how often :func:`corrupt` uses it at severity 0.5 and above."""
+
+    apply: Operator
+    probability: float
+
+
+def identity(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """The true mask: teaches to leave good masks alone."""
+    return mask.copy()
+
+
+def empty(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """Nothing found at all."""
+    return np.zeros_like(mask)
+
+
+def miss(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """Missed lesions: a component of radius r goes with probability severity * exp(-r / 14 mm)."""
+    parts, radii = components(mask, spacing)
+    kept = rng.random(radii.size) >= severity * np.exp(-radii / 14)
+    return np.concatenate([[False], kept])[parts]
+
+
+def fp_blob(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """False lesions: one to three rough ellipsoids of the size of the true parts, 5 to 40 mm away from them."""
+    out = mask.copy()
+    if severity <= 0:
+        return out
+    phi = signed_distance(mask, spacing)
+    allowed = (phi >= 5) & ((phi <= 40) | (phi >= FAR))
+    _, radii = components(mask, spacing)
+    typical = float(np.clip(np.median(radii), 4, 16)) if radii.size else 8.0
+    for _ in range(min(int(rng.geometric(0.6)), 3)):
+        centre = random_voxel(allowed, rng)
+        if centre is None:
+            break
+        radius = typical * rng.uniform(0.4, 0.5 + 0.7 * severity)
+        box = box_around(centre, 1.6 * radius, mask.shape, spacing)
+        stretched = offsets(box, centre, spacing) / (radius * rng.uniform(0.75, 1.3, 3))[:, None, None, None]
+        form = (stretched**2).sum(0)
+        out[box] |= form + 0.25 * random_field(form.shape, spacing, radius / 2, rng) <= 1
+    return out
+
+
+def fp_image(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """A plausible false object: a connected piece, near or touching, that is as bright as the true one.
+
+    Without an image or without an object nothing changes.
+    """
+    out = mask.copy()
+    if image is None or severity <= 0 or not mask.any():
+        return out
+    near = box_of(mask, CONTEXT, spacing)
+    smooth = ndimage.gaussian_filter(image[near].astype(np.float32), 0.7)
+    inside = smooth[mask[near]]
+    middle = np.median(inside)
+    alike = np.abs(smooth - middle) <= 1.5 * max(float(np.median(np.abs(inside - middle))), 0.01)
+    alike &= ~mask[near]
+    centre = random_voxel(alike, rng)
+    if centre is None:
+        return out
+    size = np.cbrt(3 * mask.sum() * np.prod(spacing) / (4 * np.pi))
+    radius = float(np.clip(size * rng.uniform(0.3, 0.4 + 0.6 * severity), 4, 25))
+    box = box_around(centre, radius, alike.shape, spacing)
+    ball = (offsets(box, centre, spacing) ** 2).sum(0) <= radius**2
+    parts, _ = ndimage.label(alike[box] & ball)
+    seed = tuple(c - s.start for c, s in zip(centre, box, strict=True))
+    out[near][box] |= parts == parts[seed]
+    return out
+
+
+def over_under(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """Each part too large or too small by one distance: phi <= b, b uniform in +-severity * min(6 mm, 0.6 r)."""
+    parts, radii = components(mask, spacing)
+    out = mask.copy()
+    for number in np.argsort(-radii)[:MOST_PARTS]:
+        most = severity * min(6.0, 0.6 * radii[number])
+        b = rng.uniform(-most, most)
+        box = box_of(parts == number + 1, most + max(spacing), spacing)
+        part = parts[box] == number + 1
+        changed = signed_distance(part, spacing) <= b
+        out[box] = (out[box] | changed) if b > 0 else out[box] & (changed | ~part)
+    return out
+
+
+def rough(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """A wavy border: phi + A g <= 0, g a Gaussian random field, A up to 4 mm but not over half the thickness."""
+    out = mask.copy()
+    if severity <= 0 or not mask.any() or mask.all():
+        return out
+    box = box_of(mask, 10, spacing)
+    phi = signed_distance(mask[box], spacing)
+    amplitude = min(rng.uniform(0.5, 4), 0.5 * float(-phi.min())) * severity
+    field = random_field(phi.shape, spacing, rng.uniform(2, 6), rng)
+    out[box] = phi + amplitude * field <= 0
+    return out
+
+
+def cut(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """A part found only partly: up to 60 % of one component gone, behind a plane, within a ball, or as holes."""
+    out = mask.copy()
+    parts, radii = components(mask, spacing)
+    if severity <= 0 or not radii.size:
+        return out
+    chosen = rng.choice(radii.size, p=radii**2 / (radii**2).sum()) + 1
+    box = box_of(parts == chosen, 0, spacing)
+    part = parts[box] == chosen
+    voxels = np.argwhere(part) * np.array(spacing)
+    lost = np.zeros(len(voxels), bool)
+    kind = rng.integers(3)
+    for _ in range(int(rng.integers(1, 4)) if kind == 2 else 1):
+        fraction = rng.uniform(0.03, 0.12) if kind == 2 else rng.uniform(0.1, 0.6)
+        if kind == 0:
+            score = voxels @ rng.standard_normal(3)
+        else:
+            score = np.linalg.norm(voxels - voxels[rng.integers(len(voxels))], axis=1)
+        lost |= score < np.quantile(score, fraction * severity)
+    part[part] = lost
+    out[box] &= ~part
+    return out
+
+
+def merge(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """Neighbouring parts run together: closing with a radius of up to 6 mm."""
+    out = mask.copy()
+    if severity <= 0 or not mask.any() or mask.all():
+        return out
+    radius = severity * rng.uniform(2, 6)
+    box = box_of(mask, 2 * radius + max(spacing), spacing)
+    grown = signed_distance(mask[box], spacing) <= radius
+    out[box] |= signed_distance(grown, spacing) <= -radius
+    return out
+
+
+def leak(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """The mask runs over its border where the neighbour is as bright; without an image nothing changes."""
+    out = mask.copy()
+    steps = int(np.ceil(6 * severity))
+    surface = mask & ~ndimage.binary_erosion(mask, border_value=1)
+    centre = random_voxel(surface, rng)
+    if image is None or centre is None or steps == 0:
+        return out
+    radius = rng.uniform(8, 20)
+    box = box_around(centre, radius, mask.shape, spacing)
+    ball = (offsets(box, centre, spacing) ** 2).sum(0) <= radius**2
+    values = np.asarray(image[box], np.float32)
+    alike = np.abs(values - values[mask[box] & ball].mean()) <= 0.08
+    out[box] |= ndimage.binary_dilation(mask[box], iterations=steps, mask=ball & (alike | mask[box]))
+    return out
+
+
+def shift(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """Moved by up to three of the finest voxel edges along each axis and scaled by up to 15 %."""
+    out = np.zeros_like(mask)
+    if severity <= 0 or not mask.any() or mask.all():
+        return mask.copy()
+    box = box_of(mask, 4 * max(spacing), spacing)
+    part = mask[box].astype(np.float32)
+    _, radii = components(mask, spacing)
+    most = min(3 * min(spacing), 0.5 * float(radii.max()))
+    move = rng.uniform(-1, 1, 3) * severity * most / np.array(spacing)
+    scale = 1 + rng.uniform(-0.15, 0.15, 3) * severity
+    centre = np.argwhere(part).mean(0)
+    moved = ndimage.affine_transform(
+        part, 1 / scale, centre - (centre + move) / scale, order=1, mode="nearest"
+    )
+    out[box] = moved >= 0.5
+    return out
+
+
+def slicedrop(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """Slices (axis k) that do not fit their neighbours: emptied, copied from below, or both end slices missing."""
+    out = mask.copy()
+    found = np.flatnonzero(mask.any(axis=(0, 1)))
+    if found.size < 3:
+        return out
+    fate = rng.random(found.size)
+    for k in found[fate < 0.1 * severity]:
+        out[:, :, k] = False
+    for k in found[1:][fate[1:] > 1 - 0.1 * severity]:
+        out[:, :, k] = mask[:, :, k - 1]
+    if rng.random() < 0.5 * severity:
+        out[:, :, [found[0], found[-1]]] = False
+    return out
+
+
+# In the order in which errors arise: what was found, how far it reaches, where its border runs.
+OPERATORS: dict[str, Error] = {
+    "miss": Error(miss, 1.0),
+    "fp_blob": Error(fp_blob, 0.5),
+    "fp_image": Error(fp_image, 0.4),
+    "merge": Error(merge, 0.15),
+    "leak": Error(leak, 0.2),
+    "shift": Error(shift, 0.35),
+    "over_under": Error(over_under, 0.8),
+    "cut": Error(cut, 0.4),
+    "rough": Error(rough, 0.8),
+    "slicedrop": Error(slicedrop, 0.2),
+    "empty": Error(empty, 0.03),
+    "identity": Error(identity, 0.07),
+}
+
+
+def soften(
+    mask: np.ndarray, spacing: Spacing, rng: np.random.Generator, sharpness: tuple[float, float] = (0.3, 2.0)
+) -> np.ndarray:
+    """A mask as a network would give it: sigmoid((w - phi) / tau + n), (i, j, k) float32.
+
+    Args:
+        mask: (i, j, k) bool.
+        spacing: mm.
+        rng: Draws tau and the noise.
+        sharpness: Range of tau in units of the finest voxel edge.
+
+    w is a smooth field that moves the border by a third of a voxel or so, n a little white noise; both act on the
+    logit, because networks waver near borders and not far from them.
+    """
+    out = np.zeros(mask.shape, np.float32)
+    if not mask.any():
+        return out
+    voxel = min(spacing)
+    tau = rng.uniform(*sharpness) * voxel
+    box = box_of(mask, 8 * tau, spacing)
+    phi = signed_distance(mask[box], spacing)
+    waver = rng.uniform(0, 0.4) * voxel * random_field(phi.shape, spacing, 3 * voxel, rng)
+    logit = (waver - phi) / tau + 0.15 * rng.standard_normal(phi.shape, dtype=np.float32)
+    out[box] = 1 / (1 + np.exp(-np.clip(logit, -20, 20)))
+    return out
+
+
+def corrupt_region(
+    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
+) -> np.ndarray:
+    """One region with one draw of errors; see :func:`corrupt`."""
+    often = min(1.0, 2 * severity)
+    fate = rng.random()
+    if fate < OPERATORS["identity"].probability:
+        return mask.copy()
+    if fate > 1 - OPERATORS["empty"].probability * often:
+        return np.zeros_like(mask)
+    out = mask.copy()
+    box = box_of(mask, CONTEXT, spacing) if mask.any() else (slice(None),) * 3
+    part, view = out[box], None if image is None else image[box]
+    for name, error in OPERATORS.items():
+        if name not in ("identity", "empty") and rng.random() < error.probability * often:
+            part = error.apply(part, view, spacing, rng, severity)
+    out[box] = part
+    return out
+
+
+def corrupt(
+    regions: np.ndarray,
+    image: np.ndarray | None,
+    labels: Labels,
+    spacing: Spacing,
+    rng: np.random.Generator,
+    severity: float,
+) -> np.ndarray:
+    """True regions as a network would have drawn them.
+
+    Each region gets errors of its own. A child's errors may leave its parent; the parent is then enlarged to hold it,
+    because in the SSL network's softmax a region's probability is never below that of what is nested in it.
+
+    Args:
+        regions: (R, i, j, k) bool, the truth.
+        image: (i, j, k) float32 in 0..1, or None: errors that follow the image are then left out.
+        labels: Names and nesting of the R regions.
+        spacing: mm.
+        rng: All randomness.
+        severity: 0 (nothing changes) to 1; :func:`draw_severity` gives what training uses.
+
+    Returns:
+        (R, i, j, k) bool.
+    """
+    out = np.stack([corrupt_region(mask, image, spacing, rng, severity) for mask in regions])
+    for child in reversed(range(len(labels))):
+        parent = labels.parents[child]
+        if parent is not None:
+            out[parent] |= out[child]
+    return out
+
+
+def draw_severity(rng: np.random.Generator, most: float = 1.0) -> float:
+    """Severity of one training sample, uniform in 0.3..1 times ``most``."""
+    return float(most * rng.uniform(0.3, 1))
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    """2 |a and b| / (|a| + |b|) of two bool masks; 1 where both are empty."""
+    total = int(a.sum()) + int(b.sum())
+    return 2 * int((a & b).sum()) / total if total else 1.0
+
+
+def calibrate(
+    masks: Sequence[np.ndarray], spacing: Spacing, target: float, rng: np.random.Generator, draws: int = 40
+) -> float:
+    """The ``most`` of :func:`draw_severity` at which the median Dice of corrupted masks meets ``target``.
+
+    Meant for matching the errors to those that the SSL model makes in cross-prediction on the labelled cases.
+
+    Args:
+        masks: True masks of one region, (i, j, k) bool each.
+        spacing: mm.
+        target: Wanted median Dice, in 0..1.
+        rng: Seeds every trial alike, so that the search is monotone up to noise.
+        draws: Corrupted masks per trial.
+
+    Returns:
+        0.05 to 1, by bisection to 0.03; an end of that range where the target lies outside.
+    """
+    seed = int(rng.integers(2**31))
+    low, high = 0.05, 1.0
+    while high - low > 0.03:
+        middle = (low + high) / 2
+        trial = np.random.default_rng(seed)
+        scores = []
+        for n in range(draws):
+            mask = masks[n % len(masks)]
+            scores.append(
+                dice(corrupt_region(mask, None, spacing, trial, draw_severity(trial, middle)), mask)
+            )
+        low, high = (middle, high) if np.median(scores) > target else (low, middle)
+    return (low + high) / 2

@@ -1,0 +1,162 @@
+"""Which machine masks are good enough to learn from.
+
+A mask is promoted if the two networks agree on every label and the mask looks like what humans have drawn: its
+volume within a generous range, not in too many pieces. The verdict on a mask never fails, whatever the mask: what
+cannot be judged is not promoted, and the reason is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from aslseg.agreement.measures import Agreement
+from aslseg.settings import Settings
+from aslseg.types import Labels, Prepared
+
+SMALLEST_VOLUME, LARGEST_VOLUME = 0.2, 5.0
+MOST_COMPONENTS, COMPONENTS_FACTOR = 30, 3
+_ANY_NEIGHBOUR = np.ones((3, 3, 3), bool)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What humans have drawn, by label; a label counts with everything nested in it.
+
+    Attributes:
+        volumes: Smallest and largest volume in mm³ among the labelled cases that hold the label; a label that none
+            holds is left out.
+        components: Most connected pieces (26-neighbourhood) in one case.
+    """
+
+    volumes: dict[str, tuple[float, float]]
+    components: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a mask may be learned from, and if not, every reason."""
+
+    promote: bool
+    reasons: tuple[str, ...] = ()
+
+
+def reference(labelled: Sequence[Prepared], labels: Labels) -> Reference:
+    """Measure the human labels; cases without a label are passed over."""
+    volumes: dict[str, list[float]] = {name: [] for name in labels.names}
+    components = dict.fromkeys(labels.names, 0)
+    for case in labelled:
+        if case.label is None:
+            continue
+        for name, mask in zip(labels.names, labels.regions(np.asarray(case.label)), strict=True):
+            if mask.any():
+                volumes[name].append(float(mask.sum()) * math.prod(case.grid.spacing))
+                components[name] = max(components[name], _pieces(mask))
+    return Reference({n: (min(v), max(v)) for n, v in volumes.items() if v}, components)
+
+
+def judge(
+    agreement: Agreement,
+    class_map: np.ndarray,
+    spacing: Sequence[float],
+    reference: Reference,
+    settings: Settings,
+    shape: tuple[int, ...] | None = None,
+) -> Verdict:
+    """Judge one machine mask; a total function, monotone in the thresholds.
+
+    A label that is empty in both networks' masks does not block (the agreement flags it), a mask without any label
+    does.
+
+    Args:
+        agreement: Between the two networks.
+        class_map: The mask to be promoted (i, j, k), values 0..N.
+        spacing: Its voxel size in mm.
+        reference: From the human labels.
+        settings: ``promote_threshold``, ``labels``, ``nested``.
+        shape: The scan's shape, if it is to be checked.
+    """
+    labels = settings.label_set
+    reasons = _disagreement(agreement, settings.thresholds)
+    odd = _odd(class_map, spacing, len(labels), shape)
+    if not odd:
+        odd = _unlike(np.asarray(class_map).astype(np.uint8), math.prod(spacing), reference, labels)
+    reasons += odd
+    return Verdict(not reasons, tuple(reasons))
+
+
+def select(verdicts: Mapping[str, Verdict], agreements: Mapping[str, Agreement], fraction: float) -> list[str]:
+    """The cases to promote: of those with a good verdict the ones that agree best, at most a part of all judged.
+
+    Args:
+        verdicts: By case id, of all unlabelled cases.
+        agreements: By case id.
+        fraction: At most ceil(fraction x number of verdicts) cases are taken.
+
+    Returns:
+        Ids, best first; equal agreement goes by id.
+    """
+    # 0.1 x 30 is a little more than 3 in floating point
+    most = math.ceil(fraction * len(verdicts) - 1e-9)
+    good = [case for case, verdict in verdicts.items() if verdict.promote]
+    return sorted(good, key=lambda case: (-agreements[case].mean, case))[: max(most, 0)]
+
+
+def _disagreement(agreement: Agreement, thresholds: Mapping[str, float]) -> list[str]:
+    reasons = []
+    for name, least in thresholds.items():
+        if name not in agreement.per_label:
+            reasons.append(f"{name}: agreement unknown")
+            continue
+        value = agreement.per_label[name]
+        # written so that NaN fails
+        if value is not None and not value >= least:
+            reasons.append(f"{name}: agreement {value:.3f} below {least:g}")
+    return reasons
+
+
+def _odd(class_map: np.ndarray, spacing: Sequence[float], classes: int, shape: tuple[int, ...] | None) -> list[str]:
+    """Why something is no class map at all."""
+    array = np.asarray(class_map)
+    if array.dtype.kind not in "buif":
+        return [f"mask: voxels of type {array.dtype}"]
+    if array.ndim != 3 or not array.size or (shape is not None and array.shape != tuple(shape)):
+        return [f"mask: shape {array.shape}, expected {'three axes' if shape is None else tuple(shape)}"]
+    if not np.isfinite(array).all():
+        return ["mask: NaN or infinite voxels"]
+    if array.min() < 0 or array.max() > classes or (array.dtype.kind == "f" and (array != np.rint(array)).any()):
+        return [f"mask: values outside 0..{classes}"]
+    if not array.any():
+        return ["mask: empty"]
+    sizes = np.asarray(spacing, float)
+    if sizes.shape != (3,) or not np.isfinite(sizes).all() or sizes.min() <= 0:
+        return [f"mask: voxel size {spacing}, expected three lengths in mm"]
+    return []
+
+
+def _unlike(class_map: np.ndarray, voxel_mm3: float, reference: Reference, labels: Labels) -> list[str]:
+    """In what the mask is unlike everything humans have drawn."""
+    reasons = []
+    for name, mask in zip(labels.names, labels.regions(class_map), strict=True):
+        if not mask.any():
+            continue
+        if name not in reference.volumes:
+            reasons.append(f"{name}: no labelled case holds it")
+            continue
+        volume = float(mask.sum()) * voxel_mm3
+        low, high = SMALLEST_VOLUME * reference.volumes[name][0], LARGEST_VOLUME * reference.volumes[name][1]
+        if not low <= volume <= high:
+            reasons.append(f"{name}: volume {volume / 1000:.2f} ml outside {low / 1000:.2f}..{high / 1000:.2f} ml")
+        most = max(MOST_COMPONENTS, COMPONENTS_FACTOR * reference.components.get(name, 0))
+        pieces = _pieces(mask)
+        if pieces > most:
+            reasons.append(f"{name}: {pieces} pieces, more than {most}")
+    return reasons
+
+
+def _pieces(mask: np.ndarray) -> int:
+    return int(ndimage.label(mask, _ANY_NEIGHBOUR)[1])

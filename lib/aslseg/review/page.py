@@ -1,0 +1,35 @@
+"""The status page, rendered on the server; no script, nothing fetched from elsewhere."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+REFRESH_RUNNING, REFRESH_IDLE = 5, 30
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("aslseg", "review/templates"), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters["duration"] = duration
+    return environment.get_template("status.html")
+
+
+def render(status: dict[str, Any]) -> str:
+    """HTML of what :func:`aslseg.review.status.collect` found."""
+    running = status["progress"].get("state") == "running"
+    return _template().render(**status, refresh=REFRESH_RUNNING if running else REFRESH_IDLE)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them: ``45 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds is None:
+        return "unknown"
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{round(seconds)} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,69 @@
+"""What the server is doing and has decided, as one dictionary of plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from aslseg.errors import LedgerError
+from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.progress import read_progress
+from aslseg.rounds.publish import published
+from aslseg.settings import Places, Settings
+
+MOST = 50
+
+
+def collect(
+    settings: Settings, places: Places, store: dict[str, Any], errors: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """Current round, published models, ranking, promotions and the last errors.
+
+    Args:
+        settings: Labels and thresholds.
+        places: The studies folder.
+        store: Counts of the datastore (``total``, ``completed``, ``label_tags``).
+        errors: Failed training tasks, each with ``model``, ``time`` and its last ``lines``.
+    """
+    ledger, trouble = Ledger(places.ledger), list(errors)
+    progress = read_progress(places.home / "progress.json")
+    if progress.get("error"):
+        trouble.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
+    try:
+        scores, promotions = ledger.scores(), ledger.promotions(active_only=False)
+        rounds = ledger.rounds()
+    except LedgerError as error:
+        scores, promotions, rounds = [], [], []
+        trouble.append({"model": "ledger", "time": None, "lines": [str(error)]})
+    return {
+        "labels": list(settings.label_set.names),
+        "progress": progress,
+        "models": [_model(kind, published(places, kind)) for kind in ("ssl", "sam", "adapter")],
+        "cases": store,
+        "rounds": [
+            {"round": r.number, "state": r.state, "opened": r.opened, "closed": r.closed, "error": r.error}
+            for r in reversed(rounds)
+        ][:MOST],
+        "ranking": [
+            {"rank": n + 1, "case": s.case, "agreement": round(s.agreement, 4), "details": s.details}
+            for n, s in enumerate(scores[:MOST])
+        ],
+        "promotions": [
+            {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
+            for p in reversed(promotions)
+        ][:MOST],
+        "errors": trouble[-MOST:],
+    }
+
+
+def _model(kind: str, entry: Any) -> dict[str, Any]:
+    if entry is None:
+        return {"kind": kind, "published": False}
+    return {
+        "kind": kind,
+        "published": True,
+        "sha256": entry.sha256,
+        "date": entry.date,
+        "round": entry.round,
+        "validation_dice": entry.validation_dice,
+    }

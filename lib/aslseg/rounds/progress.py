@@ -1,0 +1,130 @@
+"""How far a round is and when it will be done: a small JSON file that any process may read."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from aslseg.types import Report, silent
+from aslseg.weights import write_json
+
+EVERY_SECONDS = 1.0
+
+
+class Progress:
+    """Stages done and to come, with an ETA from what they cost before and what this machine shows now.
+
+    The stages' expected seconds (of the last round, or rough guesses) are scaled by how this round compares with them
+    so far. A stage that was reused from an earlier round says nothing about speed and is left out of that.
+
+    Args:
+        path: The JSON file, written atomically and at most once a second.
+        expected: Stage to expected seconds, in order.
+        report: Told (done, total, stage=..., eta=..., **numbers); done and total count expected seconds.
+        round_number: Shown with the rest.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        expected: Mapping[str, float],
+        report: Report = silent,
+        round_number: int | None = None,
+    ) -> None:
+        self.path, self.expected, self.report = path, dict(expected), report
+        self.seconds: dict[str, float] = {}
+        self._started = datetime.now(UTC).isoformat("T", "seconds")
+        self._skipped: set[str] = set()
+        self._stage, self._since, self._part, self._written = "", time.monotonic(), 0.0, 0.0
+        self._round = round_number
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Report]:
+        """Enter a stage; gives the report function for its own steps."""
+        self._stage, self._since, self._part = name, time.monotonic(), 0.0
+        calls = 0
+
+        def report(done: int, total: int, **shown: Any) -> None:
+            nonlocal calls
+            calls += 1
+            self._part = done / max(total, 1)
+            self._show(done, total, shown)
+
+        self._show(0, 1, {}, force=True)
+        yield report
+        self.seconds[name] = round(time.monotonic() - self._since, 2)
+        if not calls:
+            self._skipped.add(name)
+        self._stage = ""
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Seconds of the stages that had work to do: what the next round may expect."""
+        return {s: t for s, t in self.seconds.items() if s not in self._skipped}
+
+    def finish(self) -> None:
+        """All stages are done."""
+        self._write({"state": "done", "eta": 0, "done": 1, "total": 1})
+
+    def fail(self, message: str) -> None:
+        """The work stopped; the message is for a person."""
+        self._write({"state": "failed", "error": message})
+
+    def eta(self) -> float:
+        """Seconds still to go."""
+        usual = sum(self.expected.get(s, 0) for s in self.measured) + self.expected.get(self._stage, 0) * self._part
+        spent = sum(self.measured.values()) + (time.monotonic() - self._since) * bool(self._part)
+        rest = sum(e for s, e in self.expected.items() if s not in self.seconds)
+        rest -= self.expected.get(self._stage, 0) * self._part
+        return max(rest, 0) * (spent / usual if usual > 0 and spent > 0 else 1)
+
+    def _show(self, done: int, total: int, shown: dict[str, Any], force: bool = False) -> None:
+        eta = self.eta()
+        whole = sum(self.expected.values())
+        past = sum(self.expected.get(s, 0) for s in self.seconds) + self.expected.get(self._stage, 0) * self._part
+        self.report(min(past, whole), whole, stage=self._stage, eta=eta, **shown)
+        if force or time.monotonic() - self._written >= EVERY_SECONDS:
+            content = {"state": "running", "done": done, "total": total, "eta": round(eta), "numbers": shown}
+            self._write(content | {"part": round(past / whole, 4) if whole else 1.0})
+
+    def _write(self, content: dict[str, Any]) -> None:
+        self._written = time.monotonic()
+        names = list(self.expected)
+        common = {
+            "pid": os.getpid(),
+            "started": self._started,
+            "updated": datetime.now(UTC).isoformat("T", "seconds"),
+            "round": self._round,
+            "stage": self._stage,
+            "stage_index": names.index(self._stage) + 1 if self._stage in names else len(self.seconds),
+            "stages": len(names),
+            "seconds": self.seconds,
+        }
+        write_json(self.path, common | content)
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """The progress file; ``state`` is ``none``, ``running``, ``done``, ``failed`` or ``interrupted`` (killed)."""
+    try:
+        content = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {"state": "none"}
+    if content.get("state") == "running" and not _alive(content.get("pid")):
+        content["state"] = "interrupted"
+    return content
+
+
+def _alive(pid: object) -> bool:
+    try:
+        os.kill(int(str(pid)), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OSError):
+        return False
+    return True

@@ -1,0 +1,267 @@
+"""The stages of a round over its frozen cases: training and prediction steps, each found again by its inputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aslseg.adaptation import predict as adapter_predict
+from aslseg.adaptation import train as adapter_train
+from aslseg.agreement import measures
+from aslseg.agreement.verdict import Reference, reference
+from aslseg.cases.prepare import PreparedStore, Spacing
+from aslseg.cases.studies import PSEUDO
+from aslseg.errors import AslsegError
+from aslseg.rounds.gather import Team
+from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.masks import MaskStore
+from aslseg.rounds.progress import Progress
+from aslseg.rounds.steps import Maps, Steps, relevant
+from aslseg.sam import build as sam_build
+from aslseg.sam import finetune
+from aslseg.sam import predict as sam_predict
+from aslseg.settings import Places, Settings
+from aslseg.ssl import engine
+from aslseg.ssl import predict as ssl_predict
+from aslseg.types import Prepared, Report
+from aslseg.volume.io import read_image, require_free_disk
+from aslseg.weights import sha256
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """A promoted case: on the working grid, and the hashes that say what it is."""
+
+    case: Prepared
+    image: str
+    mask: str
+    disagreement: str
+
+    @property
+    def key(self) -> list[str]:
+        """What a training step depends on."""
+        return [self.case.id, self.image, self.mask, self.disagreement]
+
+
+class Stages:
+    """Everything a recipe can do with the cases of a round.
+
+    Args:
+        places: Where things lie.
+        settings: Frozen for the round.
+        ledger: Of the studies folder.
+        team: The round's cases.
+        progress: Told how far each stage is.
+    """
+
+    def __init__(self, places: Places, settings: Settings, ledger: Ledger, team: Team, progress: Progress) -> None:
+        self.places, self.settings, self.ledger = places, settings, ledger
+        self.team, self.progress = team, progress
+        self.labels = settings.label_set
+        self.steps = Steps(places.rounds / "steps")
+        self.masks = MaskStore(places.home)
+
+    # training
+
+    def train_ssl(self, promoted: Sequence[Promoted], report: Report) -> Path:
+        """The SSL model for a set of promoted cases.
+
+        Without any it starts from random weights; with some it goes on from the model without, never from an earlier
+        retrained one, so that a bad promotion leaves no trace once it is gone.
+        """
+        s, team = self.settings, self.team
+        init = self.train_ssl([], report) if promoted else None
+        iterations = s.retrain_iterations if promoted else s.ssl_iterations
+        inputs = {
+            "human": self._human(),
+            "promoted": [p.key for p in promoted],
+            "weights": [s.promote_weight, s.disagreement_weight] if promoted else [],
+            "unlabelled": [[c.id, team.content[c.id]] for c in team.unlabelled],
+            "spacing": team.spacing,
+            "iterations": iterations,
+            "init": sha256(init) if init else None,
+            "settings": relevant(s, "ssl"),
+        }
+        labelled = [*team.train, *(p.case for p in promoted)]
+
+        def train(out: Path) -> dict[str, Any]:
+            return engine.train(
+                labelled,
+                team.unlabelled,
+                s,
+                out,
+                iterations=iterations,
+                spacing=team.spacing,
+                init=init,
+                report=report,
+            )
+
+        return self._model("ssl", inputs, train)
+
+    def train_sam(self, report: Report) -> Path:
+        """SAM, fine-tuned on the human labels."""
+        s, init = self.settings, sam_build.base_path(self.settings)
+        inputs = {
+            "human": self._human(),
+            "spacing": self.team.spacing,
+            "init": sha256(init),
+            "settings": relevant(s, "sam", "prompts"),
+        }
+        return self._model("sam", inputs, lambda out: finetune.train(self.team.train, s, out, init=init, report=report))
+
+    def train_adapter(self, sam: Path, report: Report) -> Path:
+        """The adaptation network for a fine-tuned SAM, trained on the human labels."""
+        s = self.settings
+        inputs = {
+            "human": self._human(),
+            "spacing": self.team.spacing,
+            "sam": sha256(sam),
+            "settings": relevant(s, "adapter", "prompts"),
+        }
+
+        def train(out: Path) -> dict[str, Any]:
+            return adapter_train.train(self.team.train, sam_build.load(sam, s), s, out, report=report)
+
+        return self._model("adapter", inputs, train)
+
+    def _model(self, name: str, inputs: dict[str, Any], train: Callable[[Path], dict[str, Any]]) -> Path:
+        require_free_disk(self.places.home, self.settings.min_free_gb)
+        return self.steps.model(name, inputs, train)
+
+    def _human(self) -> list[list[str]]:
+        return [[c.id, self.team.content[c.id], self.team.labels[c.id]] for c in self.team.train]
+
+    # prediction
+
+    def predict(self, ssl: Path) -> Maps:
+        """Region probabilities of an SSL model."""
+        inputs = {"ssl": sha256(ssl), "settings": relevant(self.settings, "predict")}
+        model = _once(lambda: ssl_predict.load(ssl, self.settings))
+        return self._maps("predict", inputs, lambda c: self.labels.region_probabilities(model().predict(c.image)))
+
+    def redraw(self, sam: Path, regions: Maps) -> Maps:
+        """SAM's redrawing of SSL masks."""
+        inputs = {
+            "sam": sha256(sam),
+            "regions": regions.folder.name,
+            "settings": relevant(self.settings, "prompts"),
+        }
+        model = _once(lambda: sam_build.load(sam, self.settings))
+        return self._maps("redraw", inputs, lambda c: sam_predict.redraw(model(), c.image, regions(c), self.settings))
+
+    def refine(self, adapter: Path, redrawn: Maps, regions: Maps) -> Maps:
+        """The adaptation network's refinement of SAM's masks."""
+        inputs = {
+            "adapter": sha256(adapter),
+            "redrawn": redrawn.folder.name,
+            "regions": regions.folder.name,
+            "settings": relevant(self.settings, "predict"),
+        }
+        model = _once(lambda: adapter_predict.load(adapter, self.settings))
+        return self._maps("refine", inputs, lambda c: model().predict(c.image, redrawn(c), regions(c)))
+
+    def consensus(self, regions: Maps, refined: Maps) -> Maps:
+        """The mean of both networks' probabilities."""
+        inputs = {"regions": regions.folder.name, "refined": refined.folder.name}
+        return self._maps("consensus", inputs, lambda c: (regions(c) + refined(c)) / 2)
+
+    def fill(self, maps: Maps, cases: Sequence[Prepared], report: Report) -> Maps:
+        """Compute what is missing of the maps of some cases."""
+        require_free_disk(self.places.home, self.settings.min_free_gb)
+        missing = [c for c in cases if not maps.has(c)]
+        for done, case in enumerate(missing, 1):
+            maps(case)
+            report(done, len(missing))
+        return maps
+
+    def _maps(self, name: str, inputs: dict[str, Any], make: Callable[[Prepared], np.ndarray]) -> Maps:
+        return Maps(self.steps.folder(name, inputs), make, self.team.content.__getitem__)
+
+    # judging
+
+    def decode(self, regions: np.ndarray) -> np.ndarray:
+        """Region probabilities (R, i, j, k) to a class map (i, j, k)."""
+        return self.labels.decode(regions)
+
+    def dice(self, maps: Maps, cases: Iterable[Prepared] | None = None) -> float | None:
+        """Mean Dice of regions against the human labels of validation cases, on the working grid.
+
+        The mean over cases for each region, then over regions; a region that neither mask of a case holds says
+        nothing about that case. None without cases.
+        """
+        found: list[list[float]] = [[] for _ in self.labels.names]
+        for case in self.team.validation if cases is None else cases:
+            predicted = self.labels.regions(self.decode(maps(case)))
+            true = self.labels.regions(np.asarray(case.label))
+            for values, a, b in zip(found, predicted, true, strict=True):
+                value = measures.dice(a, b)
+                if value is not None:
+                    values.append(value)
+        means = [float(np.mean(v)) for v in found if v]
+        return float(np.mean(means)) if means else None
+
+    def validation_at(self, spacing: Spacing) -> list[Prepared]:
+        """The validation cases on another model's working grid."""
+        if spacing == self.team.spacing:
+            return self.team.validation
+        store = PreparedStore(self.places.cache, self.settings, spacing)
+        return store.load_all([self.team.sources[c.id] for c in self.team.validation])[0]
+
+    # promoted cases
+
+    def promoted_before(self) -> list[Promoted]:
+        """What is promoted now, as far as its scans are unchanged and still unlabelled."""
+        cases = {c.id: c for c in self.team.unlabelled}
+        events = self.ledger.masks(PSEUDO)
+        return [
+            self.promoted(cases[case], event.details)
+            for case, event in sorted(events.items())
+            if event.kind == "mask" and case in cases and event.details.get("image") == self.team.content[case]
+        ]
+
+    def promoted(self, case: Prepared, details: dict[str, Any]) -> Promoted:
+        """A promoted case from its kept files.
+
+        Args:
+            case: The unlabelled case.
+            details: ``sha256`` of its mask, ``disagreement``: of the map where both networks disagree.
+        """
+        mask, disagreement = (
+            read_image(self.masks.path(details[k]), self.settings.max_voxels).array for k in ("sha256", "disagreement")
+        )
+        doubt = case.grid.to_working(disagreement)
+        weight = 1 - (1 - self.settings.disagreement_weight) * doubt
+        learned = replace(
+            case,
+            label=case.grid.label_to_working(mask.astype(np.uint8), self.labels),
+            weight=self.settings.promote_weight,
+            voxel_weight=weight.astype(np.float16),
+        )
+        return Promoted(learned, details["image"], details["sha256"], details["disagreement"])
+
+    @cached_property
+    def reference(self) -> Reference:
+        """What human labels look like, for the verdict."""
+        return reference(self.team.train, self.labels)
+
+
+def usable(load: Callable[[], Any], what: str) -> bool:
+    """Whether a published model can be loaded with the current settings; logs why not."""
+    try:
+        load()
+    except AslsegError as error:
+        logger.warning("the published %s model cannot be compared: %s", what, error)
+        return False
+    return True
+
+
+def _once(load: Callable[[], Any]) -> Callable[[], Any]:
+    return lru_cache(maxsize=1)(load)

@@ -1,0 +1,93 @@
+"""The sizes a SAM can have, and segment-anything's own modules put together for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that is needed to build a SAM before its weights are known.
+
+    Attributes:
+        image_size: Edge of the square input in pixels.
+        patch_size: Edge of a token in pixels.
+        embed_dim, depth, heads, window, global_blocks: The image encoder.
+        out_chans: Channels of the image embedding, prompt encoder and decoder.
+        mlp_dim: Width of the decoder's MLPs.
+        decoder_heads: Attention heads of the decoder.
+        mask_prompt: What a mask prompt holds: SAM takes logits, SAM-Med2D probabilities.
+        resize: ``longest`` keeps the aspect ratio and pads; ``squash`` does not (MedSAM, SAM-Med2D).
+        scaling: ``imagenet`` (SAM's mean and standard deviation) or ``unit`` (MedSAM: 0..1).
+    """
+
+    image_size: int = 192
+    patch_size: int = 8
+    embed_dim: int = 128
+    depth: int = 6
+    heads: int = 4
+    window: int = 8
+    global_blocks: tuple[int, ...] = (2, 5)
+    out_chans: int = 128
+    mlp_dim: int = 512
+    decoder_heads: int = 8
+    mask_prompt: Literal["logits", "probabilities"] = "logits"
+    resize: Literal["longest", "squash"] = "longest"
+    scaling: Literal["imagenet", "unit"] = "imagenet"
+
+    @classmethod
+    def from_metadata(cls, values: dict[str, Any]) -> Architecture:
+        """The inverse of :func:`dataclasses.asdict` through JSON."""
+        return cls(**{**values, "global_blocks": tuple(values["global_blocks"])})
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one edge."""
+        return self.image_size // self.patch_size
+
+
+SMALL = Architecture()
+
+
+def build(architecture: Architecture) -> Sam:
+    """A SAM with random weights."""
+    a = architecture
+    unit = a.scaling == "unit"
+    sam = Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=a.image_size,
+            patch_size=a.patch_size,
+            embed_dim=a.embed_dim,
+            depth=a.depth,
+            num_heads=a.heads,
+            mlp_ratio=4,
+            out_chans=a.out_chans,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=a.window,
+            global_attn_indexes=a.global_blocks,
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=a.out_chans,
+            image_embedding_size=(a.grid, a.grid),
+            input_image_size=(a.image_size, a.image_size),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(
+                depth=2, embedding_dim=a.out_chans, mlp_dim=a.mlp_dim, num_heads=a.decoder_heads
+            ),
+            transformer_dim=a.out_chans,
+            iou_head_depth=3,
+            iou_head_hidden_dim=a.out_chans,
+        ),
+        pixel_mean=[0.0] * 3 if unit else [123.675, 116.28, 103.53],
+        pixel_std=[255.0] * 3 if unit else [58.395, 57.12, 57.375],
+    )
+    return sam.eval()

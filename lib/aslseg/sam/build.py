@@ -1,0 +1,160 @@
+"""A SAM with its preprocessing: what the stages talk to.
+
+Frames. A *slice* is an array (i, j): rows i, columns j. SAM's *input frame* is the slice with its long side resized
+to ``image_size`` and zero-padded at the bottom and right. *Low-res* maps have a quarter of a token's edge
+(4 x grid). Prompts are (x, y) = (column, row); :mod:`aslseg.prompts.frame` makes them on slices, and
+:meth:`SAMModel.scale` takes them to the input frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import Sam
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor
+
+from aslseg.errors import BadWeightsError
+from aslseg.sam import checkpoints
+from aslseg.sam.architecture import Architecture, build
+from aslseg.settings import APP_DIR, Settings
+from aslseg.ssl.engine import choose_device
+from aslseg.ssl.networks import bfloat16_pays
+
+MASK_LOGIT_LIMIT = 6.0
+
+
+class SAMModel:
+    """A SAM with its preprocessing, batched over slices and prompts.
+
+    Args:
+        sam: The network.
+        architecture: What it was built from.
+        metadata: ``kind``, ``labels``, ``architecture``, ``base_sha256`` and whatever else its file says.
+    """
+
+    def __init__(
+        self,
+        sam: Sam,
+        architecture: Architecture,
+        metadata: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.sam = sam.to(device)
+        self.architecture = architecture
+        self.metadata = {"kind": "sam", "architecture": asdict(architecture)} | (metadata or {})
+        self.device = torch.device(device)
+        self.bf16 = bfloat16_pays(self.device)
+
+    @property
+    def image_size(self) -> int:
+        """Edge of the square input in pixels."""
+        return self.architecture.image_size
+
+    def input_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns that a slice of ``shape`` (i, j) fills in the input frame."""
+        if self.architecture.resize == "squash":
+            return self.image_size, self.image_size
+        return ResizeLongestSide.get_preprocess_shape(shape[0], shape[1], self.image_size)
+
+    def preprocess(self, slices: Tensor) -> Tensor:
+        """Slices (B, i, j) in 0..1 to SAM's input (B, 3, image_size, image_size)."""
+        shape = self.input_shape((slices.shape[1], slices.shape[2]))
+        rgb = slices.to(self.device, torch.float32)[:, None] * 255
+        if tuple(rgb.shape[2:]) != shape:
+            rgb = F.interpolate(rgb, shape, mode="bilinear", align_corners=False, antialias=True)
+        return self.sam.preprocess(rgb.expand(-1, 3, -1, -1))
+
+    def encode(self, slices: np.ndarray | Tensor) -> Tensor:
+        """Slices (B, i, j) in 0..1 to embeddings (B, C, grid, grid)."""
+        return self.sam.image_encoder(self.preprocess(torch.as_tensor(slices)))
+
+    def decode(
+        self,
+        embeddings: Tensor,
+        points: tuple[Tensor, Tensor] | None = None,
+        boxes: Tensor | None = None,
+        masks: Tensor | None = None,
+        multimask: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """One mask, or three, for each of P prompts, which may belong to different slices.
+
+        Args:
+            embeddings: (P, C, grid, grid), the slice's embedding for every prompt; (1, ...) serves all.
+            points: Coordinates (P, n, 2) as (x, y) in the input frame and labels (P, n): 1 in, 0 out, -1 padding.
+            boxes: (P, 4) as x0, y0, x1, y1 in the input frame.
+            masks: (P, 1, 4 grid, 4 grid), as :meth:`mask_prompt` makes them.
+            multimask: Three masks for an ambiguous prompt.
+
+        Returns:
+            Low-res logits (P, M, 4 grid, 4 grid) and predicted IoU (P, M); M is 3 or 1.
+        """
+        sparse, dense = self.sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
+        # The decoder repeats ONE image embedding for all prompts and adds the dense prompt to it. Adding the
+        # embeddings to the dense prompts ourselves gives the same sum and lets prompts of many slices share a call.
+        return self.sam.mask_decoder(
+            image_embeddings=torch.zeros_like(embeddings[:1]),
+            image_pe=self.sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense + embeddings,
+            multimask_output=multimask,
+        )
+
+    def mask_prompt(self, probabilities: Tensor) -> Tensor:
+        """Low-res probabilities (P, 4 grid, 4 grid) to mask prompts (P, 1, 4 grid, 4 grid)."""
+        p = probabilities[:, None].to(self.device, torch.float32)
+        if self.architecture.mask_prompt == "probabilities":
+            return p
+        return torch.logit(p, eps=1e-4).clamp(-MASK_LOGIT_LIMIT, MASK_LOGIT_LIMIT)
+
+    def to_low_res(self, slices: Tensor) -> Tensor:
+        """Maps on slices (B, i, j) to low-res maps (B, 4 grid, 4 grid), zero where the input is padding."""
+        size = 4 * self.architecture.grid
+        shape = self.input_shape((slices.shape[1], slices.shape[2]))
+        full = slices.to(self.device, torch.float32)[:, None]
+        if tuple(full.shape[2:]) != shape:
+            full = F.interpolate(full, shape, mode="bilinear", align_corners=False, antialias=True)
+        full = F.pad(full, (0, self.image_size - shape[1], 0, self.image_size - shape[0]))
+        return F.interpolate(full, (size, size), mode="bilinear", align_corners=False, antialias=True)[:, 0]
+
+    def to_slices(self, low_res: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Low-res maps (P, M, 4 grid, 4 grid) to slices (P, M, i, j)."""
+        return self.sam.postprocess_masks(low_res, self.input_shape(shape), shape)
+
+    def scale(self, shape: tuple[int, int]) -> tuple[float, float]:
+        """Factors from slice pixels to input-frame pixels along x (columns) and y (rows)."""
+        rows, columns = self.input_shape(shape)
+        return columns / shape[1], rows / shape[0]
+
+
+def base_path(settings: Settings) -> Path:
+    """The SAM that fine-tuning starts from and that answers clicks before there is a better one."""
+    return (
+        Path(settings.sam_checkpoint)
+        if settings.sam_checkpoint
+        else APP_DIR / "pretrained" / "sam_small.safetensors"
+    )
+
+
+def load(path: Path, settings: Settings) -> SAMModel:
+    """Load a SAM of any supported format, recognised from the file.
+
+    SAM draws what it is prompted with, so one that was fine-tuned for other labels may be used too.
+
+    Args:
+        path: Our ``*.safetensors``, or an official file of SAM, MedSAM or SAM-Med2D without adapters.
+        settings: ``device``.
+
+    Raises:
+        BadWeightsError: Damaged, of an unknown format, incomplete, or with adapters.
+    """
+    found = checkpoints.read(path)
+    found.require_loadable()
+    sam = build(found.architecture)
+    sam.load_state_dict({k: v.float() for k, v in found.state.items()}, strict=True)
+    return SAMModel(sam, found.architecture, found.metadata, choose_device(settings))

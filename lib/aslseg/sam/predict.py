@@ -1,0 +1,121 @@
+"""SAM redraws the SSL model's masks, slice by slice and component by component (science.md, section 1.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aslseg.prompts.frame import SlicePrompt, box_slices
+from aslseg.prompts.from_mask import slice_prompts
+from aslseg.sam.build import SAMModel
+from aslseg.settings import Settings
+
+LEAK_MARGIN = 10  # pixels of SAM's input around a box beyond which nothing is kept
+PROMPTS_AT_ONCE = 32
+
+
+@torch.inference_mode()
+def redraw(model: SAMModel, image: np.ndarray, ssl_regions: np.ndarray, settings: Settings) -> np.ndarray:
+    """Region probabilities as SAM draws them, prompted by the SSL model's.
+
+    Every axial slice is encoded once and only if some region is found on it; all components of all regions of a batch
+    of slices share the decoder. A component's answer is kept within its box plus 10 pixels of SAM's input; several
+    components are joined by their maximum. Without a prompt there is no prediction: what SSL missed stays missed.
+
+    Args:
+        model: SAM.
+        image: (i, j, k) float32 in 0..1; axial slices are ``image[:, :, k]``.
+        ssl_regions: (R, i, j, k) float32 region probabilities.
+        settings: ``sam_prompts``, ``box_margin``, ``min_component``, ``sam_batch``.
+
+    Returns:
+        (R, i, j, k) float32 in 0..1.
+
+    Raises:
+        ValueError: Shapes that do not belong together.
+    """
+    if ssl_regions.shape[1:] != image.shape:
+        raise ValueError(f"expected regions of shape (R, {image.shape}), got {ssl_regions.shape}")
+    shape = (image.shape[0], image.shape[1])
+    scale = min(model.scale(shape))
+    out = np.zeros(ssl_regions.shape, np.float32)
+    model.sam.eval()
+    slices = np.flatnonzero((ssl_regions >= 0.5).any((0, 1, 2)))
+    for start in range(0, len(slices), settings.sam_batch):
+        batch = slices[start : start + settings.sam_batch]
+        asked = [
+            (n, region, prompt)
+            for n, k in enumerate(batch)
+            for region, probability in enumerate(ssl_regions[..., k])
+            for prompt in slice_prompts(probability >= 0.5, probability, settings, scale)
+        ]
+        if not asked:
+            continue
+        embeddings = encode(model, image[..., batch])
+        for first in range(0, len(asked), PROMPTS_AT_ONCE):
+            some = asked[first : first + PROMPTS_AT_ONCE]
+            chosen = embeddings[[n for n, _, _ in some]]
+            logits, _, _ = answer(model, chosen, [p for _, _, p in some], shape, settings.sam_prompts)
+            for (n, region, prompt), drawn in zip(some, torch.sigmoid(logits).cpu().numpy(), strict=True):
+                where = box_slices(prompt.box, LEAK_MARGIN / scale, shape)
+                target = out[region, :, :, batch[n]]
+                target[where] = np.maximum(target[where], drawn[where])
+    return out
+
+
+def encode(model: SAMModel, slices: np.ndarray) -> Tensor:
+    """Embeddings (n, C, grid, grid) float32 of the slices (i, j, n) of a volume in 0..1."""
+    stack = torch.from_numpy(np.ascontiguousarray(np.moveaxis(slices, -1, 0), np.float32))
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
+        return model.encode(stack).float()
+
+
+def answer(
+    model: SAMModel, embeddings: Tensor, prompts: Sequence[SlicePrompt], shape: tuple[int, int], use: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One mask for each prompt.
+
+    Args:
+        model: SAM.
+        embeddings: (P, C, grid, grid), the slice's embedding for each prompt, or (1, ...) for all.
+        prompts: P prompts in slice pixels. A part that is used must be there for all or for none.
+        shape: (i, j) of the slices.
+        use: Parts to use, ``+`` between them: box, point, mask.
+
+    Returns:
+        Logits on the slices (P, i, j), low-res logits (P, 4 grid, 4 grid), predicted IoU (P,).
+    """
+    parts = use.split("+")
+    x_scale, y_scale = model.scale(shape)
+    two = np.array([x_scale, y_scale])
+    points = boxes = masks = None
+    if "point" in parts and all(len(p.points) for p in prompts):
+        points = _points(prompts, two, model.device)
+    if "box" in parts and all(p.box is not None for p in prompts):
+        corners = np.array([p.box for p in prompts]) * np.tile(two, 2)
+        boxes = torch.as_tensor(corners, dtype=torch.float32, device=model.device)
+    if "mask" in parts and all(p.mask is not None for p in prompts):
+        stack = torch.from_numpy(np.stack([p.mask for p in prompts if p.mask is not None]))
+        masks = model.mask_prompt(model.to_low_res(stack))
+    # a lone point may mean a part or the whole: SAM then draws three masks and says which it believes in
+    ambiguous = points is not None and points[0].shape[1] == 1 and boxes is None and masks is None
+    low, iou = model.decode(embeddings, points, boxes, masks, multimask=ambiguous)
+    best = torch.arange(len(iou)), iou.argmax(1)
+    low, iou = low[best].float(), iou[best].float()
+    return model.to_slices(low[:, None], shape)[:, 0], low, iou
+
+
+def _points(prompts: Sequence[SlicePrompt], scale: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Points of all prompts in the input frame, padded with label -1 to the longest list."""
+    most = max(len(p.points) for p in prompts)
+    coordinates = np.zeros((len(prompts), most, 2))
+    labels = np.full((len(prompts), most), -1)
+    for n, prompt in enumerate(prompts):
+        coordinates[n, : len(prompt.points)] = prompt.points * scale
+        labels[n, : len(prompt.points)] = prompt.point_labels
+    return torch.as_tensor(coordinates, dtype=torch.float32, device=device), torch.as_tensor(
+        labels, device=device
+    )

@@ -1,0 +1,224 @@
+"""The parts of a MONAI Label app that make it safe to leave running; apps/aslseg/main.py says what it serves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from monailabel.config import settings as platform
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
+from monailabel.utils.async_tasks.task import AsyncTask
+from monailabel.utils.async_tasks.utils import processes
+from monailabel.utils.sessions import SessionInfo, Sessions
+
+from aslseg.errors import AslsegError, BadSettingsError
+from aslseg.rounds.publish import KINDS, published
+from aslseg.serving.dicom import connect
+from aslseg.serving.infer import Batch, answer
+from aslseg.serving.refusals import RefusedError
+from aslseg.serving.store import SafeLocal
+from aslseg.serving.strategies import Leases
+from aslseg.settings import Places, load_settings
+
+logger = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+
+
+class ServedApp(MONAILabelApp):
+    """Settings, datastore, sessions and errors; a subclass adds models, trainers, strategies and scoring.
+
+    Constructing it loads no model and starts nothing: MONAI Label builds the app again in every sub-process.
+
+    Args:
+        app_dir: Folder of main.py.
+        studies: Studies folder or DICOMweb address.
+        conf: ``--conf`` pairs.
+    """
+
+    def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
+        try:
+            self.settings, self.origin = load_settings(conf)
+        except BadSettingsError as error:
+            refuse_to_start(str(error), 2)
+        self.places = Places(self.settings, studies)
+        self.leases = Leases()
+        try:
+            super().__init__(
+                app_dir,
+                studies,
+                dict(conf or {}),
+                name="ASLseg",
+                description="Semi-supervised segmentation with SAM in the loop. Research use only",
+                version=VERSION,
+                labels=list(self.settings.label_set.names),
+            )
+        except AslsegError as error:
+            refuse_to_start(str(error), 1)
+        # rounds write the scores; a sub-process for every click on "next sample" is no help
+        self._auto_update_scoring = False
+
+    # what is stored where
+
+    def init_datastore(self) -> Datastore:
+        """The studies folder, or the PACS."""
+        if self.places.studies is None:
+            self.studies = self.studies.rstrip("/").strip()
+            return connect(self.studies, self.settings, self.places)
+        return SafeLocal(self.studies, self.settings, self.places)
+
+    def _load_sessions(self, load: bool = False) -> Sessions | None:
+        path = platform.MONAI_LABEL_SESSION_PATH or str(self.places.home / "sessions")
+        return SafeSessions(path, platform.MONAI_LABEL_SESSION_EXPIRY) if load else None
+
+    # what clients ask for
+
+    def info(self) -> dict[str, Any]:
+        """As MONAI Label's, saying which models wait for a round."""
+        meta = super().info()
+        hidden = [name for name, task in self._infers.items() if not task.is_valid()]
+        if hidden:
+            meta["description"] += f". Not trained yet, run a round: {', '.join(hidden)}"
+        return meta
+
+    def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        """Answer a request; see :func:`aslseg.serving.infer.answer`."""
+        return answer(self._infers, request, datastore or self.datastore())
+
+    def init_batch_infer(self) -> Batch:
+        """One case after the other; a case that fails does not stop the rest."""
+        return Batch()
+
+    def infer_wsi(self, request: dict[str, Any], datastore: Datastore | None = None) -> NoReturn:
+        """Whole-slide images are for other apps."""
+        raise RefusedError("ASLseg works on volumes, not on whole-slide images; use /infer", 404)
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The next scan to look at."""
+        strategy = request.get("strategy") or "random"
+        if strategy not in self._strategies:
+            raise RefusedError(
+                f"no strategy {str(strategy)[:80]!r}; there are {', '.join(self._strategies)}", 404
+            )
+        return super().next_sample(request)
+
+    def scoring(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        """Run a scoring method."""
+        if request.get("method") not in self._scoring_methods:
+            raise RefusedError(f"no such scoring method; there are {', '.join(self._scoring_methods)}", 404)
+        return super().scoring(request, datastore)
+
+    def train(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Train in this process, then put the scores where clients see them.
+
+        In a sub-process an error ends it with its message as the last line, which clients show.
+        """
+        try:
+            result = super().train(request)
+            self.scoring({"method": "agreement"})
+            return result
+        except AslsegError as error:
+            if self._server_mode:
+                raise
+            logger.error("%s", error)
+            sys.exit(1)
+
+    def async_scoring(
+        self, method: str | None, params: dict[str, Any] | None = None
+    ) -> dict[str, Any] | None:
+        """Score only when asked for, and never queue a second time."""
+        if not method or processes("scoring"):
+            return {}
+        return AsyncTask.run("scoring", request={"method": method}, params=params)[0]
+
+    def _local_request(self, url: str, params: Any, action: str) -> None:
+        logger.info("%s is left to the server; a process of its own does not call it", action)
+
+    # what happens by itself
+
+    def on_init_complete(self) -> None:
+        """In the server only: routes, session clean-up, and the first round."""
+        from monailabel.app import app as host
+
+        from aslseg.serving.routes import install
+
+        super().on_init_complete()
+        install(host, self)
+        self.start_first_round()
+
+    def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
+        """A human label came in; with nothing trained yet, training can begin."""
+        self.leases.release(image_id)
+        self.start_first_round()
+        return {}
+
+    def cleanup_sessions(self) -> None:
+        """A broken session folder must not end MONAI Label's clean-up thread."""
+        try:
+            super().cleanup_sessions()
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            logger.warning("sessions were not cleaned up: %s", error)
+
+    def start_first_round(self) -> None:
+        """Start training in the background if nothing is published, something is labelled and nothing runs."""
+        where = f"http://127.0.0.1:{platform.MONAI_LABEL_SERVER_PORT}/aslseg/"
+        if any(published(self.places, kind) for kind in KINDS):
+            return
+        if self.places.studies is None:
+            logger.warning(
+                "no models yet, and rounds need a local studies folder; only 'sam' works. See %s", where
+            )
+        elif not self.settings.first_round:
+            logger.info("no models yet and first_round is off; start the trainer 'round' when you like")
+        elif not self.datastore().get_labeled_images():
+            logger.warning(
+                "no models and no human label yet: label one scan (model 'sam' works already); then training starts "
+                "by itself. See %s",
+                where,
+            )
+        elif not processes("train"):
+            AsyncTask.run("train", request={"model": "round"})
+            logger.info("no models yet: the first round runs in the background. Its progress: %s", where)
+
+
+class SafeSessions(Sessions):
+    """Uploaded volumes, in a folder of this server's own."""
+
+    def remove_expired(self) -> int:
+        """MONAI Label's version fails on a folder without its description; such a folder is removed."""
+        root = Path(self.store_path)
+        for folder in root.iterdir() if root.is_dir() else []:
+            if (
+                folder.is_dir()
+                and not (folder / "meta.info").exists()
+                and time.time() - folder.stat().st_mtime > 3600
+            ):
+                shutil.rmtree(folder, ignore_errors=True)
+        return super().remove_expired()
+
+    def get_session(
+        self, session_id: str, update_ts: bool = True, fetch_cache: bool = True
+    ) -> SessionInfo | None:
+        """A session by its id, which is no path."""
+        if os.path.basename(session_id) != session_id or session_id.startswith("."):
+            return None
+        return super().get_session(session_id, update_ts, fetch_cache)
+
+
+def refuse_to_start(message: str, code: int) -> NoReturn:
+    """Say why on stderr and end the process with this exit code.
+
+    The app is built inside the web server's start-up, where SystemExit becomes a traceback and exit code 3.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.write(f"ASLseg does not start: {message}\n")
+    sys.stderr.flush()
+    os._exit(code)

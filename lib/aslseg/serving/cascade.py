@@ -1,0 +1,143 @@
+"""A scan through the published models, each stage computed once and kept while scan and models stay the same."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from aslseg.cases.prepare import prepare, working_spacing
+from aslseg.errors import NoModelError
+from aslseg.serving.models import Kind, Models
+from aslseg.types import Volume
+from aslseg.volume.geometry import Grid
+from aslseg.volume.io import read_image
+
+KEPT_BYTES = 1_500_000_000
+
+
+@dataclass
+class Scan:
+    """A scan on the working grid and what the stages made of it.
+
+    Attributes:
+        volume: Shape and affine of the scan's own grid; its voxels are not kept.
+        image: (i, j, k) float32 in 0..1 on the working grid.
+        grid: The way back.
+        regions: Stage to region probabilities (N, i, j, k), float32.
+        lock: Held while a stage is computed, so that equal requests compute it once.
+    """
+
+    key: tuple[object, ...]
+    image: np.ndarray
+    grid: Grid
+    regions: dict[str, np.ndarray] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by the arrays."""
+        return self.image.nbytes + sum(r.nbytes for r in self.regions.values())
+
+
+class Scans:
+    """The last few scans with their stages, bounded by memory.
+
+    Args:
+        models: Published models.
+        limit: Bytes after which the oldest scans are let go.
+    """
+
+    def __init__(self, models: Models, limit: int = KEPT_BYTES) -> None:
+        self.models, self.limit = models, limit
+        self._scans: OrderedDict[tuple[object, ...], Scan] = OrderedDict()
+        self._lock = threading.Lock()
+        # whole-volume stages share the processor; a click must not wait behind two of them at once
+        self._compute = threading.Lock()
+
+    def open(self, path: Path, times: dict[str, float] | None = None) -> Scan:
+        """Read and prepare a scan, or find it again.
+
+        Raises:
+            BadImageError: As :func:`aslseg.volume.io.read_image`.
+        """
+        stat = path.stat() if path.exists() else None
+        hashes = tuple(sorted(self.models.hashes().items()))
+        key = (str(path), *((stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else ()), hashes)
+        with self._lock:
+            if key in self._scans:
+                self._scans.move_to_end(key)
+                return self._scans[key]
+        start = time.perf_counter()
+        volume = read_image(path, self.models.settings.max_voxels)
+        image, grid = prepare(volume, self.models.settings, self._spacing(volume))
+        if times is not None:
+            times["pre"] = time.perf_counter() - start
+        with self._lock:
+            scan = self._scans.setdefault(key, Scan(key, image, grid))
+            self._trim(scan)
+        return scan
+
+    def stage(self, scan: Scan, kind: Kind, times: dict[str, float] | None = None) -> np.ndarray:
+        """Region probabilities (N, i, j, k) of a stage on the working grid; earlier stages are computed as needed.
+
+        Raises:
+            NoModelError: A stage has no published model.
+        """
+        with scan.lock, self._compute:
+            found = self._stage(scan, kind, {} if times is None else times)
+        with self._lock:
+            self._trim(scan)
+        return found
+
+    def _stage(self, scan: Scan, kind: Kind, times: dict[str, float]) -> np.ndarray:
+        if kind in scan.regions:
+            return scan.regions[kind]
+        settings = self.models.settings
+        model = self.models.get(kind)
+        ssl = self._stage(scan, "ssl", times) if kind != "ssl" else None
+        sam = self._stage(scan, "sam", times) if kind == "adapter" else None
+        start = time.perf_counter()
+        if kind == "ssl":
+            regions = settings.label_set.region_probabilities(model.predict(scan.image))
+        elif kind == "sam":
+            from aslseg.sam.predict import redraw
+
+            regions = redraw(model, scan.image, ssl, settings)
+        else:
+            regions = model.predict(scan.image, sam, ssl)
+        times[kind] = time.perf_counter() - start
+        scan.regions[kind] = regions
+        return regions
+
+    def adapt(self, scan: Scan, given: np.ndarray) -> np.ndarray:
+        """The adaptation network on a mask that a client sent instead of SAM's.
+
+        Args:
+            scan: The scan.
+            given: Region masks (N, i, j, k) on the working grid, 0..1.
+        """
+        ssl = self.stage(scan, "ssl")
+        with self._compute:
+            return self.models.get("adapter").predict(scan.image, given.astype(np.float32), ssl)
+
+    def _spacing(self, volume: Volume) -> tuple[float, float, float] | None:
+        """The working spacing of the published models; before there are any, that of the settings."""
+        for kind in ("ssl", "sam"):
+            try:
+                model = self.models.get(kind)
+            except NoModelError:
+                continue
+            if "spacing" in model.metadata:
+                stored = model.metadata["spacing"]
+                return tuple(stored) if stored else None
+        return working_spacing([volume], self.models.settings)
+
+    def _trim(self, newest: Scan) -> None:
+        while sum(s.bytes for s in self._scans.values()) > self.limit and len(self._scans) > 1:
+            oldest = next(k for k, s in self._scans.items() if s is not newest)
+            del self._scans[oldest]

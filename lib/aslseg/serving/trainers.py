@@ -1,0 +1,86 @@
+"""A round, or one of its stages, as something the clients can start, watch and stop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.train import TrainTask
+
+from aslseg.errors import NotEnoughCasesError
+from aslseg.rounds.progress import read_progress
+from aslseg.settings import Places, Settings
+
+logger = logging.getLogger(__name__)
+
+PARTS = 100
+
+
+class Trainer(TrainTask):
+    """One entry of the clients' training menu. Runs in a sub-process that MONAI Label may kill at any moment.
+
+    Args:
+        settings: As the server got them; a sub-process reads the same.
+        places: The studies folder.
+        work: What is run: studies folder, settings, report. Imported when called.
+        description: Shown to annotators.
+    """
+
+    def __init__(
+        self, settings: Settings, places: Places, work: Callable[..., dict[str, Any]], description: str
+    ) -> None:
+        super().__init__(description)
+        self.settings, self.places, self.work = settings, places, work
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Train. Parameters of clients change nothing: what is trained is decided by the settings.
+
+        Raises:
+            NotEnoughCasesError: The studies are on a DICOMweb server.
+            AslsegError: As the work.
+        """
+        if self.places.studies is None:
+            raise NotEnoughCasesError(
+                "rounds need the scans in a local studies folder; export them from the PACS, run "
+                "`aslseg round --studies DIR`, and give this server the same model_dir"
+            )
+        last = -1
+
+        def report(done: float, total: float, **shown: Any) -> None:
+            nonlocal last
+            percent = int(100 * done / total) if total else 100
+            if percent != last:
+                last = percent
+                logger.info("%d %% %s", percent, _text(shown))
+
+        return self.work(self.places.studies, self.settings, report=report)
+
+    def stats(self) -> dict[str, Any]:
+        """Progress in the form that Slicer and OHIF draw: ``epoch`` of ``total_epochs``, ``best_metric``."""
+        return trainer_stats(read_progress(self.places.home / "progress.json"))
+
+
+def trainer_stats(progress: Mapping[str, Any]) -> dict[str, Any]:
+    """The progress file in MONAI Label's words, in parts of a hundred."""
+    if progress.get("state", "none") == "none":
+        return {}
+    done = progress["state"] == "done"
+    part = 1.0 if done else float(progress.get("part") or 0)
+    numbers = progress.get("numbers") or {}
+    metric = next((v for k, v in numbers.items() if "dice" in k.lower() and isinstance(v, int | float)), 0)
+    return {
+        "epoch": round(part * PARTS),
+        "total_epochs": PARTS,
+        "best_metric": round(float(metric), 4),
+        "total_time": f"{round(sum((progress.get('seconds') or {}).values()))} s",
+        "eta": f"{round(progress.get('eta') or 0)} s",
+        "state": progress["state"],
+        "stage": progress.get("stage", ""),
+        "round": progress.get("round"),
+    }
+
+
+def _text(shown: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())

@@ -1,0 +1,197 @@
+"""Real servers for the tests in server/, security/ and browser/. Nothing here is loaded until a test asks for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+START_SECONDS = 120
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """A MONAI Label server in a process of its own.
+
+    Attributes:
+        studies: Folder or DICOMweb address.
+        folder: Its log, temporary files and copy of the app.
+    """
+
+    studies: str
+    folder: Path
+    conf: dict[str, str]
+    env: dict[str, str] = field(default_factory=dict)
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "server.log").read_text(errors="replace")
+
+    def start(self) -> Server:
+        """Start it; returns at once."""
+        app = self.folder / "app"
+        app.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "apps" / "aslseg" / "main.py", app)
+        command = [
+            sys.executable,
+            "-m",
+            "monailabel.main",
+            "start_server",
+            "--app",
+            str(app),
+            "--studies",
+            self.studies,
+        ]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        for key, value in (
+            {"model_dir": str(self.folder / "models"), "min_free_gb": "0"} | self.conf
+        ).items():
+            command += ["--conf", key, value]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("ASLSEG_", "MONAI_"))}
+        environment |= {
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TMPDIR": str(self._tmp()),
+        } | self.env
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        return self
+
+    def wait(self, seconds: float = START_SECONDS) -> Server:
+        """Until it answers."""
+        import requests
+
+        assert self.process is not None
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, (
+                f"the server ended with {self.process.returncode}:\n{self.log[-4000:]}"
+            )
+            try:
+                if requests.get(f"{self.url}/info/", timeout=30).ok:
+                    return self
+            except requests.ConnectionError:
+                time.sleep(0.2)
+        raise AssertionError(f"the server does not answer after {seconds} s:\n{self.log[-4000:]}")
+
+    def stop(self) -> None:
+        """End it and everything it started."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(20)
+
+    def client(self) -> Any:
+        """MONAI Label's own client."""
+        from monailabel.client import MONAILabelClient
+
+        folder = self.folder / "client"
+        folder.mkdir(exist_ok=True)
+        return MONAILabelClient(self.url, tmpdir=str(folder), client_id="ann")
+
+    def _tmp(self) -> Path:
+        tmp = self.folder / "tmp"
+        tmp.mkdir(exist_ok=True)
+        return tmp
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Start a server: ``serve(studies, env={}, **conf)``. All are stopped at the end of the session."""
+    running: list[Server] = []
+
+    def begin(studies: Path | str, env: dict[str, str] | None = None, **conf: Any) -> Server:
+        folder = tmp_path_factory.mktemp("server")
+        server = Server(str(studies), folder, {k: str(v) for k, v in conf.items()}, env or {})
+        running.append(server)
+        return server.start()
+
+    yield begin
+    for server in running:
+        server.stop()
+
+
+# the smallest settings with which every stage really trains
+TINY = {
+    "ssl_iterations": 120,
+    "retrain_iterations": 10,
+    "sam_iterations": 4,
+    "adapter_iterations": 20,
+    "patch_voxels": 16000,
+    "batch_unlabelled": 1,
+    "batch_labelled": 1,
+    "sam_batch": 2,
+    "overlap": 0.25,
+}
+TINY_SHAPE = (56, 48, 24)
+
+
+@pytest.fixture(scope="session")
+def untrained(serve: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server on three phantoms without any label, with nothing trained."""
+    from aslseg.volume.phantom import write_studies
+
+    studies = tmp_path_factory.mktemp("untrained") / "studies"
+    write_studies(studies, 3, 0, 5, shape=TINY_SHAPE)
+    (studies / "broken.nii.gz").write_bytes(b"this is no image")
+    (studies / "notes.txt").write_text("neither is this")
+    return serve(studies, **TINY).wait()
+
+
+@pytest.fixture(scope="session")
+def starting(serve: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server on six phantoms, three of them labelled, whose first round starts by itself."""
+    from aslseg.volume.phantom import write_studies
+
+    studies = tmp_path_factory.mktemp("phantoms") / "studies"
+    write_studies(studies, 6, 3, 7, shape=TINY_SHAPE)
+    return serve(studies, **TINY).wait()
+
+
+@pytest.fixture(scope="session")
+def trained(starting: Server) -> Server:
+    """The same server when its first round is done."""
+    import requests
+
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        status = requests.get(f"{starting.url}/aslseg/status", timeout=60).json()
+        if status["progress"]["state"] == "done":
+            return starting
+        assert status["progress"]["state"] in ("none", "running"), status["progress"]
+        time.sleep(1)
+    raise AssertionError(f"the first round takes too long: {status['progress']}\n{starting.log[-3000:]}")
