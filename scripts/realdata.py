@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from aslseg.agreement.evaluate import evaluate_folders
+from aslseg.agreement.evaluate import METRICS, evaluate_folders
 from aslseg.agreement.measures import compare, dice
 from aslseg.rounds.cascade import Cascade
 from aslseg.rounds.run import run_round
@@ -170,7 +170,7 @@ def table(result: dict[str, Any], names: list[str]) -> str:
                 lines.append(f"| {row['round']} | {stage} | {name} | {cells} | {s['dice']['n']} |")
     lines += [
         "",
-        "| round | promoted | Dice of promoted | Dice of all unlabelled | r(agreement, Dice) unlabelled | with held-out |",
+        "| round | promoted | Dice of promoted | Dice of all | r(agreement, Dice) | r with held-out |",
     ]
     lines += ["|---|---|---|---|---|---|"]
     for row in result["rounds"]:
@@ -189,9 +189,6 @@ def table(result: dict[str, Any], names: list[str]) -> str:
         lines.append(f"| {row['round']} | {seconds} | {row['round_seconds']:.0f} s |")
     lines += ["", f"{result['total_seconds'] / 60:.0f} minutes in all, {result['threads']} thread(s)."]
     return "\n".join(lines) + "\n"
-
-
-METRICS = ("dice", "jaccard", "hd95", "asd")
 
 
 def _number(value: float | None) -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from realdata import Experiment, run_experiment
 
 from aslseg.types import Volume
 from aslseg.volume.io import read_image, write_image, write_label
+from realdata import Experiment, run_experiment
 
 LABELLED, UNLABELLED, HELD_OUT = 8, 40, 16
 CONF = {"labels": "atrium", "modality": "mr", "spacing": "native", "promote_threshold": "0.85"}

@@ -21,7 +21,7 @@ from aslseg.serving.trainers import Trainer
 
 
 class Aslseg(app.ServedApp, MONAILabelApp):
-    """The app that MONAI Label finds here: the first class among these names that has MONAILabelApp as a direct base."""
+    """The app that MONAI Label finds here: the first name of this file that has MONAILabelApp as a direct base."""
 
     def init_infers(self) -> dict[str, InferTask]:
         """Slicer runs the first one by itself on the next sample."""

@@ -263,31 +263,43 @@ OPERATORS: dict[str, Error] = {
 }
 
 
-def soften(
-    mask: np.ndarray, spacing: Spacing, rng: np.random.Generator, sharpness: tuple[float, float] = (0.3, 2.0)
-) -> np.ndarray:
-    """A mask as a network would give it: sigmoid((w - phi) / tau + n), (i, j, k) float32.
+def soften(mask: np.ndarray, spacing: Spacing, rng: np.random.Generator) -> np.ndarray:
+    """A mask as a network would give it, (i, j, k) float32 in 0..1; 0 far from it. See :func:`soft_pair`."""
+    return soft_pair(mask, spacing, rng, 0.0)[0]
+
+
+def soft_pair(
+    mask: np.ndarray, spacing: Spacing, rng: np.random.Generator, difference: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """One faulty mask as the SSL model and as SAM would give it: sigmoid((w + b - phi) / tau + n) each.
+
+    w is a smooth field that moves the border by a third of a voxel or so, n a little white noise; both act on the
+    logit, because networks waver near borders and not far from them. tau is 0.3 to 2 of the finest voxel edges.
 
     Args:
         mask: (i, j, k) bool.
         spacing: mm.
-        rng: Draws tau and the noise.
-        sharpness: Range of tau in units of the finest voxel edge.
+        rng: Draws w, b, tau and n, for both.
+        difference: mm; in the second w grows to this standard deviation, and b is uniform in plus or minus it.
 
-    w is a smooth field that moves the border by a third of a voxel or so, n a little white noise; both act on the
-    logit, because networks waver near borders and not far from them.
+    Returns:
+        Two (i, j, k) float32 arrays.
     """
-    out = np.zeros(mask.shape, np.float32)
+    first, second = np.zeros((2, *mask.shape), np.float32)
     if not mask.any():
-        return out
+        return first, second
     voxel = min(spacing)
-    tau = rng.uniform(*sharpness) * voxel
-    box = box_of(mask, 8 * tau, spacing)
+    box = box_of(mask, 16 * voxel + 2 * difference, spacing)
     phi = signed_distance(mask[box], spacing)
-    waver = rng.uniform(0, 0.4) * voxel * random_field(phi.shape, spacing, 3 * voxel, rng)
-    logit = (waver - phi) / tau + 0.15 * rng.standard_normal(phi.shape, dtype=np.float32)
-    out[box] = 1 / (1 + np.exp(-np.clip(logit, -20, 20)))
-    return out
+    thickness = max(float(-phi.min()), voxel)
+    for out, extra in ((first, 0.0), (second, min(difference, thickness / 2))):
+        sigma = max(rng.uniform(0, 0.4) * voxel, extra)
+        moved = sigma * random_field(phi.shape, spacing, 3 * voxel, rng) + rng.uniform(-extra, extra) - phi
+        logit = moved / (rng.uniform(0.3, 2) * voxel) + 0.15 * rng.standard_normal(
+            phi.shape, dtype=np.float32
+        )
+        out[box] = 1 / (1 + np.exp(-np.clip(logit, -20, 20)))
+    return first, second
 
 
 def corrupt_region(

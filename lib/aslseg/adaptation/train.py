@@ -18,7 +18,7 @@ from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 from aslseg.adaptation.network import AdaptationNetwork, strides_for
-from aslseg.adaptation.synthetic import corrupt, draw_severity, over_under, rough, soften
+from aslseg.adaptation.synthetic import corrupt, draw_severity, soft_pair, soften
 from aslseg.cases.prepare import automatic_patch
 from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
 from aslseg.sam.build import SAMModel
@@ -163,12 +163,9 @@ class Samples:
         rng: np.random.Generator,
     ) -> Sample:
         faulty = corrupt(truth, image, self.labels, spacing, rng, _severity(rng))
-        redrawn = faulty
-        if rng.random() < 0.5:
-            strength = rng.uniform(0, 0.5)
-            for change in (over_under, rough):
-                redrawn = np.stack([change(mask, image, spacing, rng, strength) for mask in redrawn])
-        sam, ssl = (np.stack([soften(mask, spacing, rng) for mask in masks]) for masks in (redrawn, faulty))
+        difference = rng.uniform(0, 2.5) if rng.random() < 0.5 else 0.0
+        pairs = [soft_pair(mask, spacing, rng, difference) for mask in faulty]
+        ssl, sam = (np.stack(masks) for masks in zip(*pairs, strict=True))
         return Sample(image, truth, sam, ssl)
 
 

@@ -15,7 +15,7 @@ from aslseg.rounds.ledger import Score
 from aslseg.rounds.masks import changes, settle
 from aslseg.rounds.stages import Promoted, Stages
 from aslseg.rounds.steps import Maps
-from aslseg.types import Prepared
+from aslseg.types import Prepared, Report
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,11 @@ def aslseg(stages: Stages, number: int) -> dict[str, Any]:
         refined = stages.fill(stages.refine(adapter, redrawn, regions), [*team.waiting, *team.validation], report)
     first = Trio(ssl, sam, adapter)
     source, masks, dice = choose_source(stages, regions, refined)
-    with progress.stage("rank"):
-        judged = rank(stages, number, first, regions, refined, masks)
-    with progress.stage("promote"):
-        chosen = promote(stages, number, first, source, masks, judged, regions, refined)
+    with progress.stage("rank") as report:
+        judged = rank(stages, number, first, regions, refined, masks, report)
+    with progress.stage("promote") as report:
+        wanted = promotable(stages, first, source, masks, judged, regions, refined, report)
+        chosen = promote(stages, number, wanted)
     with progress.stage("retrain") as report:
         retrained = stages.train_ssl(chosen, report)
     with progress.stage("publish") as report:
@@ -61,7 +62,7 @@ def aslseg(stages: Stages, number: int) -> dict[str, Any]:
     with progress.stage("originals") as report:
         shown, masks = choose_shown(stages, source, masks, best)
         stages.fill(masks, team.waiting, report)
-        write_originals(stages, number, best, shown, masks, judged)
+        write_originals(stages, number, best, shown, masks, judged, report)
     return {
         "validation": dice | gated,
         "source": source,
@@ -90,15 +91,22 @@ def choose_source(stages: Stages, regions: Maps, refined: Maps) -> tuple[str, Ma
 
 
 def rank(
-    stages: Stages, number: int | None, models: Trio, regions: Maps, refined: Maps, masks: Maps
+    stages: Stages,
+    number: int | None,
+    models: Trio,
+    regions: Maps,
+    refined: Maps,
+    masks: Maps,
+    report: Report,
 ) -> dict[str, Judged]:
     """Agreement between the SSL and the adapter's mask of every waiting scan, on the working grid, into the ledger."""
     judged = {}
-    for case in stages.team.waiting:
+    for done, case in enumerate(stages.team.waiting, 1):
         agreement = compare(stages.decode(regions(case)), stages.decode(refined(case)), stages.labels)
         mask = stages.decode(masks(case))
         verdict = judge(agreement, mask, case.grid.spacing, stages.reference, stages.settings, case.image.shape)
         judged[case.id] = Judged(agreement, verdict)
+        report(done, len(stages.team.waiting))
     stages.ledger.set_scores(
         Score(
             case,
@@ -117,38 +125,49 @@ def rank(
     return judged
 
 
-def promote(
+def promotable(
     stages: Stages,
-    number: int,
     models: Trio,
     source: str,
     masks: Maps,
     judged: dict[str, Judged],
     regions: Maps,
     refined: Maps,
-) -> list[Promoted]:
-    """Promote the scans on which the networks agree: ledger first, then the label files."""
+    report: Report,
+) -> dict[str, dict[str, Any]]:
+    """Keep the masks of the scans on which the networks agree best; case to what the ledger says of its promotion."""
     s, team = stages.settings, stages.team
     cases = {c.id: c for c in team.unlabelled}
     verdicts = {c: judged[c].verdict for c in cases}
     agreements = {c: judged[c].agreement for c in cases}
-    wanted = {}
-    for name in select(verdicts, agreements, s.promote_fraction):
-        case = cases[name]
+    names, wanted = select(verdicts, agreements, s.promote_fraction), {}
+    for done, name in enumerate(names, 1):
         wanted[name] = {
-            "sha256": keep_mask(stages, case, masks),
-            "disagreement": keep_disagreement(stages, case, regions, refined),
+            "sha256": keep_mask(stages, cases[name], masks),
+            "disagreement": keep_disagreement(stages, cases[name], regions, refined),
             "image": team.content[name],
             "source": source,
             "agreement": agreements[name].per_label,
             "threshold": s.thresholds,
             "models": models.hashes,
         }
-    studies = read_studies(stages.places.studies or Path())
-    stages.ledger.append(changes(stages.ledger, studies, PSEUDO, number, wanted))
-    settle(stages.ledger, studies, stages.places)
+        report(done, len(names))
+    return wanted
+
+
+def promote(stages: Stages, number: int, wanted: dict[str, dict[str, Any]]) -> list[Promoted]:
+    """Promote: ledger first, then the label files. A scan that a human has labelled meanwhile is left out."""
+    cases = {c.id: c for c in stages.team.unlabelled}
+    record(stages, number, PSEUDO, wanted)
     now = stages.ledger.masks(PSEUDO)
     return [stages.promoted(cases[n], d) for n, d in sorted(wanted.items()) if n in now and now[n].kind == "mask"]
+
+
+def record(stages: Stages, number: int, tag: str, wanted: dict[str, dict[str, Any]]) -> None:
+    """Append what changes for a tag, then make the label files follow."""
+    studies = read_studies(stages.places.studies or Path())
+    stages.ledger.append(changes(stages.ledger, studies, tag, number, wanted))
+    settle(stages.ledger, studies, stages.places)
 
 
 def keep_mask(stages: Stages, case: Prepared, masks: Maps) -> str:
@@ -172,12 +191,19 @@ def choose_shown(stages: Stages, source: str, masks: Maps, best: Trio) -> tuple[
 
 
 def write_originals(
-    stages: Stages, number: int, models: Trio, shown: str, masks: Maps, judged: dict[str, Judged]
+    stages: Stages,
+    number: int,
+    models: Trio,
+    shown: str,
+    masks: Maps,
+    judged: dict[str, Judged],
+    report: Report,
 ) -> None:
     """The best current mask of every waiting scan to ``labels/original``, ledger first."""
     promoted = {c for c, e in stages.ledger.masks(PSEUDO).items() if e.kind == "mask"}
-    wanted = {
-        case.id: {
+    wanted = {}
+    for done, case in enumerate(stages.team.waiting, 1):
+        wanted[case.id] = {
             "sha256": keep_mask(stages, case, masks),
             "image": stages.team.content[case.id],
             "source": shown,
@@ -187,8 +213,5 @@ def write_originals(
             "promoted": case.id in promoted,
             "models": models.hashes,
         }
-        for case in stages.team.waiting
-    }
-    studies = read_studies(stages.places.studies or Path())
-    stages.ledger.append(changes(stages.ledger, studies, ORIGINAL, number, wanted))
-    settle(stages.ledger, studies, stages.places)
+        report(done, len(stages.team.waiting))
+    record(stages, number, ORIGINAL, wanted)

@@ -163,7 +163,7 @@ def rank_studies(
                 redrawn = stages.fill(stages.redraw(sam, regions), waiting, told)
             with progress.stage("refine") as told:
                 refined = stages.fill(stages.refine(adapter, redrawn, regions), waiting, told)
-            judged = rank(stages, None, Trio(ssl, sam, adapter), regions, refined, regions)
+            judged = rank(stages, None, Trio(ssl, sam, adapter), regions, refined, regions, silent)
             progress.finish()
     return dict(sorted(((c, j.agreement.mean) for c, j in judged.items()), key=lambda pair: (pair[1], pair[0])))
 

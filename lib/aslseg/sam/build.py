@@ -8,6 +8,7 @@ to ``image_size`` and zero-padded at the bottom and right. *Low-res* maps have a
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 
-from aslseg.errors import BadWeightsError
 from aslseg.sam import checkpoints
 from aslseg.sam.architecture import Architecture, build
 from aslseg.settings import APP_DIR, Settings
 from aslseg.ssl.engine import choose_device
 from aslseg.ssl.networks import bfloat16_pays
+from aslseg.weights import sha256
 
 MASK_LOGIT_LIMIT = 6.0
 
@@ -36,6 +37,8 @@ class SAMModel:
         sam: The network.
         architecture: What it was built from.
         metadata: ``kind``, ``labels``, ``architecture``, ``base_sha256`` and whatever else its file says.
+        device: Where it runs.
+        fingerprint: Names the weights, for caches; the hash of the file, or by default a fresh name.
     """
 
     def __init__(
@@ -44,11 +47,13 @@ class SAMModel:
         architecture: Architecture,
         metadata: dict[str, Any] | None = None,
         device: torch.device | str = "cpu",
+        fingerprint: str = "",
     ) -> None:
         self.sam = sam.to(device)
         self.architecture = architecture
         self.metadata = {"kind": "sam", "architecture": asdict(architecture)} | (metadata or {})
         self.device = torch.device(device)
+        self.fingerprint = fingerprint or uuid.uuid4().hex
         self.bf16 = bfloat16_pays(self.device)
 
     @property
@@ -157,4 +162,4 @@ def load(path: Path, settings: Settings) -> SAMModel:
     found.require_loadable()
     sam = build(found.architecture)
     sam.load_state_dict({k: v.float() for k, v in found.state.items()}, strict=True)
-    return SAMModel(sam, found.architecture, found.metadata, choose_device(settings))
+    return SAMModel(sam, found.architecture, found.metadata, choose_device(settings), sha256(path))

@@ -55,6 +55,11 @@ class EmbeddingCache:
             self._keep(key, {k: found[k] for k in wanted})
         return torch.stack([found[k] for k in slices]).float()
 
+    def has(self, key: Hashable, k: int) -> bool:
+        """Whether a slice's embedding is kept."""
+        with self._lock:
+            return (key, k) in self._kept
+
     def _keep(self, key: Hashable, fresh: dict[int, Tensor]) -> None:
         with self._lock:
             for k, embedding in fresh.items():

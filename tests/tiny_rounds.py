@@ -1,0 +1,66 @@
+"""The smallest round there is: phantoms of 24 x 24 x 8 voxels, a SAM of 32 pixels, a handful of steps. Two seconds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from aslseg.sam.architecture import Architecture, build
+from aslseg.settings import Places, Settings
+from aslseg.volume.phantom import write_studies
+from aslseg.weights import save_weights, sha256
+
+SHAPE = (24, 24, 8)
+SAM = Architecture(
+    image_size=32, patch_size=8, embed_dim=16, depth=1, heads=2, window=2, global_blocks=(0,), out_chans=16, mlp_dim=32
+)
+
+
+def tiny_sam(path: Path) -> Path:
+    """A SAM file with random weights."""
+    torch.manual_seed(0)
+    save_weights(path, build(SAM).state_dict(), {"kind": "sam", "architecture": asdict(SAM)})
+    return path
+
+
+def tiny_settings(root: Path, **conf: object) -> Settings:
+    """Settings whose state lies beside the studies folder; nothing comes from the environment."""
+    sam = root / "sam.safetensors"
+    values = {
+        "ssl_iterations": 6,
+        "retrain_iterations": 4,
+        "sam_iterations": 2,
+        "sam_batch": 2,
+        "adapter_iterations": 2,
+        "batch_labelled": 1,
+        "batch_unlabelled": 1,
+        "patch": "32,32,16",
+        "overlap": 0.0,
+        "min_component": 0,
+        "promote_threshold": "0",
+        "sam_checkpoint": str(sam if sam.exists() else tiny_sam(sam)),
+        "model_dir": str(root / "models"),
+        "min_free_gb": 0.0,
+    }
+    return Settings(**(values | conf))  # type: ignore[arg-type]
+
+
+def tiny_studies(root: Path, cases: int = 6, labelled: int = 3, seed: int = 1) -> Path:
+    """A studies folder of phantoms."""
+    write_studies(root / "studies", cases, labelled, seed, shape=SHAPE)
+    return root / "studies"
+
+
+def label_hashes(studies: Path) -> dict[str, str]:
+    """``tag/file`` to hash, of every label there is."""
+    files = sorted((studies / "labels").rglob("*.nii.gz"))
+    return {str(f.relative_to(studies / "labels")): sha256(f) for f in files}
+
+
+def published_hashes(settings: Settings, studies: Path) -> dict[str, str]:
+    """Kind to hash of the published models."""
+    from aslseg.rounds.publish import manifest
+
+    return {kind: entry["sha256"] for kind, entry in manifest(Places(settings, studies)).items()}

@@ -1,0 +1,139 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from aslseg.errors import BadSettingsError
+from aslseg.settings import PLATFORM_KEYS, Places, Settings, load_settings
+
+NO_FILE = Path("/nonexistent/.env")
+
+
+def load(conf=None, env=None, dotenv=NO_FILE):
+    return load_settings(conf, env or {}, dotenv)
+
+
+def test_defaults_are_valid_and_described():
+    settings, origin = load()
+    assert set(origin.values()) == {"default"}
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert "example" in field.json_schema_extra, name
+    assert settings.label_set.names == ("liver", "tumour")
+
+
+def test_conf_over_environment_over_dotenv(tmp_path):
+    (tmp_path / ".env").write_text("ASLSEG_SEED=1\nASLSEG_THREADS=1\nASLSEG_LABELS=atrium\nOTHER=1\n")
+    env = {"ASLSEG_SEED": "2", "ASLSEG_THREADS": "2", "PATH": "/bin"}
+    settings, origin = load({"seed": "3"}, env, tmp_path / ".env")
+    assert (settings.seed, settings.threads, settings.labels) == (3, 2, "atrium")
+    assert (origin["seed"], origin["threads"], origin["labels"], origin["home"]) == (
+        "conf",
+        "environment",
+        ".env",
+        "default",
+    )
+
+
+def test_environment_of_the_process_by_default(monkeypatch):
+    monkeypatch.setenv("ASLSEG_SEED", "77")
+    assert load_settings({}, dotenv=NO_FILE)[0].seed == 77
+
+
+@pytest.mark.parametrize(
+    ("conf", "env", "message"),
+    [
+        ({"label": "a"}, {}, r"unknown setting 'label' in conf; did you mean 'labels'\?"),
+        ({"zzzzzzzz": "a"}, {}, "valid names are: adapter_iterations"),
+        ({}, {"ASLSEG_SEDE": "1"}, r"unknown setting 'sede' in environment; did you mean 'seed'\?"),
+    ],
+)
+def test_unknown_keys(conf, env, message):
+    with pytest.raises(BadSettingsError, match=message):
+        load(conf, env)
+
+
+def test_keys_of_the_platform_are_passed_over():
+    load(dict.fromkeys(PLATFORM_KEYS, "x"))
+
+
+def test_app_folder_is_no_setting():
+    load(env={"ASLSEG_APP_DIR": "/somewhere"})
+
+
+@pytest.mark.parametrize(
+    ("conf", "message"),
+    [
+        ({"seed": "x"}, "seed"),
+        ({"seed": "-1"}, "seed: .*greater than or equal to 0"),
+        ({"ema_decay": "1"}, "ema_decay"),
+        ({"ssl_method": "mean_techer"}, r"did you mean 'mean_teacher'\?"),
+        ({"network": "vnett"}, "did you mean 'vnet"),
+        ({"recipe": "aslsegg"}, "did you mean 'aslseg'"),
+        ({"sam_prompts": "box+points"}, "did you mean 'point'"),
+        ({"spacing": "1,2"}, "three positive numbers"),
+        ({"spacing": "1,2,x"}, "three positive numbers"),
+        ({"patch": "0,16,16"}, "three positive numbers"),
+        ({"window_low": "300"}, "must lie below window_high"),
+        ({"labels": "a,a"}, "different names"),
+        ({"labels": ""}, "different names"),
+        ({"promote_threshold": "much"}, "'much' is not a number"),
+        ({"promote_threshold": "1.2"}, r"outside 0\.\.1"),
+        ({"promote_threshold": "nan"}, r"outside 0\.\.1"),
+        ({"modality": "us"}, "modality"),
+    ],
+)
+def test_values_that_cannot_be(conf, message):
+    with pytest.raises(BadSettingsError, match=message):
+        load(conf)
+
+
+def test_all_mistakes_of_values_are_told_at_once():
+    with pytest.raises(BadSettingsError, match=r"(?s)seed.*threads|threads.*seed"):
+        load({"seed": "x", "threads": "y"})
+
+
+def test_settings_are_frozen():
+    settings, _ = load()
+    with pytest.raises(ValidationError):
+        settings.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.8", {"liver": 0.8, "tumour": 0.8}),
+        ("0.9,tumour=0.7", {"liver": 0.9, "tumour": 0.7}),
+        ("tumour=0.5, 0.6", {"liver": 0.6, "tumour": 0.5}),
+        ("0,spleen=1", {"liver": 0.0, "tumour": 0.0}),
+    ],
+)
+def test_thresholds_by_label(text, expected):
+    assert Settings(promote_threshold=text).thresholds == expected
+
+
+def test_direct_construction_ignores_the_environment(monkeypatch):
+    monkeypatch.setenv("ASLSEG_SEED", "5")
+    assert Settings().seed == 1337
+
+
+def test_places_of_a_folder(tmp_path):
+    places = Places(Settings(model_dir=str(tmp_path / "models")), tmp_path / "studies")
+    assert places.studies == tmp_path / "studies"
+    assert places.ledger == tmp_path / "studies" / ".aslseg" / "ledger.sqlite"
+    assert places.models.parent == tmp_path / "models"
+    assert places.models.name.startswith("studies-")
+
+
+def test_places_of_two_folders_of_one_name_differ(tmp_path):
+    settings = Settings(model_dir=str(tmp_path))
+    assert Places(settings, tmp_path / "a" / "x").models != Places(settings, tmp_path / "b" / "x").models
+    assert Places(settings, tmp_path / "a" / "x").models == Places(settings, tmp_path / "b" / ".." / "a" / "x").models
+
+
+def test_places_of_a_dicomweb_address(tmp_path):
+    places = Places(Settings(model_dir=str(tmp_path)), "http://127.0.0.1:8042/dicom-web")
+    assert places.studies is None
+    assert places.models.name.startswith("127.0.0.1-8042-")
+    assert places.ledger.is_relative_to(places.models)
+    assert Places(Settings(home=str(tmp_path / "h")), "http://x").cache == tmp_path / "h" / "cache"

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+
+from aslseg.types import Labels, Volume, silent
+
+NESTED = Labels.parse("liver,tumour,cyst", "tumour:liver,cyst:tumour")
+
+
+def test_parse():
+    labels = Labels.parse(" liver, tumour ,spleen", "tumour:liver")
+    assert labels.names == ("liver", "tumour", "spleen")
+    assert labels.parents == (None, 0, None)
+    assert labels.values == {"liver": 1, "tumour": 2, "spleen": 3}
+    assert len(labels) == 3
+
+
+def test_nesting_of_unknown_labels_is_ignored():
+    assert Labels.parse("atrium", "tumour:liver").parents == (None,)
+    assert Labels.parse("tumour", "tumour:liver").parents == (None,)
+
+
+@pytest.mark.parametrize(
+    ("names", "nested", "message"),
+    [
+        ("", "", "different names"),
+        (" , ", "", "different names"),
+        ("a,a", "", "different names"),
+        ("liver,background", "", "meaning of its own"),
+        ("Image", "", "meaning of its own"),
+        ("a,b", "ab", "expected child:parent"),
+        ("tumour,liver", "tumour:liver", "list 'liver' before 'tumour'"),
+        ("a", "a:a", "before"),
+    ],
+)
+def test_names_that_cannot_be(names, nested, message):
+    with pytest.raises(ValueError, match=message):
+        Labels.parse(names, nested)
+
+
+def test_members_reach_down_the_whole_tree():
+    assert NESTED.members(0) == [1, 2, 3]
+    assert NESTED.members(1) == [2, 3]
+    assert NESTED.members(2) == [3]
+
+
+def test_regions_and_back():
+    class_map = np.array([[0, 1], [2, 3]], np.uint8)
+    regions = NESTED.regions(class_map)
+    assert regions.dtype == bool
+    assert regions.tolist() == [[[0, 1], [1, 1]], [[0, 0], [1, 1]], [[0, 0], [0, 1]]]
+    assert np.array_equal(NESTED.decode(regions), class_map)
+    assert NESTED.decode(regions).dtype == np.uint8
+
+
+def test_decode_takes_the_innermost_that_reaches_a_half():
+    probabilities = np.array([[0.9, 0.9, 0.4, 0.49], [0.5, 0.49, 0.6, 0.2], [0, 0, 0, 0]])
+    assert NESTED.decode(probabilities).tolist() == [2, 1, 2, 0]
+
+
+def test_region_probabilities_are_sums_of_classes():
+    softmax = np.array([0.1, 0.2, 0.3, 0.4])[:, None]
+    found = NESTED.region_probabilities(softmax)
+    assert found.dtype == np.float32
+    assert found[:, 0] == pytest.approx([0.9, 0.7, 0.4])
+
+
+def test_spacing_of_an_oblique_volume():
+    angle = 0.3
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([0.7, 0.8, -5])
+    assert Volume(np.zeros((2, 2, 2)), affine).spacing == pytest.approx((0.7, 0.8, 5))
+
+
+def test_silent_accepts_any_report():
+    assert silent(1, 2, loss=0.3) is None
