@@ -67,6 +67,8 @@ class Server:
             self.studies,
         ]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        if os.environ.get("TEST_SAM"):
+            self.conf.setdefault("sam_checkpoint", os.environ["TEST_SAM"])
         for key, value in (
             {"model_dir": str(self.folder / "models"), "min_free_gb": "0"} | self.conf
         ).items():

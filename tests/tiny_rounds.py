@@ -29,6 +29,7 @@ def tiny_settings(root: Path, **conf: object) -> Settings:
     """Settings whose state lies beside the studies folder; nothing comes from the environment."""
     sam = root / "sam.safetensors"
     values = {
+        "network": "unet",
         "ssl_iterations": 6,
         "retrain_iterations": 4,
         "sam_iterations": 2,
@@ -51,6 +52,19 @@ def tiny_studies(root: Path, cases: int = 6, labelled: int = 3, seed: int = 1) -
     """A studies folder of phantoms."""
     write_studies(root / "studies", cases, labelled, seed, shape=SHAPE)
     return root / "studies"
+
+
+def make_tiny(promote: bool = True) -> None:
+    """For the rest of this process: fewer batch-norm batches, one thread, and, as networks of six steps never
+    look right, every mask that agrees counts as plausible."""
+    from aslseg.agreement.verdict import Verdict
+    from aslseg.rounds import recipes
+    from aslseg.ssl import engine
+
+    torch.set_num_threads(1)
+    engine.STATISTICS_BATCHES = 2
+    if promote:
+        recipes.judge = lambda *_: Verdict(True)  # type: ignore[assignment]
 
 
 def label_hashes(studies: Path) -> dict[str, str]:

@@ -27,7 +27,7 @@ PLATFORM_KEYS = {"models", "preload", "auto_update_scoring"}
 
 def _setting(default: Any, description: str, *, unit: str = "", example: str = "", **limits: Any) -> Any:
     """A field whose help, unit and example end up in apps/aslseg/README.md."""
-    extra = {"unit": unit, "example": example or str(default)}
+    extra: dict[str, Any] = {"unit": unit, "example": example or str(default)}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
@@ -124,7 +124,12 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only explicit values: :func:`load_settings` reads the sources, so that each value's origin is known."""
         return (init_settings,)
@@ -225,7 +230,7 @@ def load_settings(
         ("environment", _prefixed(os.environ if env is None else env)),
         ("conf", {k: v for k, v in (conf or {}).items() if k not in PLATFORM_KEYS}),
     )
-    values: dict[str, str] = {}
+    values: dict[str, Any] = {}
     origin = dict.fromkeys(known, "default")
     for source, pairs in sources:
         for key, value in pairs.items():

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -120,7 +121,7 @@ def _header(path: Path) -> Volume:
     import nibabel as nib
 
     if path.name.endswith((".nii", ".nii.gz")):
-        image = nib.load(path)
+        image: Any = nib.load(path)
         shape = image.shape
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aslseg.cases.studies import Studies, read_studies
+from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import AslsegError, DiskFullError, NoModelError
 from aslseg.registry import RECIPES
 from aslseg.rounds.gate import Trio, publish_better
@@ -29,6 +30,7 @@ from aslseg.weights import write_json
 logger = logging.getLogger(__name__)
 
 KEEP_STEPS = 2
+STALE_SECONDS = 600
 FULL = (28, 122)  # ENOSPC, EDQUOT
 
 
@@ -64,6 +66,7 @@ def run_round(
         number, continued = ledger.open_round({"settings": settings.model_dump()})
         progress = Progress(places.home / "progress.json", expected_seconds(found, settings, before), report, number)
         with _accounted(progress, ledger, number):
+            _sweep(places, found)
             settle(ledger, found, places)
             stages = Stages(places, settings, ledger, _team(found, settings, places, ledger, progress), progress)
             summary = RECIPES.get(settings.recipe)(stages, number)
@@ -223,6 +226,18 @@ def _clean_up(stages: Stages, number: int) -> None:
     write_json(notes, used)
     stages.steps.prune(name for names in used.values() for name in names)
     stages.masks.prune(stages.ledger)
+
+
+def _sweep(places: Places, studies: Studies) -> None:
+    """Delete temporary files of rounds that were killed while writing."""
+    for folder in (places.rounds, places.home / "masks", places.home / "original"):
+        for path in folder.rglob(".tmp-*"):
+            path.unlink(missing_ok=True)
+    for tag in (PSEUDO, ORIGINAL):
+        for path in (studies.root / "labels" / tag).glob(".tmp-*"):
+            # a server may be writing here at this moment
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink(missing_ok=True)
 
 
 def _threads(settings: Settings) -> None:

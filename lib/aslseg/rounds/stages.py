@@ -17,7 +17,7 @@ from aslseg.agreement import measures
 from aslseg.agreement.verdict import Reference, reference
 from aslseg.cases.prepare import PreparedStore, Spacing
 from aslseg.cases.studies import PSEUDO
-from aslseg.errors import AslsegError
+from aslseg.errors import AslsegError, BadWeightsError
 from aslseg.rounds.gather import Team
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.masks import MaskStore
@@ -109,6 +109,8 @@ class Stages:
     def train_sam(self, report: Report) -> Path:
         """SAM, fine-tuned on the human labels."""
         s, init = self.settings, sam_build.base_path(self.settings)
+        if not init.is_file():
+            raise BadWeightsError(f"{init}: no such SAM file; set sam_checkpoint to one, or leave it empty")
         inputs = {
             "human": self._human(),
             "spacing": self.team.spacing,

@@ -24,6 +24,7 @@ from aslseg.weights import atomic_file, write_json
 logger = logging.getLogger(__name__)
 
 # Settings that only some steps see; all others (labels, windows, seed, whatever is added) count for every step.
+# Iterations, spacing and the SAM file are given to the steps that use them as numbers and hashes.
 GROUPS = {
     "ssl": {
         "ssl_method",
@@ -35,7 +36,7 @@ GROUPS = {
         "ema_decay",
     },
     "predict": {"overlap", "flips"},
-    "sam": {n for n in Settings.model_fields if n.startswith("sam_")} - {"sam_prompts"},
+    "sam": {n for n in Settings.model_fields if n.startswith("sam_")} - {"sam_prompts", "sam_checkpoint"},
     "prompts": {"sam_prompts", "box_margin", "min_component"},
     "adapter": {n for n in Settings.model_fields if n.startswith("adapter_")},
     "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 UID = re.compile(r"\d+(\.\d+)*")
 CONVERTER = "itkimage2segimage"
+SILENT_SECONDS = 15  # clients poll every 5 seconds; a PACS that is down is not asked each time
 
 
 def find_converter() -> None:
@@ -69,6 +71,8 @@ def connect(url: str, settings: Settings, places: Places) -> SafeDICOM:
         wado_url_prefix=platform.MONAI_LABEL_WADO_PREFIX,
         stow_url_prefix=platform.MONAI_LABEL_STOW_PREFIX,
     )
+    # the default is to try for minutes, on MONAI Label's event loop
+    client.set_http_retry_params(retry=False)
     listed = dict(platform.MONAI_LABEL_DICOMWEB_SEARCH_FILTER)
     if listed == {"Modality": "CT"}:
         listed = {"Modality": settings.modality.upper()}
@@ -91,16 +95,19 @@ class SafeDICOM(JsonGuard, DICOMWebDatastore):
         self, settings: Settings, places: Places, client: DICOMwebClient, listed: dict[str, Any], cache: str
     ) -> None:
         self._prepare_guard(settings, places)
+        self._ask_again = 0.0
         by_frame = platform.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME
         super().__init__(client, listed, cache, by_frame, convert_to_nifti=True)
 
     def status(self) -> dict[str, Any]:
         """Counts; zeros while the PACS does not answer, so that the server stays up."""
-        try:
-            return super().status()
-        except RequestException as error:
-            logger.warning("the PACS does not answer: %s", error)
-            return {"total": 0, "completed": 0, "label_tags": {}}
+        if time.monotonic() >= self._ask_again:
+            try:
+                return super().status()
+            except RequestException as error:
+                logger.warning("the PACS does not answer: %s", error)
+                self._ask_again = time.monotonic() + SILENT_SECONDS
+        return {"total": 0, "completed": 0, "label_tags": {}}
 
     def get_image_uri(self, image_id: str) -> str:
         with self._answering():

@@ -56,7 +56,7 @@ class MaskTask(InferTask):
         start, times = time.perf_counter(), {}
         if not self.is_valid():
             raise NoModelError(
-                f"{request.get('model')}: its models are not published yet; run a round (trainer 'round' or "
+                f"{request.get('model')}: its models are not there yet; run a round (trainer 'round' or "
                 "`aslseg round`) first. Model 'sam' works meanwhile"
             )
         class_map, affine, more = self.mask(Path(request["image"]), request, times)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,6 @@ from aslseg.serving.cascade import Scan, Scans
 from aslseg.serving.infer import MaskTask
 from aslseg.volume.geometry import Grid
 
-KEPT_OBJECTS = 8
-
 
 class ClickTask(MaskTask):
     """Whole object in 3-D, value 1, replaced at every click; usable before anything is trained.
@@ -33,10 +30,15 @@ class ClickTask(MaskTask):
     def __init__(self, scans: Scans, description: str) -> None:
         super().__init__(scans, "sam", (), description)
         self.type = InferType.DEEPGROW
-        self._states: OrderedDict[tuple[object, ...], Any] = OrderedDict()
-        self._lock = threading.Lock()
         # one click at a time on SAM; whole-volume stages do not hold this
         self._clicking = threading.Lock()
+
+    def is_valid(self) -> bool:
+        """Shown as long as there is a SAM: a published one, the one of the settings, or the one that ships."""
+        from aslseg.sam.build import base_path
+
+        models = self.scans.models
+        return models.published("sam") is not None or base_path(models.settings).is_file()
 
     def result_labels(self, request: Mapping[str, Any]) -> dict[str, int]:
         """The one object, under the name that the client gave."""
@@ -55,7 +57,7 @@ class ClickTask(MaskTask):
             found = self._automatic(scan, region, times)
             more["source"] = "automatic mask" if found.any() else "nothing clicked"
         else:
-            found = self._clicked(scan, prompt, request, times)
+            found = self._clicked(scan, prompt, region, times)
             more["source"] = "clicks"
         start = time.perf_counter()
         native = (scan.grid.to_native(found.astype(np.float32)) >= 0.5).astype(np.uint8)
@@ -71,31 +73,22 @@ class ClickTask(MaskTask):
             return np.zeros(scan.image.shape, np.float32)
         return self.scans.stage(scan, "sam", times)[region]
 
-    def _clicked(
-        self, scan: Scan, prompt: ClientPrompt, request: Mapping[str, Any], times: dict[str, float]
-    ) -> np.ndarray:
-        key = (scan.key, prompt.label, request.get("client_id"))
-        with self._clicking:
-            start = time.perf_counter()
-            state = self._state(key, scan, bool(request.get("reset_state")))
-            found = state.answer(to_working(prompt, scan.grid))
-            times["infer"] = time.perf_counter() - start
-        return found
-
-    def _state(self, key: tuple[object, ...], scan: Scan, fresh: bool) -> Any:
+    def _clicked(self, scan: Scan, prompt: ClientPrompt, region: int, times: dict[str, float]) -> np.ndarray:
         from aslseg.sam.interactive import Clicks
 
-        with self._lock:
-            if fresh:
-                self._states.pop(key, None)
-            if key not in self._states:
-                self._states[key] = Clicks(
-                    self.scans.models.get("sam"), scan.image, self.scans.models.settings
-                )
-            self._states.move_to_end(key)
-            while len(self._states) > KEPT_OBJECTS:
-                self._states.popitem(last=False)
-            return self._states[key]
+        # an automatic mask that the annotator has asked for is what the clicks correct
+        known = (
+            scan.regions.get("ssl") if prompt.label in self.scans.models.settings.label_set.names else None
+        )
+        model = self.scans.models.get("sam")
+        with self._clicking:
+            start = time.perf_counter()
+            clicks = Clicks(
+                model, scan.image, self.scans.models.settings, None if known is None else known[region]
+            )
+            found = clicks.answer(to_working(prompt, scan.grid))
+            times["infer"] = time.perf_counter() - start
+        return found
 
 
 def to_working(prompt: ClientPrompt, grid: Grid) -> ClientPrompt:

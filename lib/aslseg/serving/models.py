@@ -67,4 +67,4 @@ def _load(kind: Kind, path: Path | None, settings: Settings) -> Any:
         return adaptation.load(path, settings)
     from aslseg.sam import build
 
-    return build.load(path or build.base_checkpoint(settings), settings)
+    return build.load(path or build.base_path(settings), settings)

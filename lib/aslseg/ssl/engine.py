@@ -195,50 +195,13 @@ def train(
     """
     started = time.monotonic()
     trainer = Trainer(labelled, unlabelled, settings, iterations)
-    metadata = {
-        "kind": "ssl",
-        "labels": list(settings.label_set.names),
-        "network": settings.network,
-        "method": settings.ssl_method,
-        "patch": list(trainer.patch),
-        "spacing": None if spacing is None else list(spacing),
-        "modality": settings.modality,
-        "window": [settings.window_low, settings.window_high],
-        "iterations": iterations,
-        "seed": settings.seed,
-        "init": sha256(init) if init else None,
-    }
+    metadata = _metadata(trainer, spacing, init)
     if init is not None:
         trainer.method.start_from(load_weights(init, "ssl")[0])
     checkpoint = out.with_name(f"{out.stem}.checkpoint.pt")
-    first = _resume(trainer, checkpoint, _fingerprint(metadata, settings, labelled, unlabelled))
-    losses, predicted, true = [], [], []
-
-    def step(engine: Engine, number: int) -> dict[str, float]:
-        return trainer.step(number)
-
-    engine = Engine(step)
-
-    @engine.on(Events.ITERATION_COMPLETED)
-    def watch(engine: Engine) -> None:
-        logs, done = engine.state.output, engine.state.batch + 1
-        losses.append(logs["loss"])
-        predicted.append(logs["foreground"])
-        true.append(logs["truth"])
-        _check_collapse(predicted, true, done / iterations, settings)
-        report(done, iterations, loss=float(np.mean(losses[-50:])))
-
-    @engine.on(Events.ITERATION_COMPLETED)
-    def keep(engine: Engine) -> None:
-        done = engine.state.batch + 1
-        if done % CHECKPOINT_EVERY == 0 and done < iterations:
-            content = {"step": done, "fingerprint": fingerprint, **trainer.state()}
-            with atomic_file(checkpoint) as temporary:
-                torch.save(content, temporary)
-
     fingerprint = _fingerprint(metadata, settings, labelled, unlabelled)
-    if first < iterations:
-        engine.run(range(first, iterations), max_epochs=1, epoch_length=iterations - first)
+    first = _resume(trainer, checkpoint, fingerprint)
+    losses = _run(trainer, first, checkpoint, fingerprint, report)
     trainer.refresh_statistics()
     save_weights(out, trainer.method.predictor.state_dict(), metadata)
     checkpoint.unlink(missing_ok=True)
@@ -248,6 +211,58 @@ def train(
         "steps": iterations - first,
         "patch": list(trainer.patch),
         "sha256": sha256(out),
+    }
+
+
+def _run(trainer: Trainer, first: int, checkpoint: Path, fingerprint: str, report: Report) -> list[float]:
+    """The steps from ``first`` on, watched, reported and checkpointed; returns their losses."""
+    total = trainer.iterations
+    losses: list[float] = []
+    predicted: list[float] = []
+    true: list[float] = []
+
+    def step(_: Engine, number: int) -> dict[str, float]:
+        return trainer.step(number)
+
+    def watch(engine: Engine) -> None:
+        logs: Any = engine.state.output
+        losses.append(logs["loss"])
+        predicted.append(logs["foreground"])
+        true.append(logs["truth"])
+        done = first + engine.state.iteration
+        _check_collapse(predicted, true, done / total, trainer.settings)
+        report(done, total, loss=float(np.mean(losses[-50:])))
+
+    def keep(engine: Engine) -> None:
+        done = first + engine.state.iteration
+        if done % CHECKPOINT_EVERY == 0 and done < total:
+            content = {"step": done, "fingerprint": fingerprint, **trainer.state()}
+            with atomic_file(checkpoint) as temporary:
+                torch.save(content, temporary)
+
+    engine = Engine(step)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, watch)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, keep)
+    if first < total:
+        engine.run(range(first, total), max_epochs=1, epoch_length=total - first)
+    return losses
+
+
+def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str, Any]:
+    """What a model file says about itself."""
+    settings = trainer.settings
+    return {
+        "kind": "ssl",
+        "labels": list(settings.label_set.names),
+        "network": settings.network,
+        "method": settings.ssl_method,
+        "patch": list(trainer.patch),
+        "spacing": None if spacing is None else list(spacing),
+        "modality": settings.modality,
+        "window": [settings.window_low, settings.window_high],
+        "iterations": trainer.iterations,
+        "seed": settings.seed,
+        "init": sha256(init) if init else None,
     }
 
 

@@ -37,13 +37,14 @@ class SSLModel:
         self.settings = settings
         self.device = choose_device(settings)
         self.bf16 = bfloat16_pays(self.device)
-        self.network = network.eval().to(self.device, memory_format=torch.channels_last_3d)
+        self.network = network.eval().to(self.device)
+        self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
         """Working spacing in mm, None for the scans' own."""
         stored = self.metadata["spacing"]
-        return None if stored is None else tuple(stored)  # type: ignore[return-value]
+        return None if stored is None else tuple(stored)
 
     @torch.inference_mode()
     def predict(self, image: np.ndarray) -> np.ndarray:
@@ -61,7 +62,7 @@ class SSLModel:
         return torch.stack(parts).mean(0)[0].numpy()
 
     def _windows(self, x: Tensor) -> Tensor:
-        return sliding_window_inference(
+        found = sliding_window_inference(
             x,
             tuple(self.metadata["patch"]),
             1 if self.device.type == "cpu" else 4,
@@ -73,6 +74,7 @@ class SSLModel:
             padding_mode="constant",
             cval=-2.0,
         )
+        return torch.as_tensor(found)
 
     def _probabilities(self, window: Tensor) -> Tensor:
         window = window.contiguous(memory_format=torch.channels_last_3d)

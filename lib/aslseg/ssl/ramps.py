@@ -26,5 +26,6 @@ def ema_update(teacher: nn.Module, student: nn.Module, step: int, decay: float) 
     Batch-norm statistics are the teacher's own, gathered in its passes in training mode (science.md §4).
     """
     alpha = min(1 - 1 / (step + 1), decay)
-    old, new = list(teacher.parameters()), list(student.parameters())
+    old: list[torch.Tensor] = list(teacher.parameters())
+    new: list[torch.Tensor] = list(student.parameters())
     torch._foreach_lerp_(old, new, 1 - alpha)

@@ -6,9 +6,11 @@ NIfTI goes through nibabel; NRRD, MetaImage and the rest through SimpleITK, turn
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -22,6 +24,7 @@ from aslseg.weights import atomic_file
 IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".mhd")
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 AFFINE_TOLERANCE_MM = 0.05
+MAX_HEADER_BYTES = 1_000_000
 
 
 def extension(path: Path) -> str | None:
@@ -154,6 +157,7 @@ def _read(path: Path, max_voxels: float, error: type[AslsegError]) -> tuple[np.n
     try:
         if found in (".nii.gz", ".nii"):
             return _read_nifti(path, max_voxels, error)
+        _require_own_voxels(path, found, error)
         return _read_itk(path, max_voxels, error)
     except AslsegError:
         raise
@@ -180,11 +184,37 @@ def _read(path: Path, max_voxels: float, error: type[AslsegError]) -> tuple[np.n
 
 
 def _read_nifti(path: Path, max_voxels: float, error: type[AslsegError]) -> tuple[np.ndarray, np.ndarray]:
-    image = nib.load(path)
+    image: Any = nib.load(path)
     shape, affine = _checked(path, image.shape, image.affine, max_voxels, error)
     if image.get_data_dtype().kind not in "iuf":
         raise error(f"{path.name}: voxels of type {image.get_data_dtype()}; expected real numbers")
     return np.asarray(image.dataobj, np.float32).reshape(shape), affine
+
+
+def _require_own_voxels(path: Path, found: str, error: type[AslsegError]) -> None:
+    """Refuse headers that fetch their voxels elsewhere: an uploaded one could show any file of the server.
+
+    Only an .mhd has its voxels outside by nature; they must be a .raw or .zraw file beside it.
+    """
+    with path.open("rb") as file:
+        text = file.read(MAX_HEADER_BYTES).decode("latin-1")
+    if found.endswith("nrrd"):
+        header = re.split(r"\r?\n\r?\n", text, maxsplit=1)[0]
+        named = re.search(r"(?im)^\s*data ?file\s*:=?\s*(.*)", header)
+        own = named is None and len(header) < MAX_HEADER_BYTES
+    else:
+        named = re.search(r"(?im)^\s*ElementDataFile\s*[=:]\s*(.*)", text)
+        value = named[1].strip() if named else ""
+        beside = re.fullmatch(r"[^/\\%]+\.z?raw", value) is not None and not (path.parent / value).is_symlink()
+        # a header that names no file at all is left to the reader, which refuses it
+        unnamed = named is None and len(text) < MAX_HEADER_BYTES
+        own = unnamed or value.upper() == "LOCAL" or (found == ".mhd" and beside)
+    if not own:
+        where = repr(named[1].strip()[:100]) if named else "nowhere in its header"
+        raise error(
+            f"{path.name}: its voxels lie in another file ({where}), which is not followed; "
+            "save the scan as one file, as NIfTI or NRRD"
+        )
 
 
 def _read_itk(path: Path, max_voxels: float, error: type[AslsegError]) -> tuple[np.ndarray, np.ndarray]:

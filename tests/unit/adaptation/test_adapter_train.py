@@ -13,8 +13,10 @@ import torch
 from aslseg.adaptation import train as module
 from aslseg.adaptation.predict import load
 from aslseg.adaptation.synthetic import corrupt, dice, soften
-from aslseg.adaptation.train import Redraw, Samples, adaptation_loss, adapter_patch, crop, train
+from aslseg.adaptation.train import Redraw, Samples, adaptation_loss, adapter_patch, crop, redraw_bank, train
 from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
+from aslseg.sam.architecture import Architecture, build
+from aslseg.sam.build import SAMModel
 from aslseg.settings import Settings
 from aslseg.types import Prepared
 from aslseg.weights import load_weights, read_metadata
@@ -87,6 +89,23 @@ def test_loss_of_an_absent_region_is_finite_and_pushes_it_down() -> None:
     assert (logits.grad > 0).all()
 
 
+@pytest.fixture
+def tiny_sam(settings: Settings) -> SAMModel:
+    """The real model with random weights, 64 pixels wide: it draws badly, but it draws."""
+    torch.manual_seed(0)
+    architecture = Architecture(
+        image_size=64,
+        embed_dim=32,
+        depth=1,
+        heads=2,
+        global_blocks=(0,),
+        out_chans=32,
+        mlp_dim=32,
+        decoder_heads=2,
+    )
+    return SAMModel(build(architecture), architecture)
+
+
 @pytest.fixture(scope="module")
 def _once() -> dict[str, object]:
     return {}
@@ -146,6 +165,43 @@ def test_the_file_says_what_is_in_it(trained: dict[str, object], settings: Setti
     assert metadata["patch"] == [32, 32, 16]
     assert metadata["strides"] == [[2, 2, 1], [2, 2, 2], [2, 2, 2]]
     assert metadata["iterations"] == 50
+
+
+def test_the_bank_holds_what_sam_makes_of_faulty_masks(
+    tiny_sam: SAMModel, scan: Maker, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_REDRAWS", 4)
+    cases = [scan(0), scan(1)]
+    reports: list[int] = []
+    bank = redraw_bank(
+        cases,
+        tiny_sam,
+        settings,
+        np.random.default_rng(0),
+        lambda done, total, **shown: reports.append(shown["redraws"]),
+    )
+    assert [len(b) for b in bank] == [2, 2]
+    assert reports == [1, 2, 3, 4]
+    for case, redraws in zip(cases, bank, strict=True):
+        for one in redraws:
+            assert one.sam.shape == one.ssl.shape == (2, *case.image.shape)
+            assert one.sam.dtype == np.uint8
+            # without a prompt SAM draws nothing
+            unprompted = ~(one.ssl >= 128).any((0, 1, 2))
+            assert not one.sam[..., unprompted].any()
+            faulty, truth = one.ssl[0] >= 128, case.label > 0
+            assert not faulty.any() or dice(faulty, truth) > 0
+    assert any(not np.array_equal(one.sam, one.ssl) for redraws in bank for one in redraws)
+
+
+def test_training_with_a_real_sam(
+    tiny_sam: SAMModel, scan: Maker, settings: Settings, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.safetensors"
+    result = train([scan(0)], tiny_sam, settings, out)
+    assert result["redraws"] == module.REDRAWS_PER_CASE
+    assert np.isfinite(result["loss"])
+    assert read_metadata(out)["sam"] is True
 
 
 def test_the_same_seed_gives_the_same_weights(scan: Maker, settings: Settings, tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def test_load_gives_back_the_same_model(tiny: SAMModel, tiny_file: Path, setting
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 48), (33, 64), (128, 96), (20, 17)])
-def test_preprocessing_fills_the_frame_and_pads_bottom_and_right(tiny: SAMModel, shape: tuple[int, int]) -> None:
+def test_preprocessing_fills_the_frame_and_pads_bottom_and_right(
+    tiny: SAMModel, shape: tuple[int, int]
+) -> None:
     rows, columns = tiny.input_shape(shape)
     assert max(rows, columns) == 64
     seen = tiny.preprocess(torch.full((1, *shape), 0.5))
@@ -69,7 +71,9 @@ def test_mask_prompts_are_logits_or_probabilities(tiny: SAMModel) -> None:
     p = torch.tensor([0.0, 0.25, 0.5, 1.0]).view(1, 2, 2)
     logits = tiny.mask_prompt(p).flatten()
     limit = MASK_LOGIT_LIMIT
-    torch.testing.assert_close(logits, torch.tensor([-limit, -np.log(3).item(), 0.0, limit]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        logits, torch.tensor([-limit, -np.log(3).item(), 0.0, limit]), atol=1e-3, rtol=0
+    )
     architecture = replace(tiny.architecture, mask_prompt="probabilities")
     assert torch.equal(SAMModel(tiny.sam, architecture).mask_prompt(p)[:, 0], p)
 
@@ -86,7 +90,11 @@ def test_equal_to_segment_anythings_predictor(tiny: SAMModel, shape: tuple[int, 
     labels = np.array([1, 0])
     box = np.array([5.0, 8.0, 40.0, 30.0])
     mask = rng.normal(size=(1, 32, 32)).astype(np.float32)
-    use_points, use_box, use_mask = kind in ("points", "box+points", "all"), "box" in kind or kind == "all", "ma" in kind
+    use_points, use_box, use_mask = (
+        kind in ("points", "box+points", "all"),
+        "box" in kind or kind == "all",
+        "ma" in kind,
+    )
     use_mask = kind in ("mask", "all")
     expected, iou, low = predictor.predict(
         points if use_points else None,

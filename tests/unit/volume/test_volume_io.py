@@ -141,6 +141,29 @@ def test_vector_images(tmp_path):
         read_image(tmp_path / "a.mha")
 
 
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("a.nrrd", "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\nencoding: raw\ndata file: {}\n"),
+        ("a.nrrd", "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\nencoding: raw\ndatafile: {}\n\nx"),
+        (
+            "a.seg.nrrd",
+            "NRRD0004\r\ntype: uint8\r\ndimension: 3\r\nsizes: 2 2 2\r\nencoding: raw\r\nDATA FILE: LIST\r\n{}",
+        ),
+        ("a.mha", "NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = {}\n"),
+        ("a.mhd", "NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = {}\n"),
+        ("a.mhd", "NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = LIST\n{}\n"),
+        ("a.mhd", "NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile : ../x.raw\n{}\n"),
+    ],
+)
+def test_voxels_are_never_fetched_from_another_file(tmp_path, name, header):
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"password")
+    (tmp_path / name).write_bytes(header.format(secret).encode())
+    with pytest.raises(BadImageError, match="its voxels lie in another file"):
+        read_image(tmp_path / name)
+
+
 def test_size_is_refused_before_anything_is_read(tmp_path):
     path = save(tmp_path / "a.nii", ARRAY)
     raw = bytearray(path.read_bytes())

@@ -25,6 +25,8 @@ class BidirectionalCopyPaste(Method):
     (targets: the teacher's largest component per class) has half weight.
     """
 
+    warm: Tensor
+
     def __init__(self, network: Callable[[], nn.Module], settings: Settings) -> None:
         super().__init__(network, settings)
         self.teacher = make_teacher(self.student)
