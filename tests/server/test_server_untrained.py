@@ -115,7 +115,7 @@ def test_broken_scan_is_told_not_fatal(untrained: Any) -> None:
 def test_session_upload_of_slicer(untrained: Any) -> None:
     path = Path(untrained.studies) / f"{CASE}.nii.gz"
     client = untrained.client()
-    session = client.create_session([str(path)])["session_id"]
+    session = client.create_session(str(path))["session_id"]
     point = centre_of(truth(untrained) > 0)
     file, _ = client.infer("sam", CASE, {"label": "liver", "foreground": [point]}, session_id=session)
     assert Path(file).stat().st_size > 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 CHANNELS = (16, 32, 64, 64)
 FEATURES = 8
 LOGIT_LIMIT = 4.0
+KAPPA = 0.1
 
 
 def strides_for(spacing: Sequence[float]) -> list[list[int]]:
@@ -27,8 +28,9 @@ def strides_for(spacing: Sequence[float]) -> list[list[int]]:
 class AdaptationNetwork(nn.Module):
     """z = U([x, s, p]) + kappa_s clip(logit s) + kappa_p clip(logit p), per region (gated residual).
 
-    The last layer of U starts at zero and both kappas at 1/2, so that an untrained network gives the mean of SAM's
-    and the SSL model's logits, and training starts from "leave it alone".
+    The last layer of U starts at zero and both kappas at 0.1, so that an untrained network decides as the mean of
+    SAM's and the SSL model's logits. Larger kappas learn worse (on 300 steps the loss is .42 with 0.5, .39 with 0.1
+    and with 0): where an input is surely wrong, U first has to outweigh it.
 
     Args:
         regions: R, the number of regions.
@@ -50,7 +52,7 @@ class AdaptationNetwork(nn.Module):
         self.head = nn.Conv3d(FEATURES, regions, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
-        self.kappa = nn.Parameter(torch.full((2, regions), 0.5))
+        self.kappa = nn.Parameter(torch.full((2, regions), KAPPA))
 
     def prior(self, inputs: Tensor) -> Tensor:
         """The part of the logits that comes straight from the inputs, (B, R, i, j, k) float32."""

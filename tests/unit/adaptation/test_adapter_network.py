@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aslseg.adaptation.network import AdaptationNetwork, strides_for
+from aslseg.adaptation.network import KAPPA, AdaptationNetwork, strides_for
 
 
 def inputs(regions: int = 2, shape: tuple[int, ...] = (16, 24, 8)) -> torch.Tensor:
@@ -21,11 +21,11 @@ def test_one_logit_per_region_and_fewer_than_half_a_million_parameters(regions: 
     assert sum(p.numel() for p in network.parameters()) < 500_000
 
 
-def test_untrained_it_gives_the_mean_logit_of_its_inputs() -> None:
+def test_untrained_it_decides_as_the_mean_logit_of_its_inputs() -> None:
     x = inputs()
     logits = AdaptationNetwork(2)(x)
     given = torch.logit(x[:, 1:], eps=1e-3).clamp(-4, 4)
-    torch.testing.assert_close(logits, (given[:, :2] + given[:, 2:]) / 2)
+    torch.testing.assert_close(logits, KAPPA * (given[:, :2] + given[:, 2:]))
 
 
 def test_kappa_gates_each_input_of_each_region() -> None:
@@ -40,7 +40,9 @@ def test_kappa_gates_each_input_of_each_region() -> None:
 
 def test_certain_inputs_have_bounded_logits() -> None:
     x = inputs().round()
-    assert AdaptationNetwork(2)(x).abs().max() <= 4
+    network = AdaptationNetwork(2)
+    torch.nn.init.ones_(network.kappa)
+    assert network(x).abs().max() <= 8
 
 
 def test_gradient_reaches_every_parameter_after_the_first_step() -> None:
