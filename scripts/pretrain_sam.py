@@ -57,9 +57,7 @@ class Phantoms:
             for k in np.flatnonzero(classes.any((0, 1))):
                 self.slices.append((volume.array[..., k], regions[..., k]))
 
-    def draw(
-        self, rng: np.random.Generator, image_size: int, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, rng: np.random.Generator, image_size: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """An image (image_size, image_size) in 0..1 and ``count`` targets at half that size, in 0..1."""
         hu, regions = self.slices[int(rng.integers(len(self.slices)))]
         low, high = rng.uniform(-220, -100), rng.uniform(180, 300)
@@ -69,18 +67,14 @@ class Phantoms:
         chosen = np.stack([objects[n] for n in rng.choice(len(objects), count)])
         stack = np.concatenate([image[None], chosen]).astype(np.float32)
         stack = np.rot90(stack, int(rng.integers(4)), (1, 2))[:, :: int(rng.choice([-1, 1]))]
-        both = F.interpolate(torch.from_numpy(stack.copy())[None], (image_size, image_size), mode="bilinear")[
-            0
-        ]
+        both = F.interpolate(torch.from_numpy(stack.copy())[None], (image_size, image_size), mode="bilinear")[0]
         return both[0], F.avg_pool2d(both[1:], 2)
 
 
 class Generated(Dataset):
     """Generated slices by index; the same seed and index give the same slice."""
 
-    def __init__(
-        self, seed: int, image_size: int, start: int, length: int, phantoms: Phantoms | None = None
-    ) -> None:
+    def __init__(self, seed: int, image_size: int, start: int, length: int, phantoms: Phantoms | None = None) -> None:
         self.seed, self.image_size, self.start, self.length = seed, image_size, start, length
         self.phantoms = phantoms
 
@@ -109,9 +103,7 @@ def encode(model: SAMModel, images: torch.Tensor, extents: torch.Tensor) -> torc
     """Embeddings, with zeros after normalisation where a slice is padded, as at prediction."""
     x = model.preprocess(images)
     line = torch.arange(model.image_size)
-    inside = (line[None, :, None] < extents[:, 0, None, None]) & (
-        line[None, None] < extents[:, 1, None, None]
-    )
+    inside = (line[None, :, None] < extents[:, 0, None, None]) & (line[None, None] < extents[:, 1, None, None])
     return model.sam.image_encoder(x * inside[:, None])
 
 
@@ -137,14 +129,10 @@ def train(
             break
         whole = span[0] + part * (span[1] - span[0])
         for group in optimiser.param_groups:
-            group["lr"] = (
-                rate * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * whole)))
-            )
+            group["lr"] = rate * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * whole)))
         with torch.autocast("cpu", torch.bfloat16):
             embeddings = encode(model, images, extents).repeat_interleave(PROMPTS_PER_SLICE, 0)
-            loss, dice = interaction_loss(
-                model, embeddings, targets.flatten(0, 1), draw_kind(generator), generator
-            )
+            loss, dice = interaction_loss(model, embeddings, targets.flatten(0, 1), draw_kind(generator), generator)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.sam.parameters(), 1.0)
@@ -215,9 +203,7 @@ def draw(rows: list, picture: Path) -> None:
         for n, axis in enumerate(line):
             axis.imshow(images[n], cmap="gray", vmin=0, vmax=1)
             for drawn, colour in ((mask, "red"), (got, "lime")):
-                axis.contour(
-                    np.kron(drawn[n * PROMPTS_PER_SLICE], np.ones((2, 2))), [0.5], colors=colour, linewidths=1
-                )
+                axis.contour(np.kron(drawn[n * PROMPTS_PER_SLICE], np.ones((2, 2))), [0.5], colors=colour, linewidths=1)
             axis.set_axis_off()
             axis.set_title(name, fontsize=7)
     figure.tight_layout()

@@ -62,7 +62,9 @@ class Settings(BaseSettings):
     # stage 1
     ssl_method: str = _setting("mean_teacher", "How labelled and unlabelled scans are learned from")
     network: str = _setting("vnet_small", "Network of the SSL model")
-    patch: str = _setting("auto", "Training patch: auto or x,y,z, rounded to multiples of 16, at least 32,32,16", unit="voxels")
+    patch: str = _setting(
+        "auto", "Training patch: auto or x,y,z, rounded to multiples of 16, at least 32,32,16", unit="voxels"
+    )
     patch_voxels: float = _setting(2e5, "Size that an automatic patch aims for", unit="voxels", gt=500)
     ssl_iterations: int = _setting(2000, "Training steps of the SSL model", unit="steps", gt=0)
     retrain_iterations: int = _setting(1500, "Training steps when retraining with pseudo-labels", unit="steps", gt=0)

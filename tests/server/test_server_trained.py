@@ -44,13 +44,15 @@ def mask_of(file: str, volume: Volume) -> np.ndarray:
     return read_label(Path(file), volume, LABELS)
 
 
-def settle(server: Any, seconds: float = 240) -> dict[str, Any]:
-    """Wait until no training runs; the last task."""
-    client, end = server.client(), time.monotonic() + seconds
-    while client.train_status(check_if_running=True):
+def settle(server: Any, kind: str = "train", seconds: float = 240) -> dict[str, Any]:
+    """Wait until the last task of a kind has ended."""
+    end = time.monotonic() + seconds
+    while True:
+        task = requests.get(f"{server.url}/{kind}/", timeout=60).json()
+        if task["status"] not in ("SUBMITTED", "RUNNING"):
+            return task
         assert time.monotonic() < end, server.log[-3000:]
         time.sleep(0.5)
-    return client.train_status()
 
 
 def test_first_round_starts_by_itself_and_is_seen(starting: Any) -> None:
@@ -230,11 +232,7 @@ def test_strategies_rank_by_agreement(trained: Any) -> None:
 def test_batch_inference_keeps_final_and_skips_what_fails(trained: Any) -> None:
     body = {"images": [waiting(trained), "no-such-scan"], "label_tag": "ssl_only"}
     assert requests.post(f"{trained.url}/batch/infer/ssl", json=body, timeout=60).ok
-    end = time.monotonic() + 120
-    while requests.get(f"{trained.url}/batch/infer?check_if_running=true", timeout=60).ok:
-        assert time.monotonic() < end
-        time.sleep(0.5)
-    task = requests.get(f"{trained.url}/batch/infer", timeout=60).json()
+    task = settle(trained, "batch/infer")
     assert task["status"] == "DONE", task["details"]
     tags = {c: set(o["labels"]) for c, o in trained.client().datastore()["objects"].items()}
     assert [c for c, t in tags.items() if "ssl_only" in t] == body["images"][:1]

@@ -35,9 +35,7 @@ def _distance_outside(mask: np.ndarray, spacing: Spacing) -> np.ndarray:
     return np.maximum(sitk.GetArrayFromImage(transform.Execute(picture)), 0)
 
 
-def random_field(
-    shape: tuple[int, ...], spacing: Spacing, length: float, rng: np.random.Generator
-) -> np.ndarray:
+def random_field(shape: tuple[int, ...], spacing: Spacing, length: float, rng: np.random.Generator) -> np.ndarray:
     """Gaussian random field of unit variance and the given correlation length (mm); float32."""
     noise = rng.standard_normal(shape, dtype=np.float32)
     smooth = ndimage.gaussian_filter(noise, [length / s for s in spacing], truncate=2.0)

@@ -56,9 +56,7 @@ class AdapterModel:
         """
         wanted = (len(self.metadata["labels"]), *image.shape)
         if sam_regions.shape != wanted or ssl_regions.shape != wanted:
-            raise ValueError(
-                f"expected regions of shape {wanted}, got {sam_regions.shape} and {ssl_regions.shape}"
-            )
+            raise ValueError(f"expected regions of shape {wanted}, got {sam_regions.shape} and {ssl_regions.shape}")
         out = np.zeros(wanted, np.float32)
         box = self._box(sam_regions, ssl_regions)
         if box is None:
@@ -119,7 +117,5 @@ def load(path: Path, settings: Settings) -> AdapterModel:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise BadWeightsError(
-            f"{path.name} does not fit its network: {str(error)[:200]}; retrain it"
-        ) from None
+        raise BadWeightsError(f"{path.name} does not fit its network: {str(error)[:200]}; retrain it") from None
     return AdapterModel(network, metadata, settings)

@@ -221,9 +221,7 @@ def shift(
     move = rng.uniform(-1, 1, 3) * severity * most / np.array(spacing)
     scale = 1 + rng.uniform(-0.15, 0.15, 3) * severity
     centre = np.argwhere(part).mean(0)
-    moved = ndimage.affine_transform(
-        part, 1 / scale, centre - (centre + move) / scale, order=1, mode="nearest"
-    )
+    moved = ndimage.affine_transform(part, 1 / scale, centre - (centre + move) / scale, order=1, mode="nearest")
     out[box] = moved >= 0.5
     return out
 
@@ -295,9 +293,7 @@ def soft_pair(
     for out, extra in ((first, 0.0), (second, min(difference, thickness / 2))):
         sigma = max(rng.uniform(0, 0.4) * voxel, extra)
         moved = sigma * random_field(phi.shape, spacing, 3 * voxel, rng) + rng.uniform(-extra, extra) - phi
-        logit = moved / (rng.uniform(0.3, 2) * voxel) + 0.15 * rng.standard_normal(
-            phi.shape, dtype=np.float32
-        )
+        logit = moved / (rng.uniform(0.3, 2) * voxel) + 0.15 * rng.standard_normal(phi.shape, dtype=np.float32)
         out[box] = 1 / (1 + np.exp(-np.clip(logit, -20, 20)))
     return first, second
 
@@ -390,8 +386,6 @@ def calibrate(
         scores = []
         for n in range(draws):
             mask = masks[n % len(masks)]
-            scores.append(
-                dice(corrupt_region(mask, None, spacing, trial, draw_severity(trial, middle)), mask)
-            )
+            scores.append(dice(corrupt_region(mask, None, spacing, trial, draw_severity(trial, middle)), mask))
         low, high = (middle, high) if np.median(scores) > target else (low, middle)
     return (low + high) / 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Sequence
@@ -30,13 +29,11 @@ from aslseg.ssl.ramps import polynomial
 from aslseg.types import Prepared, Report, silent
 from aslseg.weights import save_weights, sha256
 
-logger = logging.getLogger(__name__)
-
 BATCH = 2
 PATCH_VOXELS = 64 * 64 * 32
 REDRAWS_PER_CASE, MOST_REDRAWS = 3, 24
 REAL_PART = 0.5  # of the samples use a real SAM redraw
-MILD_PART = 0.3  # of the samples are nearly right, so that a good mask is left alone
+MILD_PART = 0.4  # of the samples are nearly right, so that a good mask is left alone
 FOREGROUND_PART = 0.65
 IMAGE_DROPOUT = 0.2
 BAND, BAND_WEIGHT = 2, 0.5
@@ -64,9 +61,7 @@ class Sample:
 def crop(array: np.ndarray, start: np.ndarray, patch: Sequence[int]) -> np.ndarray:
     """The last three axes from ``start`` (may be negative) on, zero outside the array; a copy."""
     shape = array.shape[-3:]
-    inside = [
-        slice(min(max(a, 0), n), min(max(a + p, 0), n)) for a, p, n in zip(start, patch, shape, strict=True)
-    ]
+    inside = [slice(min(max(a, 0), n), min(max(a + p, 0), n)) for a, p, n in zip(start, patch, shape, strict=True)]
     pad = [(max(-a, 0), max(a + p - n, 0)) for a, p, n in zip(start, patch, shape, strict=True)]
     return np.pad(array[..., inside[0], inside[1], inside[2]], [(0, 0)] * (array.ndim - 3) + pad)
 
@@ -151,9 +146,7 @@ class Samples:
             start = voxel - patch // 2 + rng.integers(-(patch // 4), patch // 4 + 1)
         else:
             start = rng.integers(0, np.maximum(shape - patch, 0) + 1)
-        return np.where(
-            shape > patch, np.clip(start, 0, np.maximum(shape - patch, 0)), -((patch - shape) // 2)
-        )
+        return np.where(shape > patch, np.clip(start, 0, np.maximum(shape - patch, 0)), -((patch - shape) // 2))
 
     def _synthetic(
         self,
@@ -293,11 +286,8 @@ def train(
     started = time.monotonic()
     cases = [c for c in labelled if c.label is not None]
     if not cases:
-        raise NotEnoughCasesError(
-            "no labelled case to train the adapter on; draw at least one label and submit it"
-        )
-    iterations = settings.adapter_iterations
-    patch = adapter_patch(cases, settings)
+        raise NotEnoughCasesError("no labelled case to train the adapter on; draw at least one label and submit it")
+    iterations, patch = settings.adapter_iterations, adapter_patch(cases, settings)
     rng = np.random.default_rng([settings.seed, 3])
     bank = redraw_bank(cases, sam, settings, rng, report) if sam is not None and iterations else None
     strides = strides_for(np.median([c.grid.spacing for c in cases], axis=0).tolist())
@@ -313,18 +303,7 @@ def train(
 
     if iterations:
         engine.run(range(iterations), max_epochs=1, epoch_length=iterations)
-    names = list(settings.label_set.names)
-    metadata = {
-        "kind": "adapter",
-        "labels": names,
-        "channels": ["image", *(f"sam {n}" for n in names), *(f"ssl {n}" for n in names)],
-        "strides": strides,
-        "patch": list(patch),
-        "iterations": iterations,
-        "seed": settings.seed,
-        "sam": sam is not None,
-    }
-    save_weights(out, trainer.network.state_dict(), metadata)
+    save_weights(out, trainer.network.state_dict(), _metadata(settings, patch, strides, sam is not None))
     last = {k: float(np.mean([h[k] for h in history[-100:]])) for k in history[0]} if history else {}
     return {
         **dict.fromkeys(("loss", "dice_before", "dice_after")),
@@ -335,6 +314,22 @@ def train(
         "steps": iterations,
         "patch": list(patch),
         "sha256": sha256(out),
+    }
+
+
+def _metadata(
+    settings: Settings, patch: Sequence[int], strides: Sequence[Sequence[int]], with_sam: bool
+) -> dict[str, Any]:
+    names = list(settings.label_set.names)
+    return {
+        "kind": "adapter",
+        "labels": names,
+        "channels": ["image", *(f"sam {n}" for n in names), *(f"ssl {n}" for n in names)],
+        "strides": strides,
+        "patch": list(patch),
+        "iterations": settings.adapter_iterations,
+        "seed": settings.seed,
+        "sam": with_sam,
     }
 
 

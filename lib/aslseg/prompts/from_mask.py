@@ -42,9 +42,7 @@ def slice_prompts(
         component = components[rows, columns] == number
         if component.sum() * scale**2 < settings.min_component:
             continue
-        box = to_box(
-            (rows.start - margin, rows.stop + margin), (columns.start - margin, columns.stop + margin)
-        )
+        box = to_box((rows.start - margin, rows.stop + margin), (columns.start - margin, columns.stop + margin))
         start = np.array([rows.start, columns.start])
         points, labels = [_deepest(component, edge=False) + start], [1]
         inside = box_slices(box, 0, (region.shape[0], region.shape[1]))

@@ -53,7 +53,8 @@ class Progress:
         def report(done: int, total: int, **shown: Any) -> None:
             nonlocal calls
             calls += 1
-            self._part = done / max(total, 1)
+            # a stage may train twice or write after it predicted; what is done stays done
+            self._part = max(self._part, done / max(total, 1))
             self._show(done, total, shown)
 
         self._show(0, 1, {}, force=True)

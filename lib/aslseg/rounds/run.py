@@ -68,7 +68,9 @@ def run_round(
         with _accounted(progress, ledger, number):
             _sweep(places, found)
             settle(ledger, found, places)
-            stages = Stages(places, settings, ledger, _team(found, settings, places, ledger, progress), progress)
+            opened = {r.number: r.seq for r in ledger.rounds()}[number]
+            team = _team(found, settings, places, ledger, progress)
+            stages = Stages(places, settings, ledger, team, progress, opened)
             summary = RECIPES.get(settings.recipe)(stages, number)
             summary |= {
                 "round": number,

@@ -60,11 +60,20 @@ class Stages:
         ledger: Of the studies folder.
         team: The round's cases.
         progress: Told how far each stage is.
+        opened: The ledger's event that opened the round; None where there is no round.
     """
 
-    def __init__(self, places: Places, settings: Settings, ledger: Ledger, team: Team, progress: Progress) -> None:
+    def __init__(
+        self,
+        places: Places,
+        settings: Settings,
+        ledger: Ledger,
+        team: Team,
+        progress: Progress,
+        opened: int | None = None,
+    ) -> None:
         self.places, self.settings, self.ledger = places, settings, ledger
-        self.team, self.progress = team, progress
+        self.team, self.progress, self.opened = team, progress, opened
         self.labels = settings.label_set
         self.steps = Steps(places.rounds / "steps")
         self.masks = MaskStore(places.home)
@@ -220,9 +229,12 @@ class Stages:
     # promoted cases
 
     def promoted_before(self) -> list[Promoted]:
-        """What is promoted now, as far as its scans are unchanged and still unlabelled."""
+        """What was promoted when the round was opened, as far as its scans are unchanged and still unlabelled.
+
+        A resumed round has promotions of its own in the ledger already; what it starts from must not include them.
+        """
         cases = {c.id: c for c in self.team.unlabelled}
-        events = self.ledger.masks(PSEUDO)
+        events = self.ledger.masks(PSEUDO, before=self.opened)
         return [
             self.promoted(cases[case], event.details)
             for case, event in sorted(events.items())

@@ -140,9 +140,7 @@ class SAMModel:
 def base_path(settings: Settings) -> Path:
     """The SAM that fine-tuning starts from and that answers clicks before there is a better one."""
     return (
-        Path(settings.sam_checkpoint)
-        if settings.sam_checkpoint
-        else APP_DIR / "pretrained" / "sam_small.safetensors"
+        Path(settings.sam_checkpoint) if settings.sam_checkpoint else APP_DIR / "pretrained" / "sam_small.safetensors"
     )
 
 

@@ -86,9 +86,7 @@ def read(path: Path) -> Checkpoint:
     state = {k: v for k, v in whole.items() if not ADAPTER.match(k)}
     try:
         architecture = (
-            Architecture.from_metadata(metadata["architecture"])
-            if metadata
-            else _recognise(state, path, trained)
+            Architecture.from_metadata(metadata["architecture"]) if metadata else _recognise(state, path, trained)
         )
         with torch.device("meta"):
             wanted = build(architecture).state_dict()
@@ -177,9 +175,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
             f"{path.name}: cannot be read ({first or type(error).__name__}); it is truncated or not a PyTorch file. "
             "Copy or download it again"
         ) from None
-    container = next(
-        (c for c in CONTAINERS if isinstance(content, dict) and isinstance(content.get(c), dict)), None
-    )
+    container = next((c for c in CONTAINERS if isinstance(content, dict) and isinstance(content.get(c), dict)), None)
     state = content[container] if container else content
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise BadWeightsError(f"{path.name}: expected a state dict of tensors; save model.state_dict()")
@@ -243,6 +239,4 @@ def _kind(architecture: Architecture, path: Path, trained: bool) -> str:
 
 
 def _some(keys: tuple[str, ...]) -> str:
-    return (
-        f"{len(keys)} keys ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "no keys"
-    )
+    return f"{len(keys)} keys ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "no keys"

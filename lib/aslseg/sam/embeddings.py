@@ -53,7 +53,7 @@ class EmbeddingCache:
             fresh = encode(model, image[..., wanted]).to(torch.float16)
             found |= dict(zip(wanted, fresh, strict=True))
             self._keep(key, {k: found[k] for k in wanted})
-        return torch.stack([found[k] for k in slices]).float()
+        return torch.stack([found[k].float() for k in slices])
 
     def has(self, key: Hashable, k: int) -> bool:
         """Whether a slice's embedding is kept."""

@@ -103,7 +103,18 @@ def train(
 
     if settings.sam_iterations:
         engine.run(range(settings.sam_iterations), max_epochs=1)
-    metadata = {
+    save_weights(out, model.sam.state_dict(), _metadata(model, settings, init))
+    return {
+        **_summary(shown),
+        "seconds": time.monotonic() - started,
+        "slices": len({place for places in data.places for place in places}),
+        "absent": [name for n, name in enumerate(data.labels.names) if n not in data.present],
+        "sha256": sha256(out),
+    }
+
+
+def _metadata(model: SAMModel, settings: Settings, init: Path) -> dict[str, Any]:
+    return {
         **model.metadata,
         "labels": list(settings.label_set.names),
         "base_sha256": sha256(init),
@@ -111,21 +122,15 @@ def train(
         "iterations": settings.sam_iterations,
         "seed": settings.seed,
     }
-    save_weights(out, model.sam.state_dict(), metadata)
+
+
+def _summary(shown: list[tuple[float, float]]) -> dict[str, Any]:
+    """Loss and Dice of the last fifth of the steps, and the loss of the first."""
+    if not shown:
+        return {"loss": None, "dice": None, "first_loss": None, "steps": 0}
     fifth = max(1, len(shown) // 5)
-    first, last = (
-        np.mean(part, axis=0) if part else (None, None) for part in (shown[:fifth], shown[-fifth:])
-    )
-    return {
-        "loss": _number(last[0]),
-        "dice": _number(last[1]),
-        "first_loss": _number(first[0]),
-        "steps": len(shown),
-        "seconds": time.monotonic() - started,
-        "slices": len({place for places in data.places for place in places}),
-        "absent": [name for n, name in enumerate(data.labels.names) if n not in data.present],
-        "sha256": sha256(out),
-    }
+    (first, _), (last, dice) = (np.mean(part, axis=0) for part in (shown[:fifth], shown[-fifth:]))
+    return {"loss": float(last), "dice": float(dice), "first_loss": float(first), "steps": len(shown)}
 
 
 class _Tuner:
@@ -180,9 +185,7 @@ class _Tuner:
         return embeddings.repeat_interleave(OBJECTS_PER_SLICE, 0), torch.cat(targets)
 
 
-def _augmented(
-    image: np.ndarray, objects: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _augmented(image: np.ndarray, objects: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A slice (i, j) and its objects (n, i, j), both flipped, the slice with another gamma and contrast."""
     for axis in (0, 1):
         if rng.random() < 0.5:
@@ -195,7 +198,3 @@ def _schedule(step: int, steps: int) -> float:
     """Factor on the learning rate: a tenth of the steps to warm up, then half a cosine."""
     warm = max(1, steps // 10)
     return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)

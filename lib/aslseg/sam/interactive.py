@@ -26,6 +26,7 @@ EMBEDDINGS = EmbeddingCache()  # shared by all annotators: it holds images, not 
 LEAST_IOU = 0.5  # predicted by SAM; below it a slice is taken to lie beyond the object
 LEAST_OVERLAP = 0.3  # Dice with the slice before
 MOST_GROWTH = 2.0  # area from one slice to the next
+MOST_CHANGE = 2.0  # of the median intensity, in standard deviations within the clicked slices' object
 MOST_POINTS = 64  # on one slice; the last ones count
 AHEAD = 4  # slices encoded together when growing
 
@@ -67,9 +68,9 @@ class Clicks:
         """The object in 3-D.
 
         Slices with foreground clicks are drawn from these (and the box); with a box alone, its middle slice. From
-        there the mask of one slice prompts the next, until SAM does not believe in it, it vanishes, jumps or grows too
-        much, the box ends, or the half-way to the next clicked slice is reached. Background clicks count on their own
-        slice.
+        there the mask of one slice prompts the next, until SAM does not believe in it, it vanishes, jumps, grows too
+        much or looks different, the box ends, or the half-way to the next clicked slice is reached. Background
+        clicks count on their own slice.
 
         Args:
             prompt: Clicks and box in voxels of ``image``.
@@ -80,11 +81,12 @@ class Clicks:
         with self._lock:
             self.model.sam.eval()
             drawn = {k: self._clicked(k, prompt) for k in self._clicked_slices(prompt)}
+            look = self._look(drawn)
             for start, step, last in list(_journeys(sorted(drawn), self._extent(prompt))):
                 before = drawn[start]
                 for k in range(start + step, last + step, step):
                     after = self._grown(k, step, last, before, prompt)
-                    if after is None:
+                    if after is None or not self._alike(k, after, look):
                         break
                     drawn[k] = before = after
             out = np.zeros(self.image.shape, np.uint8)
@@ -117,9 +119,7 @@ class Clicks:
             probability, _ = self._ask(k, SlicePrompt(box, points, labels, probability))
         return self._within(probability, box)
 
-    def _grown(
-        self, k: int, step: int, last: int, before: np.ndarray, prompt: ClientPrompt
-    ) -> np.ndarray | None:
+    def _grown(self, k: int, step: int, last: int, before: np.ndarray, prompt: ClientPrompt) -> np.ndarray | None:
         """Probability (i, j) on the slice next to one with ``before``; None where the object ends."""
         if not self.cache.has(self._key, k):
             ahead = range(k, k + step * min(AHEAD, abs(last - k) + 1), step)
@@ -142,6 +142,17 @@ class Clicks:
             return None
         return out
 
+    def _look(self, drawn: dict[int, np.ndarray]) -> tuple[float, float]:
+        """Median and standard deviation of the intensities within the object on the clicked slices."""
+        values = [self.image[..., k][probability >= 0.5] for k, probability in drawn.items()]
+        inside = np.concatenate(values) if values else np.zeros(0)
+        return (float(np.median(inside)), float(inside.std())) if inside.size else (0.0, 0.0)
+
+    def _alike(self, k: int, probability: np.ndarray, look: tuple[float, float]) -> bool:
+        """Whether the mask on slice k still shows the same tissue: beyond its end SAM tends to copy the mask prompt."""
+        median = float(np.median(self.image[..., k][probability >= 0.5]))
+        return abs(median - look[0]) <= MOST_CHANGE * max(look[1], 0.02)
+
     def _ask(self, k: int, told: SlicePrompt) -> tuple[np.ndarray, float]:
         """SAM's probability (i, j) for one prompt on slice k, and the IoU that it predicts."""
         embedding = self.cache.get(self.model, self.image, [k], self._key)
@@ -150,12 +161,8 @@ class Clicks:
 
     def _points(self, k: int, prompt: ClientPrompt) -> tuple[np.ndarray, np.ndarray]:
         """Clicks on slice k as (x, y) points (n, 2) and their labels (n,)."""
-        parts = [
-            clicks[clicks[:, 2] == k, :2][-MOST_POINTS:] for clicks in (prompt.foreground, prompt.background)
-        ]
-        labels = np.concatenate(
-            [np.full(len(part), label) for part, label in zip(parts, (1, 0), strict=True)]
-        )
+        parts = [clicks[clicks[:, 2] == k, :2][-MOST_POINTS:] for clicks in (prompt.foreground, prompt.background)]
+        labels = np.concatenate([np.full(len(part), label) for part, label in zip(parts, (1, 0), strict=True)])
         return to_xy(np.concatenate(parts)), labels
 
     def _within(

@@ -116,6 +116,4 @@ def _points(prompts: Sequence[SlicePrompt], scale: np.ndarray, device: torch.dev
     for n, prompt in enumerate(prompts):
         coordinates[n, : len(prompt.points)] = prompt.points * scale
         labels[n, : len(prompt.points)] = prompt.point_labels
-    return torch.as_tensor(coordinates, dtype=torch.float32, device=device), torch.as_tensor(
-        labels, device=device
-    )
+    return torch.as_tensor(coordinates, dtype=torch.float32, device=device), torch.as_tensor(labels, device=device)

@@ -40,8 +40,7 @@ def outline(rng: np.random.Generator, size: int, radius: float, centre: np.ndarr
     if kind == 2:
         angle = np.arctan2(v, u)
         waves = sum(
-            rng.uniform(0, 0.3 / k) * np.cos(k * angle + rng.uniform(0, 6.3))
-            for k in range(2, int(rng.integers(4, 8)))
+            rng.uniform(0, 0.3 / k) * np.cos(k * angle + rng.uniform(0, 6.3)) for k in range(2, int(rng.integers(4, 8)))
         )
         return distance < 1 + waves
     return distance + rng.uniform(0.1, 0.35) * field(rng, size, size / radius * rng.uniform(0.8, 2)) < 1
@@ -106,17 +105,13 @@ def _acquire(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     noise = torch.from_numpy(rng.standard_normal(tensor.shape, np.float32))
     if rng.random() < 0.6:
         noise = F.avg_pool2d(noise, 3, 1, 1) * 3
-    image = (tensor + float(rng.choice([0.01, 0.02, 0.04, 0.08])) * rng.uniform(0.5, 1.2) * noise)[
-        0, 0
-    ].numpy()
+    image = (tensor + float(rng.choice([0.01, 0.02, 0.04, 0.08])) * rng.uniform(0.5, 1.2) * noise)[0, 0].numpy()
     low, high = np.percentile(image, [rng.uniform(0, 8), rng.uniform(92, 100)])
     image = np.clip((image - low) / max(high - low, 1e-3), 0, 1) ** rng.uniform(0.7, 1.4)
     return 1 - image if rng.random() < 0.15 else image
 
 
-def generated_slice(
-    rng: np.random.Generator, image_size: int, count: int
-) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def generated_slice(rng: np.random.Generator, image_size: int, count: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """A generated slice in SAM's input frame.
 
     Drawn at a random resolution and enlarged, as slices of scans are.

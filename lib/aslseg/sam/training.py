@@ -145,9 +145,7 @@ def first_prompts(target: Tensor, kind: str, scale: float, generator: torch.Gene
     return Prompts(*points, boxes=boxes, probability=probability)
 
 
-def corrected(
-    prompts: Prompts, answer: Tensor, target: Tensor, scale: float, generator: torch.Generator
-) -> Prompts:
+def corrected(prompts: Prompts, answer: Tensor, target: Tensor, scale: float, generator: torch.Generator) -> Prompts:
     """The next prompts: one to three clicks on the error of ``answer`` (P, l, l) probabilities, and that answer."""
     error = (answer > 0.5) != target
     n = int(torch.randint(1, 4, (1,), generator=generator))

@@ -207,7 +207,7 @@ class Batch:
         for n, case in enumerate(sorted(map(str, cases))):
             one = {"model": request.get("model"), "image": case, "save_label": True}
             try:
-                result = infer({**one, "label_tag": request.get("label_tag", ORIGINAL)}, datastore)
+                result = infer({**one, "label_tag": request.get("label_tag") or ORIGINAL}, datastore)
                 Path(result["file"]).unlink(missing_ok=True)
                 found[case] = {"label": result["label"]}
             except AslsegError as error:

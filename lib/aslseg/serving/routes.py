@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, File, Form, Request, Response, UploadFile
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from monailabel.config import settings as platform
 from monailabel.datastore.utils.convert import binary_to_image
-from monailabel.endpoints import activelearning, infer, session, train
+from monailabel.endpoints import activelearning, infer, ohif, scoring, session, train
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.exception import MONAILabelException
 from monailabel.utils.async_tasks.task import AsyncTask
@@ -26,7 +26,7 @@ from aslseg.errors import AslsegError
 from aslseg.review.page import render
 from aslseg.review.status import collect
 from aslseg.serving.infer import Upload
-from aslseg.serving.params import parse
+from aslseg.serving.params import clean, parse
 from aslseg.serving.refusals import RefusedError, safe_name, status_of
 from aslseg.volume.io import IMAGE_EXTENSIONS, extension
 
@@ -39,6 +39,7 @@ USER = Depends(RBAC(platform.MONAI_LABEL_AUTH_ROLE_USER))
 ANNOTATOR = Depends(RBAC(platform.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
 ADMIN = Depends(RBAC(platform.MONAI_LABEL_AUTH_ROLE_ADMIN))
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+/")
 SESSION = re.compile(r"[0-9a-f-]{8,64}")
 
 
@@ -48,6 +49,7 @@ def install(host: FastAPI, app: AslsegApp) -> None:
     _inference(router, app)
     _labels(router, app)
     _training(router, app)
+    _viewer(router)
     _pages(router, app)
     before = len(host.router.routes)
     host.include_router(router)
@@ -82,9 +84,7 @@ def _inference(router: APIRouter, app: AslsegApp) -> None:
         output: infer.ResultType | None = None,
         user: User = USER,
     ) -> Any:
-        request: dict[str, Any] = parse(params or "{}")
-        if not isinstance(request, dict):
-            raise RefusedError("params: expected a JSON object")
+        request = clean(parse(params or "{}"))
         if output == infer.ResultType.dicom_seg:
             raise RefusedError(
                 "output=dicom_seg is not offered; save the label instead, which makes a DICOM SEG"
@@ -228,6 +228,32 @@ def _training(router: APIRouter, app: AslsegApp) -> None:
             )
         return train.run_model(model, None, False, enqueue)
 
+    @router.post("/scoring/{method}")
+    def score(method: str, user: User = ANNOTATOR) -> Any:
+        if method not in app.info()["scoring"]:
+            raise RefusedError(
+                f"no scoring method {method[:80]!r}; there are {', '.join(app.info()['scoring'])}", 404
+            )
+        return scoring.run_method(method, None, False)
+
+    @router.post("/batch/infer/{model}")
+    def batch(
+        model: str, images: str = "all", params: dict[str, Any] | None = None, user: User = ADMIN
+    ) -> Any:
+        if model not in app.info()["models"]:
+            raise RefusedError(
+                f"no model {model[:80]!r} is ready; there are {', '.join(app.info()['models'])}", 404
+            )
+        wanted = {
+            "images": (params or {}).get("images", images),
+            "label_tag": (params or {}).get("label_tag"),
+        }
+        clean({"save_label": True, "label_tag": wanted["label_tag"]})
+        result, detail = AsyncTask.run("batch_infer", request={"model": model, **wanted})
+        if result is None:
+            raise RefusedError(str(detail), 429)
+        return result
+
     @router.post("/reload")
     def reload(user: User = ADMIN) -> Any:
         """MONAI Label would drop the app and build a crippled one; here it looks at the disk again."""
@@ -240,6 +266,22 @@ def _training(router: APIRouter, app: AslsegApp) -> None:
         raise RefusedError(
             "models are published by rounds only; roll back with `aslseg ledger rollback`", 403
         )
+
+
+def _viewer(router: APIRouter) -> None:
+    folder = Path(ohif.__file__).parent / "static" / "ohif"
+
+    @router.get("/ohif/{path:path}", include_in_schema=False)
+    def viewer(path: str, request: Request, user: User = USER) -> Response:
+        """OHIF's files; MONAI Label's own route loses those in sub-folders and leaves OHIF to guess port 8000."""
+        file = (folder / path).resolve()
+        if path and file.is_file() and file.is_relative_to(folder):
+            return FileResponse(file)
+        page = FileResponse(folder / "index.html")
+        here = str(request.base_url)
+        if "MONAILABEL_SERVER_URL" not in request.cookies and ADDRESS.fullmatch(here):
+            page.headers.append("set-cookie", f"MONAILABEL_SERVER_URL={here}; Path=/; SameSite=Lax")
+        return page
 
 
 def _pages(router: APIRouter, app: AslsegApp) -> None:

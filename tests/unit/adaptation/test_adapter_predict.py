@@ -110,9 +110,7 @@ def test_a_saved_network_predicts_the_same(
     assert np.array_equal(again.predict(*volume()), model.predict(*volume()))
 
 
-def test_files_that_do_not_fit_are_refused(
-    network: AdaptationNetwork, settings: Settings, tmp_path: Path
-) -> None:
+def test_files_that_do_not_fit_are_refused(network: AdaptationNetwork, settings: Settings, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     save_weights(path, network.state_dict(), METADATA | {"labels": ["atrium", "scar"]})
     with pytest.raises(BadWeightsError, match="trained for atrium, scar"):

@@ -56,9 +56,7 @@ def test_a_scan_smaller_than_the_patch_is_padded(scan: Maker, settings: Settings
 
 def test_half_of_the_samples_come_from_the_bank(scan: Maker, settings: Settings) -> None:
     case = scan(0)
-    marked = Redraw(
-        np.full((2, *case.image.shape), 51, np.uint8), np.full((2, *case.image.shape), 102, np.uint8)
-    )
+    marked = Redraw(np.full((2, *case.image.shape), 51, np.uint8), np.full((2, *case.image.shape), 102, np.uint8))
     samples = Samples([case], settings, (24, 24, 16), [[marked]])
     real = 0
     for seed in range(30):
@@ -112,9 +110,7 @@ def _once() -> dict[str, object]:
 
 
 @pytest.fixture
-def trained(
-    _once: dict[str, object], scan: Maker, settings: Settings, tmp_path_factory: pytest.TempPathFactory
-):
+def trained(_once: dict[str, object], scan: Maker, settings: Settings, tmp_path_factory: pytest.TempPathFactory):
     """A network trained for 50 steps on four scans, once for this file."""
     if not _once:
         out = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
@@ -141,9 +137,7 @@ def test_training_reduces_the_loss_and_improves_its_patches(trained: dict[str, o
     assert result["redraws"] == 0
 
 
-def test_faulty_masks_of_other_scans_become_better(
-    trained: dict[str, object], scan: Maker, settings: Settings
-) -> None:
+def test_faulty_masks_of_other_scans_become_better(trained: dict[str, object], scan: Maker, settings: Settings) -> None:
     model = load(trained["out"], settings)
     before, after = [], []
     for seed in range(10, 16):
@@ -194,9 +188,7 @@ def test_the_bank_holds_what_sam_makes_of_faulty_masks(
     assert any(not np.array_equal(one.sam, one.ssl) for redraws in bank for one in redraws)
 
 
-def test_training_with_a_real_sam(
-    tiny_sam: SAMModel, scan: Maker, settings: Settings, tmp_path: Path
-) -> None:
+def test_training_with_a_real_sam(tiny_sam: SAMModel, scan: Maker, settings: Settings, tmp_path: Path) -> None:
     out = tmp_path / "a.safetensors"
     result = train([scan(0)], tiny_sam, settings, out)
     assert result["redraws"] == module.REDRAWS_PER_CASE
@@ -232,9 +224,7 @@ def test_zero_iterations_give_the_untrained_network(scan: Maker, settings: Setti
     assert np.array_equal(refined >= 0.5, given >= 0.5)
 
 
-def test_a_class_that_is_nowhere_is_trained_to_background(
-    scan: Maker, settings: Settings, tmp_path: Path
-) -> None:
+def test_a_class_that_is_nowhere_is_trained_to_background(scan: Maker, settings: Settings, tmp_path: Path) -> None:
     case = scan(0)
     without = replace(case, label=np.minimum(case.label, 1))
     result = train([without], None, settings, tmp_path / "a.safetensors")

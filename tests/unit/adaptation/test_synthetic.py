@@ -25,9 +25,7 @@ PAIR = Labels.parse("liver,tumour", "tumour:liver")
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operator_is_a_pure_function_of_its_generator(
-    name: str, blob: np.ndarray, picture: np.ndarray
-) -> None:
+def test_operator_is_a_pure_function_of_its_generator(name: str, blob: np.ndarray, picture: np.ndarray) -> None:
     before, seen = blob.copy(), picture.copy()
     apply = OPERATORS[name].apply
     first = apply(blob, picture, SPACING, np.random.default_rng(4), 0.8)
@@ -141,8 +139,7 @@ def test_over_under_reaches_equally_far_in_millimetres_along_all_axes() -> None:
     grown = next(
         out
         for seed in range(50)
-        if (out := synthetic.over_under(mask, None, SPACING, np.random.default_rng(seed), 1.0)).sum()
-        > 1.5 * mask.sum()
+        if (out := synthetic.over_under(mask, None, SPACING, np.random.default_rng(seed), 1.0)).sum() > 1.5 * mask.sum()
     )
     box = box_of(grown, 0, SPACING)
     reach = [(20 - box[0].start) * 2.0, (20 - box[1].start) * 2.0, (10 - box[2].start) * 4.0]
@@ -278,9 +275,7 @@ def test_large_organs_are_spoiled_less() -> None:
     organ = np.indices((56, 50, 18)).reshape(3, -1).T - [28, 25, 9]
     mask = ((organ / [24, 21, 7]) ** 2).sum(1).reshape(56, 50, 18) <= 1  # semi-axes 48, 42, 35 mm
     rng = np.random.default_rng(1)
-    found = [
-        dice(corrupt_region(mask, None, (2.0, 2.0, 5.0), rng, draw_severity(rng)), mask) for _ in range(80)
-    ]
+    found = [dice(corrupt_region(mask, None, (2.0, 2.0, 5.0), rng, draw_severity(rng)), mask) for _ in range(80)]
     assert 0.75 < np.mean(found) < 0.95
 
 
@@ -290,7 +285,5 @@ def test_calibrate_finds_the_severity_of_a_given_dice() -> None:
     harsh = calibrate(lesions, (2.0, 2.0, 5.0), 0.6, np.random.default_rng(0), draws=12)
     assert 0.05 <= mild < harsh <= 1
     rng = np.random.default_rng(5)
-    found = [
-        dice(corrupt_region(m, None, (2.0, 2.0, 5.0), rng, draw_severity(rng, mild)), m) for m in lesions * 10
-    ]
+    found = [dice(corrupt_region(m, None, (2.0, 2.0, 5.0), rng, draw_severity(rng, mild)), m) for m in lesions * 10]
     assert np.median(found) == pytest.approx(0.9, abs=0.07)

@@ -14,9 +14,7 @@ SHAPE = (100, 80, 40)
 
 
 def test_slicer_deepgrow() -> None:
-    prompt = parse(
-        {"label": "liver", "foreground": [[10, 20, 5], [11, 21, 5]], "background": [[0, 0, 5]]}, SHAPE
-    )
+    prompt = parse({"label": "liver", "foreground": [[10, 20, 5], [11, 21, 5]], "background": [[0, 0, 5]]}, SHAPE)
     assert prompt.foreground.tolist() == [[10, 20, 5], [11, 21, 5]]
     assert prompt.background.tolist() == [[0, 0, 5]]
     assert (prompt.label, prompt.box, prompt.slice, prompt.notes) == ("liver", None, 5, ())
@@ -47,9 +45,7 @@ def test_ohif_vista3d_points() -> None:
     assert prompt.classes == (2,)
 
 
-@pytest.mark.parametrize(
-    "request_", [{}, {"foreground": None, "background": None, "roi": None, "slice": None}]
-)
+@pytest.mark.parametrize("request_", [{}, {"foreground": None, "background": None, "roi": None, "slice": None}])
 def test_nothing_sent(request_: dict[str, Any]) -> None:
     prompt = parse(request_, SHAPE)
     assert prompt.empty
@@ -135,12 +131,8 @@ def test_ten_thousand_clicks() -> None:
     assert len(parse({"foreground": clicks}, SHAPE).foreground) < 10_000
 
 
-numbers = st.one_of(
-    st.integers(-(10**6), 10**6), st.floats(allow_nan=True, allow_infinity=True), st.text(max_size=2)
-)
-junk = st.one_of(
-    numbers, st.none(), st.lists(numbers, max_size=7), st.lists(st.lists(numbers, max_size=4), max_size=4)
-)
+numbers = st.one_of(st.integers(-(10**6), 10**6), st.floats(allow_nan=True, allow_infinity=True), st.text(max_size=2))
+junk = st.one_of(numbers, st.none(), st.lists(numbers, max_size=7), st.lists(st.lists(numbers, max_size=4), max_size=4))
 
 
 # a busy machine is no failure

@@ -81,7 +81,7 @@ def test_events_cannot_be_changed_or_deleted(ledger: Ledger, statement: str) -> 
 @pytest.mark.parametrize(
     ("statement", "expected"),
     [
-        ("UPDATE events SET details = '{\"patient\": \"q\"}' WHERE seq = 3", "event 3 "),
+        ('UPDATE events SET details = \'{"patient": "q"}\' WHERE seq = 3', "event 3 "),
         ("UPDATE events SET time = '2020-01-01' WHERE seq = 2", "event 2 "),
         ("DELETE FROM events WHERE seq = 2", "event 2 is missing"),
     ],
@@ -96,9 +96,7 @@ def test_an_edited_file_is_noticed_at_its_first_bad_event(ledger: Ledger, statem
     assert expected in str(ledger.verify())
 
 
-def test_order_is_by_sequence_even_if_the_clock_goes_back(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_order_is_by_sequence_even_if_the_clock_goes_back(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger.append([mask("a", "1", 1)])
     monkeypatch.setattr(module, "_utc", lambda: "1999-01-01T00:00:00+00:00")
     ledger.append([mask("a", "2", 2)])
@@ -142,5 +140,6 @@ def test_a_damaged_or_newer_file_gives_a_clear_error(ledger: Ledger) -> None:
 def test_importing_the_ledger_imports_no_torch() -> None:
     import subprocess
 
-    code = "import sys, aslseg.rounds.ledger, aslseg.rounds.publish, aslseg.rounds.progress; sys.exit('torch' in sys.modules)"
+    modules = "aslseg.rounds.ledger, aslseg.rounds.publish, aslseg.rounds.progress, aslseg.cli"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,9 +18,9 @@ from aslseg.rounds.progress import Progress, read_progress
 
 
 def test_a_second_round_is_refused_with_who_and_since_when(tmp_path: Path) -> None:
-    with round_lock(tmp_path), pytest.raises(RoundRunningError, match=rf"process {os.getpid()} on .* since 20"):
-        with round_lock(tmp_path):
-            pass
+    refused = pytest.raises(RoundRunningError, match=rf"process {os.getpid()} on .* since 20")
+    with round_lock(tmp_path), refused, round_lock(tmp_path):
+        pass
     with round_lock(tmp_path):
         assert owner(tmp_path)["pid"] == os.getpid()
     assert owner(tmp_path) == {}

@@ -10,7 +10,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
 from aslseg.agreement.verdict import Verdict
 from aslseg.cases.split import hash_fraction
@@ -18,12 +17,13 @@ from aslseg.errors import BadWeightsError, LedgerError, NoModelError, NotEnoughC
 from aslseg.rounds import gate, recipes, stages
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.lock import round_lock
-from aslseg.rounds.masks import KEEP_ROUNDS, check, roll_back
+from aslseg.rounds.masks import check, roll_back
 from aslseg.rounds.progress import read_progress
 from aslseg.rounds.run import rank_studies, run_round, train_stage
 from aslseg.settings import Places
 from aslseg.volume.io import read_image, write_label
 from aslseg.weights import read_metadata
+from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
 
 @pytest.mark.usefixtures("plausible")
@@ -87,7 +87,9 @@ def test_two_rounds_rank_and_rollback(tmp_path: Path) -> None:
     assert label_hashes(studies) == after_first
     assert published_hashes(settings, studies) == models_first
     roll_back(places, 1)
-    assert label_hashes(studies) == human | {"original/phantom_003.nii.gz": label_hashes(studies)["original/phantom_003.nii.gz"]}
+    assert label_hashes(studies) == human | {
+        "original/phantom_003.nii.gz": label_hashes(studies)["original/phantom_003.nii.gz"]
+    }
     assert stray.read_bytes() == b"somebody's own mask"
     assert published_hashes(settings, studies) == {}
     assert not (places.home / "original" / "phantom_005.json").exists()
@@ -253,16 +255,3 @@ def test_a_missing_sam_file_is_named(tmp_path: Path, quick: None) -> None:
     studies = tiny_studies(tmp_path, cases=2, labelled=1)
     with pytest.raises(BadWeightsError, match="sam_checkpoint"):
         run_round(studies, tiny_settings(tmp_path, sam_checkpoint=str(tmp_path / "none.safetensors")))
-
-
-def test_masks_of_old_rounds_are_let_go(tmp_path: Path, plausible: None) -> None:
-    studies = tiny_studies(tmp_path, cases=3, labelled=2)
-    settings = tiny_settings(tmp_path, promote_fraction=1)
-    places = Places(settings, studies)
-    for seed in range(KEEP_ROUNDS + 2):
-        conf = {"seed": seed, "ssl_iterations": 1, "retrain_iterations": 1, "sam_iterations": 0, "adapter_iterations": 0}
-        run_round(studies, tiny_settings(tmp_path, promote_fraction=1, **conf))
-    with pytest.raises(LedgerError, match="no longer kept"):
-        roll_back(places, 1)
-    roll_back(places, KEEP_ROUNDS)
-    assert check(places) == []

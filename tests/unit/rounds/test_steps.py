@@ -30,7 +30,13 @@ def test_a_step_depends_on_its_settings_and_on_no_other() -> None:
 
     base = seen()
     assert seen(sam_iterations=5, gate_tolerance=0.5, threads=3, home="/x", adapter_iterations=1) == base
-    for changed in ({"learning_rate": 0.5}, {"seed": 3}, {"labels": "liver"}, {"window_low": -50}, {"patch": "32,32,32"}):
+    for changed in (
+        {"learning_rate": 0.5},
+        {"seed": 3},
+        {"labels": "liver"},
+        {"window_low": -50},
+        {"patch": "32,32,32"},
+    ):
         assert seen(**changed) != base
 
 

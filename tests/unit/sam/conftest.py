@@ -60,9 +60,7 @@ def ball_case() -> Callable[..., Prepared]:
     return _ball_case
 
 
-def _ball_case(
-    name: str = "a", *, shape: tuple[int, int, int] = (40, 32, 5), tumour: bool = True
-) -> Prepared:
+def _ball_case(name: str = "a", *, shape: tuple[int, int, int] = (40, 32, 5), tumour: bool = True) -> Prepared:
     """A bright ball (label 1) with a darker one (label 2) in it, on a noisy ground."""
     i, j, k = np.ogrid[: shape[0], : shape[1], : shape[2]]
     ball = (i - 16) ** 2 + (j - 14) ** 2 + 9 * (k - shape[2] // 2) ** 2 < 100

@@ -35,9 +35,7 @@ def test_load_gives_back_the_same_model(tiny: SAMModel, tiny_file: Path, setting
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 48), (33, 64), (128, 96), (20, 17)])
-def test_preprocessing_fills_the_frame_and_pads_bottom_and_right(
-    tiny: SAMModel, shape: tuple[int, int]
-) -> None:
+def test_preprocessing_fills_the_frame_and_pads_bottom_and_right(tiny: SAMModel, shape: tuple[int, int]) -> None:
     rows, columns = tiny.input_shape(shape)
     assert max(rows, columns) == 64
     seen = tiny.preprocess(torch.full((1, *shape), 0.5))
@@ -71,9 +69,7 @@ def test_mask_prompts_are_logits_or_probabilities(tiny: SAMModel) -> None:
     p = torch.tensor([0.0, 0.25, 0.5, 1.0]).view(1, 2, 2)
     logits = tiny.mask_prompt(p).flatten()
     limit = MASK_LOGIT_LIMIT
-    torch.testing.assert_close(
-        logits, torch.tensor([-limit, -np.log(3).item(), 0.0, limit]), atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(logits, torch.tensor([-limit, -np.log(3).item(), 0.0, limit]), atol=1e-3, rtol=0)
     architecture = replace(tiny.architecture, mask_prompt="probabilities")
     assert torch.equal(SAMModel(tiny.sam, architecture).mask_prompt(p)[:, 0], p)
 

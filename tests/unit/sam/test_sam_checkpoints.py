@@ -102,15 +102,11 @@ def test_sam_med2d_with_adapters_is_described_and_refused(
         "missing": [],
         "unexpected": [],
     }
-    with pytest.raises(
-        BadWeightsError, match=r"adapters in 12 blocks.*give a SAM-Med2D file without adapters"
-    ):
+    with pytest.raises(BadWeightsError, match=r"adapters in 12 blocks.*give a SAM-Med2D file without adapters"):
         load(path, settings)
 
 
-def test_sam_med2d_without_adapters_takes_probabilities(
-    vit_b: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_sam_med2d_without_adapters_takes_probabilities(vit_b: dict[str, torch.Tensor], tmp_path: Path) -> None:
     found = read(sparse_save(med2d(vit_b), tmp_path / "sam-med2d_b.pth"))
     assert (found.kind, found.adapters, found.parameters) == ("sam_med2d", 0, MED2D_PARAMETERS)
     assert found.architecture == replace(
@@ -168,13 +164,9 @@ class Marker:
 
 @pytest.mark.parametrize("place", ["whole", "beside the weights"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_runs_code_is_refused_unrun(
-    place: str, zipped: bool, tiny: SAMModel, tmp_path: Path
-) -> None:
+def test_a_pickle_that_runs_code_is_refused_unrun(place: str, zipped: bool, tiny: SAMModel, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
-    content = (
-        Marker(marker) if place == "whole" else {"model": tiny.sam.state_dict(), "optimizer": Marker(marker)}
-    )
+    content = Marker(marker) if place == "whole" else {"model": tiny.sam.state_dict(), "optimizer": Marker(marker)}
     path = tmp_path / "bad.pth"
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(BadWeightsError, match="nothing in it was executed"):
@@ -184,9 +176,7 @@ def test_a_pickle_that_runs_code_is_refused_unrun(
 
 @pytest.mark.parametrize("keep", [0, 3, 1000, 0.5, 0.99])
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
-def test_truncated_files_say_so(
-    keep: float, ending: str, tiny: SAMModel, tiny_file: Path, tmp_path: Path
-) -> None:
+def test_truncated_files_say_so(keep: float, ending: str, tiny: SAMModel, tiny_file: Path, tmp_path: Path) -> None:
     path = tmp_path / f"cut.{ending}"
     if ending == "pth":
         torch.save(tiny.sam.state_dict(), path)

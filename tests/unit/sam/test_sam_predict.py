@@ -31,7 +31,7 @@ class Recorder(SAMModel):
         self.encoded += len(slices)
         return super().encode(slices)
 
-    def decode(self, embeddings: Tensor, points=None, boxes=None, masks=None, multimask=False):  # noqa: ANN001, ANN201
+    def decode(self, embeddings: Tensor, points=None, boxes=None, masks=None, multimask=False):
         self.asked.append((points, boxes, masks, multimask))
         low, iou = super().decode(embeddings, points, boxes, masks, multimask)
         return torch.full_like(low, self.logit), iou
@@ -61,9 +61,7 @@ def test_only_slices_with_a_region_are_encoded_once(
     assert not out[..., :2].any()
 
 
-def test_no_prompt_no_prediction(
-    tiny: SAMModel, regions: tuple[np.ndarray, np.ndarray], settings: Settings
-) -> None:
+def test_no_prompt_no_prediction(tiny: SAMModel, regions: tuple[np.ndarray, np.ndarray], settings: Settings) -> None:
     image, ssl = regions
     model = Recorder(tiny)
     assert not redraw(model, image, np.zeros_like(ssl), settings).any()

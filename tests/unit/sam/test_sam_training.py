@@ -102,9 +102,7 @@ def test_loss_of_hand_made_masks() -> None:
     n, inside = target.numel(), float(target.sum())
     alpha = (0.25 * inside + 0.75 * (n - inside)) / n
     expected = 20 * alpha * 0.25 * 0.6931 + 1 - (inside + 1) / (n / 2 + inside + 1)
-    assert mask_loss(torch.zeros(1, 1, 32, 32), torch.zeros(1, 1), target) == pytest.approx(
-        expected, rel=1e-3
-    )
+    assert mask_loss(torch.zeros(1, 1, 32, 32), torch.zeros(1, 1), target) == pytest.approx(expected, rel=1e-3)
 
 
 def test_only_the_best_of_three_masks_is_trained() -> None:
@@ -149,9 +147,7 @@ def test_generated_slices_are_reproducible_and_sound() -> None:
         assert image.max() <= 1
         assert not image[rows:].any()
         assert not image[:, columns:].any()
-        outside = F.pad(
-            torch.zeros(rows // 2, columns // 2), (0, 32 - columns // 2, 0, 32 - rows // 2), value=1
-        )
+        outside = F.pad(torch.zeros(rows // 2, columns // 2), (0, 32 - columns // 2, 0, 32 - rows // 2), value=1)
         assert (targets * outside.bool()).sum() <= 64  # at most the half pixels along the edge
         assert ((targets > 0.5).sum((1, 2)) >= 4).all()
         sizes += ((targets > 0.5).float().mean((1, 2))).tolist()

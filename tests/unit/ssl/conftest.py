@@ -10,7 +10,7 @@ from aslseg.types import Prepared, Volume
 from aslseg.volume.geometry import Grid
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_case():
     def make(seed: int, labelled: bool = True, shape: tuple[int, int, int] = (36, 34, 16)) -> Prepared:
         rng = np.random.default_rng(seed)
@@ -24,7 +24,7 @@ def make_case():
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_settings():
     def make(**changes: object):
         conf = {

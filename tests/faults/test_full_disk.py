@@ -1,0 +1,89 @@
+"""No room: a clear message, nothing half written, and the round goes on when there is room again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aslseg.errors import DiskFullError
+from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.rounds.run import run_round
+from aslseg.settings import Places
+from aslseg.ssl import engine
+from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(engine, "STATISTICS_BATCHES", 2)
+
+
+def test_a_round_does_not_start_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies, settings = tiny_studies(tmp_path, cases=2, labelled=1), tiny_settings(tmp_path, min_free_gb=1.0)
+    before = label_hashes(studies)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 10**8))
+    with pytest.raises(DiskFullError, match=r"0\.10 GB free, at least 1\.00 GB needed"):
+        run_round(studies, settings)
+    assert label_hashes(studies) == before
+    assert Ledger(Places(settings, studies).ledger).rounds() == []
+
+
+def test_a_disk_that_fills_up_stops_the_round_and_room_lets_it_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies, settings = tiny_studies(tmp_path, cases=3, labelled=2), tiny_settings(tmp_path)
+    places, replace, written = Places(settings, studies), os.replace, [0]
+
+    def full(source: Any, target: Any) -> None:
+        written[0] += 1
+        if written[0] > 15:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as filled:
+        filled.setattr(os, "replace", full)
+        with pytest.raises(DiskFullError, match="free some space and run again"):
+            run_round(studies, settings)
+    assert published_hashes(settings, studies) == {}
+    (row,) = Ledger(places.ledger).rounds()
+    assert row.state == "open"
+    assert "disk full" in str(row.error)
+    summary = run_round(studies, settings)
+    assert (summary["round"], summary["continued"]) == (1, True)
+    assert set(published_hashes(settings, studies)) == {"ssl", "sam", "adapter"}
+
+
+def test_a_full_ledger_says_so_and_keeps_its_chain(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.append([Entry("note", details={"n": 0})])
+    pages = os.path.getsize(ledger.path) // 4096
+    connected = ledger._connected
+
+    def limited() -> Any:
+        from contextlib import contextmanager
+
+        @contextmanager
+        def inner() -> Any:
+            with connected() as db:
+                db.execute(f"PRAGMA max_page_count = {pages + 1}")
+                yield db
+
+        return inner()
+
+    ledger._connected = limited  # type: ignore[method-assign]
+    with pytest.raises(DiskFullError, match="disk full while writing"):
+        ledger.append([Entry("note", details={"text": "x" * 100_000})])
+    del ledger._connected
+    assert ledger.verify() is None
+    ledger.append([Entry("note", details={"n": 1})])
+    assert len(ledger.events()) == 2

@@ -1,0 +1,77 @@
+"""A round that is killed again and again ends as one that was left alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from round_killer import run
+
+from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.masks import check
+from aslseg.rounds.progress import read_progress
+from aslseg.settings import Places, Settings
+from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
+
+MOST_RUNS = 120
+
+
+def in_child(studies: Path, settings: Settings, die_at: int | None = None, before: bool = False) -> int:
+    """Exit code of a round in a child; a fork of a server that has imported everything, so that this takes no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["round_killer"])
+    child = context.Process(target=run, args=(studies, settings, die_at, before))
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def verdicts(settings: Settings, studies: Path) -> dict[str, object]:
+    """What was decided, without times."""
+    ledger = Ledger(Places(settings, studies).ledger)
+    return {
+        "scores": [(s.case, s.agreement, s.details) for s in ledger.scores()],
+        "promotions": sorted((p.case, p.round, p.sha256, p.status) for p in ledger.promotions(active_only=False)),
+        "rounds": [(r.number, r.state) for r in ledger.rounds()],
+        "masks": [
+            sorted((c, e.details["sha256"]) for c, e in ledger.masks(t).items()) for t in ("original", "aslseg_pseudo")
+        ],
+    }
+
+
+@pytest.mark.slow
+def test_a_round_killed_at_every_few_writes_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the server that children are forked from does not know pytest's sys.path
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+    results = []
+    for name in ("whole", "killed"):
+        root = tmp_path / name
+        root.mkdir()
+        studies, settings = tiny_studies(root, cases=5), tiny_settings(root, promote_fraction=0.5)
+        kills = 0
+        if name == "killed":
+            # each run comes three writes further; every other one dies just before the third
+            while (code := in_child(studies, settings, 3, before=kills % 2 == 1)) == -signal.SIGKILL:
+                kills += 1
+                assert read_progress(Places(settings, studies).home / "progress.json")["state"] in (
+                    "interrupted",
+                    "none",
+                )
+                assert Ledger(Places(settings, studies).ledger).verify() is None
+                assert kills < MOST_RUNS
+            assert kills > 10
+        else:
+            code = in_child(studies, settings)
+        assert code == 0
+        places = Places(settings, studies)
+        assert check(places) == []
+        assert list((studies / "labels").rglob(".tmp-*")) == [] or name == "killed"
+        assert list(places.rounds.rglob(".tmp-*")) == []
+        results.append((label_hashes(studies), published_hashes(settings, studies), verdicts(settings, studies)))
+    assert results[0] == results[1]
+    assert len(results[0][0]) == 3 + 2 + 1

@@ -1,0 +1,132 @@
+"""Label files follow the ledger, whatever happens in between; no networks here."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aslseg.cases.studies import ORIGINAL, PSEUDO, read_studies
+from aslseg.errors import LedgerError
+from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.masks import KEEP_ROUNDS, MaskStore, changes, check, roll_back, settle
+from aslseg.settings import Places, Settings
+from aslseg.volume.io import write_label
+from aslseg.weights import sha256
+
+CASES = ("a", "b", "c")
+COMMON = {"agreement": {}, "threshold": {}, "models": {}}
+
+
+class Folder:
+    """A studies folder whose scans are never opened, and rounds that only write masks."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "studies"
+        self.root.mkdir()
+        for case in CASES:
+            (self.root / f"{case}.nii.gz").write_bytes(b"scan")
+        self.places = Places(Settings(model_dir=str(root / "models")), self.root)
+        self.ledger = Ledger(self.places.ledger)
+        self.store = MaskStore(self.places.home)
+
+    def round(self, promoted: dict[str, int], shown: dict[str, int], carry_out: bool = True) -> int:
+        """A round that promotes and shows masks full of a value."""
+        number, _ = self.ledger.open_round({})
+        for tag, wanted in ((PSEUDO, promoted), (ORIGINAL, shown)):
+            details = {
+                c: COMMON | {"sha256": self.store.add(np.full((2, 2, 2), v), np.eye(4))} for c, v in wanted.items()
+            }
+            self.ledger.append(changes(self.ledger, read_studies(self.root), tag, number, details))
+        if carry_out:
+            settle(self.ledger, read_studies(self.root), self.places)
+        self.ledger.close_round(number, {})
+        return number
+
+    def human(self, case: str) -> None:
+        write_label(self.root / "labels" / "final" / f"{case}.nii.gz", np.ones((2, 2, 2)), np.eye(4))
+
+    def files(self) -> dict[str, str]:
+        human = {p.name for p in (self.root / "labels" / "final").glob("*")}
+        found = sorted((self.root / "labels").rglob("*.nii.gz"))
+        return {f"{p.parent.name}/{p.name}": sha256(p) for p in found if p.name not in human}
+
+
+masks = st.dictionaries(st.sampled_from(CASES), st.integers(0, 2))
+operations = st.one_of(
+    st.tuples(st.just("round"), masks, masks, st.booleans()),
+    st.tuples(st.just("human"), st.sampled_from(CASES)),
+    st.tuples(st.just("rollback"), st.integers(0, 5)),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(operations, max_size=7))
+def test_files_are_what_the_ledger_says_after_any_history(history: list[tuple]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Folder(Path(temporary))
+        before: dict[int, dict[str, str]] = {}
+        for operation in history:
+            if operation[0] == "round":
+                settle(folder.ledger, read_studies(folder.root), folder.places)
+                state = folder.files()
+                before[folder.round(*operation[1:])] = state
+            elif operation[0] == "human":
+                folder.human(operation[1])
+            elif operation[1] in before:
+                undone = {r.number for r in folder.ledger.rounds() if r.state == "rolled back"}
+                roll_back(folder.places, operation[1])
+                if operation[1] not in undone:
+                    human = {p.name for p in (folder.root / "labels" / "final").glob("*")}
+                    wanted = {k: v for k, v in before[operation[1]].items() if k.split("/")[1] not in human}
+                    assert folder.files() == wanted
+        settle(folder.ledger, read_studies(folder.root), folder.places)
+        assert check(folder.places) == []
+        assert settle(folder.ledger, read_studies(folder.root), folder.places) == []
+
+
+def test_check_names_what_was_changed_or_lost(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.round({"a": 1}, {"a": 1, "b": 2})
+    assert check(folder.places) == []
+    (folder.root / "labels" / ORIGINAL / "b.nii.gz").unlink()
+    (folder.root / "labels" / PSEUDO / "a.nii.gz").write_bytes(b"other")
+    first, second = check(folder.places)
+    assert "aslseg_pseudo/a.nii.gz: not what round 1 wrote" in first
+    assert "original/b.nii.gz: missing" in second
+    settle(folder.ledger, read_studies(folder.root), folder.places)
+    assert check(folder.places) == []
+
+
+def test_somebody_elses_file_is_never_deleted(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.round({"a": 1}, {})
+    path = folder.root / "labels" / PSEUDO / "a.nii.gz"
+    path.write_bytes(b"drawn by hand into the wrong folder")
+    folder.round({}, {})
+    assert path.read_bytes() == b"drawn by hand into the wrong folder"
+
+
+def test_the_same_mask_has_the_same_bytes(tmp_path: Path) -> None:
+    store = MaskStore(tmp_path)
+    assert store.add(np.ones((2, 3, 4)), np.eye(4)) == store.add(np.ones((2, 3, 4)), np.eye(4))
+    assert len(list(store.folder.iterdir())) == 1
+
+
+def test_masks_of_old_rounds_are_let_go(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    for value in range(KEEP_ROUNDS + 3):
+        folder.round({"a": value}, {"a": value})
+        folder.store.prune(folder.ledger)
+    assert len(list(folder.store.folder.iterdir())) == KEEP_ROUNDS + 1
+    with pytest.raises(LedgerError, match="no longer kept"):
+        roll_back(folder.places, 3)
+    roll_back(folder.places, 4)
+    assert check(folder.places) == []
+    # before the first round there was nothing, which needs no mask
+    roll_back(folder.places, 1)
+    assert folder.files() == {}
