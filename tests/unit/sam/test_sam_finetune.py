@@ -22,7 +22,7 @@ from aslseg.weights import load_weights, read_metadata, sha256
 def test_loss_falls_and_the_file_says_what_it_is(
     part: str, ball_case: Callable[..., Prepared], tiny_file: Path, tmp_path: Path, settings: Settings
 ) -> None:
-    settings = settings.model_copy(update={"sam_iterations": 60, "sam_train": part})
+    settings = settings.model_copy(update={"sam_iterations": 40, "sam_train": part})
     reports: list[tuple[int, int, dict[str, Any]]] = []
     out = tmp_path / "sam.safetensors"
     result = train(
@@ -33,8 +33,8 @@ def test_loss_falls_and_the_file_says_what_it_is(
         report=lambda done, total, **shown: reports.append((done, total, shown)),
     )
     assert result["loss"] < 0.9 * result["first_loss"]
-    assert result["steps"] == 60
-    assert [r[0] for r in reports] == list(range(1, 61))
+    assert result["steps"] == 40
+    assert [r[0] for r in reports] == list(range(1, 41))
     assert {"loss", "dice"} <= reports[-1][2].keys()
     metadata = read_metadata(out)
     assert metadata["kind"] == "sam"
