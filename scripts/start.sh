@@ -35,7 +35,7 @@ if [ -z "$studies" ]; then
         echo "Making demo scans in $studies ..."
         # made beside it and renamed, so that an interrupted start leaves no half folder
         rm -rf "$ROOT/demo/new" "$ROOT/demo/new_truth"
-        aslseg phantom "$ROOT/demo/new" --cases 12 --labelled 4 --seed 1
+        aslseg phantom "$ROOT/demo/new" --cases 12 --labelled 4 --seed 1 >/dev/null
         mv "$ROOT/demo/new_truth" "$ROOT/demo/studies_truth"
         mv "$ROOT/demo/new" "$studies"
     fi

@@ -67,8 +67,6 @@ class Server:
             self.studies,
         ]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        if os.environ.get("TEST_SAM"):
-            self.conf.setdefault("sam_checkpoint", os.environ["TEST_SAM"])
         for key, value in (
             {"model_dir": str(self.folder / "models"), "min_free_gb": "0"} | self.conf
         ).items():
@@ -132,6 +130,12 @@ class Server:
 
 
 @pytest.fixture(scope="session")
+def ports() -> Callable[[], int]:
+    """Gives a free port at each call."""
+    return free_port
+
+
+@pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """Start a server: ``serve(studies, env={}, **conf)``. All are stopped at the end of the session."""
     running: list[Server] = []
@@ -149,10 +153,10 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 
 # the smallest settings with which every stage really trains
 TINY = {
-    "ssl_iterations": 120,
-    "retrain_iterations": 10,
-    "sam_iterations": 4,
-    "adapter_iterations": 20,
+    "ssl_iterations": 70,
+    "retrain_iterations": 5,
+    "sam_iterations": 2,
+    "adapter_iterations": 8,
     "patch_voxels": 16000,
     "batch_unlabelled": 1,
     "batch_labelled": 1,
@@ -186,13 +190,15 @@ def starting(serve: Callable[..., Server], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def trained(starting: Server) -> Server:
-    """The same server when its first round is done."""
+    """The same server when its first round is done; its models are kept in ``folder / "published"``."""
     import requests
 
     end = time.monotonic() + 240
     while time.monotonic() < end:
         status = requests.get(f"{starting.url}/aslseg/status", timeout=60).json()
         if status["progress"]["state"] == "done":
+            models = starting.folder / "models"
+            shutil.copytree(next(models.iterdir()), starting.folder / "published")
             return starting
         assert status["progress"]["state"] in ("none", "running"), status["progress"]
         time.sleep(1)

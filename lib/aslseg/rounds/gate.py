@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from aslseg.adaptation import predict as adapter_predict
 from aslseg.cases.prepare import Spacing
@@ -92,14 +93,27 @@ def publish_better(
         lines.append(line)
         dice[f"published {kind}"] = candidate.dice if accepted else candidate.published_dice
         report(done, len(kinds))
+    _serve(stages, number, chosen, lines)
+    return best, lines, dice
+
+
+def _serve(stages: Stages, number: int | None, chosen: list[Candidate], lines: list[str]) -> None:
+    """Switch the manifest to the chosen models, if that changes anything."""
     before = publish.manifest(stages.places)
     after = publish.stage_files(stages.places, chosen, number)
     if after != before:
         # the ledger first: whatever is served can be taken back
-        stages.ledger.append([Entry("published", number, details={"before": before, "after": after, "why": lines})])
+        noted = [e.details["after"] for e in stages.ledger.events(("published",), number=number) if number]
+        if noted and _hashes(noted[-1]) == _hashes(after):
+            after = noted[-1]  # killed between the two
+        else:
+            stages.ledger.append([Entry("published", number, details={"before": before, "after": after, "why": lines})])
         publish.put_manifest(stages.places, after)
     publish.prune(stages.places)
-    return best, lines, dice
+
+
+def _hashes(models: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {kind: entry["sha256"] for kind, entry in models.items()}
 
 
 def _better_ssl(stages: Stages, before: Path, after: Path) -> Path:

@@ -78,7 +78,10 @@ class MaskStore:
 
     def _name(self, path: Path) -> str:
         digest = sha256(path)
-        path.replace(self.path(digest))
+        if self.path(digest).exists():
+            path.unlink()
+        else:
+            path.replace(self.path(digest))
         return digest
 
 

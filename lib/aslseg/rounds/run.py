@@ -232,7 +232,7 @@ def _clean_up(stages: Stages, number: int) -> None:
 
 def _sweep(places: Places, studies: Studies) -> None:
     """Delete temporary files of rounds that were killed while writing."""
-    for folder in (places.rounds, places.home / "masks", places.home / "original"):
+    for folder in (places.rounds, places.home / "masks", places.home / "original", places.models):
         for path in folder.rglob(".tmp-*"):
             path.unlink(missing_ok=True)
     for tag in (PSEUDO, ORIGINAL):

@@ -43,6 +43,8 @@ class ServedApp(MONAILabelApp):
         conf: ``--conf`` pairs.
     """
 
+    studies: str
+
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
         try:
             self.settings, self.origin = load_settings(conf)

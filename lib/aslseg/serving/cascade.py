@@ -25,7 +25,7 @@ class Scan:
     """A scan on the working grid and what the stages made of it.
 
     Attributes:
-        volume: Shape and affine of the scan's own grid; its voxels are not kept.
+        key: Its file as it was, and the published models.
         image: (i, j, k) float32 in 0..1 on the working grid.
         grid: The way back.
         regions: Stage to region probabilities (N, i, j, k), float32.
@@ -57,7 +57,7 @@ class Scans:
         self._scans: OrderedDict[tuple[object, ...], Scan] = OrderedDict()
         self._lock = threading.Lock()
         # whole-volume stages share the processor; a click must not wait behind two of them at once
-        self._compute = threading.Lock()
+        self._computing = threading.Lock()
 
     def open(self, path: Path, times: dict[str, float] | None = None) -> Scan:
         """Read and prepare a scan, or find it again.
@@ -88,31 +88,30 @@ class Scans:
         Raises:
             NoModelError: A stage has no published model.
         """
-        with scan.lock, self._compute:
+        with scan.lock, self._computing:
             found = self._stage(scan, kind, {} if times is None else times)
         with self._lock:
             self._trim(scan)
         return found
 
     def _stage(self, scan: Scan, kind: Kind, times: dict[str, float]) -> np.ndarray:
-        if kind in scan.regions:
-            return scan.regions[kind]
-        settings = self.models.settings
-        model = self.models.get(kind)
-        ssl = self._stage(scan, "ssl", times) if kind != "ssl" else None
-        sam = self._stage(scan, "sam", times) if kind == "adapter" else None
-        start = time.perf_counter()
-        if kind == "ssl":
-            regions = settings.label_set.region_probabilities(model.predict(scan.image))
-        elif kind == "sam":
-            from aslseg.sam.predict import redraw
+        if kind not in scan.regions:
+            needed = {"ssl": (), "sam": ("ssl",), "adapter": ("sam", "ssl")}[kind]
+            before = [self._stage(scan, earlier, times) for earlier in needed]  # type: ignore[arg-type]
+            start = time.perf_counter()
+            scan.regions[kind] = self._compute(kind, scan.image, *before)
+            times[kind] = time.perf_counter() - start
+        return scan.regions[kind]
 
-            regions = redraw(model, scan.image, ssl, settings)
-        else:
-            regions = model.predict(scan.image, sam, ssl)
-        times[kind] = time.perf_counter() - start
-        scan.regions[kind] = regions
-        return regions
+    def _compute(self, kind: Kind, image: np.ndarray, *before: np.ndarray) -> np.ndarray:
+        settings, model = self.models.settings, self.models.get(kind)
+        if kind == "ssl":
+            return settings.label_set.region_probabilities(model.predict(image))
+        if kind == "adapter":
+            return model.predict(image, *before)
+        from aslseg.sam.predict import redraw
+
+        return redraw(model, image, before[0], settings)
 
     def adapt(self, scan: Scan, given: np.ndarray) -> np.ndarray:
         """The adaptation network on a mask that a client sent instead of SAM's.
@@ -122,7 +121,7 @@ class Scans:
             given: Region masks (N, i, j, k) on the working grid, 0..1.
         """
         ssl = self.stage(scan, "ssl")
-        with self._compute:
+        with self._computing:
             return self.models.get("adapter").predict(scan.image, given.astype(np.float32), ssl)
 
     def _spacing(self, volume: Volume) -> tuple[float, float, float] | None:

@@ -50,7 +50,8 @@ class JsonGuard:
         with self._mutex:
             if self._file_lock is None:
                 self._file_lock = FileLock(self._lock_file)
-            with self._file_lock:
+            # the default of 50 ms lets a process that writes a lot starve the others
+            with self._file_lock.acquire(poll_interval=0.003):
                 yield
 
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:

@@ -152,8 +152,8 @@ class SafeDICOM(JsonGuard, DICOMWebDatastore):
             write_label(path, class_map, image.affine)
             saved = super().save_label(image_id, str(path), label_tag, info, label_id)
         # both are cached for two hours; the case must not be handed out again
-        DICOMWebDatastore.get_labeled_images.cache.clear()  # type: ignore[attr-defined]
-        DICOMWebDatastore.list_images.cache.clear()  # type: ignore[attr-defined]
+        DICOMWebDatastore.get_labeled_images.cache.clear()
+        DICOMWebDatastore.list_images.cache.clear()
         return saved
 
     def remove_image(self, image_id: str) -> None:

@@ -53,7 +53,8 @@ class MaskTask(InferTask):
 
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Answer a request that :func:`answer` has checked."""
-        start, times = time.perf_counter(), {}
+        start = time.perf_counter()
+        times: dict[str, float] = {}
         if not self.is_valid():
             raise NoModelError(
                 f"{request.get('model')}: its models are not there yet; run a round (trainer 'round' or "

@@ -31,7 +31,7 @@ from aslseg.serving.refusals import RefusedError, safe_name, status_of
 from aslseg.volume.io import IMAGE_EXTENSIONS, extension
 
 if TYPE_CHECKING:
-    from aslseg.serving.app import AslsegApp
+    from aslseg.serving.app import ServedApp
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+/")
 SESSION = re.compile(r"[0-9a-f-]{8,64}")
 
 
-def install(host: FastAPI, app: AslsegApp) -> None:
+def install(host: FastAPI, app: ServedApp) -> None:
     """Put our routes and error answers in front of MONAI Label's."""
     router = APIRouter()
     _inference(router, app)
@@ -71,7 +71,7 @@ def _unknown(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(getattr(error, "msg", error))}, 404)
 
 
-def _inference(router: APIRouter, app: AslsegApp) -> None:
+def _inference(router: APIRouter, app: ServedApp) -> None:
     @router.post("/infer/{model}")
     def run(
         background_tasks: BackgroundTasks,
@@ -133,7 +133,7 @@ def _inference(router: APIRouter, app: AslsegApp) -> None:
         return session.create_session(background_tasks, False, expiry, files)
 
 
-def _session_image(app: AslsegApp, session_id: str) -> str:
+def _session_image(app: ServedApp, session_id: str) -> str:
     sessions = app.sessions()
     found = (
         sessions.get_session(session_id) if sessions is not None and SESSION.fullmatch(session_id) else None
@@ -159,7 +159,7 @@ def _keep(upload: UploadFile, folder: Path, stem: str) -> Path:
     return path
 
 
-def _keep_label(upload: UploadFile, folder: Path, image: str, app: AslsegApp) -> Path:
+def _keep_label(upload: UploadFile, folder: Path, image: str, app: ServedApp) -> Path:
     """OHIF sends raw bytes (.bin) on the image's grid; everything else is an image file."""
     if not (upload.filename or "").endswith(".bin"):
         return _keep(upload, folder, "label")
@@ -171,7 +171,7 @@ def _keep_label(upload: UploadFile, folder: Path, image: str, app: AslsegApp) ->
     return Path(shutil.move(converted, folder / "label.nii.gz"))
 
 
-def _labels(router: APIRouter, app: AslsegApp) -> None:
+def _labels(router: APIRouter, app: ServedApp) -> None:
     @router.post("/activelearning/{strategy}")
     def next_sample(strategy: str, params: dict[str, Any] | None = None, user: User = USER) -> Any:
         allowed = {k: v for k, v in (params or {}).items() if k == "client_id"}
@@ -213,7 +213,7 @@ def _labels(router: APIRouter, app: AslsegApp) -> None:
             return {"image": app.datastore().add_image(case, str(path), info)}
 
 
-def _training(router: APIRouter, app: AslsegApp) -> None:
+def _training(router: APIRouter, app: ServedApp) -> None:
     @router.post("/train/")
     def update_model(user: User = ADMIN) -> Any:
         """OHIF's "Update Model" means all trainers; a round trains them all."""
@@ -284,7 +284,7 @@ def _viewer(router: APIRouter) -> None:
         return page
 
 
-def _pages(router: APIRouter, app: AslsegApp) -> None:
+def _pages(router: APIRouter, app: ServedApp) -> None:
     def now() -> dict[str, Any]:
         tasks, _ = AsyncTask.status("train", all=True)
         errors = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,10 +47,12 @@ class Trainer(TrainTask):
                 "rounds need the scans in a local studies folder; export them from the PACS, run "
                 "`aslseg round --studies DIR`, and give this server the same model_dir"
             )
-        last = -1
+        last, server = -1, os.getppid()
 
         def report(done: float, total: float, **shown: Any) -> None:
             nonlocal last
+            if os.getppid() != server:
+                raise SystemExit("the server stopped; the next round goes on where this one was")
             percent = int(100 * done / total) if total else 100
             if percent != last:
                 last = percent

@@ -1,0 +1,58 @@
+"""Trainers: what clients see of them, and when they end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aslseg.errors import NotEnoughCasesError
+from aslseg.serving import trainers
+from aslseg.serving.trainers import Trainer, trainer_stats
+from aslseg.settings import Places, load_settings
+
+SETTINGS, _ = load_settings({}, env={})
+
+
+def test_progress_in_the_words_of_the_clients() -> None:
+    progress = {
+        "state": "running",
+        "part": 0.42,
+        "eta": 33.4,
+        "stage": "sam",
+        "round": 2,
+        "seconds": {"ssl": 10.4},
+    }
+    stats = trainer_stats({**progress, "numbers": {"loss": 1.0, "dice": 0.81}})
+    assert (stats["epoch"], stats["total_epochs"], stats["best_metric"], stats["eta"]) == (
+        42,
+        100,
+        0.81,
+        "33 s",
+    )
+    assert trainer_stats({"state": "none"}) == {}
+    assert trainer_stats({"state": "done"})["epoch"] == 100
+
+
+def test_a_pacs_is_no_studies_folder() -> None:
+    places = Places(SETTINGS, "http://127.0.0.1:1/dicom-web")
+    trainer = Trainer(SETTINGS, places, lambda *_, **__: {}, "")
+    with pytest.raises(NotEnoughCasesError, match="local studies folder"):
+        trainer({}, None)  # type: ignore[arg-type]
+
+
+def test_ends_when_its_server_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = iter([100, 100, 1])
+    monkeypatch.setattr(trainers.os, "getppid", lambda: next(parents))
+    reported = []
+
+    def work(studies: Path, settings: Any, report: Any) -> dict[str, Any]:
+        for n in range(5):
+            report(n, 5, loss=0.5, stage="ssl")
+            reported.append(n)
+        return {}
+
+    with pytest.raises(SystemExit, match="goes on"):
+        Trainer(SETTINGS, Places(SETTINGS, tmp_path), work, "")({}, None)  # type: ignore[arg-type]
+    assert reported == [0]

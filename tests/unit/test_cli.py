@@ -1,0 +1,189 @@
+"""The command line: quick help, exit codes, one message instead of a traceback, JSON on stdout only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from aslseg import cli, console
+from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.settings import Places
+from aslseg.ssl import engine
+from tiny_rounds import tiny_sam, tiny_settings, tiny_studies
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """``aslseg`` in this process: exit code, stdout, stderr."""
+    for key in [k for k in os.environ if k.startswith("ASLSEG_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["aslseg", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['aslseg', '--help']; import aslseg.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
+    )
+    code += "assert 'torch' not in sys.modules and 'monai' not in sys.modules"
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        times.append(time.monotonic() - started)
+    # half a second on a machine that is not busy with the other tests
+    assert min(times) < 1.5
+
+
+def test_info_says_where_settings_come_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASLSEG_SEED", "7")
+    code, out, _ = run("info", "--json", "--conf", "promote_threshold", "0.8,tumour=0.5", "--conf=labels=liver")
+    assert code == 0
+    shown = json.loads(out)
+    assert set(shown) >= {"versions", "settings", "ssl_methods", "recipes", "models"}
+    assert shown["settings"]["promote_threshold"] == {"value": "0.8,tumour=0.5", "source": "conf"}
+    assert shown["settings"]["labels"] == {"value": "liver", "source": "conf"}
+    assert shown["settings"]["seed"] == {"value": 7, "source": "environment"}
+    assert shown["settings"]["network"]["source"] == "default"
+    assert "mean_teacher" in shown["ssl_methods"]
+    assert shown["versions"]["monailabel"]
+
+
+def test_info_describes_a_sam_file(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("info", "--sam-checkpoint", tiny_sam(tmp_path / "sam.safetensors"), "--json")
+    assert code == 0
+    assert {"kind", "image_size", "adapters", "parameters", "missing", "unexpected"} <= set(json.loads(out))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["info", "--conf", "lables", "x"], 2, "did you mean 'labels'?"),
+        (["info", "--conf", "labels"], 2, "expected a key and a value"),
+        (["inof"], 2, "No such command"),
+        (["round"], 2, "--studies"),
+        (["train", "everything", "--studies", "x"], 2, "expected ssl, sam or adapter"),
+        (["infer", "--model", "x", "--input", "i", "--output", "o", "--studies", "s"], 2, "expected ssl, sam"),
+        (["evaluate", "--pred", "p", "--truth", "t", "--unit", "inch"], 2, "expected mm or voxel"),
+        (["round", "--studies", "nowhere"], 1, "nowhere: no such folder"),
+        (["evaluate", "--pred", "p", "--truth", "t"], 1, "no such folder"),
+        (
+            ["infer", "--model", "ssl", "--input", "i", "--output", "o", "--studies", "s"],
+            1,
+            "no ssl model is published",
+        ),
+        (["phantom", "out", "--cases", "0"], 2, "phantom: 0 cases"),
+    ],
+)
+def test_mistakes_give_one_line_and_the_right_code(run: Run, arguments: list[str], code: int, message: str) -> None:
+    got, out, err = run(*arguments)
+    assert got == code
+    assert message in err.replace("\n", " ")
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_a_round_infer_evaluate_and_ledger(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "STATISTICS_BATCHES", 2)
+    torch.set_num_threads(1)
+    studies, settings = tiny_studies(tmp_path, cases=3, labelled=2), tiny_settings(tmp_path)
+    conf = [p for k in settings.model_fields_set for p in ("--conf", k, getattr(settings, k))]
+    code, out, err = run("round", "--studies", studies, "--json", *conf)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["round"] == 1
+    assert "ssl" in err
+    code, out, _ = run("round", "--studies", studies, *conf)
+    assert code == 0
+    assert "round: 2" in out
+
+    code, out, _ = run("rank", "--studies", studies, *conf)
+    assert code == 0
+    assert out.split()[1] == "phantom_002"
+    models = json.loads(run("info", "--json", "--studies", studies, *conf)[1])["models"]
+    assert {m["kind"] for m in models} == {"ssl", "sam", "adapter"}
+    assert all({"sha256", "date", "validation_dice"} <= set(m) for m in models)
+
+    (studies / "broken.nii.gz").write_bytes(b"no image")
+    common = ("--input", studies, "--studies", studies, "--json", *conf)
+    code, out, _ = run("infer", "--model", "aslseg", "--output", tmp_path / "pred", *common)
+    assert code == 1  # one scan could not be read; the others are there
+    assert set(json.loads(out)["skipped"]) == {"broken"}
+    assert len(list((tmp_path / "pred").iterdir())) == 3
+    code, out, _ = run(
+        "evaluate", "--pred", tmp_path / "pred", "--truth", studies / "labels" / "final", "--json", *conf
+    )
+    assert code == 0
+    assert json.loads(out)["summary"]
+
+    ledger = Ledger(Places(settings, studies).ledger)
+    ledger.append([Entry("note", details={})])
+    listed = json.loads(run("ledger", "list", "--studies", studies, "--json", *conf)[1])
+    assert [r["state"] for r in listed["rounds"]] == ["done", "done"]
+    assert run("ledger", "verify", "--studies", studies, *conf)[0] == 0
+    (studies / "labels" / "original" / "phantom_002.nii.gz").unlink()
+    code, out, _ = run("ledger", "verify", "--studies", studies, *conf)
+    assert code == 1
+    assert "phantom_002.nii.gz: missing" in out
+    code, _, err = run("ledger", "rollback", "--studies", studies, "--round", 9, *conf)
+    assert code == 1
+    assert "there is no round 9" in err
+    code, out, _ = run("ledger", "rollback", "--studies", studies, "--round", 1, *conf)
+    assert code == 0
+    assert "round 2 rolled back" in out
+    assert "round 1: rolled back" in run("ledger", "list", "--studies", studies, *conf)[1]
+
+
+def test_phantom(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("phantom", tmp_path / "made", "--cases", 1, "--labelled", 1, "--seed", 3, "--json")
+    assert code == 0
+    assert json.loads(out)["labelled"] == ["phantom_000"]
+
+
+def test_serve_hands_over_to_monailabel(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def instead(path: str, arguments: list[str]) -> None:
+        started.append(arguments)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", instead)
+    studies = tmp_path / "two words"
+    assert run("serve", "--studies", studies, "--port", 8001, "--conf", "labels", "liver", "--", "--dryrun")[0] == 0
+    (command,) = started
+    assert command[1:4] == ["-m", "monailabel.main", "start_server"]
+    assert command[command.index("--studies") + 1] == str(studies)
+    assert command[-4:] == ["--conf", "labels", "liver", "--dryrun"]
+    assert run("serve", "--studies", studies, "--conf", "lables", "liver")[0] == 2
+    assert len(started) == 1
+
+
+def test_progress_line_is_not_too_frequent() -> None:
+    line = console.ProgressLine(every=3600)
+    assert "ssl" in str(line(1, 10, stage="ssl", eta=65, loss=0.25))
+    assert line(2, 10, stage="ssl", eta=60) is None
+    assert str(line(3, 10, stage="sam", eta=61.0, loss=0.5)) == " 30%  sam  loss 0.5000  1:01 left"
+
+
+def test_joined_leaves_other_arguments_alone() -> None:
+    assert console.joined(["a", "--conf", "k", "v", "--x"]) == ["a", "--conf", "k=v", "--x"]
+    assert console.joined(["--conf", "k=a=b", "--conf", "k"]) == ["--conf", "k=a=b", "--conf", "k"]
+    assert console.joined(["--", "--conf", "k", "v"]) == ["--", "--conf", "k", "v"]
