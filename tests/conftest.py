@@ -67,9 +67,7 @@ class Server:
             self.studies,
         ]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        for key, value in (
-            {"model_dir": str(self.folder / "models"), "min_free_gb": "0"} | self.conf
-        ).items():
+        for key, value in ({"model_dir": str(self.folder / "models"), "min_free_gb": "0"} | self.conf).items():
             command += ["--conf", key, value]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("ASLSEG_", "MONAI_"))}
         environment |= {
@@ -95,9 +93,7 @@ class Server:
         assert self.process is not None
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            assert self.process.poll() is None, (
-                f"the server ended with {self.process.returncode}:\n{self.log[-4000:]}"
-            )
+            assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log[-4000:]}"
             try:
                 if requests.get(f"{self.url}/info/", timeout=30).ok:
                     return self

@@ -40,9 +40,7 @@ class Aslseg(app.ServedApp, MONAILabelApp):
                 ("ssl", "adapter"),
                 "Adaptation network on SAM's mask, or on the mask sent along",
             ),
-            "sam": ClickTask(
-                scans, "Click inside and outside a structure, or draw a box around it; whole object"
-            ),
+            "sam": ClickTask(scans, "Click inside and outside a structure, or draw a box around it; whole object"),
         }
 
     def init_trainers(self) -> dict[str, TrainTask]:

@@ -54,9 +54,7 @@ def dicom_series(scan: Path, study: str, series: str) -> Iterator[bytes]:
         d.Modality, d.SeriesNumber, d.InstanceNumber, d.SeriesDescription = "CT", 1, k + 1, "phantom"
         d.ImageType, d.Manufacturer = ["ORIGINAL", "PRIMARY", "AXIAL"], "ASLseg"
         d.ImagePositionPatient = [f"{v:.8g}" for v in (lps @ [0, 0, k, 1])[:3]]
-        d.ImageOrientationPatient = [
-            f"{v:.8g}" for v in (*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1]))
-        ]
+        d.ImageOrientationPatient = [f"{v:.8g}" for v in (*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1]))]
         d.PixelSpacing, d.SliceThickness = [f"{spacing[1]:.8g}", f"{spacing[0]:.8g}"], f"{spacing[2]:.8g}"
         d.Rows, d.Columns, d.SamplesPerPixel, d.PhotometricInterpretation = (
             *array.shape[1::-1],

@@ -116,8 +116,6 @@ def test_saved_label_goes_to_the_pacs(pacs_server: Any, orthanc: Any, tmp_path: 
     (seg,) = segs()
     uid = seg["0020000E"]["Value"][0]
     study = f"{orthanc.url}/studies/{orthanc.study}/series/{uid}/metadata"
-    names = [
-        s["00620005"]["Value"][0] for s in requests.get(study, timeout=30).json()[0]["00620002"]["Value"]
-    ]
+    names = [s["00620005"]["Value"][0] for s in requests.get(study, timeout=30).json()[0]["00620002"]["Value"]]
     assert names == ["tumour"]
     assert client.next_sample("agreement", {}) == {}

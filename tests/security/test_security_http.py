@@ -61,9 +61,7 @@ def test_ids_and_tags(untrained: Any, sentinel: None, label: Path, name: str) ->
     scan = (Path(untrained.studies) / f"{CASE}.nii.gz").read_bytes()
 
     def put(where: str, part: str, content: bytes) -> requests.Response:
-        return requests.put(
-            f"{url}{where}", files={part: ("x.nii.gz", content)}, data={"params": "{}"}, timeout=60
-        )
+        return requests.put(f"{url}{where}", files={part: ("x.nii.gz", content)}, data={"params": "{}"}, timeout=60)
 
     assert refused(put(f"/datastore/image?image={quoted}", "file", scan))
     assert refused(put(f"/datastore/label?image={CASE}&tag={quoted}", "label", label.read_bytes()))
@@ -76,9 +74,7 @@ def test_ids_and_tags(untrained: Any, sentinel: None, label: Path, name: str) ->
     assert refused(requests.get(f"{url}/datastore/image?image={quoted}", timeout=60))
     assert refused(requests.get(f"{url}/datastore/label?label={quoted}&tag=final", timeout=60))
     assert refused(requests.get(f"{url}/datastore/label?label={CASE}&tag={quoted}", timeout=60))
-    assert refused(
-        requests.put(f"{url}/datastore/image/info?image={quoted}", data={"info": "{}"}, timeout=60)
-    )
+    assert refused(requests.put(f"{url}/datastore/image/info?image={quoted}", data={"info": "{}"}, timeout=60))
     for route in ("infer", "activelearning", "train"):
         if "/" not in name and name not in (".", ".."):
             assert refused(requests.post(f"{url}/{route}/{quoted}", data={"params": "{}"}, timeout=60))
@@ -126,20 +122,12 @@ def test_params(untrained: Any, sentinel: None, params: dict[str, Any]) -> None:
     ],
 )
 def test_json(untrained: Any, sentinel: None, text: str) -> None:
-    assert refused(
-        requests.post(f"{untrained.url}/infer/sam?image={CASE}", data={"params": text}, timeout=60)
-    )
+    assert refused(requests.post(f"{untrained.url}/infer/sam?image={CASE}", data={"params": text}, timeout=60))
 
 
-@pytest.mark.parametrize(
-    "params", [{"roi": [50, -9, 99, -5, 1e9, -1e9]}, {"foreground": [[-5, 0, 1e9]], "slice": -5}]
-)
-def test_prompts_outside_the_volume_are_left_out(
-    untrained: Any, sentinel: None, params: dict[str, Any]
-) -> None:
-    answer = requests.post(
-        f"{untrained.url}/infer/sam?image={CASE}", data={"params": json.dumps(params)}, timeout=60
-    )
+@pytest.mark.parametrize("params", [{"roi": [50, -9, 99, -5, 1e9, -1e9]}, {"foreground": [[-5, 0, 1e9]], "slice": -5}])
+def test_prompts_outside_the_volume_are_left_out(untrained: Any, sentinel: None, params: dict[str, Any]) -> None:
+    answer = requests.post(f"{untrained.url}/infer/sam?image={CASE}", data={"params": json.dumps(params)}, timeout=60)
     assert answer.ok
 
 
@@ -167,9 +155,7 @@ def test_uploads(untrained: Any, sentinel: None, name: str, content: bytes) -> N
     url = untrained.url
     for where, part in (("/infer/sam", "file"), (f"/infer/sam?image={CASE}", "label")):
         if part == "file":
-            answer = requests.post(
-                f"{url}{where}", files={part: (name, content)}, data={"params": "{}"}, timeout=60
-            )
+            answer = requests.post(f"{url}{where}", files={part: (name, content)}, data={"params": "{}"}, timeout=60)
             assert refused(answer)
     assert refused(
         requests.put(
@@ -220,9 +206,7 @@ def test_a_label_that_does_not_fit_is_kept_and_told(untrained: Any, sentinel: No
 )
 def test_other_routes(untrained: Any, sentinel: None, method: str, where: str) -> None:
     files = {"files": ("x.tar", b"x")} if "session" in where else {"file": ("x.pt", b"x")}
-    request = requests.Request(
-        method, f"{untrained.url}{where}", files=files if method == "PUT" else None
-    ).prepare()
+    request = requests.Request(method, f"{untrained.url}{where}", files=files if method == "PUT" else None).prepare()
     request.url = f"{untrained.url}{where}"
     answer = requests.Session().send(request, timeout=60)
     assert 400 <= answer.status_code < 500, answer.text[:300]

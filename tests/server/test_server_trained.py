@@ -68,8 +68,8 @@ def test_first_round_starts_by_itself_and_is_seen(starting: Any) -> None:
     assert "best_metric" in stats
     page = requests.get(f"{starting.url}/aslseg/", timeout=60).text
     assert "stage" in page or "is done" in page
-    again = requests.post(f"{starting.url}/train/round", json={}, timeout=60)
-    assert again.status_code in (200, 429)
+    if starting.client().train_status(check_if_running=True):
+        assert requests.post(f"{starting.url}/train/round", json={}, timeout=60).status_code == 429
 
 
 def test_round_publishes_ranks_and_promotes(trained: Any) -> None:
@@ -81,9 +81,7 @@ def test_round_publishes_ranks_and_promotes(trained: Any) -> None:
     assert sorted(s["case"] for s in status["ranking"]) == unlabelled
     for case in unlabelled:
         info = store[case]["labels"]["original"]["info"]
-        assert list(info["params"]["label_names"]) == ["liver", "tumour"], (
-            "Slicer names segments by this order"
-        )
+        assert list(info["params"]["label_names"]) == ["liver", "tumour"], "Slicer names segments by this order"
         assert 0 <= store[case]["image"]["info"]["aslseg"]["agreement"] <= 1
     promoted = {p["case"] for p in status["promotions"]}
     assert promoted == {c for c, o in store.items() if "aslseg_pseudo" in o["labels"]}
@@ -95,16 +93,11 @@ def test_every_model_on_a_case(trained: Any) -> None:
     volume = scan_of(trained, case)
     masks = {}
     for model in ("ssl", "aslseg", "adapter", "sam"):
-        file, result = trained.client().infer(
-            model, case, {"result_extension": ".nrrd", "result_dtype": "uint8"}
-        )
+        file, result = trained.client().infer(model, case, {"result_extension": ".nrrd", "result_dtype": "uint8"})
         masks[model] = mask_of(file, volume)
         names = result["label_names"]
         assert sorted(names.values()) == list(range(1, len(names) + 1))
-        assert (
-            result["latencies"]["total"]
-            >= max(v for k, v in result["latencies"].items() if k != "total") - 0.01
-        )
+        assert result["latencies"]["total"] >= max(v for k, v in result["latencies"].items() if k != "total") - 0.01
     assert masks["ssl"].any()
     assert set(np.unique(masks["sam"])) <= {0, 1}
 
@@ -162,8 +155,7 @@ def test_geometry_of_other_axes(trained: Any, tmp_path: Path, how: str) -> None:
         codes = {"flipped": "LPI", "permuted": "SRA"}[how]
         to = nib.orientations.axcodes2ornt(codes)
         changed = [
-            n.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(n.affine), to))
-            for n in (scan, expected)
+            n.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(n.affine), to)) for n in (scan, expected)
         ]
     path = tmp_path / f"{how}.nii.gz"
     nib.save(changed[0], path)
@@ -256,7 +248,7 @@ def test_save_as_slicer_does_then_roll_back(trained: Any, tmp_path: Path) -> Non
     client.train_start("round", {})
     assert settle(trained)["status"] == "DONE", client.train_status()["details"]
     status = requests.get(f"{trained.url}/aslseg/status", timeout=60).json()
-    assert status["rounds"][0]["round"] == 2
+    assert status["rounds"][0]["round"] >= 2
     assert case not in [s["case"] for s in status["ranking"]]
     from aslseg.rounds.masks import roll_back
     from aslseg.settings import Places, load_settings

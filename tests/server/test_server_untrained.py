@@ -81,9 +81,7 @@ def test_without_a_click_an_empty_mask(untrained: Any) -> None:
 
 def test_what_is_not_trained_says_so(untrained: Any) -> None:
     for model in ("ssl", "aslseg", "adapter"):
-        answer = requests.post(
-            f"{untrained.url}/infer/{model}?image={CASE}", data={"params": "{}"}, timeout=60
-        )
+        answer = requests.post(f"{untrained.url}/infer/{model}?image={CASE}", data={"params": "{}"}, timeout=60)
         assert answer.status_code == 503
         assert "run a round" in answer.json()["detail"]
 
@@ -121,9 +119,7 @@ def test_session_upload_of_slicer(untrained: Any) -> None:
     assert Path(file).stat().st_size > 0
     assert client.get_session(session)
     client.remove_session(session)
-    answer = requests.post(
-        f"{untrained.url}/infer/sam?session_id={session}", data={"params": "{}"}, timeout=60
-    )
+    answer = requests.post(f"{untrained.url}/infer/sam?session_id={session}", data={"params": "{}"}, timeout=60)
     assert answer.status_code == 404
 
 
@@ -147,9 +143,7 @@ def test_exact_request_of_ohif_point_prompts(untrained: Any) -> None:
 def test_exact_request_of_slicer_roi(untrained: Any) -> None:
     """Pairs per axis, unsorted for LPS volumes, partly outside; no points; mm slice."""
     params = {"label": "liver", "roi": [40, 5, 44, -6, 18, 2], "slice": 800, "result_extension": ".nrrd"}
-    _, result = untrained.client().infer(
-        "sam", CASE, {**params, "result_dtype": "uint8", "reset_state": True}
-    )
+    _, result = untrained.client().infer("sam", CASE, {**params, "result_dtype": "uint8", "reset_state": True})
     assert result["source"] == "clicks"
 
 

@@ -106,9 +106,7 @@ class ServedApp(MONAILabelApp):
         """The next scan to look at."""
         strategy = request.get("strategy") or "random"
         if strategy not in self._strategies:
-            raise RefusedError(
-                f"no strategy {str(strategy)[:80]!r}; there are {', '.join(self._strategies)}", 404
-            )
+            raise RefusedError(f"no strategy {str(strategy)[:80]!r}; there are {', '.join(self._strategies)}", 404)
         return super().next_sample(request)
 
     def scoring(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
@@ -132,9 +130,7 @@ class ServedApp(MONAILabelApp):
             logger.error("%s", error)
             sys.exit(1)
 
-    def async_scoring(
-        self, method: str | None, params: dict[str, Any] | None = None
-    ) -> dict[str, Any] | None:
+    def async_scoring(self, method: str | None, params: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """Score only when asked for, and never queue a second time."""
         if not method or processes("scoring"):
             return {}
@@ -174,9 +170,7 @@ class ServedApp(MONAILabelApp):
         if any(published(self.places, kind) for kind in KINDS):
             return
         if self.places.studies is None:
-            logger.warning(
-                "no models yet, and rounds need a local studies folder; only 'sam' works. See %s", where
-            )
+            logger.warning("no models yet, and rounds need a local studies folder; only 'sam' works. See %s", where)
         elif not self.settings.first_round:
             logger.info("no models yet and first_round is off; start the trainer 'round' when you like")
         elif not self.datastore().get_labeled_images():
@@ -197,17 +191,11 @@ class SafeSessions(Sessions):
         """MONAI Label's version fails on a folder without its description; such a folder is removed."""
         root = Path(self.store_path)
         for folder in root.iterdir() if root.is_dir() else []:
-            if (
-                folder.is_dir()
-                and not (folder / "meta.info").exists()
-                and time.time() - folder.stat().st_mtime > 3600
-            ):
+            if folder.is_dir() and not (folder / "meta.info").exists() and time.time() - folder.stat().st_mtime > 3600:
                 shutil.rmtree(folder, ignore_errors=True)
         return super().remove_expired()
 
-    def get_session(
-        self, session_id: str, update_ts: bool = True, fetch_cache: bool = True
-    ) -> SessionInfo | None:
+    def get_session(self, session_id: str, update_ts: bool = True, fetch_cache: bool = True) -> SessionInfo | None:
         """A session by its id, which is no path."""
         if os.path.basename(session_id) != session_id or session_id.startswith("."):
             return None

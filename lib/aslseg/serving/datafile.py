@@ -65,9 +65,7 @@ class JsonGuard:
             if model is None:
                 model = self._recover(path)
             model.base_path, model.images_dir, model.labels_dir = self._datastore_path, ".", "labels"
-            model.objects = {
-                k: v for k, v in model.objects.items() if k == os.path.basename(k) and k[:1] != "."
-            }
+            model.objects = {k: v for k, v in model.objects.items() if k == os.path.basename(k) and k[:1] != "."}
             self._datastore = model
             self._signature = signature
             if damaged:
@@ -125,9 +123,7 @@ class JsonGuard:
                 image = old.image if old and case + old.image.ext == name else new_entry(case, name)
                 kept = old.labels if old else {}
                 labels = {
-                    t: self._adopt(case, t, files[case], kept.get(t))
-                    for t, files in tags.items()
-                    if case in files
+                    t: self._adopt(case, t, files[case], kept.get(t)) for t, files in tags.items() if case in files
                 }
                 objects[case] = ImageLabelModel(image=image, labels=labels)
             if objects != before:

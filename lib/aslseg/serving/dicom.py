@@ -48,9 +48,7 @@ def find_converter() -> None:
     folders = [Path(p) / "bin" for p in (spec.submodule_search_locations or [])] if spec else []
     found = next((f for f in folders if (f / CONVERTER).exists()), None)
     if found is None:
-        raise RefusedError(
-            f"{CONVERTER} is missing; install it with `pip install dcmqi`, then start again", 503
-        )
+        raise RefusedError(f"{CONVERTER} is missing; install it with `pip install dcmqi`, then start again", 503)
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{found}"
 
 
@@ -134,9 +132,7 @@ class SafeDICOM(JsonGuard, DICOMWebDatastore):
         if safe_name(label_tag, "label tag") == PSEUDO:
             raise RefusedError(f"tag {PSEUDO!r} is written by rounds only; save under {FINAL!r}", 403)
         if label_tag != FINAL or label_filename.endswith(".bin"):
-            return LocalDatastore.save_label(
-                self, _uid(image_id), label_filename, label_tag, dict(label_info or {})
-            )
+            return LocalDatastore.save_label(self, _uid(image_id), label_filename, label_tag, dict(label_info or {}))
         labels, info = self.settings.label_set, dict(label_info or {})
         image = read_image(Path(self.get_image_uri(image_id)), self.settings.max_voxels)
         class_map = decode_label(Path(label_filename), image, info.get("label_info"), labels)
@@ -144,9 +140,7 @@ class SafeDICOM(JsonGuard, DICOMWebDatastore):
         # MONAI Label names the values that occur by their position in this list
         info["label_info"] = [{"name": name, "idx": labels.values[name]} for name in present]
         if not present:
-            raise RefusedError(
-                "the label is empty; DICOM SEG cannot hold an empty label. Draw something first", 422
-            )
+            raise RefusedError("the label is empty; DICOM SEG cannot hold an empty label. Draw something first", 422)
         with tempfile.TemporaryDirectory(prefix="aslseg-") as folder, self._answering():
             path = Path(folder) / "label.nii.gz"
             write_label(path, class_map, image.affine)

@@ -162,9 +162,7 @@ def answer(tasks: Mapping[str, InferTask], request: dict[str, Any], store: Datas
     task = tasks.get(model) if isinstance(model, str) else None
     if task is None:
         raise RefusedError(f"no model {str(model)[:80]!r}; there are {', '.join(tasks)}", 404)
-    inner = clean(
-        {k: v for k, v in request.items() if k not in ("model", "image") and not isinstance(v, Upload)}
-    )
+    inner = clean({k: v for k, v in request.items() if k not in ("model", "image") and not isinstance(v, Upload)})
     inner["model"] = model
     if isinstance(label, Upload):
         inner["label_file"] = str(label)

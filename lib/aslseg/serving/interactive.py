@@ -77,15 +77,11 @@ class ClickTask(MaskTask):
         from aslseg.sam.interactive import Clicks
 
         # an automatic mask that the annotator has asked for is what the clicks correct
-        known = (
-            scan.regions.get("ssl") if prompt.label in self.scans.models.settings.label_set.names else None
-        )
+        known = scan.regions.get("ssl") if prompt.label in self.scans.models.settings.label_set.names else None
         model = self.scans.models.get("sam")
         with self._clicking:
             start = time.perf_counter()
-            clicks = Clicks(
-                model, scan.image, self.scans.models.settings, None if known is None else known[region]
-            )
+            clicks = Clicks(model, scan.image, self.scans.models.settings, None if known is None else known[region])
             found = clicks.answer(to_working(prompt, scan.grid))
             times["infer"] = time.perf_counter() - start
         return found

@@ -34,9 +34,7 @@ def segment_names(label_info: Any) -> list[str]:
     for entry in label_info:
         name = entry.get("name") if isinstance(entry, dict) else None
         if not isinstance(name, str):
-            raise BadLabelError(
-                f"label_info: expected {{name, idx}}, got {str(entry)[:80]!r}; save the label again"
-            )
+            raise BadLabelError(f"label_info: expected {{name, idx}}, got {str(entry)[:80]!r}; save the label again")
         if name.strip().casefold() not in NOT_EXPORTED:
             names.append(name.strip())
     return names

@@ -81,9 +81,7 @@ def clean(params: Any) -> dict[str, Any]:
     _check_prompts(wanted)
     extension = wanted.get("result_extension", ".nrrd")
     if extension not in EXTENSIONS:
-        raise RefusedError(
-            f"result_extension {str(extension)[:40]!r}: expected one of {', '.join(EXTENSIONS)}"
-        )
+        raise RefusedError(f"result_extension {str(extension)[:40]!r}: expected one of {', '.join(EXTENSIONS)}")
     if wanted.get("result_dtype", "uint8") != "uint8":
         raise RefusedError(f"result_dtype {str(wanted['result_dtype'])[:40]!r}: masks are uint8")
     if wanted.get("save_label"):

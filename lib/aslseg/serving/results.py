@@ -12,9 +12,7 @@ import SimpleITK as sitk  # noqa: N813 - the library's own abbreviation
 from aslseg.volume.io import LPS_TO_RAS, write_label
 
 
-def write_result(
-    class_map: np.ndarray, affine: np.ndarray, extension: str = ".nrrd", compress: bool = True
-) -> Path:
+def write_result(class_map: np.ndarray, affine: np.ndarray, extension: str = ".nrrd", compress: bool = True) -> Path:
     """Write a mask into a temporary file; whoever takes it removes it.
 
     OHIF reads the voxels and ignores the header, so the array is written as it is: never resampled or turned.
@@ -33,9 +31,7 @@ def write_result(
         return path
     lps = LPS_TO_RAS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    image = sitk.GetImageFromArray(
-        np.ascontiguousarray(class_map.astype(np.uint8, copy=False).transpose(2, 1, 0))
-    )
+    image = sitk.GetImageFromArray(np.ascontiguousarray(class_map.astype(np.uint8, copy=False).transpose(2, 1, 0)))
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(lps[:3, 3].tolist())
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())

@@ -86,9 +86,7 @@ def _inference(router: APIRouter, app: ServedApp) -> None:
     ) -> Any:
         request = clean(parse(params or "{}"))
         if output == infer.ResultType.dicom_seg:
-            raise RefusedError(
-                "output=dicom_seg is not offered; save the label instead, which makes a DICOM SEG"
-            )
+            raise RefusedError("output=dicom_seg is not offered; save the label instead, which makes a DICOM SEG")
         request.setdefault("client_id", user.username)
         chosen: str | Upload = image
         folder = Path(tempfile.mkdtemp(prefix="aslseg-upload-"))
@@ -127,32 +125,22 @@ def _inference(router: APIRouter, app: ServedApp) -> None:
         if uncompress:
             raise RefusedError("archives are not unpacked; upload the volume itself")
         if len(files) != 1 or extension(Path(files[0].filename or "")) is None:
-            raise RefusedError(
-                f"expected one volume ({', '.join(IMAGE_EXTENSIONS)}); DICOM goes through a PACS", 422
-            )
+            raise RefusedError(f"expected one volume ({', '.join(IMAGE_EXTENSIONS)}); DICOM goes through a PACS", 422)
         return session.create_session(background_tasks, False, expiry, files)
 
 
 def _session_image(app: ServedApp, session_id: str) -> str:
     sessions = app.sessions()
-    found = (
-        sessions.get_session(session_id) if sessions is not None and SESSION.fullmatch(session_id) else None
-    )
+    found = sessions.get_session(session_id) if sessions is not None and SESSION.fullmatch(session_id) else None
     if found is None:
-        raise RefusedError(
-            f"session {session_id[:80]!r} is unknown or has expired; upload the volume again", 404
-        )
+        raise RefusedError(f"session {session_id[:80]!r} is unknown or has expired; upload the volume again", 404)
     return str(found.image)
 
 
 def _keep(upload: UploadFile, folder: Path, stem: str) -> Path:
-    ending = extension(
-        Path(upload.filename or ".nii.gz").with_name(f"x{Path(upload.filename or '.nii.gz').name}")
-    )
+    ending = extension(Path(upload.filename or ".nii.gz").with_name(f"x{Path(upload.filename or '.nii.gz').name}"))
     if ending is None:
-        raise RefusedError(
-            f"{Path(upload.filename or '').name[:80]!r}: expected {', '.join(IMAGE_EXTENSIONS)}", 422
-        )
+        raise RefusedError(f"{Path(upload.filename or '').name[:80]!r}: expected {', '.join(IMAGE_EXTENSIONS)}", 422)
     path = folder / f"{stem}{ending}"
     with path.open("wb") as target:
         shutil.copyfileobj(upload.file, target)
@@ -223,27 +211,19 @@ def _training(router: APIRouter, app: ServedApp) -> None:
     @router.post("/train/{model}")
     def start(model: str, enqueue: bool = False, user: User = ADMIN) -> Any:
         if model not in app.info()["trainers"]:
-            raise RefusedError(
-                f"no trainer {model[:80]!r}; there are {', '.join(app.info()['trainers'])}", 404
-            )
+            raise RefusedError(f"no trainer {model[:80]!r}; there are {', '.join(app.info()['trainers'])}", 404)
         return train.run_model(model, None, False, enqueue)
 
     @router.post("/scoring/{method}")
     def score(method: str, user: User = ANNOTATOR) -> Any:
         if method not in app.info()["scoring"]:
-            raise RefusedError(
-                f"no scoring method {method[:80]!r}; there are {', '.join(app.info()['scoring'])}", 404
-            )
+            raise RefusedError(f"no scoring method {method[:80]!r}; there are {', '.join(app.info()['scoring'])}", 404)
         return scoring.run_method(method, None, False)
 
     @router.post("/batch/infer/{model}")
-    def batch(
-        model: str, images: str = "all", params: dict[str, Any] | None = None, user: User = ADMIN
-    ) -> Any:
+    def batch(model: str, images: str = "all", params: dict[str, Any] | None = None, user: User = ADMIN) -> Any:
         if model not in app.info()["models"]:
-            raise RefusedError(
-                f"no model {model[:80]!r} is ready; there are {', '.join(app.info()['models'])}", 404
-            )
+            raise RefusedError(f"no model {model[:80]!r} is ready; there are {', '.join(app.info()['models'])}", 404)
         wanted = {
             "images": (params or {}).get("images", images),
             "label_tag": (params or {}).get("label_tag"),
@@ -263,9 +243,7 @@ def _training(router: APIRouter, app: ServedApp) -> None:
     @router.put("/model/{model}")
     @router.delete("/model/{model}")
     def model_file(model: str, user: User = ADMIN) -> Any:
-        raise RefusedError(
-            "models are published by rounds only; roll back with `aslseg ledger rollback`", 403
-        )
+        raise RefusedError("models are published by rounds only; roll back with `aslseg ledger rollback`", 403)
 
 
 def _viewer(router: APIRouter) -> None:

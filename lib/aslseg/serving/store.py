@@ -105,9 +105,7 @@ class SafeLocal(JsonGuard, LocalDatastore):
         self._fresh()
         return super().get_labeled_images(label_tag, labels)
 
-    def get_unlabeled_images(
-        self, label_tag: str | None = None, labels: list[str] | None = None
-    ) -> list[str]:
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         self._fresh()
         return super().get_unlabeled_images(label_tag, labels)
 
@@ -166,9 +164,7 @@ class SafeLocal(JsonGuard, LocalDatastore):
             (self.root / f"{image_id}{obj.image.ext}").unlink(missing_ok=True)
             del self._datastore.objects[image_id]
 
-    def save_label(
-        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]
-    ) -> str:
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """Save a label; a human one (``final``) is checked, decoded by name, and the one before kept as a version.
 
         Raises:

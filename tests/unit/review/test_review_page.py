@@ -80,8 +80,6 @@ def test_damaged_ledger_is_told_not_thrown(places: Places) -> None:
     assert "restore the file" in render(status(places))
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(None, "unknown"), (45, "45 s"), (720, "12 min"), (12000, "3 h 20 min")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(None, "unknown"), (45, "45 s"), (720, "12 min"), (12000, "3 h 20 min")])
 def test_duration(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text

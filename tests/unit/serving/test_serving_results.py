@@ -24,9 +24,7 @@ def test_same_grid_and_order(extension: str, flip: tuple[int, int, int]) -> None
     affine[:3, 3] = -20, 33, 400
     path = write_result(mask, affine, extension)
     try:
-        read = read_label(
-            path, Volume(np.zeros(mask.shape, np.float32), affine), Labels.parse("liver,tumour")
-        )
+        read = read_label(path, Volume(np.zeros(mask.shape, np.float32), affine), Labels.parse("liver,tumour"))
         assert (read == mask).all()
     finally:
         path.unlink()

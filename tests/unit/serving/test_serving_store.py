@@ -108,9 +108,7 @@ def test_unsafe_names_are_refused(store: SafeLocal, folder: Path, name: str, tmp
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
 
 
-def test_a_link_that_leads_outside_is_not_written_through(
-    store: SafeLocal, folder: Path, tmp_path: Path
-) -> None:
+def test_a_link_that_leads_outside_is_not_written_through(store: SafeLocal, folder: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (folder / "labels" / "linked").symlink_to(outside)
