@@ -16,6 +16,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import nibabel as nib
 import numpy as np
 import torch
 from scipy import stats
@@ -234,6 +235,8 @@ def pictures(experiment: Experiment, settings: Settings, row: dict[str, Any]) ->
                     axis.contour(region.T, [0.5], colors=colour, linewidths=1)
             score = "" if column == "truth" else "  ".join(_number(d) for d in case["dice"][column])
             axis.set_title(f"{column}  {score}", fontsize=9, color="white")
+            if nib.aff2axcodes(image.affine)[0] == "R":
+                axis.invert_xaxis()
             axis.axis("off")
     figure.tight_layout()
     figure.savefig(experiment.out / f"{experiment.name}_cases.png", dpi=80, facecolor="black")

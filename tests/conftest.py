@@ -67,7 +67,13 @@ class Server:
             self.studies,
         ]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        for key, value in ({"model_dir": str(self.folder / "models"), "min_free_gb": "0"} | self.conf).items():
+        for key, value in (
+            {
+                "model_dir": str(self.folder / "models"),
+                "min_free_gb": "0",
+            }
+            | self.conf
+        ).items():
             command += ["--conf", key, value]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("ASLSEG_", "MONAI_"))}
         environment |= {
@@ -194,7 +200,7 @@ def trained(starting: Server) -> Server:
         status = requests.get(f"{starting.url}/aslseg/status", timeout=60).json()
         if status["progress"]["state"] == "done":
             models = starting.folder / "models"
-            shutil.copytree(next(models.iterdir()), starting.folder / "published")
+            shutil.copytree(models, starting.folder / "published")
             return starting
         assert status["progress"]["state"] in ("none", "running"), status["progress"]
         time.sleep(1)

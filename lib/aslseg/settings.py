@@ -121,7 +121,11 @@ class Settings(BaseSettings):
     threads: int = _setting(0, "CPU threads; 0: all cores", unit="threads", ge=0)
     seed: int = _setting(1337, "Seed of every generator", ge=0)
     home: str = _setting("", "Ledger and round files; empty: .aslseg in the studies folder", unit="folder")
-    model_dir: str = _setting("", "Published models; empty: apps/aslseg/model, a folder per studies", unit="folder")
+    model_dir: str = _setting(
+        "",
+        "Published models, may be shared by servers; empty: a folder per studies in apps/aslseg/model",
+        unit="folder",
+    )
     min_free_gb: float = _setting(1.0, "Free disk below which nothing is written", unit="GB", ge=0)
 
     @classmethod
@@ -267,11 +271,12 @@ class Places:
         self.studies = None if remote else Path(text).resolve()
         name = text.split("//")[-1].split("/")[0].replace(":", "-") if remote else Path(text).resolve().name
         key = f"{name}-{hashlib.sha256((text if remote else str(self.studies)).encode()).hexdigest()[:8]}"
-        self.models = Path(settings.model_dir or APP_DIR / "model") / key
+        own = APP_DIR / "model" / key
+        self.models = Path(settings.model_dir) if settings.model_dir else own
         if settings.home:
             self.home = Path(settings.home)
         else:
-            self.home = self.models / "home" if self.studies is None else self.studies / ".aslseg"
+            self.home = own / "home" if self.studies is None else self.studies / ".aslseg"
         self.ledger = self.home / "ledger.sqlite"
         self.rounds = self.home / "rounds"
         self.cache = self.home / "cache"

@@ -87,9 +87,20 @@ class Labels:
         return np.stack([np.isin(class_map, self.members(n)) for n in range(len(self))])
 
     def region_probabilities(self, probabilities: np.ndarray) -> np.ndarray:
-        """Softmax output (1 + N, ...) to region probabilities (N, ...), float32."""
+        """Softmax output (1 + N, ...) to region probabilities (N, ...), float32.
+
+        The best class of the region against the best class outside it, p_in / (p_in + p_out): 0.5 is reached exactly
+        where the argmax lies in the region. A plain sum would lose a small class that wins with less than half of the
+        probability, as tumours do against liver and background. With one label it is the softmax output itself.
+        """
         p = probabilities.astype(np.float32, copy=False)
-        return np.stack([p[self.members(n)].sum(0) for n in range(len(self))])
+        out = np.empty((len(self), *p.shape[1:]), np.float32)
+        for n in range(len(self)):
+            inside = self.members(n)
+            best = p[inside].max(0)
+            rival = p[[c for c in range(len(p)) if c not in inside]].max(0)
+            out[n] = best / np.maximum(best + rival, 1e-12)
+        return out
 
     def decode(self, regions: np.ndarray) -> np.ndarray:
         """Region probabilities or masks (N, ...) to a class map (...), uint8.

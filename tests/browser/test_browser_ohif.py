@@ -22,14 +22,10 @@ ARGUMENTS = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swift
 
 
 @pytest.fixture(scope="session")
-def pacs_server(orthanc: Any, trained: Any, serve: Callable[..., Any]) -> Any:
+def pacs_server(orthanc: Any, trained: Any, serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A server on the PACS with the models that the phantoms' first round published; PATH without .venv/bin."""
-    from aslseg.settings import Places, load_settings
-
-    server = serve(orthanc.url, env={"PATH": "/usr/bin:/bin"})
-    settings, _ = load_settings({"model_dir": str(server.folder / "models")}, env={})
-    shutil.copytree(trained.folder / "published", Places(settings, orthanc.url).models, dirs_exist_ok=True)
-    return server.wait()
+    home, models = tmp_path_factory.mktemp("home"), trained.folder / "published"
+    return serve(orthanc.url, env={"PATH": "/usr/bin:/bin"}, home=home, model_dir=models).wait()
 
 
 def overlay(picture: bytes) -> int:

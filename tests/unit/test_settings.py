@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from aslseg.errors import BadSettingsError
-from aslseg.settings import PLATFORM_KEYS, Places, Settings, load_settings
+from aslseg.settings import APP_DIR, PLATFORM_KEYS, Places, Settings, load_settings
 
 NO_FILE = Path("/nonexistent/.env")
 
@@ -121,19 +121,20 @@ def test_places_of_a_folder(tmp_path):
     places = Places(Settings(model_dir=str(tmp_path / "models")), tmp_path / "studies")
     assert places.studies == tmp_path / "studies"
     assert places.ledger == tmp_path / "studies" / ".aslseg" / "ledger.sqlite"
-    assert places.models.parent == tmp_path / "models"
-    assert places.models.name.startswith("studies-")
+    assert places.models == tmp_path / "models"
 
 
 def test_places_of_two_folders_of_one_name_differ(tmp_path):
-    settings = Settings(model_dir=str(tmp_path))
+    settings = Settings()
+    assert Places(settings, tmp_path / "a" / "x").models.parent == APP_DIR / "model"
     assert Places(settings, tmp_path / "a" / "x").models != Places(settings, tmp_path / "b" / "x").models
     assert Places(settings, tmp_path / "a" / "x").models == Places(settings, tmp_path / "b" / ".." / "a" / "x").models
 
 
 def test_places_of_a_dicomweb_address(tmp_path):
-    places = Places(Settings(model_dir=str(tmp_path)), "http://127.0.0.1:8042/dicom-web")
+    places = Places(Settings(), "http://127.0.0.1:8042/dicom-web")
     assert places.studies is None
     assert places.models.name.startswith("127.0.0.1-8042-")
     assert places.ledger.is_relative_to(places.models)
+    assert Places(Settings(model_dir=str(tmp_path)), "http://127.0.0.1:8042/dicom-web").models == tmp_path
     assert Places(Settings(home=str(tmp_path / "h")), "http://x").cache == tmp_path / "h" / "cache"

@@ -57,11 +57,27 @@ def test_decode_takes_the_innermost_that_reaches_a_half():
     assert NESTED.decode(probabilities).tolist() == [2, 1, 2, 0]
 
 
-def test_region_probabilities_are_sums_of_classes():
+def test_region_probabilities_are_best_inside_against_best_outside():
     softmax = np.array([0.1, 0.2, 0.3, 0.4])[:, None]
     found = NESTED.region_probabilities(softmax)
     assert found.dtype == np.float32
-    assert found[:, 0] == pytest.approx([0.9, 0.7, 0.4])
+    assert found[:, 0] == pytest.approx([0.4 / 0.5, 0.4 / 0.6, 0.4 / 0.7])
+
+
+@pytest.mark.parametrize("labels", [NESTED, Labels.parse("a,b,c"), Labels.parse("liver,tumour", "tumour:liver")])
+def test_regions_of_a_softmax_decode_to_its_argmax(labels):
+    softmax = np.random.default_rng(0).dirichlet(np.ones(len(labels) + 1), 500).T
+    regions = labels.region_probabilities(softmax)
+    assert np.array_equal(labels.decode(regions), softmax.argmax(0))
+    for child, parent in enumerate(labels.parents):
+        if parent is not None:
+            assert (regions[parent] >= regions[child]).all()
+
+
+def test_a_class_that_wins_with_less_than_half_is_kept():
+    labels = Labels.parse("liver,tumour", "tumour:liver")
+    softmax = np.array([0.2, 0.33, 0.47])[:, None]
+    assert labels.decode(labels.region_probabilities(softmax)).tolist() == [2]
 
 
 def test_spacing_of_an_oblique_volume():

@@ -161,8 +161,10 @@ def prune(places: Places) -> None:
 
 def everything(settings: Settings, studies: Path | None = None) -> list[dict[str, Any]]:
     """All published models, or those of one studies folder, for people."""
-    root = Path(settings.model_dir or APP_DIR / "model")
-    folders = [Places(settings, studies).models] if studies else sorted(p.parent for p in root.glob("*/manifest.json"))
+    if studies or settings.model_dir:
+        folders = [Places(settings, studies or settings.model_dir).models]
+    else:
+        folders = sorted(p.parent for p in (APP_DIR / "model").glob("*/manifest.json"))
     found = []
     for folder in folders:
         places = Places(settings, folder)
