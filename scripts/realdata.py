@@ -5,7 +5,6 @@ Truth is read here only, after a round has ended; the rounds see the studies fol
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -26,6 +25,7 @@ from aslseg.agreement.measures import compare, dice
 from aslseg.rounds.cascade import Cascade
 from aslseg.rounds.run import run_round
 from aslseg.settings import Settings, load_settings
+from aslseg.types import Labels
 from aslseg.volume.io import case_id, extension, read_image, read_label, write_label
 from aslseg.weights import write_json
 
@@ -204,33 +204,53 @@ def _cell(metric: dict[str, Any], digits: int) -> str:
 
 
 def pictures(experiment: Experiment, settings: Settings, row: dict[str, Any]) -> None:
-    """Good, middling and bad held-out case of the last round: truth and the stages' outlines on one slice each."""
+    """Good, middling and bad held-out case of the last round: truth and the stages' outlines on one slice each.
+
+    ``*_cases.png`` shows them on the scan, for looking at. ``*_outlines.png`` holds no voxel of it: the scans' research
+    licences do not let them be shared.
+    """
+    cases = [c for c in row["cases"] if c["group"] == "heldout"]
+    cases.sort(key=lambda c: -np.mean([d for d in c["dice"]["retrained"] if d is not None]))
+    chosen = [cases[0], cases[len(cases) // 2], cases[-1]]
+    for name, with_scan in (("cases", True), ("outlines", False)):
+        _draw(
+            experiment,
+            settings.label_set,
+            row["round"],
+            chosen,
+            experiment.out / f"{experiment.name}_{name}.png",
+            with_scan,
+        )
+
+
+def _draw(
+    experiment: Experiment, labels: Labels, number: int, chosen: list[dict[str, Any]], path: Path, with_scan: bool
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    labels = settings.label_set
-    stage = "retrained"
-    cases = [c for c in row["cases"] if c["group"] == "heldout"]
-    cases.sort(key=lambda c: -np.mean([d for d in c["dice"][stage] if d is not None]))
-    chosen = [cases[0], cases[len(cases) // 2], cases[-1]]
-    columns = ("truth", *[s for s in STAGES if s in cases[0]["dice"]])
-    figure, axes = plt.subplots(3, len(columns), figsize=(2.6 * len(columns), 8), facecolor="black")
+    columns = ("truth", *[s for s in STAGES if s in chosen[0]["dice"]])
+    figure, axes = plt.subplots(len(chosen), len(columns), figsize=(2.6 * len(columns), 8), facecolor="black")
     for line, case in zip(axes, chosen, strict=True):
         name = f"{case['case']}.nii.gz"
         image = read_image(experiment.out / "heldout" / name)
-        folders = {s: experiment.out / f"round{row['round']}" / "heldout" / s for s in columns[1:]}
+        folders = {s: experiment.out / f"round{number}" / "heldout" / s for s in columns[1:]}
         masks = {
             s: read_label(f / name, image, labels) for s, f in {"truth": experiment.out / "truth", **folders}.items()
         }
         inner = (masks["truth"] == len(labels)).sum((0, 1))
         k = int(np.argmax(inner if inner.any() else (masks["truth"] > 0).sum((0, 1))))
+        low, high = np.percentile(image.array[:, :, k], [1, 99])
+        background = image.array[:, :, k].T if with_scan else np.full(image.array.shape[1::-1], low)
         for axis, column in zip(line, columns, strict=True):
-            low, high = np.percentile(image.array[:, :, k], [1, 99])
-            axis.imshow(image.array[:, :, k].T, cmap="gray", vmin=low, vmax=high, origin="lower")
+            axis.imshow(background, cmap="gray", vmin=low, vmax=high, origin="lower")
             for n, colour in zip(range(len(labels)), ("lime", "red", "cyan", "yellow"), strict=False):
                 region = labels.regions(masks[column][:, :, k])[n]
+                true = labels.regions(masks["truth"][:, :, k])[n]
+                if not with_scan and true.any():
+                    axis.contourf(true.T, [0.5, 1.5], colors=[colour], alpha=0.35)
                 if region.any() and not region.all():
                     axis.contour(region.T, [0.5], colors=colour, linewidths=1)
             score = "" if column == "truth" else "  ".join(_number(d) for d in case["dice"][column])
@@ -239,6 +259,6 @@ def pictures(experiment: Experiment, settings: Settings, row: dict[str, Any]) ->
                 axis.invert_xaxis()
             axis.axis("off")
     figure.tight_layout()
-    figure.savefig(experiment.out / f"{experiment.name}_cases.png", dpi=80, facecolor="black")
+    figure.savefig(path, dpi=80, facecolor="black")
     plt.close(figure)
-    logger.info("%s", json.dumps({"pictures": str(experiment.out / f"{experiment.name}_cases.png")}))
+    logger.info("picture: %s", path)
