@@ -87,7 +87,8 @@ def _log(done: int, total: int, **shown: Any) -> None:
         logger.info("%s/%s %s", done, total, shown)
 
 
-def _scans(folder: Path) -> dict[str, Path]:
+def scans(folder: Path) -> dict[str, Path]:
+    """Image files of a folder by case id."""
     return {case_id(p): p for p in sorted(folder.iterdir()) if extension(p)}
 
 
@@ -95,11 +96,11 @@ def _score_round(experiment: Experiment, settings: Settings, summary: dict[str, 
     """Masks of every stage for the held-out and the unlabelled scans, against the truth."""
     labels = settings.label_set
     cascade = Cascade.load({k: Path(v) for k, v in summary["models"].items()}, settings)
-    unlabelled = {c: p for c, p in _scans(experiment.out / "studies").items() if c in summary["agreement"]}
+    unlabelled = {c: p for c, p in scans(experiment.out / "studies").items() if c in summary["agreement"]}
     truth = experiment.out / "truth"
     cases = []
-    for group, scans in (("heldout", _scans(experiment.out / "heldout")), ("unlabelled", unlabelled)):
-        for case, path in scans.items():
+    for group, chosen in (("heldout", scans(experiment.out / "heldout")), ("unlabelled", unlabelled)):
+        for case, path in chosen.items():
             image = read_image(path)
             masks = cascade.masks(image)
             for stage, mask in masks.items():
