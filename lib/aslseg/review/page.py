@@ -15,7 +15,7 @@ def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("aslseg", "review/templates"), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters["duration"] = duration
+    environment.filters |= {"duration": duration, "number": number, "moment": moment}
     return environment.get_template("status.html")
 
 
@@ -33,3 +33,13 @@ def duration(seconds: float | None) -> str:
     if seconds < 90:
         return f"{round(seconds)} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def number(value: object) -> str:
+    """Four significant digits of a number; anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def moment(time: str | None) -> str:
+    """An ISO time in UTC to the minute, ``2026-11-21 12:00 UTC``; empty without one."""
+    return f"{time[:10]} {time[11:16]} UTC" if time else ""

@@ -83,3 +83,11 @@ def test_damaged_ledger_is_told_not_thrown(places: Places) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(None, "unknown"), (45, "45 s"), (720, "12 min"), (12000, "3 h 20 min")])
 def test_duration(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_numbers_and_times_are_short():
+    from aslseg.review.page import moment, number
+
+    assert [number(v) for v in (0.8073975512614617, 3, "ssl")] == ["0.8074", "3", "ssl"]
+    assert moment("2026-11-21T12:00:52.996286+00:00") == "2026-11-21 12:00 UTC"
+    assert moment(None) == ""
