@@ -71,7 +71,9 @@ class Trainer:
         self.unlabelled = PatchSampler([_blind(c) for c in unlabelled], self.patch, classes) if unlabelled else None
         torch.manual_seed(settings.seed)
         factory = NETWORKS.get(settings.network)
-        self.method: Method = SSL_METHODS.get(settings.ssl_method)(lambda: factory(classes + 1, self.patch), settings)
+        self.method: Method = SSL_METHODS.get(settings.ssl_method)(
+            lambda extra=0: factory(classes + 1 + extra, self.patch), settings
+        )
         self.method.to(self.device, memory_format=torch.channels_last_3d)
         self.optimiser = torch.optim.SGD(
             [p for p in self.method.parameters() if p.requires_grad],
@@ -256,6 +258,7 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
         "labels": list(settings.label_set.names),
         "network": settings.network,
         "method": settings.ssl_method,
+        "outputs": len(settings.label_set) + 1 + trainer.method.extra_outputs,
         "patch": list(trainer.patch),
         "spacing": None if spacing is None else list(spacing),
         "modality": settings.modality,

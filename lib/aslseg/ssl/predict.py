@@ -80,7 +80,7 @@ class SSLModel:
         window = window.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.network(window)
-        return logits.float().softmax(1)
+        return logits[:, : len(self.metadata["labels"]) + 1].float().softmax(1)
 
 
 def load(path: Path, settings: Settings) -> SSLModel:
@@ -96,7 +96,7 @@ def load(path: Path, settings: Settings) -> SSLModel:
             f"{path.name} was trained for {', '.join(metadata['labels'])}, but labels = {', '.join(labels)}; "
             "use another model_dir or set labels to what the model knows"
         )
-    network = NETWORKS.get(metadata["network"])(len(labels) + 1, metadata["patch"])
+    network = NETWORKS.get(metadata["network"])(metadata.get("outputs", len(labels) + 1), metadata["patch"])
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -36,14 +36,19 @@ class Method(nn.Module, ABC):
     """Base of the plug-ins. Sub-modules are the method's state and are checkpointed with it.
 
     Args:
-        network: Makes a freshly initialised network.
+        network: ``network(extra)`` makes a freshly initialised network with ``extra`` outputs after the classes' own.
         settings: Weights and decays.
+
+    Attributes:
+        extra_outputs: Outputs of the published network after the classes' own; prediction drops them.
     """
 
-    def __init__(self, network: Callable[[], nn.Module], settings: Settings) -> None:
+    extra_outputs = 0
+
+    def __init__(self, network: Callable[..., nn.Module], settings: Settings) -> None:
         super().__init__()
         self.settings = settings
-        self.student = network()
+        self.student = network(self.extra_outputs)
 
     @abstractmethod
     def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:

@@ -27,7 +27,7 @@ class BidirectionalCopyPaste(Method):
 
     warm: Tensor
 
-    def __init__(self, network: Callable[[], nn.Module], settings: Settings) -> None:
+    def __init__(self, network: Callable[..., nn.Module], settings: Settings) -> None:
         super().__init__(network, settings)
         self.teacher = make_teacher(self.student)
         self.register_buffer("warm", torch.tensor(False))

@@ -20,7 +20,7 @@ class MeanTeacher(Method):
     ``consistency``.
     """
 
-    def __init__(self, network: Callable[[], nn.Module], settings: Settings) -> None:
+    def __init__(self, network: Callable[..., nn.Module], settings: Settings) -> None:
         super().__init__(network, settings)
         self.teacher = make_teacher(self.student)
 
