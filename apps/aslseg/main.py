@@ -13,7 +13,7 @@ from aslseg.rounds.ledger import Ledger
 from aslseg.serving import app, work
 from aslseg.serving.cascade import Scans
 from aslseg.serving.infer import AdapterTask, MaskTask, RefinedTask
-from aslseg.serving.interactive import ClickTask
+from aslseg.serving.interactive import ClickTask, Desk
 from aslseg.serving.models import Models
 from aslseg.serving.scoring import AgreementScoring
 from aslseg.serving.strategies import Random, Ranked
@@ -26,6 +26,7 @@ class Aslseg(app.ServedApp, MONAILabelApp):
     def init_infers(self) -> dict[str, InferTask]:
         """Slicer runs the first one by itself on the next sample."""
         scans = Scans(Models(self.settings, self.places))
+        desk = Desk(scans.models)
         return {
             "ssl": MaskTask(scans, "ssl", ("ssl",), "Automatic mask of the semi-supervised network"),
             "aslseg": RefinedTask(
@@ -40,7 +41,8 @@ class Aslseg(app.ServedApp, MONAILabelApp):
                 ("ssl", "adapter"),
                 "Adaptation network on SAM's mask, or on the mask sent along",
             ),
-            "sam": ClickTask(scans, "Click inside and outside a structure, or draw a box around it; whole object"),
+            "sam": ClickTask(scans, desk, "Click in and outside a structure, or draw a box around it; whole object"),
+            "sam_2d": ClickTask(scans, desk, "The same on the slice that is shown, and only there", dimension=2),
         }
 
     def init_trainers(self) -> dict[str, TrainTask]:

@@ -1,4 +1,4 @@
-"""The command line: ``aslseg info | phantom | train | infer | round | rank | ledger | evaluate | serve``.
+"""The command line: ``aslseg info | phantom | train | infer | embed | round | rank | ledger | evaluate | serve``.
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments or settings. Heavy imports wait until a command needs them, so that
 ``aslseg --help`` is quick and thread settings can be made before torch starts its threads.
@@ -52,7 +52,7 @@ def info(
     if sam_checkpoint is not None:
         from aslseg.sam.checkpoints import describe
 
-        return _show(describe(sam_checkpoint), as_json)
+        return _show(describe(sam_checkpoint, settings), as_json)
     from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS
     from aslseg.rounds.publish import everything
 
@@ -99,8 +99,11 @@ def train(
     settings = _ready(conf)
     from aslseg.rounds.run import train_stage
 
-    with _shown() as report:
-        summary = train_stage(kind, studies, settings, report)
+    with _leading(settings) as leading:
+        if not leading:
+            return
+        with _shown() as report:
+            summary = train_stage(kind, studies, settings, report)
     _show(summary, as_json)
 
 
@@ -116,11 +119,14 @@ def round_(
     from aslseg.rounds.run import run_round
 
     summaries = []
-    for _ in range(rounds):
-        with _shown() as report:
-            summaries.append(run_round(studies, settings, report))
-        if not as_json:
-            _show(console.brief(summaries[-1]), False)
+    with _leading(settings) as leading:
+        for _ in range(rounds if leading else 0):
+            with _shown() as report:
+                summaries.append(run_round(studies, settings, report))
+            if not as_json:
+                _show(console.brief(summaries[-1]), False)
+    if not leading:
+        return
     if as_json:
         _show(summaries[0] if rounds == 1 else summaries, True)
 
@@ -137,6 +143,22 @@ def rank(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
         return _show(scores, True)
     for case, agreement in scores.items():
         typer.echo(f"{agreement:.4f}  {case}")
+
+
+@app.command()
+def embed(
+    studies: Studies,
+    cases: Annotated[int, typer.Option(min=1, help="How many scans, in the order the strategy hands them out.")] = 10,
+    conf: Conf = None,
+    as_json: Json = False,
+) -> None:
+    """Encode the scans that annotators will get next, so that their first clicks find everything ready."""
+    settings = _ready(conf)
+    from aslseg.serving.embed import embed_studies
+
+    with _shown() as report:
+        summary = embed_studies(studies, settings, cases, report)
+    _show(summary, as_json)
 
 
 @app.command()
@@ -300,6 +322,24 @@ def _ready(conf: list[str] | None) -> Settings:
     if settings.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     return settings
+
+
+@contextmanager
+def _leading(settings: Settings) -> Iterator[bool]:
+    """Whether this process does the work; the others that torchrun started first help it until it is done."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+        yield True
+        return
+    from aslseg.ssl import distributed, helper
+
+    distributed.join(settings)
+    if distributed.rank() > 0:
+        helper.help_train()
+        yield False
+        return
+    yield True
+    # not after an error: torchrun ends the others, which may be waiting in the middle of a step
+    helper.dismiss()
 
 
 def _show(content: Any, as_json: bool) -> None:

@@ -43,6 +43,10 @@ class RoundRunningError(AslsegError):
     """Another round holds the studies folder."""
 
 
+class NotEnoughMemoryError(AslsegError):
+    """A prediction that does not fit into memory whatever is tried."""
+
+
 class DiskFullError(AslsegError):
     """Less free disk than the step needs; nothing was written."""
 

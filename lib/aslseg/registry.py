@@ -54,7 +54,12 @@ SSL_METHODS = Registry(
     {
         "supervised": "aslseg.ssl.methods.supervised:Supervised",
         "mean_teacher": "aslseg.ssl.methods.mean_teacher:MeanTeacher",
+        "ua_mt": "aslseg.ssl.methods.ua_mt:UncertaintyAwareMeanTeacher",
+        "cps": "aslseg.ssl.methods.cps:CrossPseudoSupervision",
+        "dtc": "aslseg.ssl.methods.dtc:DualTaskConsistency",
+        "mcnet": "aslseg.ssl.methods.mcnet:MutualConsistency",
         "bcp": "aslseg.ssl.methods.bcp:BidirectionalCopyPaste",
+        "bcp_mt": "aslseg.ssl.methods.bcp_mt:CopyPasteTeacher",
     },
 )
 
@@ -69,4 +74,4 @@ NETWORKS = Registry(
     },
 )
 
-RECIPES = Registry("recipe", {"aslseg": "aslseg.rounds.recipes:aslseg"})
+RECIPES = Registry("recipe", {"aslseg": "aslseg.rounds.recipes:aslseg", "cfr": "aslseg.rounds.cfr:cfr"})

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -70,11 +70,23 @@ class Settings(BaseSettings):
     retrain_iterations: int = _setting(1500, "Training steps when retraining with pseudo-labels", unit="steps", gt=0)
     batch_labelled: int = _setting(2, "Labelled patches in a batch", unit="patches", gt=0)
     batch_unlabelled: int = _setting(2, "Unlabelled patches in a batch", unit="patches", ge=0)
+    accumulate: int = _setting(
+        1, "Batches whose mean gradient makes a step; several processes share them out", unit="batches", gt=0
+    )
     learning_rate: float = _setting(0.01, "Initial learning rate of the SSL model (SGD)", gt=0)
-    consistency: float = _setting(0.1, "Largest weight of the unlabelled loss", ge=0)
+    schedule: Literal["poly", "milestones"] = _setting(
+        "poly", "Learning rate over the training: poly (1 - t)^0.9, or milestones: x 0.1 at 41.7 % and 83.3 %"
+    )
+    consistency: Literal["auto"] | Annotated[float, Field(ge=0)] = _setting(
+        "auto",
+        "Largest weight of the unlabelled loss; auto: as published, 1 for dtc and mcnet, else 0.1",
+        example="0.1",
+    )
     ema_decay: float = _setting(0.99, "Decay of the EMA teacher", gt=0, lt=1)
     overlap: float = _setting(0.5, "Overlap of sliding windows", ge=0, lt=0.95)
-    flips: bool = _setting(False, "Average predictions over left-right and front-back flips")
+    flips: bool = _setting(
+        False, "For anatomy without a left and a front: train with such flips, and average predictions over them"
+    )
 
     # stage 2
     sam_checkpoint: str = _setting(
@@ -83,13 +95,57 @@ class Settings(BaseSettings):
         unit="file",
         example="sam.safetensors",
     )
+    sam_kind: Literal["auto", "sam", "medsam", "sam_med2d"] = _setting(
+        "auto", "What sam_checkpoint is; auto: by its content, and by its name where sam_vit_b and MedSAM look alike"
+    )
+    sam_base: str = _setting(
+        "", "SAM that a CFR file was trained from, which holds LoRA only", unit="file", example="sam_vit_b_01ec64.pth"
+    )
+    sam_image_size: int = _setting(
+        0, "Edge of SAM's input; another one than the file's resizes its positions; 0: the file's", unit="pixels", ge=0
+    )
     sam_iterations: int = _setting(300, "Fine-tuning steps of SAM", unit="steps", ge=0)
     sam_batch: int = _setting(8, "Slices in a SAM batch", unit="slices", gt=0)
     sam_learning_rate: float = _setting(2e-4, "Learning rate of SAM fine-tuning (AdamW)", gt=0)
-    sam_train: Literal["decoder", "full"] = _setting("full", "Which part of SAM is fine-tuned")
+    sam_train: Literal["decoder", "adapter", "lora", "full"] = _setting(
+        "full", "Which part of SAM is fine-tuned: with the decoder nothing, SAM-Med2D's adapters, LoRA, or everything"
+    )
+    sam_lora_rank: int = _setting(4, "Rank of LoRA on queries and values", gt=0)
+    sam_canvas: int = _setting(
+        0,
+        "Edge of the canvas on which recipe cfr stitches slices; 0: SAM's input, or a slice's edge where that is more",
+        unit="pixels",
+        ge=0,
+    )
     sam_prompts: str = _setting("box+point+mask", "What the SSL mask is turned into", example="box+mask")
     box_margin: float = _setting(3.0, "Dilation of the box prompt", unit="pixels of SAM's input", ge=0)
     min_component: int = _setting(9, "Smaller 2-D components give no prompt", unit="pixels", ge=0)
+    positive_points: int = _setting(1, "Points inside each component of a mask that prompts SAM", ge=1)
+    negative_points: int = _setting(0, "Points in its box outside the mask", ge=0)
+
+    # clicks
+    use_ssl: bool = _setting(True, "Clicks repair the automatic mask, where there is one, instead of drawing anew")
+    first_click_seconds: float = _setting(
+        0.5, "A first click is answered after this; the object grows on and comes with the next reply", unit="s", ge=0
+    )
+    click_seconds: float = _setting(
+        0.1, "The same for every further click, whose earlier mask is there", unit="s", ge=0
+    )
+    grow_iou: float = _setting(0.5, "Growing to the next slice stops where SAM predicts less", unit="IoU", ge=0, le=1)
+    grow_overlap: float = _setting(0.3, "Or the mask overlaps less with the one before", unit="Dice", ge=0, le=1)
+    grow_area: float = _setting(2.0, "Or its area is more than this many times the one before", gt=1)
+    grow_intensity: float = _setting(
+        2.0, "Or its median lies this far from the clicked slices', in their standard deviations", gt=0
+    )
+    grow_agreement: float = _setting(
+        0.98, "A correction ends where it changes a slice less than this", unit="Dice", gt=0, le=1
+    )
+    prefetch_slices: int = _setting(8, "Slices on each side of a click encoded in the background", unit="slices", ge=0)
+    embedding_memory_mb: float = _setting(500, "Embeddings kept in memory", unit="MB", ge=0)
+    embedding_disk_gb: float = _setting(5, "Embeddings kept on disk; 0: none", unit="GB", ge=0)
+    embed_cases: int = _setting(
+        0, "After a round, encode this many of the scans that the strategies hand out first", unit="scans", ge=0
+    )
 
     # stage 3
     adapter_iterations: int = _setting(600, "Training steps of the adaptation network", unit="steps", ge=0)
@@ -118,6 +174,13 @@ class Settings(BaseSettings):
 
     # machine
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1", example="cuda:0")
+    memory_gb: float = _setting(
+        4.0, "Memory for prepared scans in training; the rest stays memory-mapped on disk", unit="GB", ge=0
+    )
+    compile: bool = _setting(False, "Compile the SSL networks (torch.compile) for training; needs a C++ compiler")
+    tracking: Literal["none", "tensorboard", "mlflow", "tensorboard+mlflow"] = _setting(
+        "none", "Where training curves go, as files in the folder tracking in home", example="tensorboard"
+    )
     threads: int = _setting(0, "CPU threads; 0: all cores", unit="threads", ge=0)
     seed: int = _setting(1337, "Seed of every generator", ge=0)
     home: str = _setting("", "Ledger and round files; empty: .aslseg in the studies folder", unit="folder")

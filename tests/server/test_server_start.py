@@ -41,7 +41,7 @@ def test_starts_on_a_pacs_that_does_not_answer(serve: Callable[..., Any], tmp_pa
     server = serve("http://127.0.0.1:9/dicom-web", env={"PATH": "/usr/bin:/bin"}).wait()
     found = requests.get(f"{server.url}/info/", timeout=60).json()
     assert found["datastore"]["total"] == 0
-    assert list(found["models"]) == ["sam"]
+    assert list(found["models"]) == ["sam", "sam_2d"]
     answer = requests.post(f"{server.url}/infer/sam?image=1.2.3", data={"params": "{}"}, timeout=60)
     assert (answer.status_code, "PACS" in answer.json()["detail"]) == (502, True)
     assert requests.post(f"{server.url}/train/round", timeout=60).ok

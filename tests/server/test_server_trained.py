@@ -85,7 +85,7 @@ def test_round_publishes_ranks_and_promotes(trained: Any) -> None:
         assert 0 <= store[case]["image"]["info"]["aslseg"]["agreement"] <= 1
     promoted = {p["case"] for p in status["promotions"]}
     assert promoted == {c for c, o in store.items() if "aslseg_pseudo" in o["labels"]}
-    assert list(trained.client().info()["models"]) == ["ssl", "aslseg", "adapter", "sam"]
+    assert list(trained.client().info()["models"]) == ["ssl", "aslseg", "adapter", "sam", "sam_2d"]
 
 
 def test_every_model_on_a_case(trained: Any) -> None:
@@ -125,7 +125,7 @@ def test_clicks_on_a_trained_server(trained: Any) -> None:
     assert result["source"] == "clicks"
 
 
-@pytest.mark.parametrize("model", ["ssl", "aslseg", "adapter", "sam"])
+@pytest.mark.parametrize("model", ["ssl", "aslseg", "adapter", "sam", "sam_2d"])
 def test_every_model_on_an_uploaded_file(trained: Any, model: str) -> None:
     case = waiting(trained)
     path = Path(trained.studies) / f"{case}.nii.gz"
@@ -257,7 +257,7 @@ def test_save_as_slicer_does_then_roll_back(trained: Any, tmp_path: Path) -> Non
     roll_back(Places(settings, studies), 1)
     tags = {c: set(o["labels"]) for c, o in client.datastore()["objects"].items()}
     assert not any("aslseg_pseudo" in t for t in tags.values())
-    assert list(client.info()["models"]) == ["sam"], "models are those from before round 1: none"
+    assert list(client.info()["models"]) == ["sam", "sam_2d"], "models are those from before round 1: none"
     after = {p: p.read_bytes() for p in (studies / "labels" / "final").glob("*.nii.gz")}
     assert before.items() < after.items(), "human labels are never touched"
     assert len(after) == len(before) + 1

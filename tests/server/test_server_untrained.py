@@ -31,7 +31,7 @@ def centre_of(mask: np.ndarray) -> list[int]:
 
 def test_info(untrained: Any) -> None:
     info = untrained.client().info()
-    assert list(info["models"]) == ["sam"]
+    assert list(info["models"]) == ["sam", "sam_2d"]
     assert list(info["trainers"]) == ["round", "ssl", "sam", "adapter"]
     assert list(info["strategies"]) == ["agreement", "confirm", "random"]
     assert list(info["scoring"]) == ["agreement"]
@@ -101,7 +101,7 @@ def test_ohif_and_its_settings_are_served(untrained: Any) -> None:
 def test_reload_leaves_the_server_whole(untrained: Any) -> None:
     assert requests.post(f"{untrained.url}/reload", timeout=60).ok
     assert untrained.client().next_sample("random", {})["id"]
-    assert list(untrained.client().info()["models"]) == ["sam"]
+    assert list(untrained.client().info()["models"]) == ["sam", "sam_2d"]
 
 
 def test_broken_scan_is_told_not_fatal(untrained: Any) -> None:

@@ -44,7 +44,7 @@ def test_environment_of_the_process_by_default(monkeypatch):
     ("conf", "env", "message"),
     [
         ({"label": "a"}, {}, r"unknown setting 'label' in conf; did you mean 'labels'\?"),
-        ({"zzzzzzzz": "a"}, {}, "valid names are: adapter_iterations"),
+        ({"zzzzzzzz": "a"}, {}, "valid names are: accumulate"),
         ({}, {"ASLSEG_SEDE": "1"}, r"unknown setting 'sede' in environment; did you mean 'seed'\?"),
     ],
 )

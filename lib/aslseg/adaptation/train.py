@@ -26,7 +26,7 @@ from aslseg.ssl.augment import centre, random_geometry, random_intensity, warp
 from aslseg.ssl.engine import choose_device
 from aslseg.ssl.networks import bfloat16_pays
 from aslseg.ssl.ramps import polynomial
-from aslseg.types import Prepared, Report, silent
+from aslseg.types import Labels, Prepared, Report, silent
 from aslseg.weights import save_weights, sha256
 
 BATCH = 2
@@ -66,6 +66,14 @@ def crop(array: np.ndarray, start: np.ndarray, patch: Sequence[int]) -> np.ndarr
     return np.pad(array[..., inside[0], inside[1], inside[2]], [(0, 0)] * (array.ndim - 3) + pad)
 
 
+def faulty_regions(case: Prepared, labels: Labels, rng: np.random.Generator) -> np.ndarray:
+    """Region probabilities (R, i, j, k) of a labelled case with synthetic errors, as an SSL model would give them."""
+    image, spacing = np.asarray(case.image, np.float32), case.grid.spacing
+    truth = labels.regions(np.asarray(case.label))
+    faulty = corrupt(truth, image, labels, spacing, rng, _severity(rng))
+    return np.stack([soften(mask, spacing, rng) for mask in faulty])
+
+
 def redraw_bank(
     labelled: Sequence[Prepared], sam: SAMModel, settings: Settings, rng: np.random.Generator, report: Report
 ) -> list[list[Redraw]]:
@@ -78,11 +86,9 @@ def redraw_bank(
     total, labels = each * len(chosen), settings.label_set
     for n in sorted(chosen):
         case = labelled[n]
-        image, spacing = np.asarray(case.image, np.float32), case.grid.spacing
-        truth = labels.regions(np.asarray(case.label))
+        image = np.asarray(case.image, np.float32)
         for _ in range(each):
-            faulty = corrupt(truth, image, labels, spacing, rng, _severity(rng))
-            ssl = np.stack([soften(mask, spacing, rng) for mask in faulty])
+            ssl = faulty_regions(case, labels, rng)
             bank[n].append(Redraw(_pack(ssl), _pack(redraw(sam, image, ssl, settings))))
             report(0, settings.adapter_iterations, redraws=sum(map(len, bank)), of=total)
     return bank

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from aslseg.types import Prepared
 
@@ -16,11 +19,14 @@ KEPT_VOXELS = 4000
 
 @dataclass(frozen=True)
 class Patch:
-    """One crop: image (i, j, k) float32 in 0..1, class map uint8, voxel weights float32."""
+    """One crop: image (i, j, k) float32 in 0..1, class map uint8, voxel weights float32.
 
-    image: np.ndarray
-    label: np.ndarray
-    weight: np.ndarray
+    NumPy arrays; tensors on the device that the case is held on (:func:`aslseg.cases.cache.held`).
+    """
+
+    image: Any
+    label: Any
+    weight: Any
 
 
 class PatchSampler:
@@ -41,9 +47,7 @@ class PatchSampler:
         self.human = [n for n, c in enumerate(self.cases) if c.voxel_weight is None]
         self.promoted = [n for n, c in enumerate(self.cases) if c.voxel_weight is not None]
         fixed = np.random.default_rng(0)
-        self.foreground = [
-            {} if c.label is None else _class_voxels(np.asarray(c.label), classes, fixed) for c in self.cases
-        ]
+        self.foreground = [{} if c.label is None else _class_voxels(c.label, classes, fixed) for c in self.cases]
 
     def draw(self, rng: np.random.Generator) -> Patch:
         """One random patch."""
@@ -67,20 +71,50 @@ class PatchSampler:
         shape, patch = np.array(case.image.shape), np.array(self.patch)
         start = np.where(shape > patch, np.clip(start, 0, np.maximum(shape - patch, 0)), -((patch - shape) // 2))
         inside = tuple(slice(max(s, 0), min(s + p, n)) for s, p, n in zip(start, patch, shape, strict=True))
-        pad = [(max(-s, 0), max(s + p - n, 0)) for s, p, n in zip(start, patch, shape, strict=True)]
-        image = np.pad(np.asarray(case.image[inside], np.float32), pad)
-        label = np.zeros(1, np.uint8) if case.label is None else np.pad(np.asarray(case.label[inside]), pad)
+        pad = [(int(max(-s, 0)), int(max(s + p - n, 0))) for s, p, n in zip(start, patch, shape, strict=True)]
+        image = _padded(_float(case.image[inside]), pad)
+        label = np.zeros(1, np.uint8) if case.label is None else _padded(case.label[inside], pad)
         if case.voxel_weight is None:
-            inner = np.full([s.stop - s.start for s in inside], case.weight, np.float32)
+            ones = np.ones([s.stop - s.start for s in inside], np.float32)
+            inner = _like(ones, case.image) * case.weight
         else:
-            inner = case.weight * np.asarray(case.voxel_weight[inside], np.float32)
-        return Patch(image, label, np.pad(inner, pad))
+            inner = case.weight * _float(case.voxel_weight[inside])
+        return Patch(image, label, _padded(inner, pad))
 
 
-def _class_voxels(label: np.ndarray, classes: int, rng: np.random.Generator) -> dict[int, np.ndarray]:
+def _float(volume: Any) -> Any:
+    return volume.float() if isinstance(volume, torch.Tensor) else np.asarray(volume, np.float32)
+
+
+def _like(array: np.ndarray, volume: Any) -> Any:
+    return torch.from_numpy(array).to(volume.device) if isinstance(volume, torch.Tensor) else array
+
+
+def _padded(volume: Any, pad: list[tuple[int, int]]) -> Any:
+    if isinstance(volume, torch.Tensor):
+        # torch counts axes from the last one
+        return F.pad(volume, [n for pair in reversed(pad) for n in pair])
+    return np.pad(np.asarray(volume), pad)
+
+
+def _class_voxels(label: Any, classes: int, rng: np.random.Generator) -> dict[int, np.ndarray]:
+    """At most 4000 random voxels (flat indices) of each class that is there.
+
+    Read slab by slab: a list of all foreground voxels of a large scan takes more memory than its label.
+    """
+    label = label.cpu().numpy() if isinstance(label, torch.Tensor) else label
+    slabs = [np.bincount(np.ravel(slab), minlength=classes + 1)[: classes + 1] for slab in label]
+    counts = np.array(slabs, np.int64).reshape(len(slabs), classes + 1)
     found = {}
     for value in range(1, classes + 1):
-        voxels = np.flatnonzero(label == value)
-        if voxels.size:
-            found[value] = rng.choice(voxels, min(voxels.size, KEPT_VOXELS), replace=False)
+        ends = np.cumsum(counts[:, value])
+        if not len(ends) or not ends[-1]:
+            continue
+        chosen = rng.choice(int(ends[-1]), min(int(ends[-1]), KEPT_VOXELS), replace=False)
+        found[value] = np.empty(len(chosen), np.int64)
+        slab_of = np.searchsorted(ends, chosen, side="right")
+        for slab in np.unique(slab_of):
+            here = slab_of == slab
+            voxels = np.flatnonzero(label[slab] == value)
+            found[value][here] = voxels[chosen[here] - (ends[slab] - counts[slab, value])] + slab * label[slab].size
     return found

@@ -130,6 +130,9 @@ def _box(roi: Any, shape: tuple[int, int, int], notes: list[str]) -> tuple[Range
     if len(ends) != 6:
         raise BadPromptError(f"roi: expected six numbers [i0, i1, j0, j1, k0, k1], got {len(ends)}")
     low, high = np.sort(np.rint(ends).reshape(3, 2), 1).T
+    if (low == high).sum() > 1:
+        notes.append("the ROI has no extent and was left out; draw it around the object")
+        return None
     if (high < 0).any() or (low >= shape).any():
         notes.append(f"the ROI lies outside the volume {shape} and was left out")
         return None

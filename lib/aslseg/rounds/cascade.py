@@ -57,10 +57,10 @@ class Cascade:
         Returns:
             Stage to (N, i, j, k) float32.
         """
-        labels, out = self.settings.label_set, {}
+        out = {}
         for stage in ("ssl", "retrained"):
             if stage in self.models:
-                out[stage] = labels.region_probabilities(self.models[stage].predict(image))
+                out[stage] = self.models[stage].regions(image)
         if "sam" in self.models:
             out["sam"] = redraw(self.models["sam"], image, out["ssl"], self.settings)
         if "adapter" in self.models:

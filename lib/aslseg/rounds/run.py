@@ -30,6 +30,7 @@ from aslseg.weights import write_json
 logger = logging.getLogger(__name__)
 
 KEEP_STEPS = 2
+UNUSED = {"cfr": ("adapter", "refine")}  # stages that a recipe does without
 STALE_SECONDS = 600
 FULL = (28, 122)  # ENOSPC, EDQUOT
 
@@ -64,7 +65,9 @@ def run_round(
         require_free_disk(places.home, settings.min_free_gb)
         before = _last_summary(ledger)
         number, continued = ledger.open_round({"settings": settings.model_dump()})
-        progress = Progress(places.home / "progress.json", expected_seconds(found, settings, before), report, number)
+        expected = expected_seconds(found, settings, before)
+        expected = {stage: t for stage, t in expected.items() if stage not in UNUSED.get(settings.recipe, ())}
+        progress = Progress(places.home / "progress.json", expected, report, number)
         with _accounted(progress, ledger, number):
             _sweep(places, found)
             settle(ledger, found, places)

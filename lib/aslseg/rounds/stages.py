@@ -24,7 +24,7 @@ from aslseg.rounds.masks import MaskStore
 from aslseg.rounds.progress import Progress
 from aslseg.rounds.steps import Maps, Steps, relevant
 from aslseg.sam import build as sam_build
-from aslseg.sam import finetune
+from aslseg.sam import canvas, finetune
 from aslseg.sam import predict as sam_predict
 from aslseg.settings import Places, Settings
 from aslseg.ssl import engine
@@ -110,6 +110,7 @@ class Stages:
                 iterations=iterations,
                 spacing=team.spacing,
                 init=init,
+                logs=self.places.home / "tracking",
                 report=report,
             )
 
@@ -117,16 +118,34 @@ class Stages:
 
     def train_sam(self, report: Report) -> Path:
         """SAM, fine-tuned on the human labels."""
-        s, init = self.settings, sam_build.base_path(self.settings)
-        if not init.is_file():
-            raise BadWeightsError(f"{init}: no such SAM file; set sam_checkpoint to one, or leave it empty")
+        s, init = self.settings, self._base_sam()
         inputs = {
             "human": self._human(),
             "spacing": self.team.spacing,
             "init": sha256(init),
             "settings": relevant(s, "sam", "prompts"),
         }
-        return self._model("sam", inputs, lambda out: finetune.train(self.team.train, s, out, init=init, report=report))
+
+        def errors(case: Prepared, rng: np.random.Generator) -> np.ndarray:
+            return adapter_train.faulty_regions(case, self.labels, rng)
+
+        def train(out: Path) -> dict[str, Any]:
+            return finetune.train(self.team.train, s, out, init=init, errors=errors, report=report)
+
+        return self._model("sam", inputs, train)
+
+    def train_canvas(self, report: Report) -> Path:
+        """SAM for stitched canvases (CFR), fine-tuned on the human labels."""
+        s, init = self.settings, self._base_sam()
+        inputs = {
+            "human": self._human(),
+            "spacing": self.team.spacing,
+            "init": sha256(init),
+            "settings": relevant(s, "sam"),
+        }
+        return self._model(
+            "canvas", inputs, lambda out: canvas.train(self.team.train, s, out, init=init, report=report)
+        )
 
     def train_adapter(self, sam: Path, report: Report) -> Path:
         """The adaptation network for a fine-tuned SAM, trained on the human labels."""
@@ -142,6 +161,12 @@ class Stages:
             return adapter_train.train(self.team.train, sam_build.load(sam, s), s, out, report=report)
 
         return self._model("adapter", inputs, train)
+
+    def _base_sam(self) -> Path:
+        path = sam_build.base_path(self.settings)
+        if not path.is_file():
+            raise BadWeightsError(f"{path}: no such SAM file; set sam_checkpoint to one, or leave it empty")
+        return path
 
     def _model(self, name: str, inputs: dict[str, Any], train: Callable[[Path], dict[str, Any]]) -> Path:
         require_free_disk(self.places.home, self.settings.min_free_gb)
@@ -167,6 +192,16 @@ class Stages:
         }
         model = _once(lambda: sam_build.load(sam, self.settings))
         return self._maps("redraw", inputs, lambda c: sam_predict.redraw(model(), c.image, regions(c), self.settings))
+
+    def draw(self, sam: Path) -> Maps:
+        """Region probabilities of a SAM for canvases, without prompts."""
+        inputs = {"canvas": sha256(sam), "sam_canvas": self.settings.sam_canvas, "settings": relevant(self.settings)}
+        model = _once(lambda: canvas.load(sam, self.settings))
+
+        def make(case: Prepared) -> np.ndarray:
+            return self.labels.region_probabilities(canvas.predict(model(), case.image, self.settings))
+
+        return self._maps("draw", inputs, make)
 
     def refine(self, adapter: Path, redrawn: Maps, regions: Maps) -> Maps:
         """The adaptation network's refinement of SAM's masks."""

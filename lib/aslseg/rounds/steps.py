@@ -31,7 +31,10 @@ GROUPS = {
         "network",
         "batch_labelled",
         "batch_unlabelled",
+        "accumulate",
         "learning_rate",
+        "schedule",
+        "compile",
         "consistency",
         "ema_decay",
     },
@@ -49,7 +52,7 @@ GROUPS = {
         "spacing",
     }
     | {"max_working_voxels", "max_voxels"},
-    "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "sam_checkpoint"},
+    "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "sam_checkpoint", "memory_gb", "tracking"},
 }
 
 

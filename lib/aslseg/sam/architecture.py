@@ -9,6 +9,8 @@ from typing import Any, Literal
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
+from aslseg.sam.adapter import add_adapters
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -21,9 +23,15 @@ class Architecture:
         out_chans: Channels of the image embedding, prompt encoder and decoder.
         mlp_dim: Width of the decoder's MLPs.
         decoder_heads: Attention heads of the decoder.
+        masks: Masks offered for an ambiguous prompt; there is one token more, for the single answer.
+        canvas: Whether it answers whole canvases (:mod:`aslseg.sam.canvas`) instead of prompts: there is then one mask
+            per label, and the first token is the background.
+        adapters: Whether the encoder's blocks carry SAM-Med2D's adapters.
         mask_prompt: What a mask prompt holds: SAM takes logits, SAM-Med2D probabilities.
         resize: ``longest`` keeps the aspect ratio and pads; ``squash`` does not (MedSAM, SAM-Med2D).
-        scaling: ``imagenet`` (SAM's mean and standard deviation) or ``unit`` (MedSAM: 0..1).
+        interpolation: How a slice comes to its size: SAM bilinear, MedSAM bicubic, SAM-Med2D nearest.
+        scaling: ``imagenet`` (SAM's mean and standard deviation), ``minmax`` (MedSAM: each slice to 0..1) or
+            ``zscore`` (CFR's files: each volume to zero mean and unit variance).
     """
 
     image_size: int = 192
@@ -36,9 +44,13 @@ class Architecture:
     out_chans: int = 128
     mlp_dim: int = 512
     decoder_heads: int = 8
+    masks: int = 3
+    canvas: bool = False
+    adapters: bool = False
     mask_prompt: Literal["logits", "probabilities"] = "logits"
     resize: Literal["longest", "squash"] = "longest"
-    scaling: Literal["imagenet", "unit"] = "imagenet"
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    scaling: Literal["imagenet", "minmax", "zscore"] = "imagenet"
 
     @classmethod
     def from_metadata(cls, values: dict[str, Any]) -> Architecture:
@@ -52,12 +64,15 @@ class Architecture:
 
 
 SMALL = Architecture()
+VIT_B = Architecture(1024, 16, 768, 12, 12, 14, (2, 5, 8, 11), 256, 2048)
+VIT_L = Architecture(1024, 16, 1024, 24, 16, 14, (5, 11, 17, 23), 256, 2048)
+VIT_H = Architecture(1024, 16, 1280, 32, 16, 14, (7, 15, 23, 31), 256, 2048)
 
 
 def build(architecture: Architecture) -> Sam:
     """A SAM with random weights."""
     a = architecture
-    unit = a.scaling == "unit"
+    imagenet = a.scaling == "imagenet"
     sam = Sam(
         image_encoder=ImageEncoderViT(
             img_size=a.image_size,
@@ -79,7 +94,7 @@ def build(architecture: Architecture) -> Sam:
             mask_in_chans=16,
         ),
         mask_decoder=MaskDecoder(
-            num_multimask_outputs=3,
+            num_multimask_outputs=a.masks,
             transformer=TwoWayTransformer(
                 depth=2, embedding_dim=a.out_chans, mlp_dim=a.mlp_dim, num_heads=a.decoder_heads
             ),
@@ -87,7 +102,9 @@ def build(architecture: Architecture) -> Sam:
             iou_head_depth=3,
             iou_head_hidden_dim=a.out_chans,
         ),
-        pixel_mean=[0.0] * 3 if unit else [123.675, 116.28, 103.53],
-        pixel_std=[255.0] * 3 if unit else [58.395, 57.12, 57.375],
+        pixel_mean=[123.675, 116.28, 103.53] if imagenet else [0.0] * 3,
+        pixel_std=[58.395, 57.12, 57.375] if imagenet else [1.0] * 3,
     )
+    if a.adapters:
+        add_adapters(sam.image_encoder)
     return sam.eval()

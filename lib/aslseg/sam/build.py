@@ -1,9 +1,9 @@
 """A SAM with its preprocessing: what the stages talk to.
 
 Frames. A *slice* is an array (i, j): rows i, columns j. SAM's *input frame* is the slice with its long side resized
-to ``image_size`` and zero-padded at the bottom and right. *Low-res* maps have a quarter of a token's edge
-(4 x grid). Prompts are (x, y) = (column, row); :mod:`aslseg.prompts.frame` makes them on slices, and
-:meth:`SAMModel.scale` takes them to the input frame.
+to ``image_size`` and zero-padded at the bottom and right, or for some kinds resized to the whole square. *Low-res*
+maps have a quarter of a token's edge (4 x grid). Prompts are (x, y) = (column, row); :mod:`aslseg.prompts.frame` makes
+them on slices, and :meth:`SAMModel.scale` takes them to the input frame.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 
+from aslseg.errors import BadWeightsError
 from aslseg.sam import checkpoints
 from aslseg.sam.architecture import Architecture, build
 from aslseg.settings import APP_DIR, Settings
@@ -68,12 +69,22 @@ class SAMModel:
         return ResizeLongestSide.get_preprocess_shape(shape[0], shape[1], self.image_size)
 
     def preprocess(self, slices: Tensor) -> Tensor:
-        """Slices (B, i, j) in 0..1 to SAM's input (B, 3, image_size, image_size)."""
+        """Slices (B, i, j) in 0..1 to SAM's input (B, 3, image_size, image_size), as its kind wants them.
+
+        Where the architecture says ``zscore``, slices of volumes with zero mean and unit variance.
+        """
         shape = self.input_shape((slices.shape[1], slices.shape[2]))
-        rgb = slices.to(self.device, torch.float32)[:, None] * 255
-        if tuple(rgb.shape[2:]) != shape:
-            rgb = F.interpolate(rgb, shape, mode="bilinear", align_corners=False, antialias=True)
-        return self.sam.preprocess(rgb.expand(-1, 3, -1, -1))
+        grey = slices.to(self.device, torch.float32)[:, None]
+        if self.architecture.scaling == "imagenet":
+            grey = grey * 255
+        low, high = grey.amin((2, 3), keepdim=True), grey.amax((2, 3), keepdim=True)
+        if tuple(grey.shape[2:]) != shape:
+            mode = self.architecture.interpolation
+            smooth = {"align_corners": False, "antialias": True} if mode != "nearest" else {}
+            grey = F.interpolate(grey, shape, mode=mode, **smooth)
+        if self.architecture.scaling == "minmax":
+            grey = (grey.clamp(low, high) - low) / (high - low).clamp(min=1e-8)
+        return self.sam.preprocess(grey.expand(-1, 3, -1, -1))
 
     def encode(self, slices: np.ndarray | Tensor) -> Tensor:
         """Slices (B, i, j) in 0..1 to embeddings (B, C, grid, grid)."""
@@ -145,19 +156,49 @@ def base_path(settings: Settings) -> Path:
 
 
 def load(path: Path, settings: Settings) -> SAMModel:
-    """Load a SAM of any supported format, recognised from the file.
+    """Load a SAM of any supported format, recognised from the file, to be asked with prompts.
 
     SAM draws what it is prompted with, so one that was fine-tuned for other labels may be used too.
 
     Args:
-        path: Our ``*.safetensors``, or an official file of SAM, MedSAM or SAM-Med2D without adapters.
-        settings: ``device``.
+        path: Our ``*.safetensors``, or an official file of SAM, MedSAM or SAM-Med2D with or without adapters.
+        settings: ``device``, ``sam_image_size``, ``sam_kind``.
 
     Raises:
-        BadWeightsError: Damaged, of an unknown format, incomplete, or with adapters.
+        BadWeightsError: Damaged, of an unknown format, incomplete, or made for canvases (CFR).
+        BadSettingsError: A ``sam_image_size`` that does not fit.
     """
-    found = checkpoints.read(path)
+    model = load_any(path, settings)
+    if model.architecture.canvas:
+        raise BadWeightsError(
+            f"{path.name}: draws stitched canvases and takes no prompts (CFR). Give a SAM, MedSAM or SAM-Med2D file, "
+            "or leave sam_checkpoint empty"
+        )
+    return model
+
+
+def load_any(path: Path, settings: Settings) -> SAMModel:
+    """As :func:`load`, for SAMs that take prompts and for those that draw canvases.
+
+    ``sam_image_size`` is for files to start from: what we fine-tuned stays at the size it was trained at.
+
+    Args:
+        path: A SAM file; for CFR's the setting ``sam_base`` names the SAM it was trained from.
+        settings: ``device``, ``sam_image_size``, ``sam_kind``, ``sam_base``.
+
+    Raises:
+        BadWeightsError, BadSettingsError: As :func:`load`.
+    """
+    found = checkpoints.read(path, settings)
     found.require_loadable()
+    size = settings.sam_image_size
+    if size and size != found.architecture.image_size and "trained" not in found.metadata:
+        found = found.at(size)
     sam = build(found.architecture)
     sam.load_state_dict({k: v.float() for k, v in found.state.items()}, strict=True)
-    return SAMModel(sam, found.architecture, found.metadata, choose_device(settings), sha256(path))
+    metadata = found.metadata | {"kind": "sam", "architecture": asdict(found.architecture)}
+    fingerprint = f"{sha256(path)}-{found.kind}-{found.architecture.image_size}"
+    if found.lora:
+        metadata["lora_base_sha256"] = sha256(Path(settings.sam_base))
+        fingerprint += f"-{metadata['lora_base_sha256'][:16]}"
+    return SAMModel(sam, found.architecture, metadata, choose_device(settings), fingerprint)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,35 @@ from ignite.engine import Engine, Events
 from scipy import ndimage
 from torch import Tensor, nn
 
-from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
+from aslseg.errors import BadSettingsError, NotEnoughCasesError, TrainingDivergedError
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
+from aslseg.sam.adapter import add_adapters
 from aslseg.sam.build import SAMModel, load
 from aslseg.sam.embeddings import EmbeddingCache
+from aslseg.sam.lora import add_lora, merge_lora
 from aslseg.sam.training import draw_kind, interaction_loss
 from aslseg.settings import Settings
 from aslseg.types import Prepared, Report, silent
 from aslseg.weights import save_weights, sha256
 
+# a labelled case and a generator to region probabilities (R, i, j, k) as a mediocre SSL model would give them
+Errors = Callable[[Prepared, np.random.Generator], np.ndarray]
+
 OBJECTS_PER_SLICE = 3
+FAULTS_PER_CASE, MOST_FAULTS = 3, 24
+FAULTY_PART = 0.5  # of the slices of cases with faults take them; the others' faulty prompts are made in 2-D
 # half of the first prompts are jittered true boxes (science.md, section 1.2), the others what an SSL mask would give
 KINDS = {"box": 0.4, "point": 0.1, "faulty+box+point": 0.3, "faulty+box": 0.15, "faulty": 0.05}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Objects on a slice: case number, slice k, region, and the objects, bool (n, i, j)."""
+
+    case: int
+    k: int
+    region: int
+    objects: np.ndarray
 
 
 class LabelledSlices:
@@ -53,48 +71,112 @@ class LabelledSlices:
                 "labelled slice. Draw a label and submit it"
             )
 
-    def draw(self, rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
-        """Case number, slice k, and OBJECTS_PER_SLICE components of one region, bool (n, i, j)."""
+    def draw(self, rng: np.random.Generator) -> Drawn:
+        """OBJECTS_PER_SLICE components of one region on one slice."""
         region = int(rng.choice(self.present))
         case, k = self.places[region][int(rng.integers(len(self.places[region])))]
         label = np.asarray(self.cases[case].label[..., k])  # type: ignore[index]
         mask = np.isin(label, self.labels.members(region))
         components, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
         numbers = rng.choice(count, OBJECTS_PER_SLICE, replace=count < OBJECTS_PER_SLICE) + 1
-        return case, k, np.stack([components == n for n in numbers])
+        return Drawn(case, k, region, np.stack([components == n for n in numbers]))
+
+
+class Faults:
+    """Faulty masks of some cases, made once; a network's errors are three-dimensional and slow to imitate.
+
+    Args:
+        cases: Labelled cases; at most MOST_FAULTS masks are made for a random part of them.
+        errors: Makes one; None: there are none.
+        rng: Source of every choice.
+    """
+
+    def __init__(self, cases: Sequence[Prepared], errors: Errors | None, rng: np.random.Generator) -> None:
+        self.made: dict[int, list[np.ndarray]] = {}
+        each = max(1, min(FAULTS_PER_CASE, MOST_FAULTS // max(1, len(cases))))
+        for n in sorted(rng.permutation(len(cases))[:MOST_FAULTS].tolist()) if errors else ():
+            drawn = [np.nan_to_num(errors(cases[n], rng)) for _ in range(each)]
+            self.made[n] = [np.rint(255 * d).astype(np.uint8) for d in drawn]
+
+    def of(self, drawn: Drawn, margin: float, rng: np.random.Generator) -> np.ndarray:
+        """What a network might have found of each object: probabilities (n, i, j) float32.
+
+        All components of one faulty mask that touch the object, widened by ``margin`` pixels; zero where there is none.
+        """
+        out = np.zeros(drawn.objects.shape, np.float32)
+        if drawn.case not in self.made or rng.random() >= FAULTY_PART:
+            return out
+        choices = self.made[drawn.case]
+        found = choices[int(rng.integers(len(choices)))][drawn.region, :, :, drawn.k]
+        components, _ = ndimage.label(found > 127, EIGHT_NEIGHBOURS)
+        for probability, true in zip(out, drawn.objects, strict=True):
+            touched = np.isin(components, np.setdiff1d(components[true], 0))
+            if touched.any():
+                near = ndimage.binary_dilation(touched, EIGHT_NEIGHBOURS, iterations=max(1, int(margin)))
+                probability[near] = found[near] / np.float32(255)
+        return out
 
 
 def train(
-    labelled: Sequence[Prepared], settings: Settings, out: Path, *, init: Path, report: Report = silent
+    labelled: Sequence[Prepared],
+    settings: Settings,
+    out: Path,
+    *,
+    init: Path,
+    errors: Errors | None = None,
+    report: Report = silent,
 ) -> dict[str, Any]:
     """Fine-tune SAM.
 
-    ``sam_train = full`` trains everything on flipped slices of varied contrast; ``decoder`` keeps the image encoder as
-    it is and encodes each slice once.
+    Prompt encoder and mask decoder are always trained. Of the image encoder ``sam_train`` trains everything (``full``),
+    SAM-Med2D's adapters (``adapter``; added where the file has none), LoRA (``lora``, merged into the weights that are
+    saved), or nothing (``decoder``: each slice is then encoded once). All but ``decoder`` see flipped slices of varied
+    contrast.
 
     Args:
         labelled: Human-labelled cases on the working grid; cases without a label are passed over.
-        settings: ``sam_train``, ``sam_iterations``, ``sam_batch``, ``sam_learning_rate``, ``seed``, labels.
+        settings: ``sam_train``, ``sam_lora_rank``, ``sam_iterations``, ``sam_batch``, ``sam_learning_rate``, ``seed``,
+            ``box_margin``, labels.
         out: Model file to write (``*.safetensors``, kind ``sam``).
         init: SAM file to start from, see :func:`aslseg.sam.build.load`.
+        errors: Makes faulty masks of a case in 3-D; prompts drawn from them look like the SSL model's. Without it they
+            are all made slice by slice.
         report: Called with (step, iterations, loss=..., dice=...).
 
     Returns:
         ``loss`` and ``dice`` (means of the last fifth of the steps), ``first_loss`` (of the first), ``steps``,
-        ``seconds``, ``slices``, ``absent`` (labels that no case holds), ``sha256``.
+        ``seconds``, ``slices``, ``absent`` (labels that no case holds), ``parameters`` (trained values), ``sha256``.
 
     Raises:
         NotEnoughCasesError: No labelled slice.
         TrainingDivergedError: The loss became NaN or infinite.
+        BadSettingsError: Adapters on an odd token grid.
         BadWeightsError: As :func:`aslseg.sam.build.load`.
     """
     started = time.monotonic()
     data = LabelledSlices(labelled, settings)
     model = load(init, settings)
-    tuner = _Tuner(model, data, settings)
-    shown: list[tuple[float, float]] = []
+    tuner = _Tuner(model, data, errors, settings)
+    shown = run_steps(tuner.step, settings, report)
+    if settings.sam_train == "lora":
+        merge_lora(model.sam.image_encoder)
+    save_weights(out, model.sam.state_dict(), file_metadata(model, settings, init))
+    return {
+        **summary(shown),
+        "seconds": time.monotonic() - started,
+        "slices": len({place for places in data.places for place in places}),
+        "parameters": sum(p.numel() for p in tuner.trained),
+        "absent": [name for n, name in enumerate(data.labels.names) if n not in data.present],
+        "sha256": sha256(out),
+    }
 
-    engine = Engine(lambda engine, number: shown.append(tuner.step(number)))
+
+def run_steps(
+    step: Callable[[int], tuple[float, float]], settings: Settings, report: Report
+) -> list[tuple[float, float]]:
+    """Run ``sam_iterations`` steps, each given its number; their losses and Dices. The means of 20 are reported."""
+    shown: list[tuple[float, float]] = []
+    engine = Engine(lambda engine, number: shown.append(step(number)))
 
     @engine.on(Events.ITERATION_COMPLETED)
     def watch(engine: Engine) -> None:
@@ -103,19 +185,14 @@ def train(
 
     if settings.sam_iterations:
         engine.run(range(settings.sam_iterations), max_epochs=1)
-    save_weights(out, model.sam.state_dict(), _metadata(model, settings, init))
-    return {
-        **_summary(shown),
-        "seconds": time.monotonic() - started,
-        "slices": len({place for places in data.places for place in places}),
-        "absent": [name for n, name in enumerate(data.labels.names) if n not in data.present],
-        "sha256": sha256(out),
-    }
+    return shown
 
 
-def _metadata(model: SAMModel, settings: Settings, init: Path) -> dict[str, Any]:
+def file_metadata(model: SAMModel, settings: Settings, init: Path) -> dict[str, Any]:
+    """What a fine-tuned file says about itself."""
     return {
         **model.metadata,
+        "architecture": asdict(model.architecture),
         "labels": list(settings.label_set.names),
         "base_sha256": sha256(init),
         "trained": settings.sam_train,
@@ -124,7 +201,7 @@ def _metadata(model: SAMModel, settings: Settings, init: Path) -> dict[str, Any]
     }
 
 
-def _summary(shown: list[tuple[float, float]]) -> dict[str, Any]:
+def summary(shown: list[tuple[float, float]]) -> dict[str, Any]:
     """Loss and Dice of the last fifth of the steps, and the loss of the first."""
     if not shown:
         return {"loss": None, "dice": None, "first_loss": None, "steps": 0}
@@ -133,16 +210,69 @@ def _summary(shown: list[tuple[float, float]]) -> dict[str, Any]:
     return {"loss": float(last), "dice": float(dice), "first_loss": float(first), "steps": len(shown)}
 
 
+def update(
+    loss: Tensor, trained: list[nn.Parameter], optimiser: torch.optim.Optimizer, rate: float, number: int
+) -> None:
+    """One optimiser step with this learning rate and gradients of at most unit length.
+
+    Raises:
+        TrainingDivergedError: The loss is not finite.
+    """
+    if not math.isfinite(loss.item()):
+        raise TrainingDivergedError(
+            f"SAM's loss became {loss.item()} at step {number}; lower sam_learning_rate "
+            f"(now {optimiser.defaults['lr']}) or look for scans with extreme intensities"
+        )
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(trained, 1.0)
+    optimiser.step()
+
+
+def trainable(model: SAMModel, settings: Settings) -> list[nn.Parameter]:
+    """Let exactly those parameters be trained that ``sam_train`` names; adds adapters or LoRA.
+
+    Args:
+        model: Changed in place, its architecture too.
+        settings: ``sam_train``, ``sam_lora_rank``, ``seed``.
+
+    Returns:
+        The trained parameters.
+
+    Raises:
+        BadSettingsError: Adapters on an odd token grid.
+    """
+    sam, generator = model.sam, torch.Generator().manual_seed(settings.seed)
+    encoder = sam.image_encoder
+    sam.requires_grad_(True)
+    encoder.requires_grad_(settings.sam_train == "full")
+    if settings.sam_train == "lora":
+        add_lora(encoder, settings.sam_lora_rank, generator)
+    elif settings.sam_train == "adapter":
+        if model.architecture.grid % 2:
+            raise BadSettingsError(
+                f"sam_train adapter: {model.image_size} px make a grid of {model.architecture.grid} tokens, adapters "
+                f"need an even one; set sam_image_size to a multiple of {2 * model.architecture.patch_size}"
+            )
+        if not model.architecture.adapters:
+            add_adapters(encoder, generator)
+            model.architecture = replace(model.architecture, adapters=True)
+        for block in encoder.blocks:
+            block.Adapter.requires_grad_(True)
+    return [p for p in sam.parameters() if p.requires_grad]
+
+
 class _Tuner:
     """Model, optimiser and one training step that depends on nothing but seed and step number."""
 
-    def __init__(self, model: SAMModel, data: LabelledSlices, settings: Settings) -> None:
+    def __init__(self, model: SAMModel, data: LabelledSlices, errors: Errors | None, settings: Settings) -> None:
         self.model, self.data, self.settings = model, data, settings
+        self.faults = Faults(data.cases, errors, np.random.default_rng(settings.seed))
         self.cache = EmbeddingCache()
         self.frozen = settings.sam_train == "decoder"
-        model.sam.requires_grad_(True)
-        model.sam.image_encoder.requires_grad_(not self.frozen)
-        self.trained = [p for p in model.sam.parameters() if p.requires_grad]
+        self.trained = trainable(model, settings)
         self.optimiser = torch.optim.AdamW(self.trained, settings.sam_learning_rate, weight_decay=0.01)
 
     def step(self, number: int) -> tuple[float, float]:
@@ -150,48 +280,44 @@ class _Tuner:
         s = self.settings
         rng = np.random.default_rng([s.seed, number])
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + number)
-        for group in self.optimiser.param_groups:
-            group["lr"] = s.sam_learning_rate * _schedule(number, s.sam_iterations)
         self.model.sam.train()
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.bf16):
-            embeddings, targets = self._batch(rng)
+            embeddings, targets, faulty = self._batch(rng)
             kind = draw_kind(generator, KINDS)
-            loss, dice = interaction_loss(self.model, embeddings, targets, kind, generator)
-        if not math.isfinite(loss.item()):
-            raise TrainingDivergedError(
-                f"SAM's loss became {loss.item()} at step {number}; lower sam_learning_rate "
-                f"(now {s.sam_learning_rate}) or look for scans with extreme intensities"
+            loss, dice = interaction_loss(
+                self.model, embeddings, targets, kind, generator, faulty=faulty.cpu(), mask_alone=True
             )
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimiser.step()
+        rate = s.sam_learning_rate * _schedule(number, s.sam_iterations)
+        update(loss, self.trained, self.optimiser, rate, number)
         return loss.item(), dice
 
-    def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Embeddings (P, C, grid, grid) and targets (P, l, l) in 0..1 for the prompts of one step."""
-        inputs, targets = [], []
+    def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings (P, C, grid, grid), targets and faulty masks (P, l, l) in 0..1 for the prompts of one step."""
+        inputs, maps = [], []
         for _ in range(self.settings.sam_batch):
-            number, k, objects = self.data.draw(rng)
-            case = self.data.cases[number]
+            drawn = self.data.draw(rng)
+            case = self.data.cases[drawn.case]
+            margin = self.settings.box_margin / min(self.model.scale((case.image.shape[0], case.image.shape[1])))
+            both = np.stack([drawn.objects.astype(np.float32), self.faults.of(drawn, margin, rng)])
             if self.frozen:
-                inputs.append(self.cache.get(self.model, case.image, [k], number))
+                inputs.append(self.cache.get(self.model, case.image, [drawn.k], drawn.case))
             else:
-                image, objects = _augmented(np.asarray(case.image[..., k], np.float32), objects, rng)
+                image, both = _augmented(np.asarray(case.image[..., drawn.k], np.float32), both, rng)
                 inputs.append(self.model.preprocess(torch.from_numpy(image)[None]))
-            targets.append(self.model.to_low_res(torch.from_numpy(objects.astype(np.float32))))
-        together = torch.cat(inputs)
+            low = self.model.to_low_res(torch.from_numpy(both).flatten(0, 1))
+            maps.append(low.unflatten(0, (2, OBJECTS_PER_SLICE)))
+        together, (targets, faulty) = torch.cat(inputs), torch.cat(maps, 1)
         embeddings = together if self.frozen else self.model.sam.image_encoder(together)
-        return embeddings.repeat_interleave(OBJECTS_PER_SLICE, 0), torch.cat(targets)
+        return embeddings.repeat_interleave(OBJECTS_PER_SLICE, 0), targets, faulty
 
 
-def _augmented(image: np.ndarray, objects: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A slice (i, j) and its objects (n, i, j), both flipped, the slice with another gamma and contrast."""
-    for axis in (0, 1):
+def _augmented(image: np.ndarray, maps: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A slice (i, j) and maps on it (..., i, j), both flipped, the slice with another gamma and contrast."""
+    for axis in (-2, -1):
         if rng.random() < 0.5:
-            image, objects = np.flip(image, axis), np.flip(objects, axis + 1)
+            image, maps = np.flip(image, axis), np.flip(maps, axis)
     image = np.clip(image, 0, 1) ** rng.uniform(0.8, 1.25) * rng.uniform(0.9, 1.1) + rng.uniform(-0.05, 0.05)
-    return np.clip(image, 0, 1).astype(np.float32), np.ascontiguousarray(objects)
+    return np.clip(image, 0, 1).astype(np.float32), np.ascontiguousarray(maps)
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -1,201 +1,254 @@
 """An annotator's clicks to a whole object: the clicked slices first, then slice by slice away from them.
 
-Clients send all their clicks with every request, so an answer is computed from them alone; only image embeddings are
-remembered. The same clicks give the same mask whatever was clicked before, and no annotator's clicks can reach
-another's mask.
+Clients send all their clicks with every request, so clicked slices are drawn from these alone. What is remembered of
+an annotator's earlier requests on the same object serves three things: slices that a further click does not reach stay
+as they are, an answer may leave before the object is grown through all slices, and the order of the clicks is known.
+Only answers to a part of the same clicks are built upon.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import torch
 from scipy import ndimage
 
-from aslseg.prompts.frame import SlicePrompt, box_slices, to_box, to_xy
+from aslseg.prompts.frame import SlicePrompt, box_slices, to_xy
 from aslseg.prompts.from_client import ClientPrompt
-from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS, slice_prompts
+from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 from aslseg.sam.build import SAMModel
-from aslseg.sam.embeddings import EmbeddingCache, content_hash
+from aslseg.sam.embeddings import EmbeddingCache
+from aslseg.sam.growing import Answer, Click, box_of, clicks_of
+from aslseg.sam.picture import Picture, Region
 from aslseg.sam.predict import LEAK_MARGIN, answer
+from aslseg.sam.propagate import Part, touched
 from aslseg.settings import Settings
 
 EMBEDDINGS = EmbeddingCache()  # shared by all annotators: it holds images, not answers
-LEAST_IOU = 0.5  # predicted by SAM; below it a slice is taken to lie beyond the object
-LEAST_OVERLAP = 0.3  # Dice with the slice before
-MOST_GROWTH = 2.0  # area from one slice to the next
-MOST_CHANGE = 2.0  # of the median intensity, in standard deviations within the clicked slices' object
 MOST_POINTS = 64  # on one slice; the last ones count
-AHEAD = 4  # slices encoded together when growing
+REMEMBERED = 8  # answers on one object, for the next click and for undo
 
 
 class Clicks:
-    """Answers one annotator's clicks on one object of one image.
+    """Answers one annotator's clicks on one object of one image. Safe between threads.
 
     Args:
         model: SAM.
-        image: (i, j, k) float32 in 0..1.
-        settings: ``box_margin`` and ``min_component``.
-        ssl_region: (i, j, k) float32 probability of the object from the SSL model, or None. Where it is there, it is
-            the mask prompt on clicked slices, so that a wrong automatic mask is repaired and not redrawn.
+        image: (i, j, k) float32 in 0..1, or a picture of a scan.
+        settings: ``box_margin``, ``min_component``, ``grow_*`` and what prompts are made of.
+        ssl_region: (i, j, k) float32 probability of the object from the SSL model, or None. Where it is there, clicks
+            repair it: components that are clicked on are drawn anew with the mask as prompt, the others stay, and on
+            other slices it stays from where the correction no longer changes it.
         cache: Embeddings; by default those shared by all.
     """
 
     def __init__(
         self,
         model: SAMModel,
-        image: np.ndarray,
+        image: np.ndarray | Picture,
         settings: Settings,
-        ssl_region: np.ndarray | None = None,
+        ssl_region: np.ndarray | Region | None = None,
         cache: EmbeddingCache = EMBEDDINGS,
     ) -> None:
-        self.model, self.image, self.settings, self.ssl_region, self.cache = (
-            model,
-            image,
-            settings,
-            ssl_region,
-            cache,
-        )
-        self.shape = (image.shape[0], image.shape[1])
+        self.model, self.settings, self.cache = model, settings, cache
+        self.picture = image if isinstance(image, Picture) else Picture(image)
+        self.region = Region(ssl_region, self.picture.shape) if isinstance(ssl_region, np.ndarray) else ssl_region
+        self.shape = (self.picture.shape[0], self.picture.shape[1])
         self.scale = min(model.scale(self.shape))
-        self._key = (content_hash(image), model.fingerprint)
+        self.margin = settings.box_margin / self.scale
+        self.pace: dict[str, float] = {}
+        self._answers: deque[Answer] = deque(maxlen=REMEMBERED)
+        self._order: list[Click] = []
+        self._firsts: dict[tuple[object, ...], np.ndarray] = {}
+        self._automatic: dict[int, np.ndarray | None] = {}
         self._lock = threading.Lock()
+        model.sam.eval()
 
-    @torch.inference_mode()
     def answer(self, prompt: ClientPrompt) -> np.ndarray:
-        """The object in 3-D.
-
-        Slices with foreground clicks are drawn from these (and the box); with a box alone, its middle slice. From
-        there the mask of one slice prompts the next, until SAM does not believe in it, it vanishes, jumps, grows too
-        much or looks different, the box ends, or the half-way to the next clicked slice is reached. Background
-        clicks count on their own slice.
+        """The whole object, however long it takes.
 
         Args:
-            prompt: Clicks and box in voxels of ``image``.
+            prompt: Clicks and box in voxels of the image.
 
         Returns:
-            uint8 (i, j, k), 0 or 1; empty without a foreground click or box.
+            uint8 (i, j, k), 0 or 1; without foreground click or box the automatic mask, or nothing.
+        """
+        return self.draw(prompt).volume()
+
+    def draw(self, prompt: ClientPrompt, hurry: bool = False) -> Answer:
+        """The object, or in a hurry as much of it as is drawn in time; its ``advance`` goes on.
+
+        Slices with clicks are drawn from these (and the box), whatever time it takes; with a box alone, its middle
+        slice. From there the mask of one slice prompts the next, until SAM does not believe in it, it vanishes, jumps,
+        grows too much or looks different, the box ends, half-way to the next clicked slice, or where it is what it was
+        before. Background clicks count on their own slice.
+
+        Args:
+            prompt: Clicks and box in voxels of the image.
+            hurry: Growing ends after ``first_click_seconds``, or ``click_seconds`` where an earlier answer is built on.
+        """
+        start = time.perf_counter()
+        with self._lock:
+            self._note(prompt)
+            wanted = frozenset(clicks_of(prompt))
+            current = next((a for a in self._answers if a.clicks == wanted and a.box == prompt.box), None)
+            if current is None:
+                earlier = [a for a in self._answers if a.clicks < wanted and a.box == prompt.box]
+                current = Answer(self, prompt, max(earlier, key=lambda a: len(a.clicks), default=None))
+            else:
+                self._answers.remove(current)
+            for other in self._answers:
+                other.stopped = True
+            current.stopped = False
+            self._answers.append(current)
+        seconds = self.settings.click_seconds if current.earlier else self.settings.first_click_seconds
+        while not current.done and not (hurry and time.perf_counter() - start + current.next_takes() > seconds):
+            current.advance()
+        return current
+
+    def on_slice(self, prompt: ClientPrompt) -> tuple[int, np.ndarray] | None:
+        """The slice k that the prompt is about and the object there, (i, j) bool; None without prompt on any slice."""
+        seeds = self.seeds(prompt)
+        k = prompt.slice if prompt.slice in seeds else next(iter(seeds[::-1]), None)
+        return None if k is None else (k, self.clicked(k, prompt).mask)
+
+    def without_last(self, prompt: ClientPrompt, count: int) -> ClientPrompt:
+        """A prompt without the clicks that came last, then without its box.
+
+        Clicks that were sent together, as a client does that reconnects, count in the order foreground, background.
         """
         with self._lock:
-            self.model.sam.eval()
-            drawn = {k: self._clicked(k, prompt) for k in self._clicked_slices(prompt)}
-            look = self._look(drawn)
-            for start, step, last in list(_journeys(sorted(drawn), self._extent(prompt))):
-                before = drawn[start]
-                for k in range(start + step, last + step, step):
-                    after = self._grown(k, step, last, before, prompt)
-                    if after is None or not self._alike(k, after, look):
-                        break
-                    drawn[k] = before = after
-            out = np.zeros(self.image.shape, np.uint8)
-            for k, probability in drawn.items():
-                out[..., k] = probability >= 0.5
-        return out
+            self._note(prompt)
+            order = list(self._order)
+        drop = set(order[max(len(order) - count, 0) :])
+        parts = [
+            np.array([v for v in voxels.tolist() if (label, *v) not in drop], np.int64).reshape(-1, 3)
+            for label, voxels in ((1, prompt.foreground), (0, prompt.background))
+        ]
+        box = prompt.box if count <= len(order) else None
+        return replace(prompt, foreground=parts[0], background=parts[1], box=box)
 
-    def _clicked_slices(self, prompt: ClientPrompt) -> list[int]:
+    @property
+    def bytes(self) -> int:
+        """Memory held by the answers."""
+        parts = {id(p): p.bytes for a in list(self._answers) for p in a.known().values() if p is not None}
+        return sum(parts.values()) + sum(f.nbytes for f in list(self._firsts.values()))
+
+    def _note(self, prompt: ClientPrompt) -> None:
+        """Remember in which order the clicks came."""
+        sent = clicks_of(prompt)
+        known = [c for c in self._order if c in sent]
+        self._order = known + [c for c in sent if c not in set(known)]
+
+    def seeds(self, prompt: ClientPrompt) -> list[int]:
+        """Slices that are drawn from the prompt itself, in the order they were clicked."""
         slices = list(dict.fromkeys(prompt.foreground[:, 2].tolist()))
+        if self.region is not None:
+            slices += [
+                k for k in dict.fromkeys(prompt.background[:, 2].tolist()) if k not in slices and self._hit(k, prompt)
+            ]
         if not slices and prompt.box is not None:
             low, high = prompt.box[2]
             asked = prompt.slice
             slices = [asked if asked is not None and low <= asked <= high else (low + high) // 2]
         return slices
 
-    def _extent(self, prompt: ClientPrompt) -> tuple[int, int]:
-        """First and last slice that the object may reach."""
-        return prompt.box[2] if prompt.box is not None else (0, self.image.shape[2] - 1)
+    def automatic(self, k: int) -> np.ndarray | None:
+        """The automatic mask's probabilities (i, j), or None without one on this slice."""
+        found = None if self.region is None else self.region.slice(k)
+        return found if found is not None and (found >= 0.5).any() else None
 
-    def _clicked(self, k: int, prompt: ClientPrompt) -> np.ndarray:
-        """Probability (i, j) on a slice with clicks: the first click or the box, then all with that answer as mask."""
-        points, labels = self._points(k, prompt)
-        box = _box(prompt)
-        mask = None
-        if self.ssl_region is not None and (self.ssl_region[..., k] >= 0.5).any():
-            mask = np.asarray(self.ssl_region[..., k], np.float32)
+    def automatic_mask(self, k: int) -> np.ndarray | None:
+        """The automatic mask (i, j), bool, or None without one on this slice; every reply shows it on many slices."""
+        if k not in self._automatic:
+            found = self.automatic(k)
+            self._automatic[k] = None if found is None else np.packbits(found >= 0.5)
+        packed = self._automatic[k]
+        size = self.shape[0] * self.shape[1]
+        return None if packed is None else np.unpackbits(packed, count=size).view(bool).reshape(self.shape)
+
+    def _hit(self, k: int, prompt: ClientPrompt) -> bool:
+        found = self.automatic_mask(k)
+        clicked = prompt.background[prompt.background[:, 2] == k]
+        return found is not None and bool(found[clicked[:, 0], clicked[:, 1]].any())
+
+    def clicked(self, k: int, prompt: ClientPrompt) -> Part:
+        """A slice with clicks: the first click or the box, then all with that answer as mask."""
+        points, labels = self.points(k, prompt)
+        box = box_of(prompt)
         first = np.flatnonzero(labels == 1)[:1]
-        probability, _ = self._ask(k, SlicePrompt(box, points[first], labels[first], mask))
-        if len(points) > len(first):
-            probability, _ = self._ask(k, SlicePrompt(box, points, labels, probability))
-        return self._within(probability, box)
+        automatic = self.automatic(k)
+        kept = replaced = probability = None
+        if automatic is not None:
+            components, _ = ndimage.label(automatic >= 0.5, EIGHT_NEIGHBOURS)
+            hit = np.zeros(self.shape, bool)
+            hit[tuple(points[:, ::-1].astype(int).T)] = True
+            hit[box_slices(box, 0, self.shape)] |= box is not None
+            replaced = touched(components, hit)
+            kept = (components > 0) & ~replaced
+            probability = np.where(replaced, automatic, 0).astype(np.float32) if replaced.any() else None
+        if probability is None:
+            probability = self._first(k, box, points[first], labels[first])
+            more = len(points) > len(first)
+        else:
+            more = True
+        if more:
+            probability = self.ask(k, [SlicePrompt(box, points, labels, probability)])[0][0]
+        return Part.of(self.within(probability, box), self.margin, kept, replaced)
 
-    def _grown(self, k: int, step: int, last: int, before: np.ndarray, prompt: ClientPrompt) -> np.ndarray | None:
-        """Probability (i, j) on the slice next to one with ``before``; None where the object ends."""
-        if not self.cache.has(self._key, k):
-            ahead = range(k, k + step * min(AHEAD, abs(last - k) + 1), step)
-            self.cache.get(self.model, self.image, list(ahead), self._key)
-        points, labels = self._points(k, prompt)
-        out = np.zeros(self.shape, np.float32)
-        for part in slice_prompts(before >= 0.5, before, self.settings, self.scale):
-            told = SlicePrompt(
-                part.box,
-                np.concatenate([part.points, points]),
-                np.concatenate([part.point_labels, labels]),
-                part.mask,
-            )
-            probability, iou = self._ask(k, told)
-            if iou >= LEAST_IOU and _follows(probability >= 0.5, before >= 0.5):
-                out = np.maximum(out, self._within(probability, part.box))
-        out = self._within(out, _box(prompt), margin=0)
-        area = (out >= 0.5).sum()
-        if area * self.scale**2 < self.settings.min_component or area > MOST_GROWTH * (before >= 0.5).sum():
-            return None
-        return out
+    def _first(
+        self, k: int, box: tuple[float, float, float, float] | None, points: np.ndarray, labels: np.ndarray
+    ) -> np.ndarray:
+        key = (k, box, *points.ravel().tolist())
+        found = self._firsts.get(key)
+        if found is None:
+            found = self.ask(k, [SlicePrompt(box, points, labels, None)])[0][0]
+            while len(self._firsts) >= REMEMBERED:
+                self._firsts.pop(next(iter(self._firsts)), None)
+            self._firsts[key] = found
+        return found
 
-    def _look(self, drawn: dict[int, np.ndarray]) -> tuple[float, float]:
-        """Median and standard deviation of the intensities within the object on the clicked slices."""
-        values = [self.image[..., k][probability >= 0.5] for k, probability in drawn.items()]
-        inside = np.concatenate(values) if values else np.zeros(0)
-        return (float(np.median(inside)), float(inside.std())) if inside.size else (0.0, 0.0)
+    @torch.inference_mode()
+    def ask(self, k: int, told: list[SlicePrompt]) -> list[tuple[np.ndarray, float]]:
+        """SAM's probabilities (i, j) for each prompt on slice k, and the IoU that it predicts."""
+        start = time.perf_counter()
+        embedding = self.embed([k])
+        self.took("encode", time.perf_counter() - start)
+        logits, _, iou = answer(self.model, embedding, told, self.shape, "box+point+mask")
+        return list(zip(torch.sigmoid(logits).cpu().numpy(), iou.tolist(), strict=True))
 
-    def _alike(self, k: int, probability: np.ndarray, look: tuple[float, float]) -> bool:
-        """Whether the mask on slice k still shows the same tissue: beyond its end SAM tends to copy the mask prompt."""
-        median = float(np.median(self.image[..., k][probability >= 0.5]))
-        return abs(median - look[0]) <= MOST_CHANGE * max(look[1], 0.02)
+    def embed(self, slices: list[int]) -> torch.Tensor:
+        """Embeddings of some slices."""
+        names = [self.picture.name(k, self.model) for k in slices]
+        return self.cache.obtain(self.model, names, lambda n: self.picture.slice(slices[n]))
 
-    def _ask(self, k: int, told: SlicePrompt) -> tuple[np.ndarray, float]:
-        """SAM's probability (i, j) for one prompt on slice k, and the IoU that it predicts."""
-        embedding = self.cache.get(self.model, self.image, [k], self._key)
-        logits, _, iou = answer(self.model, embedding, [told], self.shape, "box+point+mask")
-        return torch.sigmoid(logits[0]).cpu().numpy(), float(iou[0])
+    def embedded(self, k: int) -> bool:
+        """Whether a slice's embedding is at hand."""
+        return self.cache.has(self.picture.name(k, self.model))
 
-    def _points(self, k: int, prompt: ClientPrompt) -> tuple[np.ndarray, np.ndarray]:
+    def took(self, what: str, seconds: float) -> None:
+        """Remember how long encoding takes; what was at hand does not count."""
+        if seconds > 0.005:
+            self.pace[what] = 0.5 * (self.pace.get(what, seconds) + seconds)
+
+    def points(self, k: int, prompt: ClientPrompt) -> tuple[np.ndarray, np.ndarray]:
         """Clicks on slice k as (x, y) points (n, 2) and their labels (n,)."""
         parts = [clicks[clicks[:, 2] == k, :2][-MOST_POINTS:] for clicks in (prompt.foreground, prompt.background)]
         labels = np.concatenate([np.full(len(part), label) for part, label in zip(parts, (1, 0), strict=True)])
         return to_xy(np.concatenate(parts)), labels
 
-    def _within(
+    def within(
         self,
         probability: np.ndarray,
         box: tuple[float, float, float, float] | None,
         margin: float = LEAK_MARGIN,
     ) -> np.ndarray:
+        """Probabilities (i, j), zero farther outside a box than ``margin`` pixels of SAM's input."""
         where = box_slices(box, margin / self.scale, self.shape)
         out = np.zeros_like(probability)
         out[where] = probability[where]
         return out
-
-
-def _box(prompt: ClientPrompt) -> tuple[float, float, float, float] | None:
-    if prompt.box is None:
-        return None
-    (i0, i1), (j0, j1), _ = prompt.box
-    return to_box((i0, i1 + 1), (j0, j1 + 1))
-
-
-def _follows(mask: np.ndarray, before: np.ndarray) -> bool:
-    """Whether a component's mask (i, j) overlaps enough with what it grew from."""
-    components, _ = ndimage.label(before, EIGHT_NEIGHBOURS)
-    origin = np.isin(components, np.unique(components[mask & before]))
-    total = mask.sum() + origin.sum()
-    return bool(total) and 2 * (mask & origin).sum() / total >= LEAST_OVERLAP
-
-
-def _journeys(seeds: list[int], extent: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
-    """(start, step, last slice) away from every clicked slice, neighbours meeting half-way."""
-    for n, k in enumerate(seeds):
-        up = (k + seeds[n + 1]) // 2 if n + 1 < len(seeds) else max(extent[1], k)
-        down = (k + seeds[n - 1]) // 2 + 1 if n else min(extent[0], k)
-        yield k, 1, up
-        yield k, -1, down

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aslseg.prompts.frame import SlicePrompt, box_slices
 from aslseg.prompts.from_mask import slice_prompts
+from aslseg.sam.attention import use_fused_attention
 from aslseg.sam.build import SAMModel
 from aslseg.settings import Settings
 
@@ -68,6 +69,7 @@ def redraw(model: SAMModel, image: np.ndarray, ssl_regions: np.ndarray, settings
 
 def encode(model: SAMModel, slices: np.ndarray) -> Tensor:
     """Embeddings (n, C, grid, grid) float32 of the slices (i, j, n) of a volume in 0..1."""
+    use_fused_attention(model.sam.image_encoder)
     stack = torch.from_numpy(np.ascontiguousarray(np.moveaxis(slices, -1, 0), np.float32))
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
         return model.encode(stack).float()

@@ -125,8 +125,19 @@ def corrupt(target: Tensor, generator: torch.Generator) -> Tensor:
     return (p * uniform(0.75, 1.0) + 0.04 * noise_field(count, size, 16, generator)).clamp(0, 1)
 
 
-def first_prompts(target: Tensor, kind: str, scale: float, generator: torch.Generator) -> Prompts:
-    """Prompts of one kind for bool masks (P, l, l); ``scale`` is input-frame pixels per low-res pixel."""
+def first_prompts(
+    target: Tensor, kind: str, scale: float, generator: torch.Generator, faulty: Tensor | None = None
+) -> Prompts:
+    """Prompts of one kind.
+
+    Args:
+        target: Bool masks (P, l, l).
+        kind: One of :data:`KINDS`.
+        scale: Input-frame pixels per low-res pixel.
+        generator: Source of every choice.
+        faulty: Probabilities (P, l, l) to make ``faulty`` prompts from; where one of them reaches 0.5 nowhere, and
+            without them, :func:`corrupt` makes them.
+    """
     count = target.shape[0]
     none = torch.zeros(count, 0, 2), torch.zeros(count, 0)
     if kind == "point":
@@ -138,6 +149,8 @@ def first_prompts(target: Tensor, kind: str, scale: float, generator: torch.Gene
         jitter = torch.randn(count, 4, generator=generator) * (0.06 * edge).clamp(0.5, 8)
         return Prompts(*none, boxes=tight + jitter)
     probability = corrupt(target, generator)
+    if faulty is not None:
+        probability = torch.where((faulty > 0.5).any(-1).any(-1)[:, None, None], faulty, probability)
     mask = probability > 0.5
     mask = torch.where(mask.any(-1).any(-1)[:, None, None], mask, target)
     points = (random_pixels(mask, 1, scale, generator), torch.ones(count, 1)) if "point" in kind else none
@@ -192,8 +205,12 @@ def interaction_loss(
     kind: str,
     generator: torch.Generator,
     corrections: int = 1,
+    faulty: Tensor | None = None,
+    mask_alone: bool = False,
 ) -> tuple[Tensor, float]:
     """Loss over a first prompt and ``corrections`` rounds of clicks, and the mean Dice of the last answer.
+
+    SAM-Med2D takes an optimiser step after each answer and encodes once; here the losses of one image are added up.
 
     Args:
         model: SAM in training.
@@ -202,12 +219,15 @@ def interaction_loss(
         kind: One of :data:`KINDS`.
         generator: CPU generator of the prompts.
         corrections: Rounds of correction clicks.
+        faulty: As for :func:`first_prompts`.
+        mask_alone: End with a round that is prompted with the previous answer and nothing else.
     """
     scale = model.image_size / target.shape[-1]
     mask = target.cpu() > 0.5
-    prompts = first_prompts(mask, kind, scale, generator)
+    prompts = first_prompts(mask, kind, scale, generator, faulty)
+    rounds = 1 + corrections + mask_alone
     total = embeddings.new_zeros((), dtype=torch.float32)
-    for step in range(corrections + 1):
+    for step in range(rounds):
         logits, iou = _moved(prompts, model.device).decode(model, embeddings)
         logits = logits.float()
         total = total + mask_loss(logits, iou.float(), target)
@@ -215,9 +235,11 @@ def interaction_loss(
         answer = torch.sigmoid(logits.detach()[torch.arange(len(best)), best]).cpu()
         if step < corrections:
             prompts = corrected(prompts, answer, mask, scale, generator)
+        else:
+            prompts = Prompts(prompts.points[:, :0], prompts.point_labels[:, :0], probability=answer)
     got = answer > 0.5
     dice = (2 * (got & mask).sum((1, 2)) + 1) / (got.sum((1, 2)) + mask.sum((1, 2)) + 1)
-    return total / (corrections + 1), float(dice.mean())
+    return total / rounds, float(dice.mean())
 
 
 def draw_kind(generator: torch.Generator, kinds: dict[str, float] | None = None) -> str:

@@ -21,6 +21,7 @@ from monailabel.utils.sessions import SessionInfo, Sessions
 from aslseg.errors import AslsegError, BadSettingsError
 from aslseg.rounds.publish import KINDS, published
 from aslseg.serving.dicom import connect
+from aslseg.serving.embed import embed_studies
 from aslseg.serving.infer import Batch, answer
 from aslseg.serving.refusals import RefusedError
 from aslseg.serving.store import SafeLocal
@@ -122,6 +123,8 @@ class ServedApp(MONAILabelApp):
         """
         try:
             result = super().train(request)
+            if request.get("model") == "round" and self.settings.embed_cases and self.places.studies is not None:
+                embed_studies(self.places.studies, self.settings, self.settings.embed_cases)
             self.scoring({"method": "agreement"})
             return result
         except AslsegError as error:

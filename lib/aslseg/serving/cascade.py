@@ -29,6 +29,7 @@ class Scan:
         image: (i, j, k) float32 in 0..1 on the working grid.
         grid: The way back.
         regions: Stage to region probabilities (N, i, j, k), float32.
+        notes: What was given up for lack of memory, for the client.
         lock: Held while a stage is computed, so that equal requests compute it once.
     """
 
@@ -36,6 +37,7 @@ class Scan:
     image: np.ndarray
     grid: Grid
     regions: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -65,9 +67,7 @@ class Scans:
         Raises:
             BadImageError: As :func:`aslseg.volume.io.read_image`.
         """
-        stat = path.stat() if path.exists() else None
-        hashes = tuple(sorted(self.models.hashes().items()))
-        key = (str(path), *((stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else ()), hashes)
+        key = self._key(path)
         with self._lock:
             if key in self._scans:
                 self._scans.move_to_end(key)
@@ -81,6 +81,19 @@ class Scans:
             scan = self._scans.setdefault(key, Scan(key, image, grid))
             self._trim(scan)
         return scan
+
+    def known(self, path: Path, kind: Kind) -> tuple[tuple[object, ...], np.ndarray] | None:
+        """A stage's regions (N, i, j, k) if they are in memory, after a name for them; never computes."""
+        key = self._key(path)
+        with self._lock:
+            scan = self._scans.get(key)
+        regions = scan.regions.get(kind) if scan else None
+        return None if regions is None else (key, regions)
+
+    def _key(self, path: Path) -> tuple[object, ...]:
+        stat = path.stat() if path.exists() else None
+        hashes = tuple(sorted(self.models.hashes().items()))
+        return (str(path), *((stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else ()), hashes)
 
     def stage(self, scan: Scan, kind: Kind, times: dict[str, float] | None = None) -> np.ndarray:
         """Region probabilities (N, i, j, k) of a stage on the working grid; earlier stages are computed as needed.
@@ -99,19 +112,21 @@ class Scans:
             needed = {"ssl": (), "sam": ("ssl",), "adapter": ("sam", "ssl")}[kind]
             before = [self._stage(scan, earlier, times) for earlier in needed]  # type: ignore[arg-type]
             start = time.perf_counter()
-            scan.regions[kind] = self._compute(kind, scan.image, *before)
+            scan.regions[kind] = self._compute(kind, scan, *before)
             times[kind] = time.perf_counter() - start
         return scan.regions[kind]
 
-    def _compute(self, kind: Kind, image: np.ndarray, *before: np.ndarray) -> np.ndarray:
+    def _compute(self, kind: Kind, scan: Scan, *before: np.ndarray) -> np.ndarray:
         settings, model = self.models.settings, self.models.get(kind)
         if kind == "ssl":
-            return settings.label_set.region_probabilities(model.predict(image))
+            found = model.run(scan.image, regions=True)
+            scan.notes = found.notes
+            return found.values
         if kind == "adapter":
-            return model.predict(image, *before)
+            return model.predict(scan.image, *before)
         from aslseg.sam.predict import redraw
 
-        return redraw(model, image, before[0], settings)
+        return redraw(model, scan.image, before[0], settings)
 
     def adapt(self, scan: Scan, given: np.ndarray) -> np.ndarray:
         """The adaptation network on a mask that a client sent instead of SAM's.

@@ -89,7 +89,8 @@ class MaskTask(InferTask):
         """Class map (i, j, k) uint8 on the scan's own grid, its affine, and what else to tell the client."""
         scan = self.scans.open(path, times)
         regions = self.scans.stage(scan, self.kind, times)
-        return _native(scan, regions, self.scans.models.settings.label_set, times), scan.grid.affine, {}
+        more = {"notes": list(scan.notes)} if scan.notes else {}
+        return _native(scan, regions, self.scans.models.settings.label_set, times), scan.grid.affine, more
 
 
 class RefinedTask(MaskTask):
@@ -102,7 +103,8 @@ class RefinedTask(MaskTask):
         stored = self._stored(request.get("image_id"), path, times)
         if stored is not None:
             return stored.array, stored.affine, {"source": "stored"}
-        return *super().mask(path, request, times)[:2], {"source": "computed"}
+        class_map, affine, more = super().mask(path, request, times)
+        return class_map, affine, {"source": "computed", **more}
 
     def _stored(self, case: str | None, image: Path, times: dict[str, float]) -> Volume | None:
         models = self.scans.models
@@ -162,15 +164,16 @@ def answer(tasks: Mapping[str, InferTask], request: dict[str, Any], store: Datas
     task = tasks.get(model) if isinstance(model, str) else None
     if task is None:
         raise RefusedError(f"no model {str(model)[:80]!r}; there are {', '.join(tasks)}", 404)
-    inner = clean({k: v for k, v in request.items() if k not in ("model", "image") and not isinstance(v, Upload)})
-    inner["model"] = model
+    ours = ("model", "image", "client")
+    inner = clean({k: v for k, v in request.items() if k not in ours and not isinstance(v, Upload)})
+    inner |= {"model": model, "client": str(request.get("client", ""))}
     if isinstance(label, Upload):
         inner["label_file"] = str(label)
     if isinstance(image, Upload):
         inner["image"] = str(image)
         inner.pop("save_label", None)
     elif isinstance(image, str) and image and (path := store.get_image_uri(image)):
-        inner["image"] = path
+        inner["image"], inner["case"] = path, image
         if not any(inner.get(k) is not None for k in PROMPTS):
             inner["image_id"] = image
     else:

@@ -1,22 +1,121 @@
-"""The model `sam`: an annotator's clicks and box to the whole object in 3-D."""
+"""The models `sam` and `sam_2d`: an annotator's clicks and box to the whole object, or to it on one slice."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import nibabel as nib
 import numpy as np
 from monailabel.interfaces.tasks.infer_v2 import InferType
 
+from aslseg.cases.studies import ORIGINAL
+from aslseg.errors import AslsegError
 from aslseg.prompts.from_client import ClientPrompt, parse
-from aslseg.serving.cascade import Scan, Scans
+from aslseg.serving.background import Background
+from aslseg.serving.cascade import Scans
 from aslseg.serving.infer import MaskTask
-from aslseg.volume.geometry import Grid
+from aslseg.serving.models import Models
+from aslseg.serving.pictures import Opened, Pictures, file_key
+from aslseg.volume.io import read_image
+
+if TYPE_CHECKING:
+    from aslseg.sam.embeddings import EmbeddingCache
+    from aslseg.sam.interactive import Clicks
+    from aslseg.sam.picture import Region
+
+KEPT_BYTES = 500_000_000
+
+
+class Desk:
+    """What the click models share: opened scans, embeddings, and each annotator's answers on each object.
+
+    Args:
+        models: Settings, places and SAM.
+    """
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+        self.pictures = Pictures(models.settings)
+        self.background = Background()
+        self._clicks: OrderedDict[tuple[object, ...], Clicks] = OrderedDict()
+        self._stored: OrderedDict[tuple[object, ...], np.ndarray] = OrderedDict()
+        self._cache: EmbeddingCache | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def cache(self) -> EmbeddingCache:
+        """Embeddings in memory over those on disk."""
+        from aslseg.sam.embeddings import EmbeddingCache
+        from aslseg.sam.store import EmbeddingStore
+
+        settings = self.models.settings
+        with self._lock:
+            if self._cache is None:
+                folder = self.models.places.cache / "embeddings"
+                store = EmbeddingStore(folder, settings.embedding_disk_gb * 1e9) if settings.embedding_disk_gb else None
+                self._cache = EmbeddingCache(settings.embedding_memory_mb * 1e6, store)
+            return self._cache
+
+    def clicks(self, opened: Opened, region: Callable[[], Region] | None, whose: tuple[object, ...]) -> Clicks:
+        """The state of one annotator on one object of one scan, and with it of nobody else.
+
+        Args:
+            opened: The scan.
+            region: Gives the automatic mask that is repaired, or None.
+            whose: Object, annotator and where the automatic mask comes from.
+        """
+        from aslseg.sam.interactive import Clicks
+
+        model, cache = self.models.get("sam"), self.cache
+        key = (opened.key, opened.turn, model.fingerprint, *whose)
+        with self._lock:
+            found = self._clicks.get(key)
+            if found is None:
+                found = Clicks(model, opened.picture, self.models.settings, region and region(), cache)
+            self._clicks[key] = found
+            self._clicks.move_to_end(key)
+            while sum(c.bytes for c in self._clicks.values()) > KEPT_BYTES and len(self._clicks) > 1:
+                self._clicks.popitem(last=False)
+        return found
+
+    def stored(self, case: Any, opened: Opened) -> tuple[tuple[object, ...], np.ndarray] | None:
+        """The automatic mask that clients show for a scan (tag ``original``), and its name; None without one."""
+        studies = self.models.places.studies
+        if not isinstance(case, str) or studies is None:
+            return None
+        path = studies / "labels" / ORIGINAL / f"{case}.nii.gz"
+        key = file_key(path)
+        if len(key) == 1:
+            return None
+        if key not in self._stored:
+            try:
+                array = read_image(path, self.models.settings.max_voxels).array.astype(np.uint8)
+            except AslsegError:
+                return None
+            with self._lock:
+                self._stored[key] = array
+                while len(self._stored) > 4:
+                    self._stored.popitem(last=False)
+        found = self._stored.get(key)
+        return None if found is None or found.shape != opened.turn.shape else (key, found)
+
+    def prefetch(self, clicks: Clicks, k: int) -> None:
+        """Encode the slices around one in the background, nearest first."""
+        reach = self.models.settings.prefetch_slices
+        around = [s for n in range(1, reach + 1) for s in (k + n, k - n)]
+        waiting = iter([s for s in around if 0 <= s < clicks.picture.shape[2]])
+
+        def step() -> bool:
+            wanted = next((s for s in waiting if not clicks.embedded(s)), None)
+            if wanted is not None:
+                clicks.embed([wanted])
+            return wanted is not None
+
+        self.background.add(step)
 
 
 class ClickTask(MaskTask):
@@ -24,14 +123,17 @@ class ClickTask(MaskTask):
 
     Args:
         scans: Shared with the other models.
+        desk: Shared by the click models.
         description: Shown to annotators.
+        dimension: 3, or 2 for one slice along the scan's third axis.
     """
 
-    def __init__(self, scans: Scans, description: str) -> None:
+    def __init__(self, scans: Scans, desk: Desk, description: str, dimension: int = 3) -> None:
         super().__init__(scans, "sam", (), description)
-        self.type = InferType.DEEPGROW
-        # one click at a time on SAM; whole-volume stages do not hold this
-        self._clicking = threading.Lock()
+        self.type, self.dimension, self.desk = InferType.DEEPGROW, dimension, desk
+        self._config.update(use_ssl=scans.models.settings.use_ssl)
+        if dimension == 3:
+            self._config.update(whole=False)
 
     def is_valid(self) -> bool:
         """Shown as long as there is a SAM: a published one, the one of the settings, or the one that ships."""
@@ -48,66 +150,90 @@ class ClickTask(MaskTask):
         self, path: Path, request: Mapping[str, Any], times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """As :meth:`aslseg.serving.infer.MaskTask.mask`; without clicks SAM's redrawing of the automatic mask."""
-        scan = self.scans.open(path, times)
-        prompt = parse(request, scan.grid.native_shape)
-        names = self.scans.models.settings.label_set.names
-        region = names.index(prompt.label) if prompt.label in names else 0
-        more: dict[str, Any] = {"notes": list(prompt.notes)}
-        if prompt.empty:
-            found = self._automatic(scan, region, times)
-            more["source"] = "automatic mask" if found.any() else "nothing clicked"
-        else:
-            found = self._clicked(scan, prompt, region, times)
-            more["source"] = "clicks"
-        start = time.perf_counter()
-        native = (scan.grid.to_native(found.astype(np.float32)) >= 0.5).astype(np.uint8)
-        times["post"] = time.perf_counter() - start
-        # a click is a promise: the voxel itself is in, however coarse the working grid
-        if not prompt.empty:
-            native[tuple(prompt.foreground.T)] = 1
-            native[tuple(prompt.background.T)] = 0
-        return native, scan.grid.affine, more
-
-    def _automatic(self, scan: Scan, region: int, times: dict[str, float]) -> np.ndarray:
-        if self.scans.models.published("ssl") is None:
-            return np.zeros(scan.image.shape, np.float32)
-        return self.scans.stage(scan, "sam", times)[region]
-
-    def _clicked(self, scan: Scan, prompt: ClientPrompt, region: int, times: dict[str, float]) -> np.ndarray:
-        from aslseg.sam.interactive import Clicks
-
-        # an automatic mask that the annotator has asked for is what the clicks correct
-        known = scan.regions.get("ssl") if prompt.label in self.scans.models.settings.label_set.names else None
-        model = self.scans.models.get("sam")
-        with self._clicking:
+        with self.desk.background.click():
             start = time.perf_counter()
-            clicks = Clicks(model, scan.image, self.scans.models.settings, None if known is None else known[region])
-            found = clicks.answer(to_working(prompt, scan.grid))
-            times["infer"] = time.perf_counter() - start
-        return found
+            opened = self.desk.pictures.open(path, native=self.dimension == 2)
+            times["pre"] = time.perf_counter() - start
+            prompt = parse(request, opened.turn.shape)
+            if prompt.empty:
+                return self._automatic(path, opened, prompt, times)
+            return self._clicked(path, opened, prompt, request, times)
 
+    def _automatic(
+        self, path: Path, opened: Opened, prompt: ClientPrompt, times: dict[str, float]
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        native = np.zeros(opened.turn.shape, np.uint8, order="F")
+        if self.scans.models.published("ssl") is not None:
+            scan = self.scans.open(path, times)
+            found = self.scans.stage(scan, "sam", times)[self._index(prompt)]
+            native = (scan.grid.to_native(found) >= 0.5).astype(np.uint8)
+        source = "automatic mask" if native.any() else "nothing clicked"
+        return native, opened.affine, {"source": source, "notes": list(prompt.notes)}
 
-def to_working(prompt: ClientPrompt, grid: Grid) -> ClientPrompt:
-    """A prompt in voxels of the scan to one in voxels of its working grid."""
-    box = prompt.box
-    if box is not None:
-        ends = _moved(np.array(box).T, grid)
-        low, high = np.sort(ends, 0)
-        box = tuple((int(a), int(b)) for a, b in zip(low, high, strict=True))  # type: ignore[assignment]
-    foreground, background = _moved(prompt.foreground, grid), _moved(prompt.background, grid)
-    clicked = foreground if len(foreground) else background
-    middle = (box[2][0] + box[2][1]) // 2 if box else None
-    # the slice is counted along the scan's own third axis, which need not be the working grid's
-    at = int(clicked[-1, 2]) if len(clicked) else middle
-    return replace(prompt, foreground=foreground, background=background, box=box, slice=at)
+    def _clicked(
+        self, path: Path, opened: Opened, prompt: ClientPrompt, request: Mapping[str, Any], times: dict[str, float]
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        start = time.perf_counter()
+        source, region = self._region(path, opened, prompt, request)
+        whose = (prompt.label, request.get("client", ""), self.dimension, source)
+        clicks = self.desk.clicks(opened, region, whose)
+        asked = opened.turn.prompt(prompt)
+        if request.get("undo"):
+            asked = clicks.without_last(asked, int(request["undo"]))
+        native = np.zeros(opened.turn.shape, np.uint8, order="F")
+        out = opened.turn.view(native)
+        kept = asked.foreground
+        more: dict[str, Any] = {"source": "clicks", "notes": list(prompt.notes), "repaired": source is not None}
+        if self.dimension == 2:
+            found = clicks.on_slice(asked)
+            if found is not None:
+                k, out[..., found[0]] = found
+                kept = asked.foreground[asked.foreground[:, 2] == k]
+                self.desk.prefetch(clicks, k)
+        else:
+            answer = clicks.draw(asked, hurry=not request.get("whole"))
+            for k in answer.slices():
+                shown = answer.shown(k)
+                if shown is not None:
+                    out[..., k] = shown
+            more["growing"] = not answer.done
+            if not answer.done:
+                more["notes"].append("the object grows on; the next click or update shows more of it")
+                self.desk.background.add(lambda: not answer.stopped and answer.advance())
+        # a click is a promise: the voxel itself is in or out, whatever SAM says
+        out[tuple(kept.T)] = 1
+        out[tuple(asked.background.T)] = 0
+        times["infer"] = time.perf_counter() - start
+        return native, opened.affine, more
 
+    def _region(
+        self, path: Path, opened: Opened, prompt: ClientPrompt, request: Mapping[str, Any]
+    ) -> tuple[object, Callable[[], Region] | None]:
+        """Where the automatic mask of the clicked label comes from, and the way to it; None without or if not wanted.
 
-def _moved(voxels: np.ndarray, grid: Grid) -> np.ndarray:
-    """Voxel indices (n, 3) of the scan to indices of the working grid, int64, inside it."""
-    out = np.zeros((len(voxels), 3), np.int64)
-    for axis, (canonical, direction) in enumerate(nib.orientations.io_orientation(grid.affine)):
-        to = int(canonical)
-        along = voxels[:, axis] if direction > 0 else grid.native_shape[axis] - 1 - voxels[:, axis]
-        scaled = (along + 0.5) * grid.shape[to] / grid.canonical_shape[to] - 0.5
-        out[:, to] = np.rint(scaled).clip(0, grid.shape[to] - 1)
-    return out
+        What the SSL model found if that is in memory, else the stored mask that clients show. Nothing is computed:
+        a click does not wait for a whole volume.
+        """
+        from aslseg.sam.picture import Region
+
+        labels = self.scans.models.settings.label_set
+        if not request.get("use_ssl", self.scans.models.settings.use_ssl) or prompt.label not in labels.names:
+            return None, None
+        index = labels.names.index(prompt.label)
+        known = self.scans.known(path, "ssl")
+        if known is not None:
+            key, regions = known
+            return key, lambda: Region(opened.turn.of_working(regions[index]), opened.picture.shape)
+        stored = self.desk.stored(request.get("case"), opened)
+        if stored is None:
+            return None, None
+        name, array = stored
+
+        def region() -> Region:
+            return Region(opened.turn.view(np.isin(array, labels.members(index))), opened.picture.shape)
+
+        return name, region
+
+    def _index(self, prompt: ClientPrompt) -> int:
+        names = self.scans.models.settings.label_set.names
+        return names.index(prompt.label) if prompt.label in names else 0

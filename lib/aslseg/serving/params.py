@@ -26,6 +26,7 @@ PROMPTS = (
 )
 RESULT = ("result_extension", "result_dtype", "result_compress", "restore_label_idx")
 OTHER = ("client_id", "save_label", "label_tag", "label_info", "device")
+CLICKS = ("use_ssl", "whole", "undo")
 REFUSED = frozenset(
     (
         *("image", "image_path", "label_path", "path", "model", "model_filename", "network", "bundle_path"),
@@ -73,7 +74,7 @@ def clean(params: Any) -> dict[str, Any]:
     refused = sorted(k for k in params if k in REFUSED or k.startswith("_"))
     if refused:
         raise RefusedError(f"params: {', '.join(refused)} may not be set by a client; leave it out")
-    wanted = {k: params[k] for k in (*PROMPTS, *RESULT, *OTHER) if params.get(k) is not None}
+    wanted = {k: params[k] for k in (*PROMPTS, *RESULT, *OTHER, *CLICKS) if params.get(k) is not None}
     label = wanted.get("label")
     if isinstance(label, str) and isinstance(params.get(label), list) and "foreground" not in wanted:
         # Slicer's multi-label mode sends the clicks under the segment's own name
@@ -88,6 +89,10 @@ def clean(params: Any) -> dict[str, Any]:
         tag = safe_name(wanted.get("label_tag", "original"), "label_tag")
         if tag in (FINAL, PSEUDO):
             raise RefusedError(f"label_tag {tag!r} is not for machine masks; use 'original'", 403)
+    for key in wanted.keys() & {"use_ssl", "whole"}:
+        wanted[key] = _flag(key, wanted[key])
+    if "undo" in wanted and not (isinstance(wanted["undo"], int) and 0 <= wanted["undo"] <= MAX_POINTS):
+        raise RefusedError(f"undo: expected how many of the last clicks to leave out, got {str(wanted['undo'])[:80]!r}")
     if "device" in wanted:
         _check_device(wanted.pop("device"))
     return wanted
@@ -111,6 +116,15 @@ def _check_prompts(wanted: dict[str, Any]) -> None:
                 raise RefusedError(f"{key}: expected numbers, got {str(entry)[:80]!r}")
     if "slice" in wanted and not _is_number(wanted["slice"]):
         raise RefusedError(f"slice: expected a number, got {str(wanted['slice'])[:80]!r}")
+
+
+def _flag(key: str, value: Any) -> bool:
+    """Slicer sends what its table shows, which may be text."""
+    known = {"true": True, "false": False, "1": True, "0": False}
+    found = known.get(str(value).strip().casefold())
+    if found is None:
+        raise RefusedError(f"{key}: expected true or false, got {str(value)[:80]!r}")
+    return found
 
 
 def _is_number(value: Any) -> bool:

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 - the library's own abbreviation
 
-from aslseg.volume.io import LPS_TO_RAS, write_label
+from aslseg.serving.wire import nrrd
+from aslseg.volume.io import write_label
 
 
 def write_result(class_map: np.ndarray, affine: np.ndarray, extension: str = ".nrrd", compress: bool = True) -> Path:
@@ -26,14 +26,8 @@ def write_result(class_map: np.ndarray, affine: np.ndarray, extension: str = ".n
     handle, name = tempfile.mkstemp(prefix="aslseg-", suffix=extension)
     os.close(handle)
     path = Path(name)
-    if extension != ".nrrd":
+    if extension == ".nrrd":
+        path.write_bytes(nrrd(class_map.astype(np.uint8, copy=False), affine, compress))
+    else:
         write_label(path, class_map, affine)
-        return path
-    lps = LPS_TO_RAS @ affine
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    image = sitk.GetImageFromArray(np.ascontiguousarray(class_map.astype(np.uint8, copy=False).transpose(2, 1, 0)))
-    image.SetSpacing(spacing.tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-    sitk.WriteImage(image, str(path), useCompression=compress)
     return path

@@ -28,6 +28,7 @@ from aslseg.review.status import collect
 from aslseg.serving.infer import Upload
 from aslseg.serving.params import clean, parse
 from aslseg.serving.refusals import RefusedError, safe_name, status_of
+from aslseg.serving.wire import gzipped_bytes
 from aslseg.volume.io import IMAGE_EXTENSIONS, extension
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ ANNOTATOR = Depends(RBAC(platform.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
 ADMIN = Depends(RBAC(platform.MONAI_LABEL_AUTH_ROLE_ADMIN))
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+/")
+WORTH_COMPRESSING = 200_000
 SESSION = re.compile(r"[0-9a-f-]{8,64}")
 
 
@@ -75,6 +77,7 @@ def _inference(router: APIRouter, app: ServedApp) -> None:
     @router.post("/infer/{model}")
     def run(
         background_tasks: BackgroundTasks,
+        http: Request,
         model: str,
         image: str = "",
         session_id: str = "",
@@ -88,6 +91,7 @@ def _inference(router: APIRouter, app: ServedApp) -> None:
         if output == infer.ResultType.dicom_seg:
             raise RefusedError("output=dicom_seg is not offered; save the label instead, which makes a DICOM SEG")
         request.setdefault("client_id", user.username)
+        request["client"] = _who(request, user, http, session_id)
         chosen: str | Upload = image
         folder = Path(tempfile.mkdtemp(prefix="aslseg-upload-"))
         background_tasks.add_task(shutil.rmtree, folder, ignore_errors=True)
@@ -107,7 +111,8 @@ def _inference(router: APIRouter, app: ServedApp) -> None:
             # background tasks run only after an answer that succeeded
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return infer.send_response(app.datastore(), result, output, background_tasks)
+        reply = infer.send_response(app.datastore(), result, output, background_tasks)
+        return _compressed(reply, http.headers.get("accept-encoding", ""))
 
     @router.post("/infer/wsi/{model}")
     @router.post("/infer/wsi_v2/{model}")
@@ -127,6 +132,22 @@ def _inference(router: APIRouter, app: ServedApp) -> None:
         if len(files) != 1 or extension(Path(files[0].filename or "")) is None:
             raise RefusedError(f"expected one volume ({', '.join(IMAGE_EXTENSIONS)}); DICOM goes through a PACS", 422)
         return session.create_session(background_tasks, False, expiry, files)
+
+
+def _compressed(reply: Any, accepted: str) -> Any:
+    """A reply that is worth it, compressed for clients that say they can read it: OHIF asks for raw voxels, 42 MB."""
+    if "gzip" not in accepted or not isinstance(reply, Response):
+        return reply
+    content = Path(reply.path).read_bytes() if isinstance(reply, FileResponse) else bytes(reply.body)
+    if len(content) < WORTH_COMPRESSING:
+        return reply
+    headers = {k: v for k, v in reply.headers.items() if k in ("content-type", "content-disposition")}
+    return Response(gzipped_bytes(content), headers=headers | {"content-encoding": "gzip", "vary": "accept-encoding"})
+
+
+def _who(request: dict[str, Any], user: User, http: Request, session_id: str) -> str:
+    """Whose clicks: Slicer's default name stands for everybody, but with the address people at two desks stay two."""
+    return "|".join((str(request["client_id"]), user.username, http.client.host if http.client else "", session_id))
 
 
 def _session_image(app: ServedApp, session_id: str) -> str:

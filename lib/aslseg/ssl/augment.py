@@ -18,17 +18,21 @@ def centre(image: Tensor) -> Tensor:
     return (image - CENTRE) / SPREAD
 
 
-def random_geometry(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Sampling grid (B, i, j, k, 3): in-plane rotation up to 15 degrees, scaling up to 15 %, flips along i and j.
+def random_geometry(shape: torch.Size, generator: torch.Generator, flips: bool = False) -> Tensor:
+    """Sampling grid (B, i, j, k, 3): in-plane rotation up to 15 degrees, scaling up to 15 %.
 
     Args:
         shape: (B, C, i, j, k).
         generator: Source of randomness (CPU).
+        flips: Also flip along i and j, each with probability 0.5. Scans have canonical axes: for most anatomy a
+            mirrored patient is one that does not exist (docs/results.md has what that costs).
     """
     batch, size = shape[0], shape[2:]
     u = torch.rand(batch, 5, generator=generator) * 2 - 1
     angle, scale = u[:, 0] * ROTATION, 1 + u[:, 1] * SCALE
-    flip = torch.where(torch.rand(batch, 2, generator=generator) < 0.5, -1.0, 1.0)
+    flip = torch.ones(batch, 2)
+    if flips:
+        flip = torch.where(torch.rand(batch, 2, generator=generator) < 0.5, -1.0, 1.0)
     cos, sin, ratio = torch.cos(angle) * scale, torch.sin(angle) * scale, size[0] / size[1]
     theta = torch.zeros(batch, 3, 4)
     # grid_sample orders coordinates from the last axis to the first: (k, j, i)

@@ -1,9 +1,10 @@
-"""The one training engine of all SSL methods, on ignite: two streams, bf16, atomic resumable checkpoints."""
+"""The one training engine of all SSL methods, on ignite: two streams, bf16, atomic resumable checkpoints.
+
+How a run is set up, resumed, watched and spread over several GPUs: docs/training.md.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
@@ -16,27 +17,40 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from aslseg.cases.patches import PatchSampler
+from aslseg.cases.cache import held
+from aslseg.cases.patches import Patch, PatchSampler
 from aslseg.cases.prepare import Spacing, automatic_patch
 from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
 from aslseg.registry import NETWORKS, SSL_METHODS
 from aslseg.settings import Settings
+from aslseg.ssl import checkpoint, compiling, distributed, tracking
 from aslseg.ssl.augment import centre, random_geometry, random_intensity, warp
 from aslseg.ssl.methods.base import Batch, Method
 from aslseg.ssl.networks import bfloat16_pays
 from aslseg.ssl.ramps import polynomial
+from aslseg.ssl.watch import Watch
 from aslseg.types import Prepared, Report, silent
-from aslseg.weights import atomic_file, load_weights, save_weights, sha256
+from aslseg.weights import load_weights, save_weights, sha256
 
 logger = logging.getLogger(__name__)
 
+# whichever comes first
 CHECKPOINT_EVERY = 250
-COLLAPSE_WINDOW = 200
+CHECKPOINT_MINUTES = 10.0
+MOST_SKIPPED = 20
 STATISTICS_BATCHES = 30
 
 
+def milestones(part: float) -> float:
+    """1, then 0.1 from 5/12 and 0.01 from 5/6 of the training on: the papers' steps 2500 and 5000 of 6000."""
+    return 0.1 ** ((part >= 5 / 12) + (part >= 5 / 6))
+
+
+SCHEDULES = {"poly": polynomial, "milestones": milestones}
+
+
 def choose_device(settings: Settings) -> torch.device:
-    """The device of the setting ``device``; ``auto`` takes a GPU where there is one."""
+    """The device of the setting ``device``; ``auto`` takes a GPU where there is one, each process its own."""
     if settings.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(settings.device)
@@ -50,6 +64,7 @@ class Trainer:
         unlabelled: Cases whose labels, if any, are never looked at.
         settings: Method, network, batch, seed.
         iterations: Steps of the whole run.
+        init: Model to start from; None starts from random weights.
     """
 
     def __init__(
@@ -58,23 +73,28 @@ class Trainer:
         unlabelled: Sequence[Prepared],
         settings: Settings,
         iterations: int,
+        init: Path | None = None,
     ) -> None:
         if not any(c.label is not None for c in labelled):
             raise NotEnoughCasesError("no labelled case to train on; draw at least one label and submit it")
+        tracking.check(settings.tracking)
         self.settings, self.iterations = settings, iterations
         self.device = choose_device(settings)
         self.patch = automatic_patch([c.image.shape for c in labelled], settings)
         # oneDNN's bfloat16 weight gradient of a 2 x 2 feature map differs from run to run (seen in torch 2.11)
         self.bf16 = bfloat16_pays(self.device) and min(self.patch[:2]) >= 48
         classes = len(settings.label_set)
-        self.labelled = PatchSampler(labelled, self.patch, classes)
-        self.unlabelled = PatchSampler([_blind(c) for c in unlabelled], self.patch, classes) if unlabelled else None
+        cases = self._held([*labelled, *map(_blind, unlabelled)])
+        self.labelled = PatchSampler(cases[: len(labelled)], self.patch, classes)
+        self.unlabelled = PatchSampler(cases[len(labelled) :], self.patch, classes) if unlabelled else None
         torch.manual_seed(settings.seed)
         factory = NETWORKS.get(settings.network)
         self.method: Method = SSL_METHODS.get(settings.ssl_method)(
             lambda extra=0: factory(classes + 1 + extra, self.patch), settings
         )
         self.method.to(self.device, memory_format=torch.channels_last_3d)
+        if init is not None:
+            self.method.start_from(load_weights(init, "ssl")[0])
         self.optimiser = torch.optim.SGD(
             [p for p in self.method.parameters() if p.requires_grad],
             settings.learning_rate,
@@ -82,6 +102,17 @@ class Trainer:
             weight_decay=1e-4,
             nesterov=True,
         )
+        self.skipped, self.skipped_in_a_row = 0, 0
+        self.compiled = settings.compile
+        if self.compiled:
+            compiling.compile_networks(self.method)
+
+    def _held(self, cases: list[Prepared]) -> list[Prepared]:
+        """The cases where crops are quickest: on the GPU, then in memory, then on disk, within the budget."""
+        budget = self.settings.memory_gb * 1e9 / distributed.world()
+        if self.device.type == "cuda":
+            cases = held(cases, min(budget, torch.cuda.mem_get_info(self.device)[0] / 2), self.device)
+        return held(cases, budget)
 
     def batch(self, step: int) -> Batch:
         """The patches of a step, augmented, on the device; depends on nothing but seed and step."""
@@ -91,48 +122,94 @@ class Trainer:
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
         drawn = [self.labelled.draw(rng) for _ in range(s.batch_labelled)]
         image = self._images([d.image for d in drawn])
-        maps = torch.stack([torch.from_numpy(np.stack([d.label, d.weight])) for d in drawn]).to(self.device)
-        grid = random_geometry(image.shape, generator)
+        maps = self._maps(drawn)
+        grid = random_geometry(image.shape, generator, s.flips)
         image = random_intensity(warp(image, grid), generator)
         maps = warp(maps.float(), grid, "nearest")
         if self.unlabelled and s.batch_unlabelled and s.ssl_method != "supervised":
             free = self._images([self.unlabelled.draw(rng).image for _ in range(s.batch_unlabelled)])
-            free = random_intensity(warp(free, random_geometry(free.shape, generator)), generator)
+            weak = warp(free, random_geometry(free.shape, generator, s.flips))
+            free = random_intensity(weak, generator)
         else:
-            free = image[:0]
+            free = weak = image[:0]
         layout = torch.channels_last_3d
         return Batch(
             centre(image).contiguous(memory_format=layout),
             maps[:, 0].long(),
             maps[:, 1],
             centre(free).contiguous(memory_format=layout),
+            centre(weak).contiguous(memory_format=layout),
         )
 
-    def _images(self, crops: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(crops))[:, None].to(self.device)
+    def _images(self, crops: list[Any]) -> Tensor:
+        return torch.stack([torch.as_tensor(c) for c in crops])[:, None].to(self.device)
+
+    def _maps(self, drawn: list[Patch]) -> Tensor:
+        """Class maps and voxel weights (B, 2, i, j, k), float32."""
+        pairs = [torch.stack([torch.as_tensor(d.label).float(), torch.as_tensor(d.weight)]) for d in drawn]
+        return torch.stack(pairs).to(self.device)
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimiser step."""
+        """One optimiser step, of the mean gradient of ``accumulate`` batches.
+
+        Raises:
+            TrainingDivergedError: The loss is not finite, or gradients were not for 20 steps in a row.
+        """
         part = step / self.iterations
-        batch = self.batch(step)
-        generator = torch.Generator().manual_seed(self.settings.seed * 7_919 + step)
+        rate = self.settings.learning_rate * SCHEDULES[self.settings.schedule](part)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.learning_rate * polynomial(part)
+            group["lr"] = rate
         self.method.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss, logs = self.method.loss(batch, part, generator)
-        if not math.isfinite(loss.item()):
+        logs = self._gradients_or_eager(step, part)
+        if not math.isfinite(logs["loss"]):
             raise TrainingDivergedError(
-                f"loss became {loss.item()} at step {step}; lower learning_rate (now {self.settings.learning_rate}) "
+                f"loss became {logs['loss']} at step {step}; lower learning_rate (now {self.settings.learning_rate}) "
                 "or look for scans with extreme intensities"
             )
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
         # bfloat16 through batch norm over few voxels can overflow; such a step says nothing
         if torch.isfinite(nn.utils.clip_grad_norm_(self.method.parameters(), 10.0)):
             self.optimiser.step()
             self.method.after_step(step, part)
-        return {"loss": loss.item(), "truth": (batch.target > 0).float().mean().item(), **logs}
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(step)
+        return {**logs, "learning_rate": rate}
+
+    def _gradients_or_eager(self, step: int, part: float) -> dict[str, float]:
+        if not self.compiled:
+            return self._gradients(step, part)
+        try:
+            return self._gradients(step, part)
+        except compiling.ERRORS as error:
+            logger.warning("torch.compile failed (%s); going on without", compiling.reason(error))
+            self.compiled = False
+            compiling.to_eager(self.method)
+            return self._gradients(step, part)
+
+    def _gradients(self, step: int, part: float) -> dict[str, float]:
+        """Leave the step's gradients in the parameters, the same in every process; returns the mean of its numbers."""
+        self.optimiser.zero_grad(set_to_none=True)
+        batches = self.settings.accumulate
+        found: list[dict[str, float]] = []
+        for number in range(step * batches + distributed.rank(), (step + 1) * batches, distributed.world()):
+            batch = self.batch(number)
+            generator = torch.Generator().manual_seed(self.settings.seed * 7_919 + number)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss, logs = self.method.loss(batch, part, generator)
+            (loss / batches).backward()
+            found.append({"loss": loss.item(), "truth": (batch.target > 0).float().mean().item(), **logs})
+        distributed.total([p.grad for p in self.method.parameters() if p.grad is not None])
+        distributed.mean([b for b in self.method.buffers() if b.is_floating_point()])
+        return distributed.mean_numbers({name: float(np.mean([f[name] for f in found])) for name in found[0]})
+
+    def _skip(self, step: int) -> None:
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise TrainingDivergedError(
+                f"the gradients of the last {MOST_SKIPPED} steps up to step {step} were not finite, so that none "
+                f"of them changed the network; lower learning_rate (now {self.settings.learning_rate}) or look for "
+                "scans with extreme intensities"
+            )
 
     @torch.no_grad()
     def refresh_statistics(self) -> None:
@@ -154,12 +231,28 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs."""
-        return {"method": self.method.state_dict(), "optimiser": self.optimiser.state_dict()}
+        return {
+            "method": self.method.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "skipped": [self.skipped, self.skipped_in_a_row],
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Undo :meth:`state`."""
         self.method.load_state_dict(state["method"])
         self.optimiser.load_state_dict(state["optimiser"])
+        self.skipped, self.skipped_in_a_row = state["skipped"]
+
+    def describe(self) -> str:
+        """What is trained with what, in a line."""
+        s, parameters = self.settings, sum(p.numel() for p in self.method.predictor.parameters())
+        free = len(self.unlabelled.cases) if self.unlabelled else 0
+        return (
+            f"{s.ssl_method}, {s.network} with {parameters / 1e6:.2f} M parameters, {len(self.labelled.cases)} "
+            f"labelled and {free} unlabelled cases, {s.accumulate} x ({s.batch_labelled} + {s.batch_unlabelled}) "
+            f"patches of {self.patch} a step, {distributed.world()} x {self.device} in "
+            f"{'bfloat16' if self.bf16 else 'float32'}"
+        )
 
 
 def train(
@@ -171,12 +264,13 @@ def train(
     iterations: int,
     spacing: Spacing,
     init: Path | None = None,
+    logs: Path | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Train the SSL model.
 
-    A checkpoint beside ``out`` is written every 250 steps; a run with the same inputs that finds one goes on
-    from it and ends with the same weights as an uninterrupted run.
+    A checkpoint beside ``out`` is written every 250 steps or ten minutes; a run with the same inputs that finds one
+    goes on from it and ends with the same weights as an uninterrupted run.
 
     Args:
         labelled: Human-labelled cases, and promoted ones with ``voxel_weight``.
@@ -186,68 +280,84 @@ def train(
         iterations: Training steps.
         spacing: Working spacing in mm, stored with the model.
         init: Model to start from; None starts from random weights.
+        logs: Folder for the curves that the setting ``tracking`` asks for; ``tracking`` beside ``out`` by default.
         report: Called with (step, iterations, loss=...).
 
     Returns:
-        ``loss`` (mean of the last 100 steps), ``seconds``, ``steps``, ``patch``, ``sha256``.
+        ``loss`` (mean of the last 100 steps), ``seconds``, ``seconds_per_step``, ``steps`` (of this call),
+        ``skipped_steps`` (gradients not finite), ``patch``, ``sha256``.
 
     Raises:
         NotEnoughCasesError: No labelled case.
         TrainingDivergedError: NaN, or collapse to the empty mask.
+        BadSettingsError: ``tracking`` asks for a package that is not installed.
     """
     started = time.monotonic()
-    trainer = Trainer(labelled, unlabelled, settings, iterations)
+    unlabelled = [_blind(c) for c in unlabelled]
+    trainer = Trainer(labelled, unlabelled, settings, iterations, init)
     metadata = _metadata(trainer, spacing, init)
-    if init is not None:
-        trainer.method.start_from(load_weights(init, "ssl")[0])
-    checkpoint = out.with_name(f"{out.stem}.checkpoint.pt")
-    fingerprint = _fingerprint(metadata, settings, labelled, unlabelled)
-    first = _resume(trainer, checkpoint, fingerprint)
-    losses = _run(trainer, first, checkpoint, fingerprint, report)
+    path = out.with_name(f"{out.stem}.checkpoint.pt")
+    owner = checkpoint.fingerprint(metadata, settings, trainer.method.state_dict(), labelled, unlabelled)
+    watch = Watch(iterations, report)
+    first = _resume(trainer, watch, path, owner)
+    job = {"iterations": iterations, "init": str(init or ""), "checkpoint": str(path), "owner": owner, "first": first}
+    with distributed.helped(labelled, unlabelled, settings, out.with_name(f"{out.stem}.share"), **job):
+        seconds = _run(trainer, watch, path, owner, logs or out.parent / "tracking")
     trainer.refresh_statistics()
     save_weights(out, trainer.method.predictor.state_dict(), metadata)
-    checkpoint.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     return {
-        "loss": float(np.mean(losses[-100:])) if losses else None,
+        "loss": watch.loss(100),
         "seconds": time.monotonic() - started,
+        "seconds_per_step": seconds / (iterations - first) if iterations > first else None,
         "steps": iterations - first,
+        "skipped_steps": trainer.skipped,
         "patch": list(trainer.patch),
         "sha256": sha256(out),
     }
 
 
-def _run(trainer: Trainer, first: int, checkpoint: Path, fingerprint: str, report: Report) -> list[float]:
-    """The steps from ``first`` on, watched, reported and checkpointed; returns their losses."""
-    total = trainer.iterations
-    losses: list[float] = []
-    predicted: list[float] = []
-    true: list[float] = []
+def _resume(trainer: Trainer, watch: Watch, path: Path, owner: str) -> int:
+    """The step to go on from: 0 without a usable checkpoint of the same inputs."""
+    kept = checkpoint.read(path, owner, trainer.device)
+    if kept is not None:
+        trainer.load_state(kept)
+        watch.start_at(kept["step"], kept["recent"])
+    logger.info("%s; steps %d to %d", trainer.describe(), watch.done, trainer.iterations)
+    return watch.done
 
-    def step(_: Engine, number: int) -> dict[str, float]:
-        return trainer.step(number)
 
-    def watch(engine: Engine) -> None:
+def _run(trainer: Trainer, watch: Watch, path: Path, owner: str, logs: Path) -> float:
+    """The steps that are left, watched, checkpointed and tracked; returns the seconds they took."""
+    total, first = trainer.iterations, watch.done
+    started = written = time.monotonic()
+
+    def look(engine: Engine) -> None:
         logs: Any = engine.state.output
-        losses.append(logs["loss"])
-        predicted.append(logs["foreground"])
-        true.append(logs["truth"])
-        done = first + engine.state.iteration
-        _check_collapse(predicted, true, done / total, trainer.settings)
-        report(done, total, loss=float(np.mean(losses[-50:])))
+        watch.see(logs)
+        watch.check_collapse(trainer.settings.consistency)
+        watch.tell()
 
-    def keep(engine: Engine) -> None:
-        done = first + engine.state.iteration
-        if done % CHECKPOINT_EVERY == 0 and done < total:
-            content = {"step": done, "fingerprint": fingerprint, **trainer.state()}
-            with atomic_file(checkpoint) as temporary:
-                torch.save(content, temporary)
+    def keep(_: Engine) -> None:
+        nonlocal written
+        now = time.monotonic()
+        due = watch.done % CHECKPOINT_EVERY == 0 or now - written > 60 * CHECKPOINT_MINUTES
+        if due and watch.done < total:
+            checkpoint.write(path, watch.done, owner, {**trainer.state(), "recent": watch.recent})
+            written = time.monotonic()
+            speed = (now - started) / (watch.done - first)
+            left = speed * (total - watch.done) / 60
+            logger.info(
+                "step %d of %d, loss %.4f, %.3f s a step, %.0f min left", watch.done, total, watch.loss(50), speed, left
+            )
 
-    engine = Engine(step)
-    engine.add_event_handler(Events.ITERATION_COMPLETED, watch)
+    engine = Engine(lambda _, number: trainer.step(number))
+    engine.add_event_handler(Events.ITERATION_COMPLETED, look)
     engine.add_event_handler(Events.ITERATION_COMPLETED, keep)
     if first < total:
-        engine.run(range(first, total), max_epochs=1, epoch_length=total - first)
-    return losses
+        with tracking.tracked(engine, trainer.settings, logs, f"{path.name.split('.')[0]}-{owner[:8]}", first):
+            engine.run(range(first, total), max_epochs=1, epoch_length=total - first)
+    return time.monotonic() - started
 
 
 def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str, Any]:
@@ -260,6 +370,7 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
         "method": settings.ssl_method,
         "outputs": len(settings.label_set) + 1 + trainer.method.extra_outputs,
         "patch": list(trainer.patch),
+        "flips": settings.flips,
         "spacing": None if spacing is None else list(spacing),
         "modality": settings.modality,
         "window": [settings.window_low, settings.window_high],
@@ -272,40 +383,3 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
 def _blind(case: Prepared) -> Prepared:
     """The case without anything that a label could have come from."""
     return Prepared(case.id, case.patient, case.image, case.grid)
-
-
-def _fingerprint(
-    metadata: dict[str, Any], settings: Settings, labelled: Sequence[Prepared], unlabelled: Sequence[Prepared]
-) -> str:
-    cases = [(c.id, list(c.image.shape), c.weight) for c in (*labelled, *unlabelled)]
-    chosen = settings.model_dump(exclude={"device", "threads", "home", "model_dir", "min_free_gb"})
-    return hashlib.sha256(json.dumps([metadata, chosen, cases], sort_keys=True).encode()).hexdigest()
-
-
-def _resume(trainer: Trainer, checkpoint: Path, fingerprint: str) -> int:
-    """The step to go on from: 0 without a usable checkpoint of the same inputs."""
-    if not checkpoint.exists():
-        return 0
-    try:
-        state = torch.load(checkpoint, map_location=trainer.device, weights_only=True)
-        if state["fingerprint"] != fingerprint:
-            logger.info("%s belongs to other inputs; starting afresh", checkpoint.name)
-            return 0
-        trainer.load_state(state)
-    except (RuntimeError, KeyError, EOFError, ValueError, OSError) as error:
-        logger.warning("%s is damaged (%s); starting afresh", checkpoint.name, type(error).__name__)
-        return 0
-    logger.info("going on from step %d of %d", state["step"], trainer.iterations)
-    return int(state["step"])
-
-
-def _check_collapse(predicted: list[float], true: list[float], part: float, settings: Settings) -> None:
-    """Consistency alone is smallest for the empty mask; notice when training ends there (science.md §6.3 d)."""
-    if part < 0.5 or len(predicted) < COLLAPSE_WINDOW:
-        return
-    got, expected = float(np.mean(predicted[-COLLAPSE_WINDOW:])), float(np.mean(true[-COLLAPSE_WINDOW:]))
-    if expected > 0 and got < 0.05 * expected:
-        raise TrainingDivergedError(
-            f"collapsed to the empty mask: {got:.2%} of the labelled patches predicted as foreground, {expected:.2%} "
-            f"labelled; lower consistency (now {settings.consistency}) or train longer (ssl_iterations)"
-        )

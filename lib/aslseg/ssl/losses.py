@@ -22,18 +22,63 @@ def segmentation_loss(logits: Tensor, target: Tensor, weight: Tensor | None = No
     """
     logits = logits.float()
     entropy = F.cross_entropy(logits, target, reduction="none")
-    truth = F.one_hot(target, logits.shape[1]).movedim(-1, 1).to(logits.dtype)[:, 1:]
-    p = logits.softmax(1)[:, 1:]
+    return 0.5 * (weighted_mean(entropy, weight) + dice_loss(logits.softmax(1), target, weight))
+
+
+def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """sum(w v) / sum(w) over all voxels; 0 where all weights are."""
     if weight is None:
-        ce = entropy.mean()
-        w: Tensor | float = 1.0
-    else:
-        ce = (entropy * weight).sum() / weight.sum().clamp_min(EPSILON)
-        w = weight[:, None]
-    axes = (0, 2, 3, 4)
-    overlap, size = (w * p * truth).sum(axes), (w * p * p).sum(axes) + (w * truth).sum(axes)
-    dice = 1 - (2 * overlap + EPSILON) / (size + EPSILON)
-    return 0.5 * (ce + dice.mean())
+        return values.mean()
+    return (values * weight).sum() / weight.sum().clamp_min(EPSILON)
+
+
+def dice_loss(
+    p: Tensor, target: Tensor, weight: Tensor | None = None, *, squared: bool = True, epsilon: float = EPSILON
+) -> Tensor:
+    """1 - (2 sum(w p y) + e) / (sum(w p^2) + sum(w y) + e), summed over the batch, averaged over foreground classes.
+
+    Args:
+        p: Probabilities (B, C, i, j, k).
+        target: (B, i, j, k) int64 class map.
+        weight: (B, i, j, k) voxel weights >= 0; None for 1 everywhere.
+        squared: p^2 in the denominator (V-Net, UA-MT, DTC); else p (MC-Net).
+        epsilon: e.
+    """
+    w = 1.0 if weight is None else weight[:, None]
+    overlap, size = _overlap_and_size(p[:, 1:], _one_hot(target, p)[:, 1:], w, squared, (0, 2, 3, 4))
+    return (1 - (2 * overlap + epsilon) / (size + epsilon)).mean()
+
+
+def region_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Half cross-entropy, half Dice over one region of copy-pasted patches (BCP; science.md §4).
+
+    The region is where the weight is not 0. CE = sum(w ce) / sum(w), so that a small region counts as much as a large
+    one. Dice = 1 - (2 sum(w p y) + e) / (sum(w p) + sum(w y) + e) of every patch and class, background included,
+    averaged over classes and, by their summed weights, over patches.
+
+    Args:
+        logits: (B, C, i, j, k).
+        target: (B, i, j, k) int64 class map.
+        weight: (B, i, j, k) voxel weights >= 0; all 0 gives a loss of 0.
+    """
+    logits = logits.float()
+    ce = weighted_mean(F.cross_entropy(logits, target, reduction="none"), weight)
+    p = logits.softmax(1)
+    overlap, size = _overlap_and_size(p, _one_hot(target, p), weight[:, None], False, (2, 3, 4))
+    dice = (1 - (2 * overlap + EPSILON) / (size + EPSILON)).mean(1)
+    return 0.5 * (ce + weighted_mean(dice, weight.sum((1, 2, 3))))
+
+
+def _one_hot(target: Tensor, like: Tensor) -> Tensor:
+    return F.one_hot(target, like.shape[1]).movedim(-1, 1).to(like.dtype)
+
+
+def _overlap_and_size(
+    p: Tensor, truth: Tensor, weight: Tensor | float, squared: bool, axes: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    weighted = weight * p
+    size = (weighted * p if squared else weighted).sum(axes) + (weight * truth).sum(axes)
+    return (weighted * truth).sum(axes), size
 
 
 def consistency_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -41,9 +86,30 @@ def consistency_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return (student_logits.float().softmax(1) - teacher_logits.detach().float().softmax(1)).square().mean()
 
 
+def certain_consistency_loss(student_logits: Tensor, teacher_logits: Tensor, certain: Tensor) -> Tensor:
+    """Sum of M (p - q)^2 over voxels and classes / (C sum(M) + 1e-16) (UA-MT; science.md §4).
+
+    The 2 of the paper's denominator 2 sum(M) is its number of classes: the sum in the numerator runs over both
+    channels, that of M over voxels. With C in its place, M = 1 everywhere gives :func:`consistency_loss`.
+
+    Args:
+        student_logits: (B, C, i, j, k), p = softmax of it.
+        teacher_logits: (B, C, i, j, k), q = softmax of it; gets no gradient.
+        certain: M, (B, i, j, k) bool.
+    """
+    squares = (student_logits.float().softmax(1) - teacher_logits.detach().float().softmax(1)).square()
+    return (squares * certain[:, None]).sum() / (squares.shape[1] * certain.sum() + 1e-16)
+
+
+def predictive_entropy(p: Tensor) -> Tensor:
+    """-sum_c p_c ln(p_c + 1e-6) in nats: (B, C, ...) probabilities to (B, ...)."""
+    return -(p * (p + 1e-6).log()).sum(1)
+
+
 def foreground_fraction(logits: Tensor) -> Tensor:
     """Part of the voxels whose largest logit is not the background's, to notice collapse (science.md §6.3 d)."""
-    return (logits.detach().argmax(1) > 0).float().mean()
+    logits = logits.detach()
+    return (logits[:, 1:].amax(1) > logits[:, 0]).float().mean()
 
 
 def clipped_noise(like: Tensor, generator: torch.Generator, sigma: float = 0.1, limit: float = 0.2) -> Tensor:

@@ -43,27 +43,75 @@ class VNet(nn.Module):
             nn.Sequential(nn.Conv3d(width[level], width[level + 1], 2, 2), *_norm_relu(width[level + 1], norm))
             for level in range(4)
         )
-        self.up = nn.ModuleList(
-            nn.Sequential(nn.ConvTranspose3d(width[level + 1], width[level], 2, 2), *_norm_relu(width[level], norm))
-            for level in range(4)
-        )
-        self.decoder = nn.ModuleList(
-            _convolutions(n, width[level], width[level], norm) for level, n in enumerate(self.DECODER)
-        )
-        self.head = nn.Conv3d(filters, classes, 1)
-        self.dropout, self.head_dropout = nn.Dropout3d(dropout), nn.Dropout3d(head_dropout)
+        half = VNetDecoder(classes, filters, norm, head_dropout)
+        # the decoder's parts keep the names under which they stand in published model files
+        self.up, self.decoder, self.head, self.head_dropout = half.up, half.decoder, half.head, half.head_dropout
+        self.dropout = nn.Dropout3d(dropout)
+        self.norm = norm
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """(B, 1, i, j, k) to the features of the five levels, (B, filters 2^l, i / 2^l, j / 2^l, k / 2^l)."""
+        features = []
+        for level in range(4):
+            features.append(self.encoder[level](x))
+            x = self.down[level](features[-1])
+        return [*features, self.dropout(self.encoder[4](x))]
+
+    def decode(self, features: Sequence[Tensor]) -> Tensor:
+        """Features of :meth:`encode` to logits (B, classes, i, j, k)."""
+        return _decode(self, features)
+
+    def decoder_with(self, up: str) -> VNetDecoder:
+        """A fresh decoder for the same features and classes; ``up`` as in :class:`VNetDecoder`."""
+        return VNetDecoder(self.head.out_channels, self.head.in_channels, self.norm, self.head_dropout.p, up)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1, i, j, k) to logits (B, classes, i, j, k)."""
-        skips = []
-        for level in range(4):
-            x = self.encoder[level](x)
-            skips.append(x)
-            x = self.down[level](x)
-        x = self.dropout(self.encoder[4](x))
-        for level in (3, 2, 1, 0):
-            x = self.decoder[level](self.up[level](x) + skips[level])
-        return self.head(self.head_dropout(x))
+        return self.decode(self.encode(x))
+
+
+class VNetDecoder(nn.Module):
+    """The way up of a V-Net, from the features of :meth:`VNet.encode` to logits.
+
+    Args:
+        classes: Output channels, background included.
+        filters: Channels of the first level.
+        norm: ``batch`` or ``instance``.
+        head_dropout: Drop probability after the last block.
+        up: ``transposed`` convolution (V-Net), or as in MC-Net+ ``trilinear`` (corners aligned) or ``nearest``
+            interpolation followed by a 3 x 3 x 3 convolution.
+    """
+
+    def __init__(self, classes: int, filters: int, norm: str, head_dropout: float, up: str = "transposed") -> None:
+        super().__init__()
+        width = [filters * 2**level for level in range(5)]
+        self.up = nn.ModuleList(
+            nn.Sequential(_upsample(up, width[level + 1], width[level]), *_norm_relu(width[level], norm))
+            for level in range(4)
+        )
+        self.decoder = nn.ModuleList(
+            _convolutions(n, width[level], width[level], norm) for level, n in enumerate(VNet.DECODER)
+        )
+        self.head = nn.Conv3d(filters, classes, 1)
+        self.head_dropout = nn.Dropout3d(head_dropout)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Features of the five levels to logits (B, classes, i, j, k)."""
+        return _decode(self, features)
+
+
+def _decode(part: VNet | VNetDecoder, features: Sequence[Tensor]) -> Tensor:
+    x = features[4]
+    for level in (3, 2, 1, 0):
+        x = part.decoder[level](part.up[level](x) + features[level])
+    return part.head(part.head_dropout(x))
+
+
+def _upsample(kind: str, inputs: int, outputs: int) -> nn.Module:
+    if kind == "transposed":
+        return nn.ConvTranspose3d(inputs, outputs, 2, 2)
+    corners = {"align_corners": True} if kind == "trilinear" else {}
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode=kind, **corners), nn.Conv3d(inputs, outputs, 3, padding=1))
 
 
 def _norm_relu(channels: int, norm: str) -> tuple[nn.Module, nn.Module]:

@@ -1,28 +1,48 @@
-"""Sliding-window prediction of whole volumes."""
+"""Prediction of whole volumes with a trained SSL model."""
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
-from aslseg.errors import BadWeightsError
+from aslseg.errors import BadWeightsError, NotEnoughMemoryError
 from aslseg.registry import NETWORKS
 from aslseg.settings import Settings
 from aslseg.ssl.augment import centre
 from aslseg.ssl.engine import choose_device
+from aslseg.ssl.folding import fold_batch_norm
+from aslseg.ssl.losses import predictive_entropy
 from aslseg.ssl.networks import bfloat16_pays
+from aslseg.ssl.windows import Blend, out_of_memory, plans, slabs
 from aslseg.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
 FLIPS = ((), (2,), (3,))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about a volume.
+
+    Attributes:
+        values: Class probabilities (1 + N, i, j, k), or region probabilities (N, i, j, k); float32.
+        uncertainty: (i, j, k) float32 in 0..1, or None if not asked for; see :meth:`SSLModel.run`.
+        notes: What had to be given up because memory ran out, for people; empty where nothing had to.
+    """
+
+    values: np.ndarray
+    uncertainty: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
 
 class SSLModel:
@@ -36,9 +56,8 @@ class SSLModel:
         self.metadata = metadata
         self.settings = settings
         self.device = choose_device(settings)
-        self.bf16 = bfloat16_pays(self.device)
-        self.network = network.eval().to(self.device)
-        self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        folded = fold_batch_norm(network)
+        self.network = folded.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
@@ -46,41 +65,86 @@ class SSLModel:
         stored = self.metadata["spacing"]
         return None if stored is None else tuple(stored)
 
-    @torch.inference_mode()
     def predict(self, image: np.ndarray) -> np.ndarray:
-        """Class probabilities of a volume on the working grid.
+        """Class probabilities (1 + N, i, j, k) of a volume on the working grid; channels sum to 1. See :meth:`run`."""
+        return self.run(image).values
+
+    def regions(self, image: np.ndarray) -> np.ndarray:
+        """Region probabilities (N, i, j, k) of a volume on the working grid. See :meth:`run`."""
+        return self.run(image, regions=True).values
+
+    @torch.inference_mode()
+    def run(
+        self, image: np.ndarray, *, regions: bool = False, uncertainty: bool = False, blend: Blend = "gaussian"
+    ) -> Prediction:
+        """Predict a volume by sliding windows.
+
+        With the setting ``flips``, and a model trained with it, every window is averaged with its left-right and
+        front-back mirror images. Memory: what is returned, and a slab of one window's length. When memory runs out,
+        batches get smaller, then windows, then the CPU takes over; the log and ``notes`` say so.
 
         Args:
-            image: (i, j, k) float32 in 0..1.
+            image: (i, j, k) float32 in 0..1; may be a memory map.
+            regions: Region probabilities (:meth:`aslseg.types.Labels.region_probabilities`) instead of the classes'.
+            uncertainty: Also the entropy of the averaged class probabilities over that of a coin with 1 + N sides: 0
+                where one class is certain, 1 where all are equally likely.
+            blend: How windows are weighted, ``gaussian`` or ``constant`` (as the SSL papers do it).
 
-        Returns:
-            (1 + N, i, j, k) float32; channels sum to 1.
+        Raises:
+            NotEnoughMemoryError: Not even the smallest windows fit.
         """
-        x = centre(torch.from_numpy(np.array(image, np.float32)))[None, None]
-        flips: Sequence[tuple[int, ...]] = FLIPS if self.settings.flips else FLIPS[:1]
-        parts = [self._windows(x.flip(axes)).flip(axes) for axes in flips]
-        return torch.stack(parts).mean(0)[0].numpy()
-
-    def _windows(self, x: Tensor) -> Tensor:
-        found = sliding_window_inference(
-            x,
-            tuple(self.metadata["patch"]),
-            1 if self.device.type == "cpu" else 4,
-            self._probabilities,
-            overlap=self.settings.overlap,
-            mode="gaussian",
-            sw_device=self.device,
-            device=torch.device("cpu"),
-            padding_mode="constant",
-            cval=-2.0,
+        labels, classes = self.settings.label_set, len(self.metadata["labels"]) + 1
+        values = np.empty((classes - regions, *image.shape), np.float32)
+        doubt = np.empty(image.shape, np.float32) if uncertainty else None
+        notes: list[str] = []
+        i, j, k = self.metadata["patch"]
+        for plan in plans(self.device, (i, j, k)):
+            if notes:
+                notes[-1] += f"; went on with {plan}"
+                logger.warning("%s", notes[-1])
+            try:
+                network = self._probabilities(plan.device, classes)
+                for where, found in slabs(image, network, classes, plan, self.settings.overlap, blend):
+                    if doubt is not None:
+                        doubt[where] = entropy(found).cpu().numpy()
+                    p = found.cpu().numpy()
+                    values[:, *where] = labels.region_probabilities(p) if regions else p
+                return Prediction(values, doubt, tuple(notes))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            notes.append(f"memory ran out with {plan}")
+            if plan.device.type == "cuda":
+                torch.cuda.empty_cache()
+        raise NotEnoughMemoryError(
+            f"not enough memory to predict a scan of {' x '.join(map(str, image.shape))} voxels, even with {plan}; "
+            "free some memory or choose a coarser spacing"
         )
-        return torch.as_tensor(found)
 
-    def _probabilities(self, window: Tensor) -> Tensor:
-        window = window.contiguous(memory_format=torch.channels_last_3d)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.network(window)
-        return logits[:, : len(self.metadata["labels"]) + 1].float().softmax(1)
+    def _probabilities(self, device: torch.device, classes: int) -> Callable[[Tensor], Tensor]:
+        """Windows (B, 1, i, j, k) in 0..1 to class probabilities, on a device."""
+        network = self.network if device == self.device else copy.deepcopy(self.network).to(device)
+        bf16 = bfloat16_pays(device)
+        flips = FLIPS if self.settings.flips and self.metadata.get("flips", True) else FLIPS[:1]
+
+        def once(x: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = network(x.contiguous(memory_format=torch.channels_last_3d))
+            return logits[:, :classes].float().softmax(1)
+
+        def probabilities(window: Tensor) -> Tensor:
+            x = centre(window)
+            total = once(x)
+            for axes in flips[1:]:
+                total += once(x.flip(axes)).flip(axes)
+            return total / len(flips)
+
+        return probabilities
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Entropy of (C, ...) class probabilities over its largest value, ln C: (...) in 0..1."""
+    return (predictive_entropy(probabilities[None])[0] / math.log(len(probabilities))).clamp_(0, 1)
 
 
 def load(path: Path, settings: Settings) -> SSLModel:

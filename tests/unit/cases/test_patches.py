@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from aslseg.cases.patches import PatchSampler
+from aslseg.cases.patches import KEPT_VOXELS, PatchSampler
 from aslseg.cases.prepare import automatic_patch
 from aslseg.settings import load_settings
 from aslseg.types import Prepared, Volume
@@ -67,6 +67,20 @@ def test_the_same_generator_draws_the_same_patch():
     sampler = PatchSampler([case()], (8, 8, 8), 1)
     one, two = (sampler.draw(np.random.default_rng([5, 7])) for _ in range(2))
     assert np.array_equal(one.image, two.image)
+
+
+def test_foreground_voxels_are_a_bounded_choice_of_all_of_them():
+    rng = np.random.default_rng(3)
+    label = rng.choice(4, (90, 80, 70), p=[0.4, 0.595, 0.005, 0.0]).astype(np.uint8)
+    one = replace(case((90, 80, 70)), label=label)
+    found = PatchSampler([one], (8, 8, 8), 3).foreground[0]
+    assert sorted(found) == [1, 2]
+    fixed = np.random.default_rng(0)
+    for value, voxels in found.items():
+        everywhere = np.flatnonzero(label == value)
+        assert len(voxels) == min(len(everywhere), KEPT_VOXELS)
+        # the same choice as from a list of all of them
+        assert np.array_equal(voxels, fixed.choice(everywhere, len(voxels), replace=False))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -69,13 +70,59 @@ def test_points_are_rounded() -> None:
         ([10, 20, 30, 40, 5, 9], ((10, 20), (30, 40), (5, 9))),
         ([20, 10, 40, 30, 5, 9], ((10, 20), (30, 40), (5, 9))),
         ([-20, 300, 30, 40, 39, -5], ((0, 99), (30, 40), (0, 39))),
-        ([10, 10, 30, 30, 5, 5], ((10, 10), (30, 30), (5, 5))),
+        ([10, 20, 30, 40, 5, 5], ((10, 20), (30, 40), (5, 5))),
     ],
 )
 def test_roi_is_sorted_and_cut(roi: list[float], box: tuple[tuple[int, int], ...]) -> None:
     prompt = parse({"roi": roi}, SHAPE)
     assert prompt.box == box
     assert bool(prompt.notes) == (min(roi) < 0)
+
+
+@pytest.mark.parametrize("roi", [[10, 10, 30, 30, 5, 5], [10, 10, 30, 30, 5, 9], [0, 0, 0, 0, 0, 0]])
+def test_roi_without_extent_is_left_out(roi: list[float]) -> None:
+    prompt = parse({"roi": roi, "foreground": [[1, 2, 3]]}, SHAPE)
+    assert prompt.box is None
+    assert "no extent" in prompt.notes[0]
+    assert prompt.foreground.tolist() == [[1, 2, 3]]
+
+
+def test_slicer_deepgrow_as_it_is_sent() -> None:
+    """Points of Foreground and Background widgets, then the model's config, the first of each list, then the result."""
+    text = """{"label": "liver", "foreground": [[171, 213, 61], [180, 220, 61]], "background": [[-4, 30, 61]],
+        "device": "cpu", "use_ssl": true, "whole": false, "result_extension": ".nrrd", "result_dtype": "uint8",
+        "client_id": "user-xyz"}"""
+    prompt = parse(json.loads(text), (512, 512, 160))
+    assert prompt.foreground.tolist() == [[171, 213, 61], [180, 220, 61]]
+    assert prompt.background.tolist() == []
+    assert (prompt.label, prompt.slice, prompt.box) == ("liver", 61, None)
+    assert prompt.notes == ("1 background point(s) outside the volume (512, 512, 160) were left out",)
+
+
+def test_slicer_roi_of_an_lps_volume_with_a_2d_model() -> None:
+    """Pairs per axis with i0 > i1 and j0 > j1, beyond the volume; the slice is round(abs(offset)) in millimetres."""
+    text = """{"label": "liver", "foreground": [], "background": [], "roi": [401, 212, 530, 288, 55, 71],
+        "slice": 812, "reset_state": true, "device": "cuda", "result_extension": ".nrrd", "result_dtype": "uint8"}"""
+    prompt = parse(json.loads(text), (512, 512, 160))
+    assert prompt.box == ((212, 401), (288, 511), (55, 71))
+    assert prompt.slice == 63
+    assert prompt.notes == ("the ROI was cut to the volume (512, 512, 160)",)
+
+
+def test_slicer_multi_label_mode_sends_every_name_and_which_one() -> None:
+    text = """{"liver": [[1, 2, 3]], "tumour": [[4, 5, 6], [7, 8, 9]], "label": "tumour", "result_dtype": "uint8"}"""
+    prompt = parse(json.loads(text), SHAPE)
+    assert (prompt.label, prompt.foreground.tolist()) == ("tumour", [[4, 5, 6], [7, 8, 9]])
+
+
+def test_ohif_deepgrow_as_it_is_sent() -> None:
+    """No label; without foreground the key is missing."""
+    text = """{"foreground": [[100, 90, 30]], "background": [], "result_extension": ".nrrd", "result_dtype": "uint8",
+        "result_compress": false, "restore_label_idx": false}"""
+    prompt = parse(json.loads(text), (512, 512, 40))
+    assert (prompt.foreground.tolist(), prompt.label, prompt.slice) == ([[100, 90, 30]], None, 30)
+    only = parse(json.loads(text.replace('"foreground": [[100, 90, 30]], ', "").replace("[]", "[[1, 2, 3]]")), SHAPE)
+    assert (len(only.foreground), only.background.tolist(), only.slice) == (0, [[1, 2, 3]], 3)
 
 
 def test_roi_outside_is_left_out() -> None:

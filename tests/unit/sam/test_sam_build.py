@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from segment_anything import SamPredictor
+from skimage.transform import resize
 
 from aslseg.sam.architecture import SMALL, Architecture, build
 from aslseg.sam.build import MASK_LOGIT_LIMIT, SAMModel, base_path, load
@@ -129,6 +130,35 @@ def test_squashing_models_fill_the_frame(tiny: SAMModel) -> None:
     model = SAMModel(tiny.sam, replace(tiny.architecture, resize="squash"))
     assert model.input_shape((20, 50)) == (64, 64)
     assert model.scale((32, 128)) == (0.5, 2.0)
+
+
+def test_medsam_takes_each_slice_from_0_to_1(tiny: SAMModel) -> None:
+    architecture = replace(tiny.architecture, resize="squash", interpolation="bicubic", scaling="minmax")
+    model = SAMModel(build(architecture), architecture)
+    slices = torch.rand(2, 64, 64) * torch.tensor([0.2, 0.5]).view(2, 1, 1) + 0.3
+    seen = model.preprocess(slices)
+    low, high = slices.amin((1, 2), keepdim=True), slices.amax((1, 2), keepdim=True)
+    torch.testing.assert_close(seen, ((slices - low) / (high - low))[:, None].expand(2, 3, 64, 64))
+    # as in MedSAM_Inference: cubic without antialiasing when a slice is enlarged, then its least value to 0
+    i, j = torch.meshgrid(torch.arange(30) / 4, torch.arange(50) / 5, indexing="ij")
+    small = (0.4 + 0.2 * torch.sin(i) * torch.cos(j))[None]
+    seen = model.preprocess(small)
+    assert seen.shape == (1, 3, 64, 64)
+    assert float(seen.min()) >= 0
+    assert float(seen.max()) <= 1
+    cubic = resize(small[0].numpy(), (64, 64), order=3, mode="edge", anti_aliasing=False)
+    expected = (cubic - small.min().item()) / (small.max() - small.min()).item()
+    assert np.abs(seen[0, 0].numpy() - expected).mean() < 0.01
+    assert torch.equal(model.preprocess(torch.full((1, 64, 64), 0.7)), torch.zeros(1, 3, 64, 64))
+
+
+def test_sam_med2d_takes_the_nearest_pixel(tiny: SAMModel) -> None:
+    architecture = replace(tiny.architecture, resize="squash", interpolation="nearest")
+    seen = SAMModel(tiny.sam, architecture).preprocess(torch.arange(128 * 96).view(1, 128, 96) / (128 * 96))
+    rows, columns = np.floor(np.arange(64) * 2).astype(int), np.floor(np.arange(64) * 1.5).astype(int)
+    grey = (np.arange(128 * 96).reshape(128, 96) / (128 * 96))[rows][:, columns] * 255
+    back = seen * tiny.sam.pixel_std + tiny.sam.pixel_mean
+    np.testing.assert_allclose(back[0, 0].numpy(), grey, atol=1e-3)
 
 
 def test_base_path_is_the_setting_or_the_one_that_ships() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,8 +9,9 @@ from torch import Tensor
 
 from aslseg.prompts.from_client import ClientPrompt, parse
 from aslseg.sam.build import SAMModel
-from aslseg.sam.embeddings import EmbeddingCache, content_hash
-from aslseg.sam.interactive import Clicks, _journeys
+from aslseg.sam.embeddings import EmbeddingCache
+from aslseg.sam.interactive import Clicks
+from aslseg.sam.propagate import journeys
 from aslseg.settings import Settings
 from aslseg.types import Prepared
 
@@ -126,7 +126,7 @@ def test_answers_depend_on_the_clicks_alone(scene: tuple[Clicks, Sees, np.ndarra
 
 def test_growing_stops_where_sam_no_longer_believes(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
     state, _, _ = scene
-    image = state.image.copy()
+    image = state.picture.volume.copy()
     image[..., 6:] = 0  # the object is cut off
     cut = Clicks(state.model, image, state.settings, cache=EmbeddingCache())
     mask = cut.answer(clicks([[16, 14, 4]]))
@@ -136,7 +136,7 @@ def test_growing_stops_where_sam_no_longer_believes(scene: tuple[Clicks, Sees, n
 
 def test_growing_stops_where_the_area_jumps(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
     state, _, _ = scene
-    image = state.image.copy()
+    image = state.picture.volume.copy()
     image[..., 5:] = 1  # everything is bright there
     mask = Clicks(state.model, image, state.settings, cache=EmbeddingCache()).answer(clicks([[16, 14, 4]]))
     assert mask[..., 4].any()
@@ -145,16 +145,16 @@ def test_growing_stops_where_the_area_jumps(scene: tuple[Clicks, Sees, np.ndarra
 
 def test_an_automatic_mask_is_the_prompt_on_clicked_slices(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
     state, model, truth = scene
-    with_mask = Clicks(model, state.image, state.settings, truth.astype(np.float32), cache=EmbeddingCache())
+    with_mask = Clicks(model, state.picture.volume, state.settings, truth.astype(np.float32), cache=EmbeddingCache())
     model.asked.clear()
     with_mask.answer(clicks([[16, 14, 4]]))
     assert model.asked[0][2] is not None
 
 
 def test_neighbours_meet_half_way() -> None:
-    assert list(_journeys([2, 7], (0, 9))) == [(2, 1, 4), (2, -1, 0), (7, 1, 9), (7, -1, 5)]
-    assert list(_journeys([3, 4], (0, 9))) == [(3, 1, 3), (3, -1, 0), (4, 1, 9), (4, -1, 4)]
-    assert list(_journeys([], (0, 9))) == []
+    assert list(journeys([2, 7], (0, 9))) == [(2, 1, 4), (2, -1, 0), (7, 1, 9), (7, -1, 5)]
+    assert list(journeys([3, 4], (0, 9))) == [(3, 1, 3), (3, -1, 0), (4, 1, 9), (4, -1, 4)]
+    assert list(journeys([], (0, 9))) == []
 
 
 def test_a_volume_of_one_slice(tiny: SAMModel, settings: Settings) -> None:
@@ -164,45 +164,135 @@ def test_a_volume_of_one_slice(tiny: SAMModel, settings: Settings) -> None:
     assert state.answer(parse({"foreground": [[10, 10, 0]]}, image.shape)).sum() > 80
 
 
-def test_another_volume_or_model_is_another_entry(tiny: SAMModel, tiny_file: object, settings: Settings) -> None:
+def test_a_wrong_automatic_mask_is_repaired_where_it_is_clicked(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    """Too large on slice 4, right elsewhere, with a second component that nobody clicks on."""
+    state, model, truth = scene
+    region = (truth > 0).astype(np.float32)
+    region[2:30, 2:28, 4] = 1
+    region[34:38, 26:30, 3:6] = 1
+    repair = Clicks(model, state.picture.volume, state.settings, region, cache=EmbeddingCache())
+    mask = repair.answer(clicks([], [[4, 4, 4]])) > 0
+    assert dice(mask[:30, :28, 4], truth[:30, :28, 4] > 0) > 0.85
+    assert mask[34:38, 26:30, 3:6].all(), "the other component stays"
+    for k in (0, 1, 2, 6, 7, 8):
+        assert np.array_equal(mask[..., k], region[..., k] > 0), "a right slice stays as it is"
+    assert np.array_equal(repair.answer(clicks([])), (region > 0).astype(np.uint8)), "without a click all stays"
+
+
+def test_a_click_on_what_was_missed_is_added_to_the_automatic_mask(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, truth = scene
+    region = np.zeros(truth.shape, np.float32)
+    region[34:38, 26:30, :] = 1
+    mask = Clicks(model, state.picture.volume, state.settings, region, cache=EmbeddingCache()).answer(
+        clicks([[16, 14, 4]])
+    )
+    assert mask[34:38, 26:30].all()
+    assert dice(mask[:30] > 0, truth[:30] > 0) > 0.85
+
+
+def test_a_correction_touches_only_what_it_changes(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, _ = scene
+    before = state.answer(clicks([[16, 14, 4]]))
+    asked = len(model.asked)
+    # a background click far from the object changes nothing: its slice and the two beside it are asked again, no more
+    after = state.answer(clicks([[16, 14, 4]], [[38, 30, 6]]))
+    assert len(model.asked) - asked <= 2
+    assert np.array_equal(after, before)
+
+
+def test_a_shorter_list_is_undo_and_costs_nothing(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, _ = scene
+    first = state.answer(clicks([[16, 14, 4]]))
+    state.answer(clicks([[16, 14, 4], [20, 20, 2]], [[2, 2, 4]]))
+    asked = len(model.asked)
+    assert np.array_equal(state.answer(clicks([[16, 14, 4]])), first)
+    assert len(model.asked) == asked
+
+
+def test_undo_knows_the_order_of_both_kinds_of_clicks(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, _, _ = scene
+    state.answer(clicks([[16, 14, 4]]))
+    state.answer(clicks([[16, 14, 4]], [[2, 2, 4]]))
+    everything = clicks([[16, 14, 4], [18, 15, 3]], [[2, 2, 4]], roi=[0, 39, 0, 31, 0, 8])
+    one = state.without_last(everything, 1)
+    assert (one.foreground.tolist(), one.background.tolist()) == ([[16, 14, 4]], [[2, 2, 4]])
+    two = state.without_last(everything, 2)
+    assert (two.foreground.tolist(), two.background.tolist()) == ([[16, 14, 4]], [])
+    assert two.box is not None
+    assert state.without_last(everything, 4).empty
+
+
+def test_in_a_hurry_the_clicked_slice_comes_first_and_the_rest_later(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, _ = scene
+    hasty = Settings(first_click_seconds=0, click_seconds=0, device="cpu")
+    now = Clicks(model, state.picture.volume, hasty, cache=EmbeddingCache())
+    answer = now.draw(clicks([[16, 14, 4]]), hurry=True)
+    partial, whole = answer.volume(), state.answer(clicks([[16, 14, 4]]))
+    assert not answer.done
+    assert np.array_equal(partial[..., 4], whole[..., 4])
+    filled = partial.any((0, 1))
+    assert np.array_equal(partial[..., filled], whole[..., filled])
+    assert not partial.all((0, 1)).all()
+    while answer.advance():
+        pass
+    assert np.array_equal(now.draw(clicks([[16, 14, 4]]), hurry=True).volume(), whole)
+    further = now.draw(clicks([[16, 14, 4]], [[2, 2, 4]]), hurry=True)
+    assert further.volume().any((0, 1)).sum() == whole.any((0, 1)).sum(), "what was there stays until it is redrawn"
+
+
+def test_an_annotator_is_never_answered_with_another_ones_clicks(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    """Even if both share one state: only answers to a part of the same clicks are built upon."""
+    state, _, _ = scene
+    image = state.picture.volume.copy()
+    image[33:39, 25:31, 1:8] = 0.9
+
+    class Near(Sees):
+        """Answers with the bright thing nearest to the first click."""
+
+        def decode(self, embeddings, points=None, boxes=None, masks=None, multimask=False):
+            logits, iou = super().decode(embeddings, points, boxes, masks, multimask)
+            rows = torch.arange(logits.shape[2])[:, None] * 2
+            for n, (spots, labels) in enumerate(zip(*points, strict=True)):
+                x, y = spots[labels == 1][0]
+                columns = torch.arange(logits.shape[3])[None] * 2
+                far = (rows - y).abs() + (columns - x).abs() > 14
+                logits[n, 0][far] = -30
+            return logits, iou
+
+    near = Near(state.model)
+    shared = Clicks(near, image, state.settings, cache=EmbeddingCache())
+    alone = Clicks(near, image, state.settings, cache=EmbeddingCache())
+    one = shared.answer(clicks([[16, 14, 4]]))
+    other = shared.answer(clicks([[36, 28, 4]]))
+    assert np.array_equal(other, alone.answer(clicks([[36, 28, 4]])))
+    assert not (one & other).any()
+    assert other[36, 28, 4]
+
+
+def test_ten_thousand_clicks_count_by_their_last(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, truth = scene
     rng = np.random.default_rng(0)
-    a, b = rng.random((2, 16, 16, 1)).astype(np.float32)
-    assert content_hash(a) != content_hash(b)
-    assert content_hash(a) == content_hash(a.copy())
-    cache, model = EmbeddingCache(), Sees(tiny)
-    for image in (a, b, a):
-        cache.get(model, image, [0], (content_hash(image), model.fingerprint))
-    assert model.encoded == 2
+    many = rng.integers(0, (40, 32, 9), (10_000, 3))
+    inside = truth[tuple(many.T)] > 0
+    prompt = clicks(many[inside].tolist(), many[~inside].tolist())
+    mask = state.answer(prompt)
+    assert dice(mask > 0, truth > 0) > 0.9
+    assert max(labels.shape[1] for (_, labels), _, _ in model.asked) <= 128
 
 
-def test_cache_forgets_the_least_recently_used(tiny: SAMModel) -> None:
-    model = Sees(tiny)
-    image = np.random.default_rng(0).random((16, 16, 4)).astype(np.float32)
-    one = model.encode(torch.rand(1, 16, 16)).to(torch.float16).nbytes
-    cache = EmbeddingCache(limit=2 * one)
-    model.encoded = 0
-    for k in (0, 1, 0, 2):
-        cache.get(model, image, [k], "x")
-    assert (cache.has("x", 0), cache.has("x", 1), cache.has("x", 2)) == (True, False, True)
-    assert cache.bytes == 2 * one
-    assert model.encoded == 3
+def test_the_slice_alone_for_a_2d_model(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, _, truth = scene
+    k, mask = state.on_slice(clicks([[16, 14, 4], [16, 14, 3]], slice=4))
+    assert k == 4
+    assert dice(mask, truth[..., 4] > 0) > 0.85
+    assert state.on_slice(clicks([[16, 14, 4], [16, 14, 3]]))[0] == 3
+    assert state.on_slice(clicks([], [[2, 2, 4]])) is None
+    assert state.on_slice(parse({"roi": [2, 30, 2, 28, 5, 5], "slice": 812.5}, (40, 32, 9)))[0] == 5
 
 
-def test_cached_embeddings_are_those_of_the_slices(tiny: SAMModel) -> None:
-    image = np.random.default_rng(0).random((24, 16, 5)).astype(np.float32)
-    cache = EmbeddingCache()
-    with torch.inference_mode():
-        cache.get(tiny, image, [3], "x")
-        got = cache.get(tiny, image, [4, 3, 4], "x")
-        expected = tiny.encode(np.ascontiguousarray(image[..., [4, 3, 4]].transpose(2, 0, 1)))
-    torch.testing.assert_close(got, expected, atol=5e-3, rtol=5e-3)
-
-
-def test_cache_is_safe_between_threads(tiny: SAMModel) -> None:
-    image = np.random.default_rng(0).random((16, 16, 6)).astype(np.float32)
-    cache = EmbeddingCache()
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda n: cache.get(tiny, image, [n % 6], "x"), range(48)))
-    assert cache.bytes == 6 * answers[0].nbytes // 2
-    for n, answer in enumerate(answers):
-        assert torch.equal(answer, answers[n % 6])
+def test_a_flat_roi_is_answered_or_left_out(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, _, _ = scene
+    assert not state.answer(parse({"roi": [16, 16, 14, 14, 4, 4]}, (40, 32, 9))).any()
+    line = state.answer(parse({"roi": [16, 16, 4, 24, 2, 6]}, (40, 32, 9)))
+    near = range(9, 24)  # ten pixels of the input, which has 1.6 for one of the slice
+    assert set(np.flatnonzero(line.any((1, 2)))) <= set(near)

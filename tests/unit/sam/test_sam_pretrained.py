@@ -61,14 +61,9 @@ def test_manifest_is_true() -> None:
 
 def test_it_is_complete_and_half_precision_on_disk() -> None:
     found = read(PATH)
-    assert describe(PATH) == {
-        "kind": "aslseg",
-        "image_size": 192,
-        "adapters": False,
-        "parameters": found.parameters,
-        "missing": [],
-        "unexpected": [],
-    }
+    assert describe(PATH).items() >= {"kind": "aslseg", "image_size": 192, "adapters": False}.items()
+    assert not found.missing
+    assert not found.unexpected
     assert found.architecture == SMALL
     assert {v.dtype for v in found.state.values()} == {torch.float16}
 

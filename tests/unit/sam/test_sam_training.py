@@ -67,6 +67,41 @@ def test_every_kind_has_the_parts_it_names(kind: str) -> None:
     assert (prompts.probability is not None) == ("faulty" in kind)
 
 
+def test_given_faults_are_used_where_there_are_any() -> None:
+    target = rectangles()
+    faulty = torch.zeros(3, 32, 32)
+    faulty[0, 6:14, 10:20] = 0.9
+    prompts = first_prompts(target, "faulty+box", 2, generator(), faulty)
+    made = first_prompts(target, "faulty+box", 2, generator())
+    assert prompts.probability is not None
+    assert prompts.boxes is not None
+    assert made.probability is not None
+    assert torch.equal(prompts.probability[0], faulty[0])
+    assert torch.equal(prompts.probability[1:], made.probability[1:])
+    assert prompts.boxes[0].tolist() == [17, 9, 43, 31]
+
+
+def test_the_last_round_is_the_mask_alone(tiny: SAMModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Prompts] = []
+    decode = Prompts.decode
+
+    def watch(self: Prompts, model: SAMModel, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(self)
+        return decode(self, model, embeddings)
+
+    monkeypatch.setattr(Prompts, "decode", watch)
+    image, targets, _ = generated_slice_64()
+    embeddings = tiny.encode(image[None]).expand(4, -1, -1, -1)
+    interaction_loss(tiny, embeddings, targets, "box", generator(), mask_alone=True)
+    box, clicks, alone = asked
+    assert (box.points.shape[1], box.boxes is None, box.probability is None) == (0, False, True)
+    assert clicks.points.shape[1] >= 1
+    assert clicks.probability is not None
+    assert (alone.points.shape[1], alone.boxes) == (0, None)
+    assert alone.probability is not None
+    assert not torch.equal(alone.probability, clicks.probability)
+
+
 def test_kinds_come_up_by_their_weight() -> None:
     source = generator()
     drawn = [draw_kind(source, {"a": 0.9, "b": 0.1}) for _ in range(200)]

@@ -12,6 +12,7 @@ import pytest
 from aslseg.errors import NoModelError
 from aslseg.serving.cascade import Scans
 from aslseg.settings import load_settings
+from aslseg.ssl.predict import Prediction
 from aslseg.types import Volume
 from aslseg.volume.io import write_image
 
@@ -24,10 +25,11 @@ class Network:
     def __init__(self) -> None:
         self.asked = 0
 
-    def predict(self, image: np.ndarray, *_: np.ndarray) -> np.ndarray:
+    def run(self, image: np.ndarray, *, regions: bool) -> Prediction:
+        assert regions
         self.asked += 1
         liver = (image > 0.5).astype(np.float32)
-        return np.stack([1 - liver, liver, np.zeros_like(liver)])
+        return Prediction(np.stack([liver, np.zeros_like(liver)]), notes=("memory ran out",))
 
 
 class Shelf:
@@ -62,6 +64,7 @@ def test_computed_once_even_when_asked_at_once(path: Path) -> None:
     [t.join() for t in threads]
     assert network.asked == 1
     assert scans.stage(scans.open(path), "ssl")[0, 2:5].all()
+    assert scans.open(path).notes == ("memory ran out",)
 
 
 def test_again_when_models_or_scan_change(path: Path) -> None:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aslseg.errors import BadWeightsError
 from aslseg.settings import Settings
+from aslseg.ssl.ramps import sigmoid_ramp
 
 Logs = dict[str, float]
 
@@ -24,12 +26,14 @@ class Batch:
         target: Their class maps (B, i, j, k), int64.
         weight: Their voxel weights (B, i, j, k).
         unlabelled: Unlabelled patches (U, 1, i, j, k); U may be 0.
+        weak: The same patches before their intensities were changed.
     """
 
     image: Tensor
     target: Tensor
     weight: Tensor
     unlabelled: Tensor
+    weak: Tensor
 
 
 class Method(nn.Module, ABC):
@@ -40,15 +44,25 @@ class Method(nn.Module, ABC):
         settings: Weights and decays.
 
     Attributes:
-        extra_outputs: Outputs of the published network after the classes' own; prediction drops them.
+        published_consistency: Largest weight of the unlabelled loss in the method's paper.
     """
 
-    extra_outputs = 0
+    published_consistency = 0.1
 
     def __init__(self, network: Callable[..., nn.Module], settings: Settings) -> None:
         super().__init__()
         self.settings = settings
         self.student = network(self.extra_outputs)
+
+    @property
+    def extra_outputs(self) -> int:
+        """Outputs of the published network after the classes' own; prediction drops them."""
+        return 0
+
+    def consistency_weight(self, part: float) -> float:
+        """lambda(t): the setting ``consistency``, or else the published weight, ramped up over the training."""
+        chosen = self.settings.consistency
+        return (self.published_consistency if chosen == "auto" else chosen) * sigmoid_ramp(part)
 
     @abstractmethod
     def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
@@ -69,13 +83,34 @@ class Method(nn.Module, ABC):
         return self.student
 
     def start_from(self, state: dict[str, Tensor]) -> None:
-        """Warm start: load published weights into every network of the method."""
+        """Warm start: load published weights into every network of the method.
+
+        Raises:
+            BadWeightsError: They belong to another network, or to a method with other outputs.
+        """
         for network in self.children():
-            network.load_state_dict(state)
+            load_published(network, state, self.settings)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the predicting network."""
         return self.predictor(x)
+
+
+def load_published(network: nn.Module, state: dict[str, Tensor], settings: Settings) -> None:
+    """Load published weights into one network.
+
+    Raises:
+        BadWeightsError: They do not fit.
+    """
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]]
+        raise BadWeightsError(
+            f"the model to start from does not fit network = {settings.network} as ssl_method = {settings.ssl_method} "
+            f"builds it ({len(reasons)} differences; {' '.join(reasons)[:200]}); start from a model of the same "
+            "network and method, or without one"
+        ) from None
 
 
 def make_teacher(student: nn.Module) -> nn.Module:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
 from aslseg.settings import Settings
-from aslseg.ssl.losses import foreground_fraction, segmentation_loss
+from aslseg.ssl.losses import foreground_fraction, region_loss
 from aslseg.ssl.methods.base import Batch, Logs, Method, make_teacher
 from aslseg.ssl.ramps import ema_update
+from aslseg.types import Labels
 
 PRETRAIN_PART = 0.25
 UNLABELLED_WEIGHT = 0.5
@@ -20,9 +22,15 @@ UNLABELLED_WEIGHT = 0.5
 class BidirectionalCopyPaste(Method):
     """Labelled patches pasted into unlabelled ones and the other way round; the EMA teacher names the unlabelled part.
 
-    The first quarter pastes labelled patches into each other. From then on x_in = x_l M + x_u (1 - M) and
-    x_out = x_u M + x_l (1 - M) with M = 0 in a random box of 2/3 of each edge; the loss of the unlabelled part
-    (targets: the teacher's largest component per class) has half weight.
+    M is 0 in a random box of 2/3 of each edge and 1 outside. At first x = x_1 M + x_2 (1 - M) of labelled patches, with
+    the region loss R (:func:`region_loss`) over the whole. Then x_in = x_l M + x_u (1 - M), x_out = x_u M + x_l (1 - M)
+    and loss = R(x_in, y, M) + 0.5 R(x_in, v, 1 - M) + 0.5 R(x_out, v, M) + R(x_out, y, 1 - M), v being what is
+    connected in the teacher's map of x_u (:func:`largest_components`).
+
+    On purpose unlike the published code: each pair is mixed both ways, so that 2 + 2 patches give the four mixed ones
+    for which it takes 4 + 4; the first phase is a quarter of the steps (there 2,000 of 17,000); the teacher enters the
+    second phase as the running average of the student, and it predicts (there the student that was best on the
+    test set becomes the teacher, and predicts in the end).
     """
 
     warm: Tensor
@@ -46,28 +54,29 @@ class BidirectionalCopyPaste(Method):
             image = batch.image * outside + batch.image[other] * (1 - outside)
             target = torch.where(outside.bool(), batch.target, batch.target[other])
             weight = torch.where(outside.bool(), batch.weight, batch.weight[other])
+            logits = self.student(image)
+            loss = region_loss(logits, target, weight)
         else:
-            image, target, weight = self._mixed(batch, outside)
-        logits = self.student(image)
-        loss = segmentation_loss(logits, target, weight)
+            loss, logits = self._self_training(batch, outside)
         return loss, {"supervised": loss.item(), "foreground": foreground_fraction(logits).item()}
 
-    def _mixed(self, batch: Batch, outside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        unlabelled = batch.unlabelled
+    def _self_training(self, batch: Batch, outside: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and logits of the patches mixed both ways; a shorter stream is gone through again."""
+        n = torch.arange(max(len(batch.image), len(batch.unlabelled)))
+        i, j = n % len(batch.image), n % len(batch.unlabelled)
         with torch.no_grad():
-            pseudo = largest_components(self.teacher(unlabelled).argmax(1))
-        n = torch.arange(max(len(batch.image), len(unlabelled)))
-        i, j = n % len(batch.image), n % len(unlabelled)
-        x, y, w = batch.image[i], batch.target[i], batch.weight[i]
-        u, v, z = unlabelled[j], pseudo[j], torch.full_like(w, UNLABELLED_WEIGHT)
-        keep = outside.bool()
-        image = torch.cat([x * outside + u * (1 - outside), u * outside + x * (1 - outside)])
-        target = torch.cat([torch.where(keep, y, v), torch.where(keep, v, y)])
-        weight = torch.cat([torch.where(keep, w, z), torch.where(keep, z, w)])
-        return image, target, weight
+            pseudo = largest_components(self.teacher(batch.unlabelled).argmax(1), self.settings.label_set)[j]
+        x, y, w, u = batch.image[i], batch.target[i], batch.weight[i], batch.unlabelled[j]
+        inside = 1 - outside
+        logits = self.student(torch.cat([x * outside + u * inside, u * outside + x * inside]))
+        x_in, x_out = logits.chunk(2)
+        every = torch.ones_like(w)
+        human = region_loss(x_in, y, w * outside) + region_loss(x_out, y, w * inside)
+        machine = region_loss(x_in, pseudo, every * inside) + region_loss(x_out, pseudo, every * outside)
+        return human + UNLABELLED_WEIGHT * machine, logits
 
     def after_step(self, step: int, part: float) -> None:
-        """The teacher follows; when self-training starts it has been following for a quarter of the steps."""
+        """The teacher follows, during the first phase too."""
         ema_update(self.teacher, self.student, step, self.settings.ema_decay)
 
     @property
@@ -88,14 +97,21 @@ def copy_paste_mask(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return mask
 
 
-def largest_components(class_maps: Tensor) -> Tensor:
-    """Largest 3-D component of each foreground class of (B, i, j, k) class maps; the rest becomes background."""
+def largest_components(class_maps: Tensor, labels: Labels) -> Tensor:
+    """The largest 3-D component (26 neighbours) of each label that lies in no other; all else becomes background.
+
+    A label's component takes in what is nested in it: an organ is kept in one piece with all of its lesions, of which
+    there may be many, and lesions away from it go.
+
+    Args:
+        class_maps: (B, i, j, k) int64.
+        labels: The classes and their nesting.
+    """
     maps = class_maps.cpu().numpy()
-    out = torch.zeros_like(class_maps)
-    for b, class_map in enumerate(maps):
-        for value in range(1, int(class_map.max()) + 1):
-            components, count = ndimage.label(class_map == value)
-            if count:
-                largest = ndimage.sum_labels(class_map == value, components, range(1, count + 1)).argmax() + 1
-                out[b][torch.from_numpy(components == largest).to(out.device)] = value
-    return out
+    kept = np.zeros(maps.shape, bool)
+    for b, regions in enumerate(labels.regions(class_map) for class_map in maps):
+        for region, parent in zip(regions, labels.parents, strict=True):
+            if parent is None and region.any():
+                components, _ = ndimage.label(region, np.ones((3, 3, 3)))
+                kept[b] |= components == np.bincount(components[region]).argmax()
+    return class_maps * torch.from_numpy(kept).to(class_maps.device)

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from aslseg.settings import Settings
 from aslseg.ssl.losses import clipped_noise, consistency_loss, foreground_fraction, segmentation_loss
 from aslseg.ssl.methods.base import Batch, Logs, Method, make_teacher
-from aslseg.ssl.ramps import ema_update, sigmoid_ramp
+from aslseg.ssl.ramps import ema_update
 
 
 class MeanTeacher(Method):
     """The student agrees with an EMA of itself on noisy unlabelled patches; the teacher predicts.
 
-    loss = l_sup + lambda(t) mean (softmax f(x_u) - softmax f_ema(x_u + eta))^2 with lambda ramped up to the setting
-    ``consistency``.
+    loss = l_sup + lambda(t) mean (softmax f(x_u) - softmax f_ema(x_u + eta))^2 with lambda ramped up to 0.1, or to the
+    setting ``consistency``, and eta Gaussian noise clipped at two standard deviations.
     """
 
     def __init__(self, network: Callable[..., nn.Module], settings: Settings) -> None:
@@ -32,12 +32,18 @@ class MeanTeacher(Method):
         logs = {"supervised": supervised.item(), "foreground": foreground_fraction(logits[:labelled]).item()}
         if not len(batch.unlabelled):
             return supervised, logs
-        with torch.no_grad():
-            noisy = batch.unlabelled + clipped_noise(batch.unlabelled, generator)
-            target = self.teacher(noisy)
-        consistency = consistency_loss(logits[labelled:], target)
+        consistency = self.consistency(logits[labelled:], batch.unlabelled, part, generator)
         logs["consistency"] = consistency.item()
-        return supervised + self.settings.consistency * sigmoid_ramp(part) * consistency, logs
+        return supervised + self.consistency_weight(part) * consistency, logs
+
+    def consistency(self, logits: Tensor, unlabelled: Tensor, part: float, generator: torch.Generator) -> Tensor:
+        """Disagreement of the student's ``logits`` with the teacher on the same patches, a scalar."""
+        return consistency_loss(logits, self.noisy_teacher(unlabelled, generator))
+
+    @torch.no_grad()
+    def noisy_teacher(self, patches: Tensor, generator: torch.Generator) -> Tensor:
+        """One pass of the teacher: logits of (U, 1, i, j, k) patches with fresh input noise and dropout."""
+        return self.teacher(patches + clipped_noise(patches, generator))
 
     def after_step(self, step: int, part: float) -> None:
         """The teacher follows the student."""

@@ -1,0 +1,69 @@
+"""Work that waits while anybody clicks: growing objects to their end, encoding the slices that come next."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
+
+MOST_JOBS = 16
+
+
+class Background:
+    """One thread that does small steps of the newest job, and none while a click is being answered."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Callable[[], bool]] = deque(maxlen=MOST_JOBS)
+        self._clicks = 0
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._working = False
+
+    @contextmanager
+    def click(self) -> Iterator[None]:
+        """While this is open no step begins; one that has begun goes on."""
+        with self._changed:
+            self._clicks += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._clicks -= 1
+                self._changed.notify_all()
+
+    def add(self, step: Callable[[], bool]) -> None:
+        """Add a job: called again and again until it says that there is no more. The newest comes first.
+
+        Of more than sixteen the oldest is dropped: it is only ever work done ahead.
+        """
+        with self._changed:
+            self._jobs.append(step)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="aslseg-background", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def idle(self, seconds: float) -> bool:
+        """Wait until nothing is left to do; False if that takes longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._jobs and not self._working, seconds)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._working = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._jobs and not self._clicks)
+                step, self._working = self._jobs.pop(), True
+            try:
+                more = step()
+            except Exception:  # a job ahead of time must not end those of others
+                logger.exception("work in the background failed")
+                more = False
+            if more:
+                with self._changed:
+                    self._jobs.append(step)

@@ -1,0 +1,34 @@
+"""Uncertainty-aware Mean Teacher (Yu et al., MICCAI 2019; science.md §4)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from aslseg.ssl.losses import certain_consistency_loss, predictive_entropy
+from aslseg.ssl.methods.mean_teacher import MeanTeacher
+from aslseg.ssl.ramps import sigmoid_ramp
+
+PASSES = 8
+
+
+class UncertaintyAwareMeanTeacher(MeanTeacher):
+    """Mean Teacher that learns only from voxels on which its teacher is certain.
+
+    Eight noisy passes of the teacher (input noise and dropout) give p = their mean softmax and u = -sum_c p_c ln p_c. A
+    voxel counts where u < H(t) = (0.75 + 0.25 ramp(t)) ln C, C classes with the background: ln C is the entropy of
+    knowing nothing, ln 2 in the paper. What the student agrees with is a ninth pass.
+
+    The passes run one after another into a running mean, so that they need the memory of one.
+    """
+
+    def consistency(self, logits: Tensor, unlabelled: Tensor, part: float, generator: torch.Generator) -> Tensor:
+        """See :class:`MeanTeacher`."""
+        target = self.noisy_teacher(unlabelled, generator)
+        mean = torch.zeros_like(target, dtype=torch.float32)
+        for _ in range(PASSES):
+            mean += self.noisy_teacher(unlabelled, generator).float().softmax(1) / PASSES
+        threshold = (0.75 + 0.25 * sigmoid_ramp(part)) * math.log(mean.shape[1])
+        return certain_consistency_loss(logits, target, predictive_entropy(mean) < threshold)

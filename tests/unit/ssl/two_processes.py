@@ -1,0 +1,72 @@
+"""Run by torchrun in test_distributed.py: two trainings, process 0 leads, process 1 helps; each writes its weights."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from aslseg.settings import Settings
+from aslseg.ssl import distributed, engine, helper
+from aslseg.types import Prepared, Volume
+from aslseg.volume.geometry import Grid
+from aslseg.weights import save_weights
+
+STEPS = 3
+
+
+def settings() -> Settings:
+    """No batch norm, two networks."""
+    return Settings(
+        labels="blob",
+        network="unet",
+        patch="32,32,16",
+        batch_labelled=1,
+        batch_unlabelled=1,
+        accumulate=2,
+        device="cpu",
+        threads=1,
+    )
+
+
+def cases(folder: Path) -> tuple[list[Prepared], list[Prepared]]:
+    """A human label and a promoted case in memory, and unlabelled cases on disk."""
+    made = []
+    for n in range(4):
+        rng = np.random.default_rng(n)
+        label = np.zeros((34, 33, 16), np.uint8)
+        label[8:20, 10 : 24 - n, 4:12] = 1
+        image = (0.3 + 0.3 * label + rng.normal(0, 0.1, label.shape)).astype(np.float32)
+        file = folder / f"{n}.npy"
+        if not file.exists():
+            np.save(file, image)
+        mapped = np.load(file, mmap_mode="r")
+        grid = Grid.of(Volume(image, np.eye(4)), None)
+        made.append(Prepared(str(n), str(n), mapped, grid, label if n < 2 else None))
+    made[1] = replace(made[1], weight=0.5, voxel_weight=np.full(made[1].image.shape, 0.5, np.float16))
+    return made[:2], made[2:]
+
+
+def train(folder: Path, name: str) -> None:
+    """One training of this process, or led by it."""
+    engine.train(*cases(folder), settings(), folder / f"{name}.safetensors", iterations=STEPS, spacing=None)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    distributed.join(settings())
+    if distributed.rank() == 0:
+        for name in ("fresh", "resumed"):
+            train(folder, name)
+        helper.dismiss()
+        return
+    for name, trainer in zip(("fresh", "resumed"), helper.help_train(), strict=True):
+        save_weights(folder / f"{name}-helper.safetensors", trainer.method.predictor.state_dict(), {"kind": "ssl"})
+
+
+if __name__ == "__main__":
+    main()
