@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,10 @@ from aslseg.errors import BadWeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# the umask can only be read by setting it, which two threads must not do at once
+_UMASK = threading.Lock()
 
 
 @contextmanager
@@ -38,8 +43,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         finally:
             os.close(descriptor)
         # mkstemp is private to the user; a studies folder is often shared by a group
-        umask = os.umask(0)
-        os.umask(umask)
+        with _UMASK:
+            umask = os.umask(0o077)
+            os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)

@@ -7,7 +7,6 @@ key may be missing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +66,8 @@ def parse(request: Mapping[str, Any], shape: tuple[int, int, int]) -> ClientProm
     if label is not None and not isinstance(label, str):
         raise BadPromptError(f"label: expected the name of a segment, got {_short(label)}")
     clicked = request.get("foreground")
-    if clicked is None and label:
-        clicked = request.get(label)
+    if clicked is None and label and isinstance(request.get(label), list) and label not in ("background", "roi"):
+        clicked = request[label]
     foreground, background = (
         _numbers(clicked, "foreground", 3),
         _numbers(request.get("background"), "background", 3),
@@ -112,7 +111,7 @@ def _numbers(value: Any, name: str, width: int) -> np.ndarray:
 
 def _finite(value: Any) -> bool:
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return number and math.isfinite(value) and abs(value) < 1e15
+    return number and abs(value) < 1e15
 
 
 def _inside(points: np.ndarray, shape: tuple[int, int, int], name: str, notes: list[str]) -> np.ndarray:

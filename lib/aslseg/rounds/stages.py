@@ -123,6 +123,7 @@ class Stages:
             "human": self._human(),
             "spacing": self.team.spacing,
             "init": sha256(init),
+            "base": sha256(Path(s.sam_base)) if s.sam_base else None,
             "settings": relevant(s, "sam", "prompts"),
         }
 
@@ -141,6 +142,7 @@ class Stages:
             "human": self._human(),
             "spacing": self.team.spacing,
             "init": sha256(init),
+            "base": sha256(Path(s.sam_base)) if s.sam_base else None,
             "settings": relevant(s, "sam"),
         }
         return self._model(

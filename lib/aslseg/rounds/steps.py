@@ -37,10 +37,11 @@ GROUPS = {
         "compile",
         "consistency",
         "ema_decay",
+        "flips",
     },
     "predict": {"overlap", "flips"},
-    "sam": {n for n in Settings.model_fields if n.startswith("sam_")} - {"sam_prompts", "sam_checkpoint"},
-    "prompts": {"sam_prompts", "box_margin", "min_component"},
+    "sam": {n for n in Settings.model_fields if n.startswith("sam_")} - {"sam_prompts", "sam_checkpoint", "sam_base"},
+    "prompts": {"sam_prompts", "box_margin", "min_component", "positive_points", "negative_points"},
     "adapter": {n for n in Settings.model_fields if n.startswith("adapter_")},
     "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}
     | {
@@ -52,7 +53,10 @@ GROUPS = {
         "spacing",
     }
     | {"max_working_voxels", "max_voxels"},
-    "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "sam_checkpoint", "memory_gb", "tracking"},
+    "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "prefetch_slices"}
+    | {n for n in Settings.model_fields if n.startswith(("grow_", "embed"))},
+    "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "memory_gb", "tracking"}
+    | {"sam_checkpoint", "sam_base"},
 }
 
 

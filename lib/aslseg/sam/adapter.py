@@ -65,9 +65,9 @@ def add_adapters(encoder: ImageEncoderViT, generator: torch.Generator | None = N
         generator: Source of the weights; None: torch's own.
     """
     for block in encoder.blocks:
-        adapter = Adapter(block.norm2.normalized_shape[0]).to(block.norm2.weight.device)
+        adapter = Adapter(block.norm2.normalized_shape[0])
         for part in adapter.modules():
             if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and not part.weight.is_meta:
                 nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-        block.Adapter = adapter
+        block.Adapter = adapter.to(block.norm2.weight.device)
         block.mlp = MLPWithAdapter(block.mlp, adapter)

@@ -227,8 +227,9 @@ def update(
         group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(trained, 1.0)
-    optimiser.step()
+    # as in the SSL engine: a step whose bfloat16 gradients overflowed says nothing
+    if torch.isfinite(nn.utils.clip_grad_norm_(trained, 1.0)):
+        optimiser.step()
 
 
 def trainable(model: SAMModel, settings: Settings) -> list[nn.Parameter]:

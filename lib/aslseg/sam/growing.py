@@ -92,7 +92,8 @@ class Answer:
         with self._lock:
             if not self._open:
                 return False
-            start, step, last = self._open.popleft()
+            # taken off only when its slice is there: `done` is asked meanwhile, and a step that fails can be repeated
+            start, step, last = self._open[0]
             k, before = start + step, self.parts[start]
             begun = time.perf_counter()
             ready = self.owner.embedded(k)
@@ -106,6 +107,7 @@ class Answer:
                 self.parts[k] = part
                 if k != last:
                     self._open.append((k, step, last))
+            self._open.popleft()
             return bool(self._open)
 
     def _same(self, k: int) -> bool:

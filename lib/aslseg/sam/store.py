@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,16 @@ class EmbeddingStore:
         path = self._path(name)
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
-            os.utime(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, EOFError) as error:
             logger.warning("%s is damaged (%s) and is made again", path.name, error)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             return None
+        # a file that another user made can be read but not touched
+        with suppress(OSError):
+            os.utime(path)
         return found if found.dtype == np.float16 and found.ndim == 3 else None
 
     def has(self, name: str) -> bool:
@@ -60,7 +64,8 @@ class EmbeddingStore:
             return
         with self._lock:
             self._bytes = sum(size for _, size, _ in self._files()) if self._bytes is None else self._bytes
-            self._bytes += path.stat().st_size if path.exists() else 0
+            with suppress(OSError):
+                self._bytes += path.stat().st_size
             if self._bytes > self.limit:
                 self._evict()
 
@@ -70,7 +75,8 @@ class EmbeddingStore:
         for _, size, path in files:
             if total <= KEPT * self.limit:
                 break
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             total -= size
         self._bytes = total
 
@@ -80,7 +86,7 @@ class EmbeddingStore:
         for path in self.folder.glob("*/*.npy"):
             try:
                 stat = path.stat()
-            except FileNotFoundError:
+            except OSError:
                 continue
             found.append((stat.st_mtime, stat.st_size, path))
         return found

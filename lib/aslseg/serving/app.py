@@ -123,15 +123,24 @@ class ServedApp(MONAILabelApp):
         """
         try:
             result = super().train(request)
-            if request.get("model") == "round" and self.settings.embed_cases and self.places.studies is not None:
-                embed_studies(self.places.studies, self.settings, self.settings.embed_cases)
             self.scoring({"method": "agreement"})
+            if request.get("model") == "round":
+                self._embed_ahead()
             return result
         except AslsegError as error:
             if self._server_mode:
                 raise
             logger.error("%s", error)
             sys.exit(1)
+
+    def _embed_ahead(self) -> None:
+        """Embeddings of the scans that come next; a round that is done stays done without them."""
+        if not self.settings.embed_cases or self.places.studies is None:
+            return
+        try:
+            embed_studies(self.places.studies, self.settings, self.settings.embed_cases)
+        except (AslsegError, OSError, RuntimeError, MemoryError):
+            logger.exception("embeddings were not made ahead; clicks make them when they come")
 
     def async_scoring(self, method: str | None, params: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """Score only when asked for, and never queue a second time."""

@@ -17,7 +17,7 @@ class Background:
     """One thread that does small steps of the newest job, and none while a click is being answered."""
 
     def __init__(self) -> None:
-        self._jobs: deque[Callable[[], bool]] = deque(maxlen=MOST_JOBS)
+        self._jobs: deque[tuple[Callable[[], bool], object]] = deque(maxlen=MOST_JOBS)
         self._clicks = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -35,13 +35,16 @@ class Background:
                 self._clicks -= 1
                 self._changed.notify_all()
 
-    def add(self, step: Callable[[], bool]) -> None:
+    def add(self, step: Callable[[], bool], whose: object) -> None:
         """Add a job: called again and again until it says that there is no more. The newest comes first.
 
-        Of more than sixteen the oldest is dropped: it is only ever work done ahead.
+        It takes the place of the job that the same object ``whose`` has waiting. Of more than sixteen the oldest is
+        dropped: it is only ever work done ahead.
         """
         with self._changed:
-            self._jobs.append(step)
+            for job in [j for j in self._jobs if j[1] is whose]:
+                self._jobs.remove(job)
+            self._jobs.append((step, whose))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="aslseg-background", daemon=True)
                 self._thread.start()
@@ -58,7 +61,7 @@ class Background:
                 self._working = False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._jobs and not self._clicks)
-                step, self._working = self._jobs.pop(), True
+                (step, whose), self._working = self._jobs.pop(), True
             try:
                 more = step()
             except Exception:  # a job ahead of time must not end those of others
@@ -66,4 +69,4 @@ class Background:
                 more = False
             if more:
                 with self._changed:
-                    self._jobs.append(step)
+                    self._jobs.append((step, whose))

@@ -78,22 +78,30 @@ class Desk:
                 found = Clicks(model, opened.picture, self.models.settings, region and region(), cache)
             self._clicks[key] = found
             self._clicks.move_to_end(key)
-            while sum(c.bytes for c in self._clicks.values()) > KEPT_BYTES and len(self._clicks) > 1:
+            while len(self._clicks) > 1 and self._held() > KEPT_BYTES:
                 self._clicks.popitem(last=False)
         return found
 
-    def stored(self, case: Any, opened: Opened) -> tuple[tuple[object, ...], np.ndarray] | None:
+    def _held(self) -> int:
+        """Bytes that the states keep in memory, each scan and automatic mask once."""
+        states = list(self._clicks.values())
+        shared = {id(c.picture.volume): c.picture.volume.nbytes for c in states}
+        shared |= {id(c.region): c.region.array.nbytes for c in states if c.region is not None}
+        return sum(shared.values()) + sum(c.bytes for c in states)
+
+    def stored(self, path: Path, case: Any, opened: Opened) -> tuple[tuple[object, ...], np.ndarray] | None:
         """The automatic mask that clients show for a scan (tag ``original``), and its name; None without one."""
         studies = self.models.places.studies
         if not isinstance(case, str) or studies is None:
             return None
-        path = studies / "labels" / ORIGINAL / f"{case}.nii.gz"
-        key = file_key(path)
-        if len(key) == 1:
+        label = studies / "labels" / ORIGINAL / f"{case}.nii.gz"
+        key = file_key(label)
+        # a mask older than the scan was made for another one
+        if len(key) == 1 or path.stat().st_mtime_ns > label.stat().st_mtime_ns:
             return None
         if key not in self._stored:
             try:
-                array = read_image(path, self.models.settings.max_voxels).array.astype(np.uint8)
+                array = read_image(label, self.models.settings.max_voxels).array.astype(np.uint8)
             except AslsegError:
                 return None
             with self._lock:
@@ -115,7 +123,7 @@ class Desk:
                 clicks.embed([wanted])
             return wanted is not None
 
-        self.background.add(step)
+        self.background.add(step, clicks)
 
 
 class ClickTask(MaskTask):
@@ -192,14 +200,14 @@ class ClickTask(MaskTask):
                 self.desk.prefetch(clicks, k)
         else:
             answer = clicks.draw(asked, hurry=not request.get("whole"))
+            more["growing"] = not answer.done
             for k in answer.slices():
                 shown = answer.shown(k)
                 if shown is not None:
                     out[..., k] = shown
-            more["growing"] = not answer.done
-            if not answer.done:
+            if more["growing"]:
                 more["notes"].append("the object grows on; the next click or update shows more of it")
-                self.desk.background.add(lambda: not answer.stopped and answer.advance())
+                self.desk.background.add(lambda: not answer.stopped and answer.advance(), answer)
         # a click is a promise: the voxel itself is in or out, whatever SAM says
         out[tuple(kept.T)] = 1
         out[tuple(asked.background.T)] = 0
@@ -224,7 +232,7 @@ class ClickTask(MaskTask):
         if known is not None:
             key, regions = known
             return key, lambda: Region(opened.turn.of_working(regions[index]), opened.picture.shape)
-        stored = self.desk.stored(request.get("case"), opened)
+        stored = self.desk.stored(path, request.get("case"), opened)
         if stored is None:
             return None, None
         name, array = stored

@@ -7,7 +7,6 @@ level. Here a request is built from an allow-list; what is dangerous is refused,
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from aslseg.cases.studies import FINAL, PSEUDO
@@ -25,6 +24,7 @@ PROMPTS = (
     "reset_state",
 )
 RESULT = ("result_extension", "result_dtype", "result_compress", "restore_label_idx")
+MAX_NAME = 256
 OTHER = ("client_id", "save_label", "label_tag", "label_info", "device")
 CLICKS = ("use_ssl", "whole", "undo")
 REFUSED = frozenset(
@@ -93,6 +93,8 @@ def clean(params: Any) -> dict[str, Any]:
         wanted[key] = _flag(key, wanted[key])
     if "undo" in wanted and not (isinstance(wanted["undo"], int) and 0 <= wanted["undo"] <= MAX_POINTS):
         raise RefusedError(f"undo: expected how many of the last clicks to leave out, got {str(wanted['undo'])[:80]!r}")
+    if len(str(wanted.get("client_id", ""))) > MAX_NAME:
+        raise RefusedError(f"client_id: expected at most {MAX_NAME} characters")
     if "device" in wanted:
         _check_device(wanted.pop("device"))
     return wanted
@@ -128,7 +130,7 @@ def _flag(key: str, value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def _check_device(value: Any) -> None:

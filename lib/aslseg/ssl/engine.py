@@ -142,12 +142,12 @@ class Trainer:
         )
 
     def _images(self, crops: list[Any]) -> Tensor:
-        return torch.stack([torch.as_tensor(c) for c in crops])[:, None].to(self.device)
+        return torch.stack([torch.as_tensor(c).to(self.device) for c in crops])[:, None]
 
     def _maps(self, drawn: list[Patch]) -> Tensor:
         """Class maps and voxel weights (B, 2, i, j, k), float32."""
         pairs = [torch.stack([torch.as_tensor(d.label).float(), torch.as_tensor(d.weight)]) for d in drawn]
-        return torch.stack(pairs).to(self.device)
+        return torch.stack([pair.to(self.device) for pair in pairs])
 
     def step(self, step: int) -> dict[str, float]:
         """One optimiser step, of the mean gradient of ``accumulate`` batches.
@@ -218,6 +218,8 @@ class Trainer:
         An EMA teacher's weights never ran through its own normalisation at full length (as with weight averaging,
         Izmailov et al. 2018), and without unlabelled scans not at all.
         """
+        if self.compiled:
+            compiling.to_eager(self.method)
         network = self.method.predictor.eval()
         norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm3d)]
         for norm in norms:

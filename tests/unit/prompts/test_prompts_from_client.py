@@ -165,7 +165,7 @@ def test_slice_alone_is_clamped() -> None:
         ({"points": [[1, 2, 3]]}, "0 labels for 1 points"),
         ({"points": [[1, 2, 3]], "point_labels": [7]}, "expected 1"),
         ({"label_prompt": [1.5]}, "label values"),
-        ({"label": "liver", "liver": "here"}, "foreground: expected a list"),
+        ({"label": "liver", "liver": ["here"]}, "foreground: expected points"),
     ],
 )
 def test_what_cannot_be_understood_is_refused(request_: dict[str, Any], message: str) -> None:
@@ -203,3 +203,14 @@ def test_any_request_gives_prompts_inside_the_volume_or_a_clear_error(request_: 
     assert prompt.slice is None or 0 <= prompt.slice < SHAPE[2]
     for (low, high), size in zip(prompt.box or (), SHAPE, strict=False):
         assert 0 <= low <= high < size
+
+
+def test_a_segment_named_like_a_field_of_the_request_takes_nothing_from_it() -> None:
+    request = {"label": "image", "image": "/srv/scans/anna.nii.gz", "roi": [1, 3, 1, 3, 0, 0]}
+    assert not len(parse(request, (8, 8, 4)).foreground)
+    assert not len(parse({"label": "background", "background": [[1, 1, 1]]}, (8, 8, 4)).foreground)
+
+
+def test_numbers_too_large_for_a_float_are_refused() -> None:
+    with pytest.raises(BadPromptError, match="finite"):
+        parse({"foreground": [[10**400, 1, 1]]}, (8, 8, 4))

@@ -70,7 +70,7 @@ def predicted(network: nn.Module, image: np.ndarray) -> np.ndarray:
 def test_learns(method, make_case, settings_for):
     shape = (32, 32, 16)
     labelled, unlabelled = [make_case(n, shape=shape) for n in range(3)], [make_case(n, False, shape) for n in (3, 4)]
-    steps = 60 if method == "bcp" else 30
+    steps = {"bcp": 90, "cps": 50}.get(method, 30)
     trainer = engine.Trainer(labelled, unlabelled, settings_for(method, learning_rate=0.05), steps)
     truth = make_case(9, shape=shape)
     fixed = trainer.batch(steps + 100)
