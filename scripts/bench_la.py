@@ -49,7 +49,7 @@ logger = logging.getLogger("bench_la")
 
 SCALES: dict[str, dict[str, Any]] = {
     "full": {"network": "vnet", "patch": (112, 112, 80), "stride": (18, 18, 4), "iterations": 6000},
-    "half": {"network": "vnet_small", "patch": (64, 64, 32), "stride": (9, 9, 2), "iterations": 1200},
+    "half": {"network": "vnet_small", "patch": (64, 64, 32), "stride": (9, 9, 2), "iterations": 1000},
 }
 METRICS = ("dice", "jaccard", "hd95", "asd")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "la"
@@ -264,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", help="ssl_method; the setting's default if not given")
     parser.add_argument("--labelled", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=0, help="the last so many of the list are only scored on")
-    parser.add_argument("--iterations", type=int, help="default: 6000 (full), 1200 (half)")
+    parser.add_argument("--iterations", type=int, help="default: 6000 (full), 1000 (half)")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")

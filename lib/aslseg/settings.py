@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     max_voxels: float = _setting(1.6e9, "Scans with more voxels are refused", unit="voxels", gt=1)
 
     # stage 1
-    ssl_method: str = _setting("mean_teacher", "How labelled and unlabelled scans are learned from")
+    ssl_method: str = _setting("bcp_mt", "How labelled and unlabelled scans are learned from")
     network: str = _setting("vnet_small", "Network of the SSL model")
     patch: str = _setting(
         "auto", "Training patch: auto or x,y,z, rounded to multiples of 16, at least 32,32,16", unit="voxels"

@@ -14,6 +14,7 @@ from torch import nn
 from aslseg.errors import NotEnoughCasesError
 from aslseg.types import Volume
 from aslseg.volume.io import write_image, write_label
+from aslseg.weights import sha256
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -113,3 +114,14 @@ def test_bad_input_is_one_line_and_exit_code_1(bench, atria, monkeypatch, caplog
     (atria / "train.txt").write_text("case0\nnobody\n")
     assert run(bench, monkeypatch, *folders, "--scale", "half", "--labelled", 1, "--out", atria / "o") == 1
     assert "not in" in caplog.text
+
+
+def test_the_model_that_ships_is_what_its_manifest_says(bench):
+    path = SCRIPTS.parent / "apps" / "aslseg" / "pretrained" / "la_half_8.pt"
+    entry = json.loads(path.with_name("manifest.json").read_text())[path.name]
+    assert entry["sha256"] == sha256(path)
+    assert entry["bytes"] == path.stat().st_size < 20e6
+    network, metadata = bench.load_model(path, torch.device("cpu"))
+    assert metadata["scale"] == "half"
+    assert metadata["method"] in entry["what"]
+    assert all(torch.isfinite(v).all() for v in network.state_dict().values())
