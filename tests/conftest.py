@@ -195,7 +195,7 @@ def trained(starting: Server) -> Server:
     """The same server when its first round is done; its models are kept in ``folder / "published"``."""
     import requests
 
-    end = time.monotonic() + 240
+    end = time.monotonic() + 900
     while time.monotonic() < end:
         status = requests.get(f"{starting.url}/aslseg/status", timeout=60).json()
         if status["progress"]["state"] == "done":
