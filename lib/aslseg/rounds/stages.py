@@ -119,13 +119,7 @@ class Stages:
     def train_sam(self, report: Report) -> Path:
         """SAM, fine-tuned on the human labels."""
         s, init = self.settings, self._base_sam()
-        inputs = {
-            "human": self._human(),
-            "spacing": self.team.spacing,
-            "init": sha256(init),
-            "base": sha256(Path(s.sam_base)) if s.sam_base else None,
-            "settings": relevant(s, "sam", "prompts"),
-        }
+        inputs = self._sam_inputs(init, "sam", "prompts")
 
         def errors(case: Prepared, rng: np.random.Generator) -> np.ndarray:
             return adapter_train.faulty_regions(case, self.labels, rng)
@@ -138,13 +132,7 @@ class Stages:
     def train_canvas(self, report: Report) -> Path:
         """SAM for stitched canvases (CFR), fine-tuned on the human labels."""
         s, init = self.settings, self._base_sam()
-        inputs = {
-            "human": self._human(),
-            "spacing": self.team.spacing,
-            "init": sha256(init),
-            "base": sha256(Path(s.sam_base)) if s.sam_base else None,
-            "settings": relevant(s, "sam"),
-        }
+        inputs = self._sam_inputs(init, "sam")
         return self._model(
             "canvas", inputs, lambda out: canvas.train(self.team.train, s, out, init=init, report=report)
         )
@@ -163,6 +151,17 @@ class Stages:
             return adapter_train.train(self.team.train, sam_build.load(sam, s), s, out, report=report)
 
         return self._model("adapter", inputs, train)
+
+    def _sam_inputs(self, init: Path, *groups: str) -> dict[str, Any]:
+        """What a fine-tuned SAM depends on; CFR's files also on the SAM that they are added to."""
+        base = self.settings.sam_base
+        return {
+            "human": self._human(),
+            "spacing": self.team.spacing,
+            "init": sha256(init),
+            "base": sha256(Path(base)) if base else None,
+            "settings": relevant(self.settings, *groups),
+        }
 
     def _base_sam(self) -> Path:
         path = sam_build.base_path(self.settings)

@@ -18,14 +18,6 @@ from aslseg.ssl.watch import Watch
 from aslseg.types import silent
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def quick(tiny_settings):
     """Settings of the quickest network; it has no batch norm and no dropout."""

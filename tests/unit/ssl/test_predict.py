@@ -23,14 +23,6 @@ from aslseg.ssl.windows import Plan
 PATCH = (32, 32, 16)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def make_model(tiny_settings):
     def make(network: nn.Module, patch: tuple[int, int, int] = PATCH, **changes: object) -> SSLModel:
