@@ -130,7 +130,7 @@ def train(
         whole = span[0] + part * (span[1] - span[0])
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * whole)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=model.bf16):
             embeddings = encode(model, images, extents).repeat_interleave(PROMPTS_PER_SLICE, 0)
             loss, dice = interaction_loss(model, embeddings, targets.flatten(0, 1), draw_kind(generator), generator)
         optimiser.zero_grad()

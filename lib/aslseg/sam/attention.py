@@ -3,11 +3,13 @@
 segment-anything multiplies queries and keys, adds the relative positions to the whole matrix and takes its softmax.
 Here torch's fused kernel does that with the relative positions as its mask. And where a token grid is padded to full
 windows (16 to 28 tokens at 256 px, three quarters of them padding), the padding is not multiplied: it is zero before
-the projection, so that its keys and values are the projection's bias, and nobody reads what it attends to.
+the projection, so that all of it has one key and one value, the projection's bias, and nobody reads what it attends to.
+The padding of a window is one key more, whose logit is the log-sum-exp over its places.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import MethodType
 
 import torch
@@ -26,45 +28,74 @@ def use_fused_attention(encoder: ImageEncoderViT) -> None:
     for block in encoder.blocks:
         attention = block.attn
         if type(attention) is Attention and attention.use_rel_pos and "forward" not in attention.__dict__:
-            attention.windows, attention.real_tokens = _windows(grid, block.window_size)
+            attention.window = block.window_size or grid
+            attention.windows = (-(-grid // attention.window)) ** 2
+            attention.rectangles = list(_rectangles(grid, attention.window))
             attention.forward = MethodType(_forward, attention)
 
 
-def _windows(grid: int, window: int) -> tuple[int, Tensor | None]:
-    """Windows of an image, and the indices of the tokens that are no padding among all their tokens in a row.
+def _rectangles(grid: int, window: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Windows with the same number of rows and columns that are no padding.
 
-    None without padding.
+    Yields:
+        Indices (n, h w) of the tokens of n such windows among all tokens of all windows in a row; h; w.
     """
-    along = -(-grid // window) if window else 1
-    if not window or grid % window == 0:
-        return along**2, None
-    real = torch.zeros(along * window, along * window, dtype=torch.bool)
-    real[:grid, :grid] = True
-    return along**2, real.view(along, window, along, window).transpose(1, 2).flatten().nonzero()[:, 0]
+    along = -(-grid // window)
+    tokens = torch.arange(along**2 * window**2).view(along, along, window, window)
+    sides = [(slice(0, grid // window), window), (slice(grid // window, along), grid % window)]
+    for rows, h in sides:
+        for columns, w in sides:
+            part = tokens[rows, columns, :h, :w]
+            if part.numel():
+                yield part.reshape(-1, h * w), h, w
 
 
 def _forward(self: Attention, x: Tensor) -> Tensor:
-    """Tokens (B, h, w, C) to tokens (B, h, w, C); zeros where they are padding."""
-    b, h, w, c = x.shape
-    real = self.real_tokens
-    if real is None:
-        qkv = self.qkv(x)
-    else:
-        images, real = b // self.windows, real.to(x.device)
-        x = x.reshape(images, -1, c)
-        some = self.qkv(x[:, real])
-        bias = some.new_zeros(some.shape[-1]) if self.qkv.bias is None else self.qkv.bias.to(some.dtype)
-        qkv = bias.expand(images, x.shape[1], -1).clone()
-        qkv[:, real] = some
-    q, k, v = qkv.view(b, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    places = q.reshape(b * self.num_heads, h, w, -1)
-    rows = torch.einsum("bhwc,hkc->bhwk", places, get_rel_pos(h, h, self.rel_pos_h).to(q.dtype))
-    columns = torch.einsum("bhwc,wkc->bhwk", places, get_rel_pos(w, w, self.rel_pos_w).to(q.dtype))
-    relative = (rows[..., :, None] + columns[..., None, :]).reshape(b, self.num_heads, h * w, h * w)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=relative).transpose(1, 2)
-    if real is None:
-        return self.proj(out.reshape(b, h, w, c))
-    out = out.reshape(x.shape)
-    done = torch.zeros_like(out)
-    done[:, real] = self.proj(out[:, real]).to(done.dtype)
-    return done.view(b, h, w, c)
+    """Tokens (B, window, window, C) to tokens of that shape; zeros where they are padding."""
+    images, heads, channels = x.shape[0] // self.windows, self.num_heads, x.shape[-1]
+    tokens = x.reshape(images, -1, channels)
+    real = torch.cat([index.flatten() for index, _, _ in self.rectangles]).to(x.device)
+    parts = self.qkv(tokens[:, real]).split([index.numel() for index, _, _ in self.rectangles], 1)
+    attended = []
+    for part, (index, h, w) in zip(parts, self.rectangles, strict=True):
+        q, k, v = part.reshape(images * len(index), h * w, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        rows, columns = _relative(self, q.reshape(len(q), heads, h, w, -1))
+        mask = (rows[..., :h, None] + columns[..., None, :w]).flatten(4).flatten(2, 3)
+        if h < self.window or w < self.window:
+            k, v, logit = _with_padding(self, q, k, v, rows, columns)
+            mask = torch.cat([mask, logit.to(mask.dtype)], -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended.append(out.transpose(1, 2).reshape(images, -1, channels))
+    projected = self.proj(torch.cat(attended, 1))
+    done = projected.new_zeros(tokens.shape)
+    done[:, real] = projected
+    return done.view(x.shape)
+
+
+def _relative(self: Attention, q: Tensor) -> tuple[Tensor, Tensor]:
+    """What the relative positions add to the logits of queries (n, heads, h, w, c): by row and by column of the window.
+
+    Returns:
+        Two of (n, heads, h, w, window); a key's share is the sum of its row's and its column's.
+    """
+    size, (h, w) = self.window, q.shape[2:4]
+    by_row = get_rel_pos(size, size, self.rel_pos_h)[:h].to(q.dtype)
+    by_column = get_rel_pos(size, size, self.rel_pos_w)[:w].to(q.dtype)
+    return torch.einsum("nyhwc,hkc->nyhwk", q, by_row), torch.einsum("nyhwc,wkc->nyhwk", q, by_column)
+
+
+def _with_padding(
+    self: Attention, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values (n, heads, h w + 1, c) with the padding's as the last, and what is to be added to its logits.
+
+    The padding is what lies below the h rows, and beside the w columns of these.
+    """
+    n, heads, _, c = q.shape
+    h, w = rows.shape[2:4]
+    bias = q.new_zeros(3 * heads * c) if self.qkv.bias is None else self.qkv.bias.to(q.dtype)
+    _, key, value = bias.view(3, 1, heads, 1, c).expand(3, n, heads, 1, c).unbind(0)
+    y, x = rows.float(), columns.float()
+    below = y[..., h:].logsumexp(-1) + x.logsumexp(-1)
+    beside = y[..., :h].logsumexp(-1) + x[..., w:].logsumexp(-1)
+    return torch.cat([k, key], 2), torch.cat([v, value], 2), torch.logaddexp(below, beside).flatten(2)[..., None]
