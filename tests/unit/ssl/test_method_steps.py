@@ -283,7 +283,7 @@ def test_bcp_self_training_is_the_published_loss():
 def test_bcp_mt_step_keeps_labelled_patches_whole_and_trusts_the_teachers_margin():
     method, batch = method_for("bcp_mt"), batch_of()
     method.teacher.weight.data *= 2
-    part, rng = 0.15, generator()
+    part, rng = 0.6 + 0.4 * 0.15, generator()
     m = copy_paste_mask(torch.Size(SIZE), rng)
     if torch.rand(1, generator=rng) < 0.5:
         m = 1 - m
@@ -385,12 +385,17 @@ def test_warm_start_keeps_what_makes_networks_differ():
         assert torch.equal(decoder.decoder[0][0].weight, state["decoder.0.0.weight"])
 
 
-def test_a_warm_bcp_trusts_its_teacher_from_the_first_step():
-    method, batch = method_for("bcp"), batch_of()
+@pytest.mark.parametrize(("name", "begin"), [("bcp", 0.25), ("bcp_mt", 0.6)])
+def test_the_teacher_is_asked_after_the_labelled_phase_and_at_once_in_a_warm_start(name, begin):
+    method, batch = method_for(name), batch_of()
     calls: list[int] = []
     method.teacher.register_forward_hook(lambda *_: calls.append(1))
     loss_of(method, batch, part=0.0)
+    loss_of(method, batch, part=begin - 0.01)
     assert not calls
+    loss_of(method, batch, part=begin)
+    assert calls
+    calls.clear()
     method.start_from(method.predictor.state_dict())
     loss_of(method, batch, part=0.0)
     assert calls

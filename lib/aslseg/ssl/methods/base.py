@@ -45,14 +45,19 @@ class Method(nn.Module, ABC):
 
     Attributes:
         published_consistency: Largest weight of the unlabelled loss in the method's paper.
+        labelled_part: Part of the training that goes by before the unlabelled patches come in.
+        warm: Whether it started from a trained model, which needs no such phase.
     """
 
     published_consistency = 0.1
+    labelled_part = 0.0
+    warm: Tensor
 
     def __init__(self, network: Callable[..., nn.Module], settings: Settings) -> None:
         super().__init__()
         self.settings = settings
         self.student = network(self.extra_outputs)
+        self.register_buffer("warm", torch.tensor(False))
 
     @property
     def extra_outputs(self) -> int:
@@ -63,6 +68,11 @@ class Method(nn.Module, ABC):
         """lambda(t): the setting ``consistency``, or else the published weight, ramped up over the training."""
         chosen = self.settings.consistency
         return (self.published_consistency if chosen == "auto" else chosen) * sigmoid_ramp(part)
+
+    def semi_supervised_part(self, part: float) -> float:
+        """Part of the phase with unlabelled patches that is done at ``part`` of the training; below 0 before it."""
+        before = 0.0 if self.warm else self.labelled_part
+        return (part - before) / (1 - before)
 
     @abstractmethod
     def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
@@ -90,6 +100,7 @@ class Method(nn.Module, ABC):
         """
         for network in self.children():
             load_published(network, state, self.settings)
+        self.warm.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the predicting network."""

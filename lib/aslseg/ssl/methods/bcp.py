@@ -15,7 +15,6 @@ from aslseg.ssl.methods.base import Batch, Logs, Method, make_teacher
 from aslseg.ssl.ramps import ema_update
 from aslseg.types import Labels
 
-PRETRAIN_PART = 0.25
 UNLABELLED_WEIGHT = 0.5
 
 
@@ -33,23 +32,17 @@ class BidirectionalCopyPaste(Method):
     test set becomes the teacher, and predicts in the end).
     """
 
-    warm: Tensor
+    labelled_part = 0.25
 
     def __init__(self, network: Callable[..., nn.Module], settings: Settings) -> None:
         super().__init__(network, settings)
         self.teacher = make_teacher(self.student)
-        self.register_buffer("warm", torch.tensor(False))
-
-    def start_from(self, state: dict[str, Tensor]) -> None:
-        """A warm start has a teacher worth listening to, so copy-pasting among labelled patches is passed over."""
-        super().start_from(state)
-        self.warm.fill_(True)
 
     def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`. With no unlabelled patches it stays in its first phase."""
         shape = batch.image.shape[2:]
         outside = copy_paste_mask(shape, generator).to(batch.image.device)
-        if not len(batch.unlabelled) or (part < PRETRAIN_PART and not self.warm):
+        if not len(batch.unlabelled) or self.semi_supervised_part(part) < 0:
             other = torch.arange(len(batch.image)).roll(1)
             image = batch.image * outside + batch.image[other] * (1 - outside)
             target = torch.where(outside.bool(), batch.target, batch.target[other])

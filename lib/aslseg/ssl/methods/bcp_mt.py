@@ -22,16 +22,22 @@ class CopyPasteTeacher(MeanTeacher):
     each edge, or outside of it (Bai et al., CVPR 2023, mix all labelled patches instead). Pasted voxels keep their true
     class. The others have the teacher's, found before the patch's intensities were changed (weak to strong, Sohn et
     al. 2020), and weigh as much as its margin between the two best classes, so that nothing has to be cut at the
-    largest component: there may be many lesions. lambda ramps up over the first 30 % of the steps. The two streams go
-    through the student one after the other, so that batch norm sees the labelled patches by themselves.
+    largest component: there may be many lesions. The two streams go through the student one after the other, so that
+    batch norm sees the labelled patches by themselves.
+
+    The unlabelled patches come in when 60 % of the steps are done, and lambda ramps up over the first 30 % of what is
+    left: before the labelled ones alone have little more to teach, their part of a step is better spent on those.
     """
+
+    labelled_part = 0.6
 
     def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`. With no unlabelled patches it learns from the labelled ones alone."""
         logits = self.student(batch.image)
         supervised = segmentation_loss(logits, batch.target, batch.weight)
         logs = {"supervised": supervised.item(), "foreground": foreground_fraction(logits).item()}
-        if not len(batch.unlabelled):
+        part = self.semi_supervised_part(part)
+        if not len(batch.unlabelled) or part < 0:
             return supervised, logs
         image, target, weight = self._mixed(batch, generator)
         mixed = segmentation_loss(self.student(image), target, weight)
