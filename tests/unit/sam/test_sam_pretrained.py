@@ -96,3 +96,19 @@ def test_one_click_on_a_slice_gives_most_of_the_organ(model: SAMModel, abdomen: 
     found = Clicks(model, one, SETTINGS, cache=EmbeddingCache()).answer(prompt)
     assert found[i, j, 0] == 1
     assert dice(found[..., 0] > 0, liver[..., k]) > 0.6
+
+
+def test_bfloat16_blocks_draw_the_same_masks(abdomen: tuple[np.ndarray, np.ndarray]) -> None:
+    """The numbers of bfloat16 can be had on every processor, if slowly."""
+    image, truth = abdomen
+    model = load(PATH, SETTINGS)
+    slices = np.flatnonzero(truth[0].any((0, 1)))[::4]
+    guess = truth[:1, ..., slices].astype(np.float32)
+    drawn = []
+    for model.bf16 in (False, True):
+        drawn.append(redraw(model, image[..., slices], guess, SETTINGS) >= 0.5)
+    assert dice(*drawn) > 0.999
+    blocks: list[torch.dtype] = []
+    model.sam.image_encoder.blocks[1].register_forward_pre_hook(lambda _, inputs: blocks.append(inputs[0].dtype))
+    redraw(model, image[..., slices[:1]], guess[..., :1], SETTINGS)
+    assert blocks == [torch.float32]
