@@ -141,8 +141,8 @@ class Clicks:
     def _note(self, prompt: ClientPrompt) -> None:
         """Remember in which order the clicks came."""
         sent = clicks_of(prompt)
-        known = [c for c in self._order if c in sent]
-        self._order = known + [c for c in sent if c not in set(known)]
+        known = dict.fromkeys(c for c in self._order if c in sent)
+        self._order = list(known | sent)
 
     def seeds(self, prompt: ClientPrompt) -> list[int]:
         """Slices that are drawn from the prompt itself, in the order they were clicked."""

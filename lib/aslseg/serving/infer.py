@@ -32,6 +32,12 @@ class Upload(str):
     __slots__ = ()
 
 
+class SessionUpload(Upload):
+    """An upload that stays when the request is over, for those that follow in its session."""
+
+    __slots__ = ()
+
+
 class MaskTask(InferTask):
     """A mask of all labels, computed by the stages up to ``kind``.
 
@@ -170,7 +176,7 @@ def answer(tasks: Mapping[str, InferTask], request: dict[str, Any], store: Datas
     if isinstance(label, Upload):
         inner["label_file"] = str(label)
     if isinstance(image, Upload):
-        inner["image"] = str(image)
+        inner["image"], inner["once"] = str(image), not isinstance(image, SessionUpload)
         inner.pop("save_label", None)
     elif isinstance(image, str) and image and (path := store.get_image_uri(image)):
         inner["image"], inner["case"] = path, image

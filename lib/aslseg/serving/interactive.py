@@ -191,15 +191,18 @@ class ClickTask(MaskTask):
         native = np.zeros(opened.turn.shape, np.uint8, order="F")
         out = opened.turn.view(native)
         kept = asked.foreground
+        # a file that came with the request has another name the next time: what is done later helps nobody
+        once = bool(request.get("once"))
         more: dict[str, Any] = {"source": "clicks", "notes": list(prompt.notes), "repaired": source is not None}
         if self.dimension == 2:
             found = clicks.on_slice(asked)
             if found is not None:
                 k, out[..., found[0]] = found
                 kept = asked.foreground[asked.foreground[:, 2] == k]
-                self.desk.prefetch(clicks, k)
+                if not once:
+                    self.desk.prefetch(clicks, k)
         else:
-            answer = clicks.draw(asked, hurry=not request.get("whole"))
+            answer = clicks.draw(asked, hurry=not (once or request.get("whole")))
             more["growing"] = not answer.done
             for k in answer.slices():
                 shown = answer.shown(k)

@@ -25,7 +25,7 @@ from monailabel.utils.async_tasks.task import AsyncTask
 from aslseg.errors import AslsegError
 from aslseg.review.page import render
 from aslseg.review.status import collect
-from aslseg.serving.infer import Upload
+from aslseg.serving.infer import SessionUpload, Upload
 from aslseg.serving.params import clean, parse
 from aslseg.serving.refusals import RefusedError, safe_name, status_of
 from aslseg.serving.wire import gzipped_bytes
@@ -97,7 +97,7 @@ def _inference(router: APIRouter, app: ServedApp) -> None:
         background_tasks.add_task(shutil.rmtree, folder, ignore_errors=True)
         try:
             if session_id:
-                chosen = Upload(_session_image(app, session_id))
+                chosen = SessionUpload(_session_image(app, session_id))
             elif file is not None:
                 chosen = Upload(_keep(file, folder, "image"))
             elif not image:

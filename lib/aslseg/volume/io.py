@@ -184,7 +184,8 @@ def _read(path: Path, max_voxels: float, error: type[AslsegError]) -> tuple[np.n
 
 
 def _read_nifti(path: Path, max_voxels: float, error: type[AslsegError]) -> tuple[np.ndarray, np.ndarray]:
-    image: Any = nib.load(path)
+    # never mapped: a scan that stays in memory must not change, or end the process, when its file is overwritten
+    image: Any = nib.load(path, mmap=False)
     shape, affine = _checked(path, image.shape, image.affine, max_voxels, error)
     if image.get_data_dtype().kind not in "iuf":
         raise error(f"{path.name}: voxels of type {image.get_data_dtype()}; expected real numbers")

@@ -74,6 +74,14 @@ def test_trailing_axes_of_length_one_are_dropped(tmp_path):
     assert np.array_equal(read_image(path).array, ARRAY)
 
 
+def test_a_scan_in_memory_is_no_view_of_its_file(tmp_path):
+    path = tmp_path / "scan.nii"
+    save(path, np.ones((4, 5, 6), np.float32))
+    scan = read_image(path)
+    save(path, np.zeros((4, 5, 6), np.float32))
+    assert scan.array.all()
+
+
 def test_scaled_integers_are_read_as_what_they_mean(tmp_path):
     image = nib.Nifti1Image(np.full((3, 3, 3), 100, np.int16), AFFINE)
     image.header.set_slope_inter(0.5, -10)

@@ -1,0 +1,123 @@
+"""The click models as a request reaches them: which file the clicks are on, and what goes on afterwards."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from aslseg.sam.architecture import Architecture, build
+from aslseg.sam.build import SAMModel
+from aslseg.serving.cascade import Scans
+from aslseg.serving.infer import SessionUpload, Upload, answer
+from aslseg.serving.interactive import ClickTask, Desk
+from aslseg.serving.models import Models
+from aslseg.settings import Places, Settings
+from seeing_sam import Sees
+
+TINY = Architecture(64, 8, 32, 1, 2, 4, (0,), 32, 64, 4)
+SHAPE, MIDDLE = (40, 32, 21), [20, 16, 10]
+
+
+class Served:
+    """Both click models on a studies folder; ``ask`` stands for a request."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        torch.manual_seed(0)
+        chosen = Settings(model_dir=str(folder / "models"), device="cpu", embedding_disk_gb=0, **settings)
+        self.models = Models(chosen, Places(chosen, folder))
+        self.models.get = lambda kind: self.sam  # type: ignore[method-assign]
+        self.sam, self.folder = Sees(SAMModel(build(TINY), TINY)), folder
+        scans, self.desk = Scans(self.models), Desk(self.models)
+        self.tasks = {
+            "sam": ClickTask(scans, self.desk, ""),
+            "sam_2d": ClickTask(scans, self.desk, "", dimension=2),
+        }
+
+    def get_image_uri(self, case: str) -> str:
+        """As a datastore's."""
+        return str(self.folder / f"{case}.nii")
+
+    def ask(self, image: str, model: str = "sam", **params: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Mask (i, j, k) and what else is told."""
+        request = {"foreground": [MIDDLE], "result_extension": ".nii.gz", **params}
+        told = answer(self.tasks, {**request, "model": model, "image": image}, self)  # type: ignore[arg-type]
+        mask = np.asarray(nib.load(told["file"]).dataobj)
+        Path(told["file"]).unlink()
+        return mask, told["params"]
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Served:
+    """Growing never comes to its end within a request."""
+    return Served(tmp_path, first_click_seconds=0, click_seconds=0)
+
+
+def ball(path: Path, shift: int = 0) -> Path:
+    """A bright ball on dark ground, as an uncompressed file of float32."""
+    i, j, k = np.ogrid[: SHAPE[0], : SHAPE[1], : SHAPE[2]]
+    inside = (i - 20) ** 2 + (j - 16 - shift) ** 2 + (k - 10) ** 2 < 64
+    nib.save(nib.Nifti1Image(np.where(inside, 240, -160).astype(np.float32), np.eye(4)), path)
+    return path
+
+
+def test_clicks_on_an_upload_are_answered_within_the_request(served: Served, tmp_path: Path) -> None:
+    path = ball(tmp_path / "upload.nii")
+    mask, told = served.ask(Upload(path))
+    assert told["growing"] is False
+    assert mask.any((0, 1)).sum() == 15
+    assert served.desk.background._thread is None
+    served.ask(Upload(path), "sam_2d", slice=10)
+    assert served.desk.background._thread is None, "nothing is encoded ahead"
+
+
+def test_a_client_cannot_say_that_a_scan_is_an_upload(served: Served, tmp_path: Path) -> None:
+    ball(tmp_path / "kept.nii")
+    assert served.ask("kept", once=True)[1]["growing"] is True
+
+
+@pytest.mark.parametrize("model", ["sam", "sam_2d"])
+def test_a_scan_that_is_deleted_while_its_object_grows(
+    served: Served, tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = ball(tmp_path / "session.nii")
+    with served.desk.background.click(), caplog.at_level(logging.WARNING):
+        _, told = served.ask(SessionUpload(path), model)
+        assert told.get("growing", True)
+        path.unlink()
+    before = served.sam.encoded
+    assert served.desk.background.idle(60)
+    assert served.sam.encoded > before
+    assert not caplog.records
+
+
+def test_a_scan_that_is_overwritten_while_its_object_grows(served: Served, tmp_path: Path) -> None:
+    path = ball(tmp_path / "case.nii")
+    whole, _ = served.ask("case", whole=True, client="else")
+    with served.desk.background.click():
+        served.ask("case")
+        with path.open("r+b") as file:
+            file.truncate(1000)
+    assert served.desk.background.idle(60), "the old scan's voxels are not those of the file"
+    ball(path, shift=4)
+    moved, _ = served.ask("case", whole=True)
+    assert np.array_equal(moved[:, 4:], whole[:, :-4])
+
+
+@pytest.mark.parametrize("model", ["sam", "sam_2d"])
+def test_ten_thousand_different_clicks_again_and_again(served: Served, tmp_path: Path, model: str) -> None:
+    ball(tmp_path / "case.nii")
+    voxels = [list(v) for v in np.ndindex(*SHAPE)][: 2 * 10_000]
+    spent = []
+    for count in (9_999, 10_000):
+        begun = time.process_time()
+        mask, _ = served.ask("case", model, foreground=voxels[:count], background=voxels[10_000:], slice=10)
+        spent.append(time.process_time() - begun)
+        assert mask[0, 0, 10] == 1
+    assert max(spent) < 5
