@@ -1,10 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from aslseg.errors import BadSettingsError
-from aslseg.settings import APP_DIR, PLATFORM_KEYS, Places, Settings, load_settings
+from aslseg.settings import APP_DIR, GROUPS, PLATFORM_KEYS, Places, Settings, load_settings, relevant
 
 NO_FILE = Path("/nonexistent/.env")
 
@@ -138,3 +139,28 @@ def test_places_of_a_dicomweb_address(tmp_path):
     assert places.ledger.is_relative_to(places.models)
     assert Places(Settings(model_dir=str(tmp_path)), "http://127.0.0.1:8042/dicom-web").models == tmp_path
     assert Places(Settings(home=str(tmp_path / "h")), "http://x").cache == tmp_path / "h" / "cache"
+
+
+def test_groups_name_existing_settings_once() -> None:
+    names = [n for group in GROUPS.values() for n in group]
+    assert set(names) <= set(Settings.model_fields)
+    # flips are trained with and predicted with; a SAM setting may be where a file lies
+    assert sorted(n for n in set(names) if names.count(n) > 1) == ["flips"]
+
+
+def test_a_step_depends_on_its_settings_and_on_no_other() -> None:
+    def seen(**conf: Any) -> dict[str, Any]:
+        return relevant(Settings(**conf), "ssl")
+
+    base = seen()
+    assert seen(sam_iterations=5, gate_tolerance=0.5, threads=3, home="/x", adapter_iterations=1) == base
+    assert seen(click_seconds=3, embed_cases=0, use_ssl=False, grow_iou=0.1, positive_points=2, sam_base="/b") == base
+    for changed in (
+        {"learning_rate": 0.5},
+        {"flips": True},
+        {"seed": 3},
+        {"labels": "liver"},
+        {"window_low": -50},
+        {"patch": "32,32,32"},
+    ):
+        assert seen(**changed) != base

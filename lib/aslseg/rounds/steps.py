@@ -17,55 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from aslseg.settings import Settings
 from aslseg.types import Prepared
 from aslseg.weights import atomic_file, write_json
 
 logger = logging.getLogger(__name__)
-
-# Settings that only some steps see; all others (labels, windows, seed, whatever is added) count for every step.
-# Iterations, spacing and the SAM file are given to the steps that use them as numbers and hashes.
-GROUPS = {
-    "ssl": {
-        "ssl_method",
-        "network",
-        "batch_labelled",
-        "batch_unlabelled",
-        "accumulate",
-        "learning_rate",
-        "schedule",
-        "compile",
-        "consistency",
-        "ema_decay",
-        "flips",
-    },
-    "predict": {"overlap", "flips"},
-    "sam": {n for n in Settings.model_fields if n.startswith("sam_")} - {"sam_prompts", "sam_checkpoint", "sam_base"},
-    "prompts": {"sam_prompts", "box_margin", "min_component", "positive_points", "negative_points"},
-    "adapter": {n for n in Settings.model_fields if n.startswith("adapter_")},
-    "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}
-    | {
-        "disagreement_weight",
-        "gate_tolerance",
-        "first_round",
-        "ssl_iterations",
-        "retrain_iterations",
-        "spacing",
-    }
-    | {"max_working_voxels", "max_voxels"},
-    "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "prefetch_slices"}
-    | {n for n in Settings.model_fields if n.startswith(("grow_", "embed"))},
-    "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "memory_gb", "tracking"}
-    | {"sam_checkpoint", "sam_base"},
-}
-
-
-def relevant(settings: Settings, *groups: str) -> dict[str, Any]:
-    """The settings that a step depends on: its groups and everything that belongs to no group."""
-    left_out = set().union(*(names for group, names in GROUPS.items() if group not in groups))
-    for group in groups:
-        left_out -= GROUPS[group]
-    return settings.model_dump(exclude=left_out | GROUPS["machine"])
 
 
 class Steps:

@@ -15,14 +15,11 @@ import numpy as np
 import torch
 
 from aslseg.cases.cache import arrays, whole_file
-from aslseg.settings import Settings
+from aslseg.settings import Settings, relevant
 from aslseg.types import Prepared
 from aslseg.weights import atomic_file
 
 logger = logging.getLogger(__name__)
-
-# settings that change where and how fast a run is computed, never what comes out
-MACHINE = {"device", "threads", "home", "model_dir", "min_free_gb", "memory_gb", "tracking"}
 
 
 def fingerprint(
@@ -36,7 +33,8 @@ def fingerprint(
 
     Args:
         metadata: What the model file will say about itself.
-        settings: Those of :data:`MACHINE` are left out.
+        settings: Those that the SSL training depends on count (:func:`aslseg.settings.relevant`); what others made of
+            it, such as iterations and weights of promoted cases, is in the other arguments.
         state: The method's state dict; its shapes tell one version of a network from another.
         labelled, unlabelled: With the content of their arrays.
     """
@@ -45,7 +43,7 @@ def fingerprint(
         [[c.id, c.weight, {k: _content(a) for k, a in arrays(c).items()}] for c in stream]
         for stream in (labelled, unlabelled)
     ]
-    text = json.dumps([metadata, settings.model_dump(exclude=MACHINE), shapes, cases], sort_keys=True)
+    text = json.dumps([metadata, relevant(settings, "ssl"), shapes, cases], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

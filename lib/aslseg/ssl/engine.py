@@ -337,7 +337,7 @@ def _run(trainer: Trainer, watch: Watch, path: Path, owner: str, logs: Path) -> 
     def look(engine: Engine) -> None:
         logs: Any = engine.state.output
         watch.see(logs)
-        watch.check_collapse(trainer.settings.consistency)
+        watch.check_collapse(trainer.method.consistency_weight(1.0))
         watch.tell()
 
     def keep(_: Engine) -> None:

@@ -48,13 +48,13 @@ class Watch:
         """Mean loss of the last steps; None before the first."""
         return float(np.mean([row[0] for row in self.recent[-steps:]])) if self.recent else None
 
-    def check_collapse(self, consistency: object) -> None:
+    def check_collapse(self, consistency: float) -> None:
         """Consistency alone is smallest for the empty mask; notice when training ends there (science.md §6.3 d).
 
         In the second half of the run, over 200 steps, less than a tenth of the labelled foreground is predicted.
 
         Args:
-            consistency: The setting, for the message.
+            consistency: Largest weight of the unlabelled loss, for the message.
 
         Raises:
             TrainingDivergedError: It collapsed.
@@ -65,5 +65,5 @@ class Watch:
         if expected > 0 and got < COLLAPSE_PART * expected:
             raise TrainingDivergedError(
                 f"collapsed to the empty mask: {got:.2%} of the labelled patches predicted as foreground, "
-                f"{expected:.2%} labelled; lower consistency (now {consistency}) or train longer (ssl_iterations)"
+                f"{expected:.2%} labelled; lower consistency (now {consistency:g}) or train longer (ssl_iterations)"
             )

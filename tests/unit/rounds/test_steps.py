@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aslseg.rounds.steps import GROUPS, Maps, Steps, relevant
-from aslseg.settings import Settings
+from aslseg.rounds.steps import Maps, Steps
 from aslseg.types import Prepared, Volume
 from aslseg.volume.geometry import Grid
 
@@ -16,31 +15,6 @@ from aslseg.volume.geometry import Grid
 def case(name: str = "a") -> Prepared:
     image = np.zeros((3, 4, 5), np.float32)
     return Prepared(name, name, image, Grid.of(Volume(image, np.eye(4)), None))
-
-
-def test_groups_name_existing_settings_once() -> None:
-    names = [n for group in GROUPS.values() for n in group]
-    assert set(names) <= set(Settings.model_fields)
-    # flips are trained with and predicted with; a SAM setting may be where a file lies
-    assert sorted(n for n in set(names) if names.count(n) > 1) == ["flips"]
-
-
-def test_a_step_depends_on_its_settings_and_on_no_other() -> None:
-    def seen(**conf: Any) -> dict[str, Any]:
-        return relevant(Settings(**conf), "ssl")
-
-    base = seen()
-    assert seen(sam_iterations=5, gate_tolerance=0.5, threads=3, home="/x", adapter_iterations=1) == base
-    assert seen(click_seconds=3, embed_cases=0, use_ssl=False, grow_iou=0.1, positive_points=2, sam_base="/b") == base
-    for changed in (
-        {"learning_rate": 0.5},
-        {"flips": True},
-        {"seed": 3},
-        {"labels": "liver"},
-        {"window_low": -50},
-        {"patch": "32,32,32"},
-    ):
-        assert seen(**changed) != base
 
 
 def test_a_model_is_trained_once_for_the_same_inputs(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from aslseg.errors import TrainingDivergedError
-from aslseg.ssl import checkpoint, engine
+from aslseg.ssl import checkpoint, compiling, engine
+from aslseg.ssl.networks import VNet
 from aslseg.ssl.watch import Watch
 from aslseg.types import silent
 
@@ -125,15 +127,23 @@ def seen(total: int, *runs: tuple[int, float, float]) -> Watch:
 
 
 def test_collapse_below_a_tenth_of_the_labelled_foreground():
-    with pytest.raises(TrainingDivergedError, match=r"0\.90% of the labelled patches.*10\.00% labelled.*\(now auto\)"):
-        seen(400, (200, 0.009, 0.1)).check_collapse("auto")
-    seen(400, (200, 0.011, 0.1)).check_collapse("auto")
-    seen(402, (200, 0.0, 0.1)).check_collapse("auto")
-    seen(300, (199, 0.0, 0.1)).check_collapse("auto")
-    seen(400, (200, 0.0, 0.0)).check_collapse("auto")
+    with pytest.raises(TrainingDivergedError, match=r"0\.90% of the labelled patches.*10\.00% labelled.*\(now 0\.1\)"):
+        seen(400, (200, 0.009, 0.1)).check_collapse(0.1)
+    seen(400, (200, 0.011, 0.1)).check_collapse(0.1)
+    seen(402, (200, 0.0, 0.1)).check_collapse(0.1)
+    seen(300, (199, 0.0, 0.1)).check_collapse(0.1)
+    seen(400, (200, 0.0, 0.0)).check_collapse(0.1)
     # what was before the last 200 steps does not count
     with pytest.raises(TrainingDivergedError, match="collapsed"):
         seen(400, (150, 0.1, 0.1), (200, 0.0, 0.1)).check_collapse(0.1)
+
+
+def test_a_collapse_is_told_with_the_weight_in_effect(make_case, quick, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Watch, "check_collapse", lambda self, consistency: told.append(consistency))
+    monkeypatch.setattr(engine, "STATISTICS_BATCHES", 0)
+    engine.train([make_case(0)], [], quick(ssl_method="dtc"), tmp_path / "m.safetensors", iterations=1, spacing=None)
+    assert told == [1.0]
 
 
 def test_the_watch_goes_on_after_an_interruption():
@@ -177,9 +187,15 @@ def test_a_checkpoint_belongs_to_its_inputs(make_case, quick, tmp_path):
     case, settings, state = make_case(0), quick(), {"w": torch.zeros(2, 3)}
     owner = owner_of([case], settings, state)
     assert owner_of([make_case(0)], settings, {"w": torch.ones(2, 3)}) == owner
-    for changes in ({"memory_gb": 0}, {"tracking": "tensorboard"}, {"device": "cpu"}, {"threads": 3}):
+    for changes in (
+        *({"memory_gb": 0}, {"tracking": "tensorboard"}, {"device": "cpu"}, {"threads": 3}, {"sam_base": "b.pth"}),
+        *({"sam_iterations": 5}, {"gate_tolerance": 0.5}, {"grow_iou": 0.1}, {"overlap": 0}, {"adapter_iterations": 1}),
+    ):
         assert owner_of([case], quick(**changes), state) == owner, changes
-    for changes in ({"seed": 7}, {"accumulate": 2}, {"schedule": "milestones"}, {"ssl_method": "bcp"}):
+    for changes in (
+        *({"seed": 7}, {"accumulate": 2}, {"schedule": "milestones"}, {"ssl_method": "bcp"}, {"flips": True}),
+        *({"window_low": -50}, {"consistency": 0.5}, {"batch_unlabelled": 2}, {"ema_decay": 0.5}),
+    ):
         assert owner_of([case], quick(**changes), state) != owner, changes
     relabelled = make_case(0)
     relabelled.label[0, 0, 0] ^= 1
@@ -247,6 +263,32 @@ def test_batches_do_not_depend_on_the_memory_budget(make_case, quick, tmp_path):
 
 
 # torch.compile
+
+
+@pytest.mark.parametrize("method", ["supervised", "mcnet"])
+def test_networks_are_compiled_whether_called_as_a_whole_or_in_parts(method, make_case, quick, monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.extend(node for node in graph.graph.nodes if "conv" in str(node.target))
+        return graph.forward
+
+    # as deep with fewer layers, which take long to trace
+    monkeypatch.setattr(VNet, "ENCODER", (1,) * 5)
+    monkeypatch.setattr(VNet, "DECODER", (1,) * 4)
+    cases, settings = [make_case(0)], quick(ssl_method=method, network="vnet_small")
+    plain = engine.Trainer(cases, cases, settings, 10)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    trainer = engine.Trainer(cases, cases, settings.model_copy(update={"compile": True}), 10)
+    assert trainer.step(0) == plain.step(0)
+    layers = [n for n, m in trainer.method.named_modules() if isinstance(m, torch.nn.Conv3d | torch.nn.ConvTranspose3d)]
+    assert len(compiled) == len(layers)
+    assert list(trainer.method.state_dict()) == list(plain.method.state_dict())
+    compiling.to_eager(trainer.method)
+    assert trainer.step(1) == plain.step(1)
+    assert len(compiled) == len(layers)
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow
