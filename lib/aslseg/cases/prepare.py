@@ -88,8 +88,8 @@ class PreparedStore:
             image, grid = prepare(volume, self.settings, self.spacing)
             if case.label:
                 label = read_label(case.label, volume, self.settings.label_set, self.settings.max_voxels)
-                _save(files[0], grid.label_to_working(label, self.settings.label_set))
-            _save(files[1], image)
+                save_array(files[0], grid.label_to_working(label, self.settings.label_set))
+            save_array(files[1], image)
         grid = Grid.of(volume or _header(case.image), self.spacing)
         return Prepared(
             case.id,
@@ -111,7 +111,8 @@ class PreparedStore:
         return prepared, skipped
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a ``.npy`` file to be memory-mapped, atomically."""
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.ascontiguousarray(array))
 

@@ -15,18 +15,18 @@ from aslseg.adaptation import predict as adapter_predict
 from aslseg.adaptation import train as adapter_train
 from aslseg.agreement import measures
 from aslseg.agreement.verdict import Reference, reference
-from aslseg.cases.prepare import PreparedStore, Spacing
+from aslseg.cases.prepare import PreparedStore, Spacing, save_array
 from aslseg.cases.studies import PSEUDO
 from aslseg.errors import AslsegError, BadWeightsError
 from aslseg.rounds.gather import Team
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.masks import MaskStore
 from aslseg.rounds.progress import Progress
-from aslseg.rounds.steps import Maps, Steps, relevant
+from aslseg.rounds.steps import Maps, Steps
 from aslseg.sam import build as sam_build
 from aslseg.sam import canvas, finetune
 from aslseg.sam import predict as sam_predict
-from aslseg.settings import Places, Settings
+from aslseg.settings import Places, Settings, relevant
 from aslseg.ssl import engine
 from aslseg.ssl import predict as ssl_predict
 from aslseg.types import Prepared, Report
@@ -278,22 +278,33 @@ class Stages:
         ]
 
     def promoted(self, case: Prepared, details: dict[str, Any]) -> Promoted:
-        """A promoted case from its kept files.
+        """A promoted case from its kept files, memory-mapped: how much of it is held in memory, training decides.
 
         Args:
             case: The unlabelled case.
             details: ``sha256`` of its mask, ``disagreement``: of the map where both networks disagree.
         """
-        mask, disagreement = (
-            read_image(self.masks.path(details[k]), self.settings.max_voxels).array for k in ("sha256", "disagreement")
-        )
-        doubt = case.grid.to_working(disagreement)
-        weight = 1 - (1 - self.settings.disagreement_weight) * doubt
+        s = self.settings
+        inputs = {
+            **{k: details[k] for k in ("image", "sha256", "disagreement")},
+            "spacing": self.team.spacing,
+            "settings": [s.labels, s.nested, s.disagreement_weight],
+        }
+        folder = self.steps.folder("promoted", inputs)
+        # named by what they were made from, as whole_file's callers expect
+        label, weight = (folder / f"{folder.name}.{part}.npy" for part in ("label", "weight"))
+        if not (label.exists() and weight.exists()):
+            mask, disagreement = (
+                read_image(self.masks.path(details[k]), s.max_voxels).array for k in ("sha256", "disagreement")
+            )
+            doubt = case.grid.to_working(disagreement)
+            save_array(weight, (1 - (1 - s.disagreement_weight) * doubt).astype(np.float16))
+            save_array(label, case.grid.label_to_working(mask.astype(np.uint8), self.labels))
         learned = replace(
             case,
-            label=case.grid.label_to_working(mask.astype(np.uint8), self.labels),
-            weight=self.settings.promote_weight,
-            voxel_weight=weight.astype(np.float16),
+            label=np.load(label, mmap_mode="r"),
+            weight=s.promote_weight,
+            voxel_weight=np.load(weight, mmap_mode="r"),
         )
         return Promoted(learned, details["image"], details["sha256"], details["disagreement"])
 

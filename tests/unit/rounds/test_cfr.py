@@ -5,20 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from aslseg.cases.cache import arrays, held
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.masks import check, roll_back
 from aslseg.rounds.progress import read_progress
 from aslseg.rounds.run import run_round
 from aslseg.settings import Places
+from aslseg.ssl import engine
+from aslseg.types import Prepared
 from aslseg.weights import read_metadata
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
 
 @pytest.mark.usefixtures("plausible")
-def test_two_rounds_and_a_rollback(tmp_path: Path) -> None:
+def test_two_rounds_and_a_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     studies = tiny_studies(tmp_path)
+    train, learned = engine.train, []
+
+    def spied(labelled: list[Prepared], *rest: Any, **more: Any) -> dict[str, Any]:
+        learned.append(labelled)
+        return train(labelled, *rest, **more)
+
+    monkeypatch.setattr(engine, "train", spied)
     # a promotion that CFR ignores: it takes every scan
     settings = tiny_settings(tmp_path, recipe="cfr", sam_train="lora", promote_fraction=0.1, promote_threshold="1")
     places = Places(settings, studies)
@@ -29,6 +40,10 @@ def test_two_rounds_and_a_rollback(tmp_path: Path) -> None:
     waiting = ["phantom_003", "phantom_004", "phantom_005"]
     assert first["promoted"] == waiting
     assert sorted(first["agreement"]) == waiting
+    promoted = [c for c in learned[1] if c.voxel_weight is not None]
+    assert [c.id for c in promoted] == waiting
+    # so that memory_gb holds for them too
+    assert all(isinstance(a, np.memmap) for c in held(promoted, 0) for a in arrays(c).values())
     assert first["source"] == "canvas"
     assert set(first["validation"]) >= {"ssl", "canvas", "retrained", "published ssl"}
     after = label_hashes(studies)
