@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
 from aslseg.adaptation.network import AdaptationNetwork
@@ -16,6 +15,7 @@ from aslseg.settings import Settings
 from aslseg.ssl.augment import centre
 from aslseg.ssl.engine import choose_device
 from aslseg.ssl.networks import bfloat16_pays
+from aslseg.ssl.windows import plans, slabs
 from aslseg.weights import load_weights
 
 FOREGROUND = 0.3  # probability from which on a voxel of an input counts as something to look at
@@ -63,19 +63,12 @@ class AdapterModel:
             return out
         parts = [image[None, *box], sam_regions[:, *box], ssl_regions[:, *box]]
         inputs = np.nan_to_num(np.concatenate(parts).astype(np.float32), posinf=1, neginf=0).clip(0, 1)
-        x = torch.from_numpy(inputs)[None]
-        x[:, :1] = centre(x[:, :1])
-        logits = sliding_window_inference(
-            x,
-            tuple(self.metadata["patch"]),
-            1 if self.device.type == "cpu" else 4,
-            self._logits,
-            overlap=self.settings.overlap,
-            mode="gaussian",
-            sw_device=self.device,
-            device=torch.device("cpu"),
-        )
-        out[:, *box] = torch.sigmoid(logits[0]).numpy()
+        inputs[:1] = centre(torch.from_numpy(inputs[:1])).numpy()
+        i, j, k = self.metadata["patch"]
+        plan = next(plans(self.device, (i, j, k)))
+        refined = out[:, *box]
+        for where, logits in slabs(inputs, self._logits, len(out), plan, self.settings.overlap):
+            refined[:, *where] = torch.sigmoid(logits).cpu().numpy()
         return out
 
     def _box(self, *inputs: np.ndarray) -> tuple[slice, ...] | None:

@@ -95,8 +95,8 @@ def slabs(
     cross-section times a window's length.
 
     Args:
-        image: (i, j, k); shorter than a window it is surrounded by zeros.
-        network: Windows (B, 1, i, j, k) float32 on the plan's device to probabilities (B, classes, i, j, k).
+        image: (i, j, k), or (C, i, j, k); shorter than a window it is surrounded by zeros.
+        network: Windows (B, C, i, j, k) float32 on the plan's device to what is blended (B, classes, i, j, k).
         classes: Channels of the network's answer.
         plan: Window, batch and device.
         overlap: Part of a window that its neighbour shares.
@@ -107,8 +107,10 @@ def slabs(
         volume once.
     """
     window = plan.window
-    shape = [max(n, w) for n, w in zip(image.shape, window, strict=True)]
-    offset = [(n - m) // 2 for n, m in zip(shape, image.shape, strict=True)]
+    image = image if image.ndim == 4 else image[None]
+    size = image.shape[1:]
+    shape = [max(n, w) for n, w in zip(size, window, strict=True)]
+    offset = [(n - m) // 2 for n, m in zip(shape, size, strict=True)]
     places = [starts(n, w, overlap) for n, w in zip(shape, window, strict=True)]
     axis = int(np.argmax(shape))
     along, length, places[axis] = places[axis], window[axis], [0]
@@ -124,9 +126,9 @@ def slabs(
             part[-1:] += weights
         done = following - first
         # what lies outside the volume is left behind
-        thick = min(done, image.shape[axis])
-        kept = [slice(o, o + n) for o, n in zip(offset, image.shape, strict=True)]
-        where = [slice(0, n) for n in image.shape]
+        thick = min(done, size[axis])
+        kept = [slice(o, o + n) for o, n in zip(offset, size, strict=True)]
+        where = [slice(0, n) for n in size]
         kept[axis], where[axis] = slice(offset[axis], offset[axis] + thick), slice(first, first + thick)
         finished = total[:, *kept]
         yield (where[0], where[1], where[2]), finished[:-1] / finished[-1]
@@ -143,11 +145,12 @@ def _moved(total: Tensor, axis: int, by: int) -> Tensor:
 
 
 class _Windows:
-    """Windows through the network in even batches; of successive ones that hold a single value only the first."""
+    """Windows through the network in even batches; of successive ones that hold a single value (in each channel) only
+    the first."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], plan: Plan) -> None:
         self.network, self.plan = network, plan
-        self.value, self.found = math.nan, torch.empty(0)
+        self.value, self.found = np.empty(0), torch.empty(0)
 
     def predicted(
         self, image: np.ndarray, origin: list[int], corners: list[tuple[int, ...]]
@@ -156,11 +159,11 @@ class _Windows:
         busy = []
         for corner in corners:
             cut = self._cut(image, origin, corner)
-            value = float(cut.flat[0])
+            value = cut[:, :1, :1, :1]
             if not (cut == value).all():
                 busy.append(corner)
             else:
-                if value != self.value:
+                if not np.array_equal(value, self.value):
                     self.value, self.found = value, self._predict([cut])[0]
                 yield corner, self.found
         for share in np.array_split(np.arange(len(busy)), math.ceil(len(busy) / self.plan.batch)) if busy else ():
@@ -168,13 +171,13 @@ class _Windows:
             yield from zip(some, self._predict([self._cut(image, origin, c) for c in some]), strict=True)
 
     def _cut(self, image: np.ndarray, origin: list[int], corner: tuple[int, ...]) -> np.ndarray:
-        out = np.zeros(self.plan.window, np.float32)
+        out = np.zeros((len(image), *self.plan.window), np.float32)
         begin = [o + c for o, c in zip(origin, corner, strict=True)]
-        edges = list(zip(begin, self.plan.window, image.shape, strict=True))
-        inside = tuple(slice(max(b, 0), min(b + w, n)) for b, w, n in edges)
-        out[tuple(slice(s.start - b, s.stop - b) for s, b in zip(inside, begin, strict=True))] = image[inside]
+        edges = list(zip(begin, self.plan.window, image.shape[1:], strict=True))
+        inside = [slice(max(b, 0), min(b + w, n)) for b, w, n in edges]
+        out[:, *(slice(s.start - b, s.stop - b) for s, b in zip(inside, begin, strict=True))] = image[:, *inside]
         return out
 
     def _predict(self, cuts: list[np.ndarray]) -> Tensor:
         filled = cuts + cuts[:1] * (self.plan.least - len(cuts))
-        return self.network(torch.from_numpy(np.stack(filled))[:, None].to(self.plan.device))[: len(cuts)]
+        return self.network(torch.from_numpy(np.stack(filled)).to(self.plan.device))[: len(cuts)]
