@@ -1,8 +1,8 @@
-"""Run by torchrun in test_distributed.py: two trainings, process 0 leads, process 1 helps; each writes its weights."""
+"""Two trainings for test_distributed.py: process 0 leads, process 1 helps; each writes its weights."""
 
 from __future__ import annotations
 
-import sys
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,8 +55,11 @@ def train(folder: Path, name: str) -> None:
     engine.train(*cases(folder), settings(), folder / f"{name}.safetensors", iterations=STEPS, spacing=None)
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def take_part(folder: Path, rank: int, port: int) -> None:
+    """One of two processes, as torchrun starts them."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, **address}.items():
+        os.environ[name] = str(value)
     torch.set_num_threads(1)
     distributed.join(settings())
     if distributed.rank() == 0:
@@ -66,7 +69,3 @@ def main() -> None:
         return
     for name, trainer in zip(("fresh", "resumed"), helper.help_train(), strict=True):
         save_weights(folder / f"{name}-helper.safetensors", trainer.method.predictor.state_dict(), {"kind": "ssl"})
-
-
-if __name__ == "__main__":
-    main()
