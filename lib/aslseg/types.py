@@ -6,7 +6,7 @@ map holds 0 for background and 1..N in the order of the ``labels`` setting.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,14 +102,19 @@ class Labels:
             out[n] = best / np.maximum(best + rival, 1e-12)
         return out
 
-    def decode(self, regions: np.ndarray) -> np.ndarray:
+    def decode(self, regions: Iterable[np.ndarray]) -> np.ndarray:
         """Region probabilities or masks (N, ...) to a class map (...), uint8.
 
         A later (inner) label wins over an earlier one where both reach 0.5.
+
+        Args:
+            regions: One for each label; looked at one after the other, so that large ones need not exist at once.
         """
-        out = np.zeros(regions.shape[1:], np.uint8)
-        for n in range(len(self)):
-            out[regions[n] >= 0.5] = n + 1
+        out: np.ndarray | None = None
+        for value, region in zip(self.values.values(), regions, strict=True):
+            out = np.zeros(region.shape, np.uint8) if out is None else out
+            out[region >= 0.5] = value
+        assert out is not None  # noqa: S101 - there is at least one label
         return out
 
 

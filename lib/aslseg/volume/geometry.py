@@ -65,8 +65,8 @@ class Grid:
         canonical = nib.orientations.apply_orientation(class_map, _orientation(self.affine))
         if self.shape == self.canonical_shape:
             return np.ascontiguousarray(canonical, np.uint8)
-        regions = labels.regions(canonical)
-        return labels.decode(np.stack([_resize(r.astype(np.float32), self.shape) for r in regions]))
+        masks = (np.isin(canonical, labels.members(n)) for n in range(len(labels)))
+        return labels.decode(_resize(mask.astype(np.float32), self.shape) for mask in masks)
 
     def to_native(self, array: np.ndarray) -> np.ndarray:
         """A float array on the working grid back to the scan's grid, trilinear."""
@@ -76,7 +76,7 @@ class Grid:
 
     def regions_to_native(self, regions: np.ndarray, labels: Labels) -> np.ndarray:
         """Region probabilities (N, i, j, k) on the working grid to a class map on the scan's grid, uint8."""
-        return labels.decode(np.stack([self.to_native(r) for r in regions]))
+        return labels.decode(self.to_native(region) for region in regions)
 
     def label_to_native(self, class_map: np.ndarray, labels: Labels) -> np.ndarray:
         """A class map on the working grid to the scan's grid, uint8."""

@@ -1,3 +1,4 @@
+import tracemalloc
 from itertools import permutations, product
 
 import nibabel as nib
@@ -50,6 +51,22 @@ def test_all_48_orientations_there_and_back_exactly(orientation, turn):
     native_label = stored(label, orientation, turn).array
     assert np.array_equal(grid.label_to_working(native_label, LABELS), label)
     assert np.array_equal(grid.label_to_native(label, LABELS), native_label)
+
+
+def test_many_regions_of_a_large_scan_are_brought_back_one_by_one():
+    labels = Labels.parse(",".join(f"l{n}" for n in range(12)))
+    volume = stored(np.zeros((64, 64, 40), np.float32), ORIENTATIONS[-1])
+    grid = Grid.of(volume, (3.2, 6.0, 8.0))
+    regions = np.random.default_rng(0).random((12, *grid.shape), np.float32)
+    tracemalloc.start()
+    found = grid.regions_to_native(regions, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * volume.array.nbytes
+    expected = np.zeros(found.shape, np.uint8)
+    for n, region in enumerate(regions):
+        expected[grid.to_native(region) >= 0.5] = n + 1
+    assert np.array_equal(found, expected)
 
 
 def test_working_spacing_runs_along_ras_axes():
