@@ -171,11 +171,14 @@ def bench_prediction(arguments: argparse.Namespace) -> dict[str, Any]:
     classes = len(model.metadata["labels"]) + 1
 
     def monai(**options: Any) -> Callable[[int], None]:
-        run = SlidingWindowInferer(patch, sw_device=device, device="cpu", padding_mode="constant", cval=-2.0, **options)
+        # blended where it is predicted, as ours
+        run = SlidingWindowInferer(
+            patch, sw_device=device, device=device, padding_mode="constant", cval=-2.0, **options
+        )
 
         def work(turn: int) -> None:
             with torch.no_grad():
-                found[work] = run(x, lambda w: network(w)[:, :classes].softmax(1))[0].argmax(0).numpy()
+                found[work] = run(x, lambda w: network(w)[:, :classes].softmax(1))[0].cpu().numpy().argmax(0)
 
         return work
 
