@@ -131,6 +131,12 @@ class Settings(BaseSettings):
     click_seconds: float = _setting(
         0.1, "The same for every further click, whose earlier mask is there", unit="s", ge=0
     )
+    run_seconds: float = _setting(
+        5.0,
+        "The same for OHIF, where Run is pressed after the clicks and nothing says that the object grows",
+        unit="s",
+        ge=0,
+    )
     grow_iou: float = _setting(0.5, "Growing to the next slice stops where SAM predicts less", unit="IoU", ge=0, le=1)
     grow_overlap: float = _setting(0.3, "Or the mask overlaps less with the one before", unit="Dice", ge=0, le=1)
     grow_area: float = _setting(2.0, "Or its area is more than this many times the one before", gt=1)
@@ -300,7 +306,7 @@ GROUPS = {
         "spacing",
     }
     | {"max_working_voxels", "max_voxels"},
-    "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "prefetch_slices"}
+    "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "run_seconds", "prefetch_slices"}
     | {n for n in Settings.model_fields if n.startswith(("grow_", "embed"))},
     "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "memory_gb", "tracking"}
     | {"sam_checkpoint", "sam_base"},

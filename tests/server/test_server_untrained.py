@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import monailabel
 import nibabel as nib
 import numpy as np
 import requests
 
+from aslseg.serving.viewer import MARK
 from aslseg.types import Labels, Volume
 from aslseg.volume.io import read_label
 
@@ -96,6 +98,11 @@ def test_status_page(untrained: Any) -> None:
 
 def test_ohif_and_its_settings_are_served(untrained: Any) -> None:
     assert "<html" in requests.get(f"{untrained.url}/ohif/", timeout=60).text.lower()
+    folder = Path(monailabel.__file__).parent / "endpoints" / "static" / "ohif"
+    bundle = next(f for f in folder.glob("*.js") if MARK.encode() in f.read_bytes())
+    answer = requests.get(f"{untrained.url}/ohif/{bundle.name}", timeout=60)
+    assert answer.headers["content-type"].startswith("text/javascript")
+    assert "params['label'] = currentLabel" in answer.text
 
 
 def test_reload_leaves_the_server_whole(untrained: Any) -> None:

@@ -79,7 +79,7 @@ class Clicks:
         """
         return self.draw(prompt).volume()
 
-    def draw(self, prompt: ClientPrompt, hurry: bool = False) -> Answer:
+    def draw(self, prompt: ClientPrompt, hurry: bool = False, least: float = 0.0) -> Answer:
         """The object, or in a hurry as much of it as is drawn in time; its ``advance`` goes on.
 
         Slices with clicks are drawn from these (and the box), whatever time it takes; with a box alone, its middle
@@ -90,6 +90,7 @@ class Clicks:
         Args:
             prompt: Clicks and box in voxels of the image.
             hurry: Growing ends after ``first_click_seconds``, or ``click_seconds`` where an earlier answer is built on.
+            least: Seconds that it has in any case.
         """
         start = time.perf_counter()
         with self._lock:
@@ -105,7 +106,7 @@ class Clicks:
                 other.stopped = True
             current.stopped = False
             self._answers.append(current)
-        seconds = self.settings.click_seconds if current.earlier else self.settings.first_click_seconds
+        seconds = max(self.settings.click_seconds if current.earlier else self.settings.first_click_seconds, least)
         while not current.done and not (hurry and time.perf_counter() - start + current.next_takes() > seconds):
             current.advance()
         return current

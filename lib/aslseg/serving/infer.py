@@ -67,7 +67,7 @@ class MaskTask(InferTask):
                 "`aslseg round`) first. Model 'sam' works meanwhile"
             )
         class_map, affine, more = self.mask(Path(request["image"]), request, times)
-        class_map = _chosen(class_map, request.get("label_prompt"), self.scans.models.settings.label_set)
+        class_map = self.shown(class_map, request)
         written = time.perf_counter()
         path = write_result(
             class_map,
@@ -84,6 +84,10 @@ class MaskTask(InferTask):
             **more,
         }
         return str(path), result
+
+    def shown(self, class_map: np.ndarray, request: Mapping[str, Any]) -> np.ndarray:
+        """What the client asked to see of a class map (i, j, k), uint8."""
+        return _chosen(class_map, request.get("label_prompt"), self.scans.models.settings.label_set)
 
     def result_labels(self, request: Mapping[str, Any]) -> dict[str, int]:
         """Names of the values in the mask, contiguous from 1."""

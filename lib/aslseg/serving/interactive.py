@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from aslseg.serving.cascade import Scans
 from aslseg.serving.infer import MaskTask
 from aslseg.serving.models import Models
 from aslseg.serving.pictures import Opened, Pictures, file_key
+from aslseg.serving.refusals import RefusedError
 from aslseg.volume.io import read_image
 
 if TYPE_CHECKING:
@@ -150,9 +152,35 @@ class ClickTask(MaskTask):
         models = self.scans.models
         return models.published("sam") is not None or base_path(models.settings).is_file()
 
+    def shown(self, class_map: np.ndarray, request: Mapping[str, Any]) -> np.ndarray:
+        """All of it: there is one object, whatever its label."""
+        return class_map
+
     def result_labels(self, request: Mapping[str, Any]) -> dict[str, int]:
         """The one object, under the name that the client gave."""
-        return {str(request.get("label") or next(iter(self.scans.models.settings.label_set.values))): 1}
+        return {self._label(request) or self.scans.models.settings.label_set.names[0]: 1}
+
+    def _label(self, request: Mapping[str, Any]) -> str | None:
+        """The label that is clicked: by its name, or as vista3d's class prompt."""
+        if request.get("label"):
+            return str(request["label"])
+        names, classes = self.scans.models.settings.label_set.names, request.get("label_prompt") or [0]
+        return names[int(classes[0]) - 1] if 1 <= int(classes[0]) <= len(names) else None
+
+    def _prompt(self, request: Mapping[str, Any], shape: tuple[int, int, int]) -> ClientPrompt:
+        """A client's prompt with its label.
+
+        Raises:
+            BadPromptError: As :func:`aslseg.prompts.from_client.parse`.
+            RefusedError: The same clicks are foreground and background.
+        """
+        prompt = replace(parse(request, shape), label=self._label(request))
+        if len(prompt.foreground) and np.array_equal(prompt.foreground, prompt.background):
+            raise RefusedError(
+                "the same clicks came as foreground and as background; in OHIF choose the object's row again (not "
+                "background) before Run"
+            )
+        return prompt
 
     def mask(
         self, path: Path, request: Mapping[str, Any], times: dict[str, float]
@@ -162,7 +190,7 @@ class ClickTask(MaskTask):
             start = time.perf_counter()
             opened = self.desk.pictures.open(path, native=self.dimension == 2)
             times["pre"] = time.perf_counter() - start
-            prompt = parse(request, opened.turn.shape)
+            prompt = self._prompt(request, opened.turn.shape)
             if prompt.empty:
                 return self._automatic(path, opened, prompt, times)
             return self._clicked(path, opened, prompt, request, times)
@@ -171,9 +199,10 @@ class ClickTask(MaskTask):
         self, path: Path, opened: Opened, prompt: ClientPrompt, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         native = np.zeros(opened.turn.shape, np.uint8, order="F")
-        if self.scans.models.published("ssl") is not None:
+        index = self._index(prompt)
+        if index is not None and self.scans.models.published("ssl") is not None:
             scan = self.scans.open(path, times)
-            found = self.scans.stage(scan, "sam", times)[self._index(prompt)]
+            found = self.scans.stage(scan, "sam", times)[index]
             native = (scan.grid.to_native(found) >= 0.5).astype(np.uint8)
         source = "automatic mask" if native.any() else "nothing clicked"
         return native, opened.affine, {"source": source, "notes": list(prompt.notes)}
@@ -202,7 +231,9 @@ class ClickTask(MaskTask):
                 if not once:
                     self.desk.prefetch(clicks, k)
         else:
-            answer = clicks.draw(asked, hurry=not (once or request.get("whole")))
+            # only OHIF sends this key: its annotators press Run when they want to see something, not at every click
+            least = self.scans.models.settings.run_seconds if "restore_label_idx" in request else 0.0
+            answer = clicks.draw(asked, hurry=not (once or request.get("whole")), least=least)
             more["growing"] = not answer.done
             for k in answer.slices():
                 shown = answer.shown(k)
@@ -245,6 +276,9 @@ class ClickTask(MaskTask):
 
         return name, region
 
-    def _index(self, prompt: ClientPrompt) -> int:
+    def _index(self, prompt: ClientPrompt) -> int | None:
+        """The label that is asked for; None where it could be any of several."""
         names = self.scans.models.settings.label_set.names
-        return names.index(prompt.label) if prompt.label in names else 0
+        if prompt.label in names:
+            return names.index(prompt.label)
+        return 0 if len(names) == 1 else None

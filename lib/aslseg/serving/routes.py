@@ -28,6 +28,7 @@ from aslseg.review.status import collect
 from aslseg.serving.infer import SessionUpload, Upload
 from aslseg.serving.params import clean, parse
 from aslseg.serving.refusals import RefusedError, safe_name, status_of
+from aslseg.serving.viewer import mended
 from aslseg.serving.wire import gzipped_bytes
 from aslseg.volume.io import IMAGE_EXTENSIONS, extension
 
@@ -51,7 +52,7 @@ def install(host: FastAPI, app: ServedApp) -> None:
     _inference(router, app)
     _labels(router, app)
     _training(router, app)
-    _viewer(router)
+    _viewer(router, app)
     _pages(router, app)
     before = len(host.router.routes)
     host.include_router(router)
@@ -267,7 +268,7 @@ def _training(router: APIRouter, app: ServedApp) -> None:
         raise RefusedError("models are published by rounds only; roll back with `aslseg ledger rollback`", 403)
 
 
-def _viewer(router: APIRouter) -> None:
+def _viewer(router: APIRouter, app: ServedApp) -> None:
     folder = Path(ohif.__file__).parent / "static" / "ohif"
 
     @router.get("/ohif/{path:path}", include_in_schema=False)
@@ -275,7 +276,10 @@ def _viewer(router: APIRouter) -> None:
         """OHIF's files; MONAI Label's own route loses those in sub-folders and leaves OHIF to guess port 8000."""
         file = (folder / path).resolve()
         if path and file.is_file() and file.is_relative_to(folder):
-            return FileResponse(file)
+            text = mended(file, app.settings.label_set)
+            if text is None:
+                return FileResponse(file)
+            return Response(text.encode("utf-8", "surrogateescape"), media_type="text/javascript")
         page = FileResponse(folder / "index.html")
         here = str(request.base_url)
         if "MONAILABEL_SERVER_URL" not in request.cookies and ADDRESS.fullmatch(here):

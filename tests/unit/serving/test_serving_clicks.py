@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -18,7 +19,10 @@ from aslseg.serving.cascade import Scans
 from aslseg.serving.infer import SessionUpload, Upload, answer
 from aslseg.serving.interactive import ClickTask, Desk
 from aslseg.serving.models import Models
+from aslseg.serving.refusals import RefusedError
 from aslseg.settings import Places, Settings
+from aslseg.volume.geometry import Grid
+from aslseg.volume.io import read_image
 from seeing_sam import Sees
 
 TINY = Architecture(64, 8, 32, 1, 2, 4, (0,), 32, 64, 4)
@@ -121,3 +125,48 @@ def test_ten_thousand_different_clicks_again_and_again(served: Served, tmp_path:
         spent.append(time.process_time() - begun)
         assert mask[0, 0, 10] == 1
     assert max(spent) < 5
+
+
+def test_run_in_ohif_waits_for_the_object(served: Served, tmp_path: Path) -> None:
+    """The key that only OHIF sends."""
+    ball(tmp_path / "scan.nii")
+    mask, told = served.ask("scan", restore_label_idx=False)
+    assert told["growing"] is False
+    assert mask.any((0, 1)).sum() == 15
+
+
+def test_the_same_clicks_inside_and_outside_are_refused(served: Served, tmp_path: Path) -> None:
+    """What OHIF sends when Run is pressed while `background` is chosen."""
+    ball(tmp_path / "scan.nii")
+    with pytest.raises(RefusedError, match="choose the object's row"):
+        served.ask("scan", background=[MIDDLE])
+
+
+def test_vista3d_clicks_are_for_their_class_and_are_not_hidden_by_it(served: Served, tmp_path: Path) -> None:
+    ball(tmp_path / "scan.nii")
+    request = {"foreground": None, "points": [MIDDLE], "point_labels": [1], "label_prompt": [2], "whole": True}
+    mask, told = served.ask("scan", **request)
+    assert told["label_names"] == {"tumour": 1}
+    assert mask[tuple(MIDDLE)] == 1
+
+
+@pytest.mark.parametrize(("labels", "asked"), [("liver,tumour", []), ("atrium", [0])])
+def test_without_clicks_and_label_nobody_guesses_which_of_several(
+    labels: str, asked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid.of(read_image(ball(tmp_path / "scan.nii")), None)
+    served, stages = Served(tmp_path, labels=labels, nested=""), []
+
+    class Found:
+        def __getitem__(self, index: int) -> np.ndarray:
+            stages.append(index)
+            return np.ones(SHAPE, np.float32)
+
+    monkeypatch.setattr(served.models, "published", lambda kind: kind)
+    monkeypatch.setattr(served.models, "hashes", dict)
+    monkeypatch.setattr(served.tasks["sam"].scans, "open", lambda *_: SimpleNamespace(grid=grid))
+    monkeypatch.setattr(served.tasks["sam"].scans, "stage", lambda *_: Found())
+    mask, told = served.ask("scan", foreground=[])
+    assert stages == asked
+    assert told["source"] == ("automatic mask" if asked else "nothing clicked")
+    assert mask.any() == bool(asked)
