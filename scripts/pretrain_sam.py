@@ -260,7 +260,7 @@ def earlier_runs(weights: Path) -> list[dict]:
 
 
 def write_manifest(out: Path, runs: list[dict], measured: dict[str, float]) -> None:
-    """``manifest.json`` beside the weights: what they are and how they were made."""
+    """The weights' entry in the ``manifest.json`` beside them: what they are and how they were made."""
     content = {
         "sha256": sha256(out),
         "bytes": out.stat().st_size,
@@ -271,7 +271,9 @@ def write_manifest(out: Path, runs: list[dict], measured: dict[str, float]) -> N
         "runs": runs,
         "held_out_dice": measured,
     }
-    write_json(out.with_name("manifest.json"), {out.name: content})
+    path = out.with_name("manifest.json")
+    others = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, {**others, out.name: content})
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ Errors = Callable[[Prepared, np.random.Generator], np.ndarray]
 OBJECTS_PER_SLICE = 3
 FAULTS_PER_CASE, MOST_FAULTS = 3, 24
 FAULTY_PART = 0.5  # of the slices of cases with faults take them; the others' faulty prompts are made in 2-D
-# half of the first prompts are jittered true boxes (science.md, section 1.2), the others what an SSL mask would give
-KINDS = {"box": 0.4, "point": 0.1, "faulty+box+point": 0.3, "faulty+box": 0.15, "faulty": 0.05}
+# jittered true boxes (science.md, section 1.2), points as annotators begin with, and what an SSL mask would give
+KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.25, "faulty+box": 0.1, "faulty": 0.05}
+POINT_CORRECTIONS = 2  # rounds of clicks after a point, which needs them more than a box or a mask
 
 
 @dataclass(frozen=True)
@@ -285,8 +286,9 @@ class _Tuner:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.bf16):
             embeddings, targets, faulty = self._batch(rng)
             kind = draw_kind(generator, KINDS)
+            corrections = POINT_CORRECTIONS if kind == "point" else 1
             loss, dice = interaction_loss(
-                self.model, embeddings, targets, kind, generator, faulty=faulty.cpu(), mask_alone=True
+                self.model, embeddings, targets, kind, generator, corrections, faulty.cpu(), mask_alone=True
             )
         rate = s.sam_learning_rate * _schedule(number, s.sam_iterations)
         update(loss, self.trained, self.optimiser, rate, number)

@@ -7,7 +7,7 @@ the previous answer, with that answer as mask prompt.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +141,8 @@ def first_prompts(
     count = target.shape[0]
     none = torch.zeros(count, 0, 2), torch.zeros(count, 0)
     if kind == "point":
-        n = int(torch.randint(1, 4, (1,), generator=generator))
+        # mostly a lone one: it is what an annotator begins with, and the only prompt with three answers
+        n = max(1, int(torch.randint(-2, 4, (1,), generator=generator)))
         return Prompts(random_pixels(target, n, scale, generator), torch.ones(count, n))
     if kind == "box":
         tight = boxes_of(target, scale)
@@ -210,7 +211,9 @@ def interaction_loss(
 ) -> tuple[Tensor, float]:
     """Loss over a first prompt and ``corrections`` rounds of clicks, and the mean Dice of the last answer.
 
-    SAM-Med2D takes an optimiser step after each answer and encodes once; here the losses of one image are added up.
+    SAM-Med2D takes an optimiser step after each answer and encodes once; here the losses of one image are added up. The
+    mask prompt of later rounds is the previous answer or, as often, the first: the click tasks use that one
+    (:meth:`aslseg.sam.interactive.Clicks.clicked`), because it does not depend on the order of the clicks.
 
     Args:
         model: SAM in training.
@@ -227,6 +230,7 @@ def interaction_loss(
     prompts = first_prompts(mask, kind, scale, generator, faulty)
     rounds = 1 + corrections + mask_alone
     total = embeddings.new_zeros((), dtype=torch.float32)
+    first: Tensor | None = None
     for step in range(rounds):
         logits, iou = _moved(prompts, model.device).decode(model, embeddings)
         logits = logits.float()
@@ -235,6 +239,9 @@ def interaction_loss(
         answer = torch.sigmoid(logits.detach()[torch.arange(len(best)), best]).cpu()
         if step < corrections:
             prompts = corrected(prompts, answer, mask, scale, generator)
+            if first is not None and torch.rand(1, generator=generator) < 0.5:
+                prompts = replace(prompts, probability=first)
+            first = answer if first is None else first
         else:
             prompts = Prompts(prompts.points[:, :0], prompts.point_labels[:, :0], probability=answer)
     got = answer > 0.5
