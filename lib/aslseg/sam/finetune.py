@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from ignite.engine import Engine, Events
 from scipy import ndimage
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ FAULTS_PER_CASE, MOST_FAULTS = 3, 24
 FAULTY_PART = 0.5  # of the slices of cases with faults take them; the others' faulty prompts are made in 2-D
 # jittered true boxes (science.md, section 1.2), points as annotators begin with, and what an SSL mask would give
 KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.25, "faulty+box": 0.1, "faulty": 0.05}
+ROTATION, SCALE, SHIFT = math.radians(15), 0.2, 0.1  # of training slices; the shift in parts of half an edge
 POINT_CORRECTIONS = 2  # rounds of clicks after a point, which needs them more than a box or a mask
 
 
@@ -131,8 +133,8 @@ def train(
 
     Prompt encoder and mask decoder are always trained. Of the image encoder ``sam_train`` trains everything (``full``),
     SAM-Med2D's adapters (``adapter``; added where the file has none), LoRA (``lora``, merged into the weights that are
-    saved), or nothing (``decoder``: each slice is then encoded once). All but ``decoder`` see flipped slices of varied
-    contrast.
+    saved), or nothing (``decoder``: each slice is then encoded once). All but ``decoder`` see flipped, turned,
+    scaled and moved slices of varied contrast.
 
     Args:
         labelled: Human-labelled cases on the working grid; cases without a label are passed over.
@@ -315,12 +317,26 @@ class _Tuner:
 
 
 def _augmented(image: np.ndarray, maps: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A slice (i, j) and maps on it (..., i, j), both flipped, the slice with another gamma and contrast."""
-    for axis in (-2, -1):
-        if rng.random() < 0.5:
-            image, maps = np.flip(image, axis), np.flip(maps, axis)
-    image = np.clip(image, 0, 1) ** rng.uniform(0.8, 1.25) * rng.uniform(0.9, 1.1) + rng.uniform(-0.05, 0.05)
-    return np.clip(image, 0, 1).astype(np.float32), np.ascontiguousarray(maps)
+    """A slice (i, j) and maps on it (2, n, i, j), objects first: flipped, turned, scaled and moved alike.
+
+    The slice also gets another gamma and contrast. A warp by which an object would leave the slice is left out.
+    """
+    stack = torch.from_numpy(np.concatenate([image[None], maps.reshape(-1, *image.shape)]).astype(np.float32))
+    flipped = [axis for axis in (1, 2) if rng.random() < 0.5]
+    stack = stack.flip(flipped)
+    turn, scale = rng.uniform(-ROTATION, ROTATION), rng.uniform(1 - SCALE, 1 + SCALE)
+    ratio = image.shape[0] / image.shape[1]
+    cos, sin = scale * math.cos(turn), scale * math.sin(turn)
+    move = rng.uniform(-SHIFT, SHIFT, 2)
+    theta = torch.tensor([[[cos, -sin * ratio, move[0]], [sin / ratio, cos, move[1]]]], dtype=torch.float32)
+    grid = F.affine_grid(theta, [1, *stack.shape], align_corners=False)
+    warped = F.grid_sample(stack[None], grid, align_corners=False)[0]
+    objects = slice(1, 1 + maps.shape[1])
+    if (warped[objects] > 0.5).flatten(1).any(1).all():
+        stack = warped
+    out = stack.numpy()
+    image = np.clip(out[0], 0, 1) ** rng.uniform(0.8, 1.25) * rng.uniform(0.9, 1.1) + rng.uniform(-0.05, 0.05)
+    return np.clip(image, 0, 1).astype(np.float32), out[1:].reshape(maps.shape)
 
 
 def _schedule(step: int, steps: int) -> float:
