@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -378,7 +379,7 @@ def main() -> int:
     except (AslsegError, OSError) as error:
         logger.error("%s", error)
         return 1
-    print(table(result["rows"]))
+    sys.stdout.write(table(result["rows"]) + "\n")
     return 0
 
 
