@@ -7,6 +7,7 @@ CPU version: scans averaged 2 x 2 x 2, patches of 64 x 64 x 32 (half of the prot
 needs), stride 9/9/2, 8 filters, scored at half resolution.
 
     python scripts/bench_la.py --scale half --labelled 8 --method bcp --held-out 16 --out work/bench/bcp8
+    python scripts/bench_la.py --scale half --method bcp_mt --init work/bench/sup8/model.pt --out work/bench/more8
     python scripts/bench_la.py --evaluate work/bench/bcp8/model.pt --images DIR --labels DIR
 
 Training writes model.pt, result.json and log.txt into --out; --evaluate writes a result.json there, if --out is given.
@@ -42,7 +43,7 @@ from aslseg.types import Labels, Prepared, Volume
 from aslseg.volume.geometry import Grid
 from aslseg.volume.intensity import normalise
 from aslseg.volume.io import case_id, extension, read_image
-from aslseg.weights import atomic_file, load_weights, write_json
+from aslseg.weights import atomic_file, load_weights, save_weights, sha256, write_json
 from realdata_la import half, half_affine
 
 logger = logging.getLogger("bench_la")
@@ -207,12 +208,16 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     out: Path = arguments.out
     weights = out / "model.safetensors"
     began = time.monotonic()
-    trained = engine.train(labelled, unlabelled, settings, weights, iterations=iterations, spacing=None, report=_log)
+    init = arguments.init and start(arguments.init, out / "init.safetensors")
+    trained = engine.train(
+        labelled, unlabelled, settings, weights, iterations=iterations, spacing=None, init=init, report=_log
+    )
     minutes = (time.monotonic() - began) / 60
     state, metadata = load_weights(weights, "ssl")
     metadata |= {"scale": arguments.scale, "stride": list(scale["stride"])}
     save_model(out / "model.pt", state, metadata, arguments.half_precision)
-    weights.unlink()
+    for done in (weights, *([init] if init else [])):
+        done.unlink()
     network, metadata = load_model(out / "model.pt", engine.choose_device(settings))
     result = {
         "protocol": __doc__.split("\n\n")[1],
@@ -222,6 +227,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         "unlabelled": len(free),
         "conf": conf,
         "iterations": iterations,
+        "init": sha256(arguments.init) if arguments.init else None,
         "train_minutes": minutes,
         "seconds_per_step": trained["seconds"] / max(trained["steps"], 1),
         "threads": torch.get_num_threads(),
@@ -232,6 +238,13 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             network, [read_case(images[n], labels[n], arguments.scale, settings) for n in held], metadata
         )
     return result
+
+
+def start(model: Path, weights: Path) -> Path:
+    """The model to start from as the engine reads it, at ``weights``."""
+    network, metadata = load_model(model, torch.device("cpu"))
+    save_weights(weights, network.state_dict(), metadata)
+    return weights
 
 
 def evaluate_folder(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -265,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--labelled", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=0, help="the last so many of the list are only scored on")
     parser.add_argument("--iterations", type=int, help="default: 6000 (full), 1000 (half)")
+    parser.add_argument("--init", type=Path, metavar="MODEL", help="start from this model instead of random weights")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")

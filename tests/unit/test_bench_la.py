@@ -73,6 +73,19 @@ def test_trains_writes_everything_and_evaluate_repeats_the_scores(bench, atria, 
     assert again["cases"] == result["cases"]
 
 
+def test_goes_on_from_a_model(bench, atria, monkeypatch):
+    folders = ("--images", atria / "images", "--labels", atria / "labels", "--scale", "half", "--threads", 1)
+    small = ("--conf", "patch=32,32,16", "--labelled", 2, "--conf", "learning_rate=1e-9")
+    first, then = atria / "first", atria / "then"
+    assert run(bench, monkeypatch, *folders, *small, "--iterations", 2, "--method", "supervised", "--out", first) == 0
+    more = ("--iterations", 1, "--method", "bcp_mt", "--init", first / "model.pt", "--out", then)
+    assert run(bench, monkeypatch, *folders, *small, *more) == 0
+    assert json.loads((then / "result.json").read_text())["init"] == sha256(first / "model.pt")
+    one, other = (torch.load(f / "model.pt", weights_only=True)["state"] for f in (first, then))
+    assert all(torch.allclose(one[k], other[k], atol=1e-5) for k in one if k.endswith("weight"))
+    assert sorted(p.name for p in then.iterdir()) == ["log.txt", "model.pt", "result.json"]
+
+
 def test_windows_are_the_unweighted_mean_over_the_protocols_positions(bench):
     class Voxelwise(nn.Module):
         """Class 1 where the window's own mean lies below the voxel: depends on the window, so positions matter."""
