@@ -79,7 +79,7 @@ class Annotator:
         """On the picture, x pixels to the right and y below the axial viewport's middle."""
         box = self.axial
         self.page.mouse.click(box["x"] + box["width"] / 2 + x, box["y"] + box["height"] / 2 + y)
-        self.page.wait_for_timeout(300)
+        self.page.wait_for_timeout(2000)  # OHIF waits for a second click, which would make it a double click
 
     def run(self) -> tuple[dict[str, Any], np.ndarray]:
         """Press Run: what OHIF wrote, and the voxels that it got."""
@@ -125,6 +125,7 @@ def test_clicks_in_ohif(annotator: Annotator, orthanc: Any) -> None:
     asked, mask = annotator.run()
     (first,) = asked["foreground"]
     k = first[2]
+    assert asked["label"] == "liver"
     assert asked["background"] == []
     assert liver[tuple(first)]
     assert mask[tuple(first)] == 1
@@ -180,3 +181,12 @@ def test_clicks_in_ohif(annotator: Annotator, orthanc: Any) -> None:
     assert asked["foreground"] == [first]
     assert np.flatnonzero(mask.any((0, 1))).tolist() == [k]
     assert mask[tuple(first)] == 1
+    before = len(annotator.shown(lambda p: len(p) > nothing + 1000))
+
+    # a tumour inside the liver that is there: it takes the liver's place on the screen
+    annotator.choose("tumour")
+    annotator.click(-20, 0)
+    asked, mask = annotator.run()
+    assert asked["label"] == "tumour"
+    assert mask[tuple(first)] == 1
+    assert len(annotator.shown(lambda p: len(p) < before / 2)) < before / 2

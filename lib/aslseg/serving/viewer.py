@@ -30,6 +30,11 @@ MENDS = (
         "a 2-D model asked without a point does not stop the panel",
     ),
     (
+        "const annotations = clickPoints[label][uid]['ProbeMONAILabel'];",
+        "const annotations = clickPoints[label][uid]['ProbeMONAILabel'] || [];",
+        "a row without points is a row without points",
+    ),
+    (
         "await this.props.onClick(model);",
         "try { await this.props.onClick(model); } catch (e) { console.error(e); }",
         "Run can be pressed again after an error",
