@@ -68,8 +68,8 @@ def make_tiny(promote: bool = True) -> None:
 
 
 def label_hashes(studies: Path) -> dict[str, str]:
-    """``tag/file`` to hash, of every label there is."""
-    files = sorted((studies / "labels").rglob("*.nii.gz"))
+    """``tag/file`` to hash, of every label there is; as everywhere, a hidden file (a killed write's) is none."""
+    files = sorted(f for f in (studies / "labels").rglob("*.nii.gz") if not f.name.startswith("."))
     return {str(f.relative_to(studies / "labels")): sha256(f) for f in files}
 
 
