@@ -1,11 +1,25 @@
-"""A SAM that needs no training: it sees what is bright."""
+"""SAMs for tests: the architecture of a tiny one, and one that needs no training because it sees what is bright."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from aslseg.sam.architecture import Architecture
 from aslseg.sam.build import SAMModel
+
+TINY = Architecture(
+    image_size=64,
+    patch_size=8,
+    embed_dim=32,
+    depth=2,
+    heads=2,
+    window=4,
+    global_blocks=(1,),
+    out_chans=32,
+    mlp_dim=64,
+    decoder_heads=4,
+)
 
 
 class Sees(SAMModel):

@@ -12,23 +12,13 @@ import pytest
 import torch
 
 from aslseg.errors import NotEnoughCasesError
-from aslseg.sam.architecture import Architecture, build
+from aslseg.sam.architecture import build
 from aslseg.types import Volume
 from aslseg.volume.io import write_image, write_label
 from aslseg.weights import save_weights
+from seeing_sam import TINY
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-TINY = Architecture(
-    image_size=64,
-    embed_dim=32,
-    depth=2,
-    heads=2,
-    window=4,
-    global_blocks=(1,),
-    out_chans=32,
-    mlp_dim=64,
-    decoder_heads=4,
-)
 
 
 @pytest.fixture

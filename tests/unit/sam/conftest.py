@@ -9,25 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from aslseg.sam.architecture import Architecture, build
+from aslseg.sam.architecture import build
 from aslseg.sam.build import SAMModel
 from aslseg.settings import Settings
 from aslseg.types import Prepared, Volume
 from aslseg.volume.geometry import Grid
 from aslseg.weights import save_weights
-
-TINY = Architecture(
-    image_size=64,
-    patch_size=8,
-    embed_dim=32,
-    depth=2,
-    heads=2,
-    window=4,
-    global_blocks=(1,),
-    out_chans=32,
-    mlp_dim=64,
-    decoder_heads=4,
-)
+from seeing_sam import TINY
 
 
 @pytest.fixture(autouse=True, scope="session")
