@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from aslseg.errors import BadWeightsError
 from aslseg.sam import checkpoints
 from aslseg.sam.architecture import Architecture, build
+from aslseg.sam.turns import give_way
 from aslseg.settings import APP_DIR, Settings
 from aslseg.ssl.engine import choose_device
 from aslseg.ssl.networks import bfloat16_pays
@@ -59,6 +60,8 @@ class SAMModel:
         self.bf16 = bfloat16_pays(self.device)
         for end in (sam.image_encoder.patch_embed, sam.image_encoder.neck):
             _in_single_precision(end)
+        for block in sam.image_encoder.blocks:
+            block.register_forward_pre_hook(_give_way)
 
     @property
     def image_size(self) -> int:
@@ -159,6 +162,10 @@ def _in_single_precision(module: nn.Module) -> None:
     (docs/results.md).
     """
     module.forward = MethodType(_without_autocast, module)
+
+
+def _give_way(_: nn.Module, __: tuple[Tensor, ...]) -> None:
+    give_way()
 
 
 def _without_autocast(self: nn.Module, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from aslseg.sam.build import SAMModel
 from aslseg.sam.predict import encode
 from aslseg.sam.store import EmbeddingStore
+from aslseg.sam.turns import awaiting
 
 LIMIT_BYTES = 500_000_000
 
@@ -88,7 +90,8 @@ class EmbeddingCache:
                     mine[name] = n
                     self._coming[name] = Future()
         found |= self._fetch(model, mine, pixels)
-        found |= {name: future.result() for name, future in theirs.items()}
+        with awaiting() if theirs else nullcontext():
+            found |= {name: future.result() for name, future in theirs.items()}
         return torch.stack([found[name].to(model.device, torch.float32) for name in names])
 
     def has(self, key: Hashable, k: int | None = None) -> bool:

@@ -14,6 +14,7 @@ from aslseg.prompts.frame import to_box
 from aslseg.prompts.from_client import ClientPrompt
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 from aslseg.sam.propagate import Look, Part, agree, follows, journeys, neighbour_prompts, touched
+from aslseg.sam.turns import held
 
 if TYPE_CHECKING:
     from aslseg.sam.interactive import Clicks
@@ -89,7 +90,7 @@ class Answer:
 
     def advance(self) -> bool:
         """Draw one more slice; whether there are more."""
-        with self._lock:
+        with held(self._lock):
             if not self._open:
                 return False
             # taken off only when its slice is there: `done` is asked meanwhile, and a step that fails can be repeated

@@ -26,6 +26,7 @@ from aslseg.sam.growing import Answer, Click, box_of, clicks_of
 from aslseg.sam.picture import Picture, Region
 from aslseg.sam.predict import LEAK_MARGIN, answer
 from aslseg.sam.propagate import Part, touched
+from aslseg.sam.turns import clock
 from aslseg.settings import Settings
 
 EMBEDDINGS = EmbeddingCache()  # shared by all annotators: it holds images, not answers
@@ -216,9 +217,9 @@ class Clicks:
     @torch.inference_mode()
     def ask(self, k: int, told: list[SlicePrompt]) -> list[tuple[np.ndarray, float]]:
         """SAM's probabilities (i, j) for each prompt on slice k, and the IoU that it predicts."""
-        start = time.perf_counter()
+        start = clock()
         embedding = self.embed([k])
-        self.took("encode", time.perf_counter() - start)
+        self.took("encode", clock() - start)
         logits, _, iou = answer(self.model, embedding, told, self.shape, "box+point+mask")
         return list(zip(torch.sigmoid(logits).cpu().numpy(), iou.tolist(), strict=True))
 

@@ -7,8 +7,10 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from aslseg.sam.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -19,28 +21,20 @@ LEAST_PRIORITY = 19
 class Background:
     """One thread that does small steps of the newest job, and none while a click is being answered.
 
-    A step that has begun goes on beside the click; on Linux, where a thread can have a priority of its own, it then
-    gets what the click leaves. A click that wants just what the step is making gets it at full speed: it only waits.
+    A step that encodes a slice stands still then, at the next block of the encoder; on Linux, where a thread can have a
+    priority of its own, it gets until there what the click leaves. A click that wants just that slice waits for it.
     """
 
     def __init__(self) -> None:
         self._jobs: deque[tuple[Callable[[], bool], object]] = deque(maxlen=MOST_JOBS)
-        self._clicks = 0
-        self._changed = threading.Condition()
+        self._turns = Turns()
+        self._changed = self._turns.changed
         self._thread: threading.Thread | None = None
         self._working = False
 
-    @contextmanager
-    def click(self) -> Iterator[None]:
-        """While this is open no step begins; one that has begun goes on."""
-        with self._changed:
-            self._clicks += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._clicks -= 1
-                self._changed.notify_all()
+    def click(self) -> AbstractContextManager[None]:
+        """While this is open no step begins, and one that has begun stands still where it can."""
+        return self._turns.click()
 
     def add(self, step: Callable[[], bool], whose: object) -> None:
         """Add a job: called again and again until it says that there is no more. The newest comes first.
@@ -69,10 +63,11 @@ class Background:
             with self._changed:
                 self._working = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._jobs and not self._clicks)
+                self._changed.wait_for(lambda: self._jobs and not self._turns.clicks)
                 (step, whose), self._working = self._jobs.pop(), True
             try:
-                more = step()
+                with self._turns.ahead():
+                    more = step()
             except Exception:  # a job ahead of time must not end those of others
                 logger.exception("work in the background failed")
                 more = False

@@ -1,9 +1,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
+import numpy as np
+import torch
+
+from aslseg.sam.architecture import build
+from aslseg.sam.build import SAMModel
+from aslseg.sam.embeddings import EmbeddingCache
+from aslseg.sam.turns import clock, give_way, held
 from aslseg.serving.background import Background
+from seeing_sam import TINY
 
 
 def job(done: list[str], name: str, steps: int, gate: threading.Event | None = None) -> Callable[[], bool]:
@@ -71,3 +80,91 @@ def test_a_job_takes_the_place_of_the_one_waiting_for_the_same_object():
         background.add(job(done, "after", 1), whose)
     assert background.idle(10)
     assert done == ["after", "other"]
+
+
+def test_a_slice_that_is_being_encoded_stands_still_while_somebody_clicks() -> None:
+    background, seen, begun = Background(), [], threading.Event()
+
+    def encode() -> bool:
+        for block in range(200):
+            give_way()
+            seen.append(block)
+            begun.set()
+            time.sleep(0.01)
+        return False
+
+    background.add(encode, object())
+    assert begun.wait(20)
+    with background.click():
+        time.sleep(0.1)
+        before = len(seen)
+        time.sleep(0.2)
+        assert len(seen) == before < 200
+    assert background.idle(20)
+    assert len(seen) == 200
+
+
+def test_a_click_gets_the_slice_that_stands_still() -> None:
+    """Without word to the background both would wait for each other."""
+    background, cache, begun = Background(), EmbeddingCache(), threading.Event()
+    model = SAMModel(build(TINY), TINY)
+    image = np.random.default_rng(0).random((32, 32, 2), np.float32)
+
+    def pause(*_: object) -> None:
+        begun.set()
+        time.sleep(0.05)
+
+    model.sam.image_encoder.blocks[0].register_forward_hook(pause)
+    background.add(lambda: cache.get(model, image, [0], "scan") is None, object())
+    assert begun.wait(20)
+    found: list[torch.Tensor] = []
+
+    def click() -> None:
+        with background.click():
+            found.append(cache.get(model, image, [0], "scan"))
+
+    one = threading.Thread(target=click, daemon=True)
+    one.start()
+    one.join(20)
+    assert len(found) == 1
+    assert torch.equal(found[0], cache.get(model, image, [0], "scan"))
+
+
+def test_a_click_gets_the_lock_of_an_answer_that_stands_still() -> None:
+    background, lock, begun, got = Background(), threading.Lock(), threading.Event(), threading.Event()
+
+    def advance() -> bool:
+        with held(lock):
+            begun.set()
+            for _ in range(20):
+                give_way()
+                time.sleep(0.01)
+        return False
+
+    def click() -> None:
+        with background.click(), held(lock):
+            got.set()
+
+    background.add(advance, object())
+    assert begun.wait(20)
+    threading.Thread(target=click, daemon=True).start()
+    assert got.wait(20)
+
+
+def test_time_that_a_slice_stood_still_does_not_count_as_encoding() -> None:
+    background, begun, taken = Background(), threading.Event(), []
+
+    def encode() -> bool:
+        start = clock()
+        begun.set()
+        time.sleep(0.05)
+        give_way()
+        taken.append(clock() - start)
+        return False
+
+    background.add(encode, object())
+    assert begun.wait(20)
+    with background.click():
+        time.sleep(1)
+    assert background.idle(20)
+    assert taken[0] < 0.9
