@@ -122,10 +122,10 @@ class Answer:
         if k in self._settled and self._settled.get(k - step) is before and self._same(k):
             return self._settled[k]
         owner, settings = self.owner, self.owner.settings
-        if owner.model.device.type != "cpu" and not owner.embedded(k):
-            owner.embed(list(range(k, k + step * min(settings.sam_batch, abs(last - k) + 1), step)))
         source = before.drawn
         told = neighbour_prompts(source, *owner.points(k, self.prompt), settings, owner.scale)
+        if owner.model.device.type != "cpu" and owner.picture.whole in owner.views(told) and not owner.embedded(k):
+            owner.embed(list(range(k, k + step * min(settings.sam_batch, abs(last - k) + 1), step)))
         drawn = np.zeros(owner.shape, np.float32)
         for part, (probability, iou) in zip(told, owner.ask(k, told) if told else [], strict=True):
             if iou >= settings.grow_iou and follows(probability >= 0.5, source >= 0.5, settings.grow_overlap):

@@ -27,6 +27,7 @@ from aslseg.sam.picture import Picture, Region
 from aslseg.sam.predict import LEAK_MARGIN, answer
 from aslseg.sam.propagate import Part, touched
 from aslseg.sam.turns import clock
+from aslseg.sam.zoom import View, views
 from aslseg.settings import Settings
 
 EMBEDDINGS = EmbeddingCache()  # shared by all annotators: it holds images, not answers
@@ -198,9 +199,11 @@ class Clicks:
             more = len(points) > len(first)
         else:
             more = True
-        if more:
-            probability = self.ask(k, [SlicePrompt(box, points, labels, probability)])[0][0]
-        return Part.of(self.within(probability, box), self.margin, kept, replaced)
+        again = SlicePrompt(box, points, labels, probability)
+        # what is small and was drawn from a click alone is looked at once more, enlarged
+        if more or (box is None and self.picture.whole not in self.views([again])):
+            probability = self.ask(k, [again])[0][0]
+        return Part.of(self.within(probability, box, margin=0), self.margin, kept, replaced)
 
     def _first(
         self, k: int, box: tuple[float, float, float, float] | None, points: np.ndarray, labels: np.ndarray
@@ -217,16 +220,26 @@ class Clicks:
     @torch.inference_mode()
     def ask(self, k: int, told: list[SlicePrompt]) -> list[tuple[np.ndarray, float]]:
         """SAM's probabilities (i, j) for each prompt on slice k, and the IoU that it predicts."""
-        start = clock()
-        embedding = self.embed([k])
-        self.took("encode", clock() - start)
-        logits, _, iou = answer(self.model, embedding, told, self.shape, "box+point+mask")
-        return list(zip(torch.sigmoid(logits).cpu().numpy(), iou.tolist(), strict=True))
+        found: dict[int, tuple[np.ndarray, float]] = {}
+        for view, members in self.views(told).items():
+            start = clock()
+            embedding = self.embed([k], view)
+            self.took("encode", clock() - start)
+            seen = [view.seen(told[n]) for n in members]
+            logits, _, iou = answer(self.model, embedding, seen, view.shape, "box+point+mask")
+            for n, probability, belief in zip(members, torch.sigmoid(logits).cpu().numpy(), iou.tolist(), strict=True):
+                found[n] = view.placed(probability, self.shape), belief
+        return [found[n] for n in range(len(told))]
 
-    def embed(self, slices: list[int]) -> torch.Tensor:
-        """Embeddings of some slices."""
-        names = [self.picture.name(k, self.model) for k in slices]
-        return self.cache.obtain(self.model, names, lambda n: self.picture.slice(slices[n]))
+    def views(self, told: list[SlicePrompt]) -> dict[View, list[int]]:
+        """How SAM is shown the objects that are asked for: numbers of prompts by part of the slice."""
+        return views(told, self.shape, self.model, self.settings.sam_zoom)
+
+    def embed(self, slices: list[int], view: View | None = None) -> torch.Tensor:
+        """Embeddings of some slices, or of a part of them."""
+        view = view or self.picture.whole
+        names = [self.picture.name(k, self.model, view) for k in slices]
+        return self.cache.obtain(self.model, names, lambda n: self.picture.slice(slices[n])[view.index])
 
     def embedded(self, k: int) -> bool:
         """Whether a slice's embedding is at hand."""

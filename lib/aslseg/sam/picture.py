@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from aslseg.sam.build import SAMModel
 from aslseg.sam.embeddings import slice_name
+from aslseg.sam.zoom import View, whole
 from aslseg.volume.intensity import windowed
 
 
@@ -22,17 +23,23 @@ class Picture:
     def __init__(self, volume: np.ndarray, window: tuple[float, float] = (0.0, 1.0)) -> None:
         self.volume, self.window = volume, window
         self.shape: tuple[int, int, int] = (volume.shape[0], volume.shape[1], volume.shape[2])
-        self._names: dict[tuple[str, int], str] = {}
+        self._names: dict[tuple[str, int, View], str] = {}
 
     def slice(self, k: int) -> np.ndarray:
         """(i, j) float32 in 0..1."""
         return windowed(np.ascontiguousarray(self.volume[..., k]), self.window)
 
-    def name(self, k: int, model: SAMModel) -> str:
-        """As :func:`aslseg.sam.embeddings.slice_name`."""
-        key = (model.fingerprint, k)
+    @property
+    def whole(self) -> View:
+        """All of a slice."""
+        return whole(self.shape[:2])
+
+    def name(self, k: int, model: SAMModel, view: View | None = None) -> str:
+        """As :func:`aslseg.sam.embeddings.slice_name`, of all of a slice or of a part of it."""
+        view = view or self.whole
+        key = (model.fingerprint, k, view)
         if key not in self._names:
-            self._names[key] = slice_name(model, self.slice(k))
+            self._names[key] = slice_name(model, self.slice(k)[view.index])
         return self._names[key]
 
 

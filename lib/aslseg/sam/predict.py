@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from aslseg.prompts.frame import SlicePrompt, box_slices
 from aslseg.prompts.from_mask import slice_prompts
 from aslseg.sam.attention import use_fused_attention
 from aslseg.sam.build import SAMModel
+from aslseg.sam.zoom import View, view_of
 from aslseg.settings import Settings
 
 LEAK_MARGIN = 10  # pixels of SAM's input around a box beyond which nothing is kept
@@ -22,15 +24,16 @@ PROMPTS_AT_ONCE = 32
 def redraw(model: SAMModel, image: np.ndarray, ssl_regions: np.ndarray, settings: Settings) -> np.ndarray:
     """Region probabilities as SAM draws them, prompted by the SSL model's.
 
-    Every axial slice is encoded once and only if some region is found on it; all components of all regions of a batch
-    of slices share the decoder. A component's answer is kept within its box plus 10 pixels of SAM's input; several
-    components are joined by their maximum. Without a prompt there is no prediction: what SSL missed stays missed.
+    Every axial slice is encoded once and only if some region is found on it, and parts of it for small components; all
+    components of all regions of a batch of slices share the decoder. A component's answer is kept within its box plus
+    10 pixels of SAM's input; several components are joined by their maximum. Without a prompt there is no prediction:
+    what SSL missed stays missed.
 
     Args:
         model: SAM.
         image: (i, j, k) float32 in 0..1; axial slices are ``image[:, :, k]``.
         ssl_regions: (R, i, j, k) float32 region probabilities.
-        settings: ``sam_prompts``, ``box_margin``, ``min_component``, ``sam_batch``.
+        settings: ``sam_prompts``, ``sam_zoom``, ``box_margin``, ``min_component``, ``sam_batch``.
 
     Returns:
         (R, i, j, k) float32 in 0..1.
@@ -45,26 +48,38 @@ def redraw(model: SAMModel, image: np.ndarray, ssl_regions: np.ndarray, settings
     out = np.zeros(ssl_regions.shape, np.float32)
     model.sam.eval()
     slices = np.flatnonzero((ssl_regions >= 0.5).any((0, 1, 2)))
-    for start in range(0, len(slices), settings.sam_batch):
-        batch = slices[start : start + settings.sam_batch]
-        asked = [
-            (n, region, prompt)
-            for n, k in enumerate(batch)
-            for region, probability in enumerate(ssl_regions[..., k])
-            for prompt in slice_prompts(probability >= 0.5, probability, settings, scale)
-        ]
-        if not asked:
-            continue
-        embeddings = encode(model, image[..., batch])
-        for first in range(0, len(asked), PROMPTS_AT_ONCE):
-            some = asked[first : first + PROMPTS_AT_ONCE]
-            chosen = embeddings[[n for n, _, _ in some]]
-            logits, _, _ = answer(model, chosen, [p for _, _, p in some], shape, settings.sam_prompts)
-            for (n, region, prompt), drawn in zip(some, torch.sigmoid(logits).cpu().numpy(), strict=True):
-                where = box_slices(prompt.box, LEAK_MARGIN / scale, shape)
-                target = out[region, :, :, batch[n]]
-                target[where] = np.maximum(target[where], drawn[where])
+    asked: dict[tuple[int, int], list[_Asked]] = {}  # by the shape of what is shown
+    for k in slices:
+        for region, probability in enumerate(ssl_regions[..., k]):
+            for prompt in slice_prompts(probability >= 0.5, probability, settings, scale):
+                view = view_of(prompt, shape, model, settings.sam_zoom)
+                asked.setdefault(view.shape, []).append(_Asked(int(k), region, prompt, view))
+    for alike in asked.values():
+        shown = list(dict.fromkeys((a.k, a.view) for a in alike))
+        for start in range(0, len(shown), settings.sam_batch):
+            batch = {place: n for n, place in enumerate(shown[start : start + settings.sam_batch])}
+            embeddings = encode(model, np.stack([image[(*view.index, k)] for k, view in batch], -1))
+            those = [a for a in alike if (a.k, a.view) in batch]
+            for first in range(0, len(those), PROMPTS_AT_ONCE):
+                some = those[first : first + PROMPTS_AT_ONCE]
+                chosen = embeddings[[batch[a.k, a.view] for a in some]]
+                seen = [a.view.seen(a.prompt) for a in some]
+                logits, _, _ = answer(model, chosen, seen, some[0].view.shape, settings.sam_prompts)
+                for a, drawn in zip(some, torch.sigmoid(logits).cpu().numpy(), strict=True):
+                    where = box_slices(a.prompt.box, LEAK_MARGIN / scale, shape)
+                    target = out[a.region, :, :, a.k]
+                    target[where] = np.maximum(target[where], a.view.placed(drawn, shape)[where])
     return out
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt for one component of a region on slice k, and how SAM is shown it."""
+
+    k: int
+    region: int
+    prompt: SlicePrompt
+    view: View
 
 
 def encode(model: SAMModel, slices: np.ndarray) -> Tensor:

@@ -147,7 +147,8 @@ def first_prompts(
     if kind == "box":
         tight = boxes_of(target, scale)
         edge = (tight[:, 2:] - tight[:, :2]).repeat(1, 2)
-        jitter = torch.randn(count, 4, generator=generator) * (0.06 * edge).clamp(0.5, 8)
+        care = torch.rand(count, 1, generator=generator)  # some draw a box tightly, some do not
+        jitter = torch.randn(count, 4, generator=generator) * care * (0.1 * edge).clamp(0.5, 10)
         return Prompts(*none, boxes=tight + jitter)
     probability = corrupt(target, generator)
     if faulty is not None:

@@ -203,7 +203,7 @@ def test_undo_knows_the_order_of_both_kinds_of_clicks(scene: tuple[Clicks, Sees,
 
 def test_in_a_hurry_the_clicked_slice_comes_first_and_the_rest_later(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
     state, model, _ = scene
-    hasty = Settings(first_click_seconds=0, click_seconds=0, device="cpu")
+    hasty = Settings(first_click_seconds=0, click_seconds=0, sam_zoom=0, device="cpu")
     now = Clicks(model, state.picture.volume, hasty, cache=EmbeddingCache())
     answer = now.draw(clicks([[16, 14, 4]]), hurry=True)
     partial, whole = answer.volume(), state.answer(clicks([[16, 14, 4]]))
