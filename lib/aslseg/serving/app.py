@@ -23,6 +23,7 @@ from aslseg.rounds.publish import KINDS, published
 from aslseg.serving.dicom import connect
 from aslseg.serving.embed import embed_studies
 from aslseg.serving.infer import Batch, answer
+from aslseg.serving.memory import reuse_freed_memory
 from aslseg.serving.refusals import RefusedError
 from aslseg.serving.store import SafeLocal
 from aslseg.serving.strategies import Leases
@@ -51,6 +52,7 @@ class ServedApp(MONAILabelApp):
             self.settings, self.origin = load_settings(conf)
         except BadSettingsError as error:
             refuse_to_start(str(error), 2)
+        reuse_freed_memory()
         self.places = Places(self.settings, studies)
         self.leases = Leases()
         try:
