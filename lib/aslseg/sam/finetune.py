@@ -38,7 +38,7 @@ FAULTY_PART = 0.5  # of the slices of cases with faults take them; the others' f
 # jittered true boxes (science.md, section 1.2), points as annotators begin with, and what an SSL mask would give
 KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.25, "faulty+box": 0.1, "faulty": 0.05}
 ROTATION, SCALE, SHIFT = math.radians(15), 0.2, 0.1  # of training slices; the shift in parts of half an edge
-WHOLE_PART = 0.25  # of the slices are shown whole, however small the object
+WHOLE_PART = 0.5  # of the slices are shown whole, however small the object
 POINT_CORRECTIONS = 2  # rounds of clicks after a point, which needs them more than a box or a mask
 
 
@@ -137,8 +137,8 @@ def train(
     Prompt encoder and mask decoder are always trained. Of the image encoder ``sam_train`` trains everything (``full``),
     SAM-Med2D's adapters (``adapter``; added where the file has none), LoRA (``lora``, merged into the weights that are
     saved), or nothing (``decoder``: each slice is then encoded once). All but ``decoder`` see turned,
-    scaled and moved slices of varied contrast, flipped ones with the setting ``flips``. Small objects are mostly shown
-    enlarged, as prompts for them will be (:mod:`aslseg.sam.zoom`).
+    scaled and moved slices of varied contrast, flipped ones with the setting ``flips``. Half of the small objects are
+    shown enlarged, as prompts for them will be (:mod:`aslseg.sam.zoom`).
 
     Args:
         labelled: Human-labelled cases on the working grid; cases without a label are passed over.
@@ -324,10 +324,7 @@ class _Tuner:
         return embeddings.repeat_interleave(OBJECTS_PER_SLICE, 0), targets, faulty
 
     def _view(self, target: np.ndarray, rng: np.random.Generator) -> View:
-        """What is shown of a slice for an object (i, j): mostly as a box prompt would have it, else all of it.
-
-        A first click is answered on the whole slice, however small the object.
-        """
+        """What is shown of a slice for an object (i, j): either of the views that a prompt for it will have."""
         shape = (target.shape[0], target.shape[1])
         if rng.random() < WHOLE_PART:
             return whole(shape)

@@ -124,7 +124,7 @@ class Answer:
         owner, settings = self.owner, self.owner.settings
         source = before.drawn
         told = neighbour_prompts(source, *owner.points(k, self.prompt), settings, owner.scale)
-        if owner.model.device.type != "cpu" and owner.picture.whole in owner.views(told) and not owner.embedded(k):
+        if owner.model.device.type != "cpu" and told and not owner.embedded(k):
             owner.embed(list(range(k, k + step * min(settings.sam_batch, abs(last - k) + 1), step)))
         drawn = np.zeros(owner.shape, np.float32)
         for part, (probability, iou) in zip(told, owner.ask(k, told) if told else [], strict=True):

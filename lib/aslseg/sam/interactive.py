@@ -27,7 +27,7 @@ from aslseg.sam.picture import Picture, Region
 from aslseg.sam.predict import LEAK_MARGIN, answer
 from aslseg.sam.propagate import Part, touched
 from aslseg.sam.turns import clock
-from aslseg.sam.zoom import View, views
+from aslseg.sam.zoom import View, together, views
 from aslseg.settings import Settings
 
 EMBEDDINGS = EmbeddingCache()  # shared by all annotators: it holds images, not answers
@@ -194,14 +194,12 @@ class Clicks:
             replaced = touched(components, hit)
             kept = (components > 0) & ~replaced
             probability = np.where(replaced, automatic, 0).astype(np.float32) if replaced.any() else None
+        lone = probability is None and box is None and len(points) == len(first)
         if probability is None:
-            probability = self._first(k, box, points[first], labels[first])
-            more = len(points) > len(first)
-        else:
-            more = True
+            probability = self.within(self._first(k, box, points[first], labels[first]), box, margin=0)
         again = SlicePrompt(box, points, labels, probability)
-        # what is small and was drawn from a click alone is looked at once more, enlarged
-        if more or (box is None and self.picture.whole not in self.views([again])):
+        # a lone click on something large has nothing to add to its answer
+        if not lone or len(self.views([again])) > 1:
             probability = self.ask(k, [again])[0][0]
         return Part.of(self.within(probability, box, margin=0), self.margin, kept, replaced)
 
@@ -220,7 +218,7 @@ class Clicks:
     @torch.inference_mode()
     def ask(self, k: int, told: list[SlicePrompt]) -> list[tuple[np.ndarray, float]]:
         """SAM's probabilities (i, j) for each prompt on slice k, and the IoU that it predicts."""
-        found: dict[int, tuple[np.ndarray, float]] = {}
+        answers: list[list[tuple[View, np.ndarray, float]]] = [[] for _ in told]
         for view, members in self.views(told).items():
             start = clock()
             embedding = self.embed([k], view)
@@ -228,11 +226,11 @@ class Clicks:
             seen = [view.seen(told[n]) for n in members]
             logits, _, iou = answer(self.model, embedding, seen, view.shape, "box+point+mask")
             for n, probability, belief in zip(members, torch.sigmoid(logits).cpu().numpy(), iou.tolist(), strict=True):
-                found[n] = view.placed(probability, self.shape), belief
-        return [found[n] for n in range(len(told))]
+                answers[n].append((view, probability, belief))
+        return [together(a, self.shape) for a in answers]
 
     def views(self, told: list[SlicePrompt]) -> dict[View, list[int]]:
-        """How SAM is shown the objects that are asked for: numbers of prompts by part of the slice."""
+        """What SAM looks at for these prompts: numbers of prompts by part of the slice."""
         return views(told, self.shape, self.model, self.settings.sam_zoom)
 
     def embed(self, slices: list[int], view: View | None = None) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from aslseg.prompts.frame import SlicePrompt, box_slices
 from aslseg.prompts.from_mask import slice_prompts
 from aslseg.sam.attention import use_fused_attention
 from aslseg.sam.build import SAMModel
-from aslseg.sam.zoom import View, view_of
+from aslseg.sam.zoom import View, together, views
 from aslseg.settings import Settings
 
 LEAK_MARGIN = 10  # pixels of SAM's input around a box beyond which nothing is kept
 PROMPTS_AT_ONCE = 32
+T = TypeVar("T")
 
 
 @torch.inference_mode()
@@ -48,38 +50,51 @@ def redraw(model: SAMModel, image: np.ndarray, ssl_regions: np.ndarray, settings
     out = np.zeros(ssl_regions.shape, np.float32)
     model.sam.eval()
     slices = np.flatnonzero((ssl_regions >= 0.5).any((0, 1, 2)))
-    asked: dict[tuple[int, int], list[_Asked]] = {}  # by the shape of what is shown
-    for k in slices:
-        for region, probability in enumerate(ssl_regions[..., k]):
-            for prompt in slice_prompts(probability >= 0.5, probability, settings, scale):
-                view = view_of(prompt, shape, model, settings.sam_zoom)
-                asked.setdefault(view.shape, []).append(_Asked(int(k), region, prompt, view))
-    for alike in asked.values():
-        shown = list(dict.fromkeys((a.k, a.view) for a in alike))
-        for start in range(0, len(shown), settings.sam_batch):
-            batch = {place: n for n, place in enumerate(shown[start : start + settings.sam_batch])}
-            embeddings = encode(model, np.stack([image[(*view.index, k)] for k, view in batch], -1))
-            those = [a for a in alike if (a.k, a.view) in batch]
-            for first in range(0, len(those), PROMPTS_AT_ONCE):
-                some = those[first : first + PROMPTS_AT_ONCE]
-                chosen = embeddings[[batch[a.k, a.view] for a in some]]
-                seen = [a.view.seen(a.prompt) for a in some]
-                logits, _, _ = answer(model, chosen, seen, some[0].view.shape, settings.sam_prompts)
-                for a, drawn in zip(some, torch.sigmoid(logits).cpu().numpy(), strict=True):
-                    where = box_slices(a.prompt.box, LEAK_MARGIN / scale, shape)
-                    target = out[a.region, :, :, a.k]
-                    target[where] = np.maximum(target[where], a.view.placed(drawn, shape)[where])
+    for start in range(0, len(slices), settings.sam_batch):
+        asked = [
+            _Asked(int(k), region, prompt)
+            for k in slices[start : start + settings.sam_batch]
+            for region, probability in enumerate(ssl_regions[..., k])
+            for prompt in slice_prompts(probability >= 0.5, probability, settings, scale)
+        ]
+        for a, probability in zip(asked, _answers(model, image, asked, settings), strict=True):
+            where = box_slices(a.prompt.box, LEAK_MARGIN / scale, shape)
+            target = out[a.region, :, :, a.k]
+            target[where] = np.maximum(target[where], probability[where])
     return out
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A prompt for one component of a region on slice k, and how SAM is shown it."""
+    """A prompt for one component of a region on slice k."""
 
     k: int
     region: int
     prompt: SlicePrompt
-    view: View
+
+
+def _answers(model: SAMModel, image: np.ndarray, asked: Sequence[_Asked], settings: Settings) -> Iterator[np.ndarray]:
+    """Probabilities (i, j) for each prompt. What has the same shape is encoded, and asked for, together."""
+    shape = (image.shape[0], image.shape[1])
+    looks: dict[tuple[int, int], list[tuple[View, int]]] = {}  # by shape: what is looked at for which prompt
+    for view, members in views([a.prompt for a in asked], shape, model, settings.sam_zoom).items():
+        looks.setdefault(view.shape, []).extend((view, n) for n in members)
+    answers: list[list[tuple[View, np.ndarray, float]]] = [[] for _ in asked]
+    for alike in looks.values():
+        shown = list(dict.fromkeys((asked[n].k, view) for view, n in alike))
+        parts = [np.stack([image[(*view.index, k)] for k, view in some], -1) for some in _by(settings.sam_batch, shown)]
+        embeddings = torch.cat([encode(model, part) for part in parts])
+        for some in _by(PROMPTS_AT_ONCE, alike):
+            chosen = embeddings[[shown.index((asked[n].k, view)) for view, n in some]]
+            seen = [view.seen(asked[n].prompt) for view, n in some]
+            logits, _, iou = answer(model, chosen, seen, some[0][0].shape, settings.sam_prompts)
+            for (view, n), drawn, belief in zip(some, torch.sigmoid(logits).cpu().numpy(), iou.tolist(), strict=True):
+                answers[n].append((view, drawn, belief))
+    return (together(found, shape)[0] for found in answers)
+
+
+def _by(count: int, things: list[T]) -> Iterator[list[T]]:
+    return (things[at : at + count] for at in range(0, len(things), count))
 
 
 def encode(model: SAMModel, slices: np.ndarray) -> Tensor:

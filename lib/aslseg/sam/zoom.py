@@ -1,8 +1,9 @@
-"""Small objects are shown to SAM enlarged: a tile of the slice around them, as large as the whole slice would be.
+"""At small objects SAM looks twice: at the whole slice, and at a tile of it, enlarged to what the slice would be.
 
-SAM thinks in tokens: an object of one or two of them it draws worse than an ellipse in its box would be
-(docs/results.md). Tiles have a half or a quarter of the slice's edges and begin at multiples of a quarter of their
-own, so that prompts that differ a little meet the same tile, and with it the same embedding.
+The whole says where in the body this is, the tile what it looks like. Which of them sees more depends on the object
+(docs/results.md): its two answers are averaged by the IoU that SAM predicts for each. Tiles have a half or a quarter of
+the slice's edges and begin at multiples of a quarter of their own, so that prompts that differ a little meet the same
+tile, and with it the same embedding.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from aslseg.sam.build import SAMModel
 
 MOST = 4  # times enlarged
 STEPS = 4  # places where a tile may begin within its own edge
+POWER, LEAST_BELIEF = 4, 0.01  # of the predicted IoU as a weight
 ROOM = 1 - 1 / STEPS  # of a tile: what is not longer lies within the nearest one
 
 
@@ -50,14 +52,6 @@ class View:
         mask = None if prompt.mask is None else np.ascontiguousarray(prompt.mask[self.index])
         return SlicePrompt(box, points[inside], prompt.point_labels[inside], mask)
 
-    def placed(self, part: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-        """The part (i, j) on the whole slice; zero elsewhere."""
-        if self.shape == shape:
-            return part
-        out = np.zeros(shape, part.dtype)
-        out[self.index] = part
-        return out
-
 
 def whole(shape: tuple[int, int]) -> View:
     """The view of all of a slice (i, j)."""
@@ -65,7 +59,7 @@ def whole(shape: tuple[int, int]) -> View:
 
 
 def view_of(prompt: SlicePrompt, shape: tuple[int, int], model: SAMModel, least: float) -> View:
-    """How a prompt's object is shown: enlarged twice, or four times, if it is shorter than ``least`` tokens otherwise.
+    """The tile around a prompt's object: enlarged twice, or four times, if it is shorter than ``least`` tokens.
 
     The object is the prompt's box, or else what its mask holds, with all clicks inside the object. Without either
     its size is not known, and SAM is shown everything.
@@ -93,11 +87,33 @@ def view_of(prompt: SlicePrompt, shape: tuple[int, int], model: SAMModel, least:
 def views(
     prompts: Sequence[SlicePrompt], shape: tuple[int, int], model: SAMModel, least: float
 ) -> dict[View, list[int]]:
-    """The numbers of the prompts by their :func:`view_of`."""
-    found: dict[View, list[int]] = {}
+    """What SAM has to look at, and for which prompts (their numbers): for all at the whole, for small ones twice."""
+    found: dict[View, list[int]] = {whole(shape): list(range(len(prompts)))} if prompts else {}
     for n, prompt in enumerate(prompts):
-        found.setdefault(view_of(prompt, shape, model, least), []).append(n)
+        view = view_of(prompt, shape, model, least)
+        if view != whole(shape):
+            found.setdefault(view, []).append(n)
     return found
+
+
+def together(answers: Sequence[tuple[View, np.ndarray, float]], shape: tuple[int, int]) -> tuple[np.ndarray, float]:
+    """One answer from those to several views.
+
+    Args:
+        answers: View, probabilities (i, j) on it, and the IoU that SAM predicts; the whole comes first.
+        shape: (i, j) of the slice.
+
+    Returns:
+        Probabilities (i, j) on the slice, where views overlap their mean weighted with the fourth power of the
+        predicted IoU; and the predicted IoU, weighted alike.
+    """
+    total, weights, beliefs = np.zeros(shape, np.float32), np.zeros(shape, np.float32), []
+    for view, probability, belief in answers:
+        weight = max(belief, LEAST_BELIEF) ** POWER
+        total[view.index] += np.float32(weight) * probability
+        weights[view.index] += np.float32(weight)
+        beliefs.append((belief, weight))
+    return total / weights, sum(b * w for b, w in beliefs) / sum(w for _, w in beliefs)
 
 
 def _extent(prompt: SlicePrompt) -> tuple[float, float, float, float] | None:
