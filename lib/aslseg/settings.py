@@ -118,7 +118,7 @@ class Settings(BaseSettings):
         ge=0,
     )
     sam_zoom: float = _setting(
-        5, "Objects shorter than this are shown to SAM enlarged, twice or four times; 0: never", unit="tokens", ge=0
+        5, "At shorter objects SAM looks twice, whole slice and enlarged; 0: never", unit="tokens", ge=0
     )
     sam_prompts: str = _setting("box+point+mask", "What the SSL mask is turned into", example="box+mask")
     box_margin: float = _setting(3.0, "Dilation of the box prompt", unit="pixels of SAM's input", ge=0)
@@ -296,7 +296,9 @@ GROUPS = {
         "flips",
     },
     "predict": {"overlap", "flips"},
-    "sam": {n for n in Settings.model_fields if n.startswith("sam_")} - {"sam_prompts", "sam_checkpoint", "sam_base"},
+    "sam": {n for n in Settings.model_fields if n.startswith("sam_")}
+    - {"sam_prompts", "sam_zoom", "sam_checkpoint", "sam_base"}
+    | {"flips"},
     "prompts": {"sam_prompts", "sam_zoom", "box_margin", "min_component", "positive_points", "negative_points"},
     "adapter": {n for n in Settings.model_fields if n.startswith("adapter_")},
     "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}

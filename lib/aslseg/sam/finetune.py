@@ -17,14 +17,12 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from aslseg.errors import BadSettingsError, NotEnoughCasesError, TrainingDivergedError
-from aslseg.prompts.frame import SlicePrompt
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 from aslseg.sam.adapter import add_adapters
 from aslseg.sam.build import SAMModel, load
 from aslseg.sam.embeddings import EmbeddingCache
 from aslseg.sam.lora import add_lora, merge_lora
 from aslseg.sam.training import draw_kind, interaction_loss
-from aslseg.sam.zoom import View, view_of, whole
 from aslseg.settings import Settings
 from aslseg.types import Prepared, Report, silent
 from aslseg.weights import save_weights, sha256
@@ -38,7 +36,6 @@ FAULTY_PART = 0.5  # of the slices of cases with faults take them; the others' f
 # jittered true boxes (science.md, section 1.2), points as annotators begin with, and what an SSL mask would give
 KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.25, "faulty+box": 0.1, "faulty": 0.05}
 ROTATION, SCALE, SHIFT = math.radians(15), 0.2, 0.1  # of training slices; the shift in parts of half an edge
-WHOLE_PART = 0.5  # of the slices are shown whole, however small the object
 POINT_CORRECTIONS = 2  # rounds of clicks after a point, which needs them more than a box or a mask
 
 
@@ -137,13 +134,12 @@ def train(
     Prompt encoder and mask decoder are always trained. Of the image encoder ``sam_train`` trains everything (``full``),
     SAM-Med2D's adapters (``adapter``; added where the file has none), LoRA (``lora``, merged into the weights that are
     saved), or nothing (``decoder``: each slice is then encoded once). All but ``decoder`` see turned,
-    scaled and moved slices of varied contrast, flipped ones with the setting ``flips``. Half of the small objects are
-    shown enlarged, as prompts for them will be (:mod:`aslseg.sam.zoom`).
+    scaled and moved slices of varied contrast, flipped ones with the setting ``flips``.
 
     Args:
         labelled: Human-labelled cases on the working grid; cases without a label are passed over.
         settings: ``sam_train``, ``sam_lora_rank``, ``sam_iterations``, ``sam_batch``, ``sam_learning_rate``,
-            ``sam_zoom``, ``flips``, ``seed``, ``box_margin``, labels.
+            ``flips``, ``seed``, ``box_margin``, labels.
         out: Model file to write (``*.safetensors``, kind ``sam``).
         init: SAM file to start from, see :func:`aslseg.sam.build.load`.
         errors: Makes faulty masks of a case in 3-D; prompts drawn from them look like the SSL model's. Without it they
@@ -308,13 +304,10 @@ class _Tuner:
             case = self.data.cases[drawn.case]
             margin = self.settings.box_margin / min(self.model.scale((case.image.shape[0], case.image.shape[1])))
             both = np.stack([drawn.objects.astype(np.float32), self.faults.of(drawn, margin, rng)])
-            view = self._view(drawn.objects[0], rng)
-            image, both = np.asarray(case.image[(*view.index, drawn.k)], np.float32), both[(..., *view.index)]
-            for n in np.flatnonzero(~(both[0] > 0).any((1, 2))):  # those that the view leaves out
-                both[:, n] = both[:, 0]
             if self.frozen:
-                inputs.append(self.cache.obtain(self.model, [(drawn.case, drawn.k, view)], _always(image)))
+                inputs.append(self.cache.get(self.model, case.image, [drawn.k], drawn.case))
             else:
+                image = np.asarray(case.image[..., drawn.k], np.float32)
                 image, both = _augmented(image, both, rng, self.settings.flips)
                 inputs.append(self.model.preprocess(torch.from_numpy(image)[None]))
             low = self.model.to_low_res(torch.from_numpy(both).flatten(0, 1))
@@ -322,18 +315,6 @@ class _Tuner:
         together, (targets, faulty) = torch.cat(inputs), torch.cat(maps, 1)
         embeddings = together if self.frozen else self.model.sam.image_encoder(together)
         return embeddings.repeat_interleave(OBJECTS_PER_SLICE, 0), targets, faulty
-
-    def _view(self, target: np.ndarray, rng: np.random.Generator) -> View:
-        """What is shown of a slice for an object (i, j): either of the views that a prompt for it will have."""
-        shape = (target.shape[0], target.shape[1])
-        if rng.random() < WHOLE_PART:
-            return whole(shape)
-        tight = SlicePrompt(None, np.zeros((0, 2)), np.zeros(0), target.astype(np.float32))
-        return view_of(tight, shape, self.model, self.settings.sam_zoom)
-
-
-def _always(image: np.ndarray) -> Callable[[int], np.ndarray]:
-    return lambda _: image
 
 
 def _augmented(

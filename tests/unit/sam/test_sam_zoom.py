@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import hypothesis
@@ -11,16 +10,13 @@ from hypothesis import strategies as st
 
 from aslseg.prompts.frame import SlicePrompt
 from aslseg.prompts.from_client import parse
-from aslseg.sam import finetune
 from aslseg.sam.architecture import build
 from aslseg.sam.build import SAMModel
 from aslseg.sam.embeddings import EmbeddingCache
-from aslseg.sam.finetune import Drawn, LabelledSlices
 from aslseg.sam.interactive import Clicks
 from aslseg.sam.predict import redraw
 from aslseg.sam.zoom import View, together, view_of, whole
 from aslseg.settings import Settings
-from aslseg.types import Prepared
 from seeing_sam import TINY, Sees
 
 SHAPE = (128, 128)  # a token of the tiny SAM is 16 of these pixels
@@ -169,46 +165,3 @@ def test_redrawing_looks_twice_at_small_components(model: SAMModel, zooming: Set
     out = redraw(sees, image, (image > 0.5)[None].astype(np.float32), zooming)
     assert sees.encoded == 9  # on each slice all of it and two tiles
     assert dice(out[0] >= 0.5, image > 0.5) > 0.95
-
-
-def test_training_shows_small_objects_as_prompts_will(
-    tiny: SAMModel, ball_case: Callable[..., Prepared], zooming: Settings
-) -> None:
-    data = LabelledSlices([ball_case()], zooming)
-    tuner = finetune._Tuner(tiny, data, None, zooming)
-    small = np.zeros((40, 32), bool)
-    small[4:9, 20:26] = True
-    rng = np.random.default_rng(0)
-    seen = [tuner._view(small, rng) for _ in range(200)]
-    assert 60 < seen.count(whole((40, 32))) < 140
-    assert set(seen) == {whole((40, 32)), View((2, 12), (20, 28))}
-
-
-def test_objects_that_the_view_leaves_out_are_replaced(
-    tiny: SAMModel, ball_case: Callable[..., Prepared], zooming: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    objects = np.zeros((3, 40, 32), bool)
-    objects[0, 4:9, 20:26] = objects[1, 34:38, 2:6] = objects[2, 6:10, 22:28] = True
-    data = LabelledSlices([ball_case()], zooming)
-    monkeypatch.setattr(data, "draw", lambda rng: Drawn(0, 2, 0, objects))
-    monkeypatch.setattr(finetune, "WHOLE_PART", 0)
-    tuner = finetune._Tuner(tiny, data, None, zooming)
-    embeddings, targets, _ = tuner._batch(np.random.default_rng(0))
-    assert len(embeddings) == len(targets) == 6
-    assert (targets.amax((1, 2)) > 0.5).all()
-    assert np.allclose(targets[0], targets[1])
-    assert not np.allclose(targets[0], targets[2])
-
-
-def test_with_the_encoder_frozen_every_view_is_encoded_once(
-    tiny: SAMModel, ball_case: Callable[..., Prepared], zooming: Settings
-) -> None:
-    settings = zooming.model_copy(update={"sam_train": "decoder"})
-    data = LabelledSlices([ball_case()], settings)
-    tuner = finetune._Tuner(tiny, data, None, settings)
-    for number in range(6):
-        tuner.step(number)
-    before = len(tuner.cache._kept)
-    for number in range(6):
-        tuner.step(number)
-    assert len(tuner.cache._kept) == before
