@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aslseg.ssl.augment import SPREAD
 from aslseg.ssl.losses import foreground_fraction, segmentation_loss
 from aslseg.ssl.methods.base import Batch, Logs
 from aslseg.ssl.methods.bcp import copy_paste_mask
@@ -14,7 +13,6 @@ from aslseg.ssl.ramps import sigmoid_ramp
 
 PSEUDO_WEIGHT = 0.5
 RAMP_PART = 0.3
-MOST_NOISE = 0.06 / SPREAD  # standard deviation, in the networks' units; 0.06 of the window
 
 
 class CopyPasteTeacher(MeanTeacher):
@@ -24,9 +22,8 @@ class CopyPasteTeacher(MeanTeacher):
     each edge, or outside of it (Bai et al., CVPR 2023, mix all labelled patches instead). Pasted voxels keep their true
     class. The others have the teacher's, found before the patch's intensities were changed (weak to strong, Sohn et
     al. 2020), and weigh as much as its margin between the two best classes, so that nothing has to be cut at the
-    largest component: there may be many lesions. The student sees x_m with more noise than any labelled patch: with a
-    few labels nobody knows how noisy scans can be (docs/results.md). The two streams go through it one after the other,
-    so that batch norm sees the labelled patches by themselves.
+    largest component: there may be many lesions. The two streams go through the student one after the other, so that
+    batch norm sees the labelled patches by themselves.
 
     The unlabelled patches come in when 60 % of the steps are done, and lambda ramps up over the first 30 % of what is
     left: before the labelled ones alone have little more to teach, their part of a step is better spent on those.
@@ -57,13 +54,7 @@ class CopyPasteTeacher(MeanTeacher):
         if torch.rand(1, generator=generator) < 0.5:
             own = 1 - own
         return (
-            noisy(batch.unlabelled * own + batch.image[n] * (1 - own), generator),
+            batch.unlabelled * own + batch.image[n] * (1 - own),
             torch.where(own.bool(), pseudo[:, 0], batch.target[n]),
             torch.where(own.bool(), margin, batch.weight[n]),
         )
-
-
-def noisy(patches: Tensor, generator: torch.Generator) -> Tensor:
-    """Patches (B, 1, i, j, k) with Gaussian noise of a random strength each, up to :data:`MOST_NOISE`."""
-    sigma = MOST_NOISE * torch.rand(len(patches), 1, 1, 1, 1, generator=generator)
-    return patches + (sigma * torch.randn(patches.shape, generator=generator)).to(patches.device)
