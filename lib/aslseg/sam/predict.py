@@ -58,9 +58,8 @@ def redraw(model: SAMModel, image: np.ndarray, ssl_regions: np.ndarray, settings
             for prompt in slice_prompts(probability >= 0.5, probability, settings, scale)
         ]
         for a, probability in zip(asked, _answers(model, image, asked, settings), strict=True):
-            where = box_slices(a.prompt.box, LEAK_MARGIN / scale, shape)
             target = out[a.region, :, :, a.k]
-            target[where] = np.maximum(target[where], probability[where])
+            np.maximum(target, probability, out=target)
     return out
 
 
@@ -74,8 +73,12 @@ class _Asked:
 
 
 def _answers(model: SAMModel, image: np.ndarray, asked: Sequence[_Asked], settings: Settings) -> Iterator[np.ndarray]:
-    """Probabilities (i, j) for each prompt. What has the same shape is encoded, and asked for, together."""
+    """Probabilities (i, j) for each prompt. What has the same shape is encoded, and asked for, together.
+
+    Only what lies in the prompt's box and a little beyond is kept meanwhile: there may be hundreds of prompts.
+    """
     shape = (image.shape[0], image.shape[1])
+    reach = LEAK_MARGIN / min(model.scale(shape))
     looks: dict[tuple[int, int], list[tuple[View, int]]] = {}  # by shape: what is looked at for which prompt
     for view, members in views([a.prompt for a in asked], shape, model, settings.sam_zoom).items():
         looks.setdefault(view.shape, []).extend((view, n) for n in members)
@@ -89,7 +92,8 @@ def _answers(model: SAMModel, image: np.ndarray, asked: Sequence[_Asked], settin
             seen = [view.seen(asked[n].prompt) for view, n in some]
             logits, _, iou = answer(model, chosen, seen, some[0][0].shape, settings.sam_prompts)
             for (view, n), drawn, belief in zip(some, torch.sigmoid(logits).cpu().numpy(), iou.tolist(), strict=True):
-                answers[n].append((view, drawn, belief))
+                near = view.near(*box_slices(asked[n].prompt.box, reach, shape))
+                answers[n].append((near, drawn[near.index_in(view)].copy(), belief))
     return (together(found, shape)[0] for found in answers)
 
 

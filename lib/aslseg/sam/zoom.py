@@ -52,6 +52,16 @@ class View:
         mask = None if prompt.mask is None else np.ascontiguousarray(prompt.mask[self.index])
         return SlicePrompt(box, points[inside], prompt.point_labels[inside], mask)
 
+    def near(self, rows: slice, columns: slice) -> View:
+        """What this view has of some rows and columns of the slice."""
+        (i0, i1), (j0, j1) = self.rows, self.columns
+        return View((max(i0, rows.start), min(i1, rows.stop)), (max(j0, columns.start), min(j1, columns.stop)))
+
+    def index_in(self, other: View) -> tuple[slice, slice]:
+        """As :attr:`index`, for arrays that are another view's."""
+        i, j = other.rows[0], other.columns[0]
+        return slice(self.rows[0] - i, self.rows[1] - i), slice(self.columns[0] - j, self.columns[1] - j)
+
 
 def whole(shape: tuple[int, int]) -> View:
     """The view of all of a slice (i, j)."""
@@ -100,12 +110,12 @@ def together(answers: Sequence[tuple[View, np.ndarray, float]], shape: tuple[int
     """One answer from those to several views.
 
     Args:
-        answers: View, probabilities (i, j) on it, and the IoU that SAM predicts; the whole comes first.
+        answers: View, probabilities (i, j) on it, and the IoU that SAM predicts.
         shape: (i, j) of the slice.
 
     Returns:
         Probabilities (i, j) on the slice, where views overlap their mean weighted with the fourth power of the
-        predicted IoU; and the predicted IoU, weighted alike.
+        predicted IoU, 0 outside of all; and the predicted IoU, weighted alike.
     """
     total, weights, beliefs = np.zeros(shape, np.float32), np.zeros(shape, np.float32), []
     for view, probability, belief in answers:
@@ -113,7 +123,8 @@ def together(answers: Sequence[tuple[View, np.ndarray, float]], shape: tuple[int
         total[view.index] += np.float32(weight) * probability
         weights[view.index] += np.float32(weight)
         beliefs.append((belief, weight))
-    return total / weights, sum(b * w for b, w in beliefs) / sum(w for _, w in beliefs)
+    np.divide(total, weights, out=total, where=weights > 0)
+    return total, sum(b * w for b, w in beliefs) / sum(w for _, w in beliefs)
 
 
 def _extent(prompt: SlicePrompt) -> tuple[float, float, float, float] | None:

@@ -156,6 +156,15 @@ def test_answers_count_by_the_fourth_power_of_the_predicted_iou() -> None:
     assert np.allclose(probability[2:], 0.2)
     assert belief == pytest.approx((0.5 / 16 + 1) / (1 / 16 + 1))
     assert np.array_equal(together([(all_of_it, far, -0.1)], (4, 4))[0], far)
+    assert together([(tile, near, 0.7)], (4, 4))[0].sum() == np.float32(3.2)
+
+
+def test_part_of_a_view_is_found_again_on_the_slice() -> None:
+    slice_ = np.arange(80).reshape(8, 10)
+    view = View((2, 7), (3, 9))
+    near = view.near(slice(0, 5), slice(4, 20))
+    assert near == View((2, 5), (4, 9))
+    assert np.array_equal(slice_[view.index][near.index_in(view)], slice_[near.index])
 
 
 def test_redrawing_looks_twice_at_small_components(model: SAMModel, zooming: Settings) -> None:
