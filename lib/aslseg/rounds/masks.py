@@ -218,6 +218,8 @@ def roll_back(places: Places, number: int) -> list[str]:
         if not undone or rounds[number].state == "rolled back":
             settle(ledger, studies, places)
             return [f"round {number} was rolled back before; nothing to do"]
+        # files that a killed round left behind the ledger would not be known as ours below, and stay
+        settle(ledger, studies, places)
         entries = [e for tag in (PSEUDO, ORIGINAL) for e in _back(ledger, tag, first, number)]
         published = [e for e in ledger.events(kinds=("published",)) if e.seq > first]
         lines = [f"round {n} rolled back" for n in undone]

@@ -89,6 +89,14 @@ def test_files_are_what_the_ledger_says_after_any_history(history: list[tuple]) 
         assert settle(folder.ledger, read_studies(folder.root), folder.places) == []
 
 
+def test_rollback_removes_what_a_killed_round_left_behind_the_ledger(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    first = folder.round({"a": 0}, {})
+    folder.round({"a": 1}, {}, carry_out=False)
+    roll_back(folder.places, first)
+    assert folder.files() == {}
+
+
 def test_check_names_what_was_changed_or_lost(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.round({"a": 1}, {"a": 1, "b": 2})

@@ -111,4 +111,4 @@ def test_bfloat16_blocks_draw_the_same_masks(abdomen: tuple[np.ndarray, np.ndarr
     blocks: list[torch.dtype] = []
     model.sam.image_encoder.blocks[1].register_forward_pre_hook(lambda _, inputs: blocks.append(inputs[0].dtype))
     redraw(model, image[..., slices[:1]], guess[..., :1], SETTINGS)
-    assert blocks == [torch.float32]
+    assert set(blocks) == {torch.float32}
