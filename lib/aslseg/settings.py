@@ -282,19 +282,8 @@ class Settings(BaseSettings):
 # Settings that only some steps see; all others (labels, windows, seed, whatever is added) count for every step.
 # Iterations, spacing and the SAM file are given to the steps that use them as numbers and hashes.
 GROUPS = {
-    "ssl": {
-        "ssl_method",
-        "network",
-        "batch_labelled",
-        "batch_unlabelled",
-        "accumulate",
-        "learning_rate",
-        "schedule",
-        "compile",
-        "consistency",
-        "ema_decay",
-        "flips",
-    },
+    "ssl": {"ssl_method", "network", "batch_labelled", "batch_unlabelled", "accumulate", "learning_rate", "schedule"}
+    | {"compile", "consistency", "ema_decay", "flips"},
     "predict": {"overlap", "flips"},
     "sam": {n for n in Settings.model_fields if n.startswith("sam_")}
     - {"sam_prompts", "sam_zoom", "sam_checkpoint", "sam_base"}
@@ -302,14 +291,7 @@ GROUPS = {
     "prompts": {"sam_prompts", "sam_zoom", "box_margin", "min_component", "positive_points", "negative_points"},
     "adapter": {n for n in Settings.model_fields if n.startswith("adapter_")},
     "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}
-    | {
-        "disagreement_weight",
-        "gate_tolerance",
-        "first_round",
-        "ssl_iterations",
-        "retrain_iterations",
-        "spacing",
-    }
+    | {"disagreement_weight", "gate_tolerance", "first_round", "ssl_iterations", "retrain_iterations", "spacing"}
     | {"max_working_voxels", "max_voxels"},
     "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "run_seconds", "prefetch_slices"}
     | {n for n in Settings.model_fields if n.startswith(("grow_", "embed"))},
