@@ -49,11 +49,11 @@ def redraw(model: SAMModel, image: np.ndarray, ssl_regions: np.ndarray, settings
     scale = min(model.scale(shape))
     out = np.zeros(ssl_regions.shape, np.float32)
     model.sam.eval()
-    slices = np.flatnonzero((ssl_regions >= 0.5).any((0, 1, 2)))
-    for start in range(0, len(slices), settings.sam_batch):
+    slices = np.flatnonzero((ssl_regions >= 0.5).any((0, 1, 2))).tolist()
+    for batch in _by(settings.sam_batch, slices):
         asked = [
-            _Asked(int(k), region, prompt)
-            for k in slices[start : start + settings.sam_batch]
+            _Asked(k, region, prompt)
+            for k in batch
             for region, probability in enumerate(ssl_regions[..., k])
             for prompt in slice_prompts(probability >= 0.5, probability, settings, scale)
         ]

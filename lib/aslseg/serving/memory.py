@@ -14,7 +14,8 @@ def reuse_freed_memory() -> bool:
     """Let glibc keep freed blocks of up to 32 MB for the next ones, 64 MB at most.
 
     Otherwise it gives activations of a network back to the kernel after every layer, which then clears the pages of the
-    next ones: a tenth of SAM's encoder. Volumes are larger and go back at once, as before.
+    next ones: thousands of page faults in a pass of SAM's encoder (docs/results.md). Volumes are larger and go back at
+    once, as before.
 
     Returns:
         Whether there is a glibc that does it.
