@@ -123,7 +123,9 @@ def server(app: Path, studies: Path, folder: Path, conf: dict[str, Any], env: di
     tmp = folder / "tmp"
     tmp.mkdir(parents=True, exist_ok=True)
     threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
-    own = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TMPDIR": str(tmp)}
+    own = {"OMP_NUM_THREADS": threads, "TMPDIR": str(tmp)}
+    if "OMP_WAIT_POLICY" not in os.environ:  # as scripts/start.sh
+        own |= {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "5000"}
     own["MONAI_LABEL_DATASTORE_CACHE_PATH"] = str(tmp / "cache")
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **own, **env}, cwd=folder)

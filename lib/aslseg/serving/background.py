@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from aslseg.sam.turns import Turns
+from aslseg.serving.priority import AHEAD, step_back
 
 logger = logging.getLogger(__name__)
 
 MOST_JOBS = 16
-LEAST_PRIORITY = 19
 
 
 class Background:
@@ -57,8 +55,7 @@ class Background:
             return self._changed.wait_for(lambda: not self._jobs and not self._working, seconds)
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # the threads that torch starts for this one inherit it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
+        step_back(AHEAD)
         while True:
             with self._changed:
                 self._working = False

@@ -12,6 +12,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from aslseg.errors import NotEnoughCasesError
 from aslseg.rounds.progress import read_progress
+from aslseg.serving.priority import ROUND, step_back
 from aslseg.settings import Places, Settings
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,8 @@ PARTS = 100
 
 class Trainer(TrainTask):
     """One entry of the clients' training menu. Runs in a sub-process that MONAI Label may kill at any moment.
+
+    It has what annotators' clicks leave of the processors.
 
     Args:
         settings: As the server got them; a sub-process reads the same.
@@ -47,6 +50,7 @@ class Trainer(TrainTask):
                 "rounds need the scans in a local studies folder; export them from the PACS, run "
                 "`aslseg round --studies DIR`, and give this server the same model_dir"
             )
+        step_back(ROUND, whole=True)
         last, server = -1, os.getppid()
 
         def report(done: float, total: float, **shown: Any) -> None:

@@ -1,0 +1,70 @@
+"""Niceness cannot be taken back, so everything here happens in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have no priority here")
+
+BEFORE = """
+import json, os, threading
+from pathlib import Path
+from aslseg.serving.priority import AHEAD, ROUND, step_back
+os.setpriority(os.PRIO_PROCESS, 0, START)
+own, ready, end = threading.get_native_id(), threading.Event(), threading.Event()
+other = threading.Thread(target=lambda: (ready.set(), end.wait()))
+other.start()
+ready.wait()
+def niceness():
+    return {t: os.getpriority(os.PRIO_PROCESS, t) for t in (own, other.native_id)}
+"""
+AFTER = """
+print(json.dumps(list(niceness().values())))
+end.set()
+"""
+TRAINER = """
+from aslseg.serving.trainers import Trainer
+from aslseg.settings import Places, load_settings
+settings, _ = load_settings({}, env={})
+def work(studies, settings, report):
+    import subprocess, sys
+    child = [sys.executable, "-c", "import os; print(os.getpriority(os.PRIO_PROCESS, 0))"]
+    print(json.dumps([*niceness().values(), int(subprocess.run(child, capture_output=True, check=True).stdout)]))
+    end.set()
+    return {}
+Trainer(settings, Places(settings, Path(".")), work, "")({}, None)
+"""
+
+
+def run(code: str, start: int = 0) -> list[int]:
+    script = BEFORE.replace("START", str(start)) + code
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+@pytest.fixture(autouse=True)
+def _not_nice_already() -> None:
+    if os.getpriority(os.PRIO_PROCESS, 0) > 0:
+        pytest.skip("the tests themselves run with a lower priority")
+
+
+def test_a_thread_steps_back_alone() -> None:
+    assert run("step_back(AHEAD)" + AFTER) == [19, 0]
+
+
+def test_a_process_steps_back_with_all_its_threads() -> None:
+    assert run("step_back(ROUND, whole=True)" + AFTER) == [10, 10]
+
+
+def test_nobody_becomes_more_urgent() -> None:
+    assert run("step_back(ROUND, whole=True)" + AFTER, start=15) == [15, 15]
+
+
+def test_a_round_has_what_annotators_leave() -> None:
+    assert run(TRAINER) == [10, 10, 10]
