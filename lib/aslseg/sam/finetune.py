@@ -36,7 +36,8 @@ FAULTY_PART = 0.5  # of the slices of cases with faults take them; the others' f
 # jittered true boxes (science.md, section 1.2), points as annotators begin with, and what an SSL mask would give
 KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.25, "faulty+box": 0.1, "faulty": 0.05}
 ROTATION, SCALE, SHIFT = math.radians(15), 0.2, 0.1  # of training slices; the shift in parts of half an edge
-POINT_CORRECTIONS = 2  # rounds of clicks after a point, which needs them more than a box or a mask
+CORRECTED = 0.75  # of the batches have rounds of clicks
+CORRECTIONS = {"point": 3}  # so many, else one: a point needs them more than a box or a mask
 
 
 @dataclass(frozen=True)
@@ -288,9 +289,16 @@ class _Tuner:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.bf16):
             embeddings, targets, faulty = self._batch(rng)
             kind = draw_kind(generator, KINDS)
-            corrections = POINT_CORRECTIONS if kind == "point" else 1
             loss, dice = interaction_loss(
-                self.model, embeddings, targets, kind, generator, corrections, faulty.cpu(), mask_alone=True
+                self.model,
+                embeddings,
+                targets,
+                kind,
+                generator,
+                CORRECTIONS.get(kind, 1) if rng.random() < CORRECTED else 0,
+                faulty.cpu(),
+                refine=kind in ("point", "box"),
+                mask_alone=True,
             )
         rate = s.sam_learning_rate * _schedule(number, s.sam_iterations)
         update(loss, self.trained, self.optimiser, rate, number)

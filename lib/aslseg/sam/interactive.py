@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from aslseg.prompts.frame import SlicePrompt, box_slices, to_xy
+from aslseg.prompts.frame import SlicePrompt, box_slices, to_box, to_xy
 from aslseg.prompts.from_client import ClientPrompt
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 from aslseg.sam.build import SAMModel
@@ -33,6 +33,8 @@ from aslseg.settings import Settings
 EMBEDDINGS = EmbeddingCache()  # shared by all annotators: it holds images, not answers
 MOST_POINTS = 64  # on one slice; the last ones count
 REMEMBERED = 8  # answers on one object, for the next click and for undo
+SINGLY = 8  # clicks on a slice that are taken one by one; those after them in groups of as many
+STEPS = 32  # answers to some of the clicks on a slice, for the next click and for undo
 
 
 class Clicks:
@@ -65,7 +67,7 @@ class Clicks:
         self.pace: dict[str, float] = {}
         self._answers: deque[Answer] = deque(maxlen=REMEMBERED)
         self._order: list[Click] = []
-        self._firsts: dict[tuple[object, ...], np.ndarray] = {}
+        self._steps: dict[tuple[object, ...], np.ndarray] = {}
         self._automatic: dict[int, np.ndarray | None] = {}
         self._lock = threading.Lock()
         model.sam.eval()
@@ -115,6 +117,8 @@ class Clicks:
 
     def on_slice(self, prompt: ClientPrompt) -> tuple[int, np.ndarray] | None:
         """The slice k that the prompt is about and the object there, (i, j) bool; None without prompt on any slice."""
+        with self._lock:
+            self._note(prompt)
         seeds = self.seeds(prompt)
         k = prompt.slice if prompt.slice in seeds else next(iter(seeds[::-1]), None)
         return None if k is None else (k, self.clicked(k, prompt).mask)
@@ -139,7 +143,7 @@ class Clicks:
     def bytes(self) -> int:
         """Memory held by the answers."""
         parts = {id(p): p.bytes for a in list(self._answers) for p in a.known().values() if p is not None}
-        return sum(parts.values()) + sum(f.nbytes for f in list(self._firsts.values()))
+        return sum(parts.values()) + sum(s.nbytes for s in list(self._steps.values()))
 
     def _note(self, prompt: ClientPrompt) -> None:
         """Remember in which order the clicks came."""
@@ -180,12 +184,11 @@ class Clicks:
         return found is not None and bool(found[clicked[:, 0], clicked[:, 1]].any())
 
     def clicked(self, k: int, prompt: ClientPrompt) -> Part:
-        """A slice with clicks: the first click or the box, then all with that answer as mask."""
+        """A slice with clicks: these one after the other, from the automatic mask where they repair one."""
         points, labels = self.points(k, prompt)
         box = box_of(prompt)
-        first = np.flatnonzero(labels == 1)[:1]
         automatic = self.automatic(k)
-        kept = replaced = probability = None
+        kept = replaced = start = None
         if automatic is not None:
             components, _ = ndimage.label(automatic >= 0.5, EIGHT_NEIGHBOURS)
             hit = np.zeros(self.shape, bool)
@@ -193,27 +196,68 @@ class Clicks:
             hit[box_slices(box, 0, self.shape)] |= box is not None
             replaced = touched(components, hit)
             kept = (components > 0) & ~replaced
-            probability = np.where(replaced, automatic, 0).astype(np.float32) if replaced.any() else None
-        lone = probability is None and box is None and len(points) == len(first)
-        if probability is None:
-            probability = self.within(self._first(k, box, points[first], labels[first]), box, margin=0)
-        again = SlicePrompt(box, points, labels, probability)
-        # a lone click on something large has nothing to add to its answer
-        if not lone or len(self.views([again])) > 1:
-            probability = self.ask(k, [again])[0][0]
-        return Part.of(self.within(probability, box, margin=0), self.margin, kept, replaced)
+            start = np.where(replaced, automatic, 0).astype(np.float32) if replaced.any() else None
+        return Part.of(self._through(k, box, points, labels, start), self.margin, kept, replaced)
 
-    def _first(
-        self, k: int, box: tuple[float, float, float, float] | None, points: np.ndarray, labels: np.ndarray
+    def _through(
+        self,
+        k: int,
+        box: tuple[float, float, float, float] | None,
+        points: np.ndarray,
+        labels: np.ndarray,
+        start: np.ndarray | None,
     ) -> np.ndarray:
-        key = (k, box, *points.ravel().tolist())
-        found = self._firsts.get(key)
+        """Clicks one after the other, each with those before it and the answer to them as mask (SAM-Med2D, section 3).
+
+        Without a human's box the last prompt is the box around that answer: SAM makes more of a box than of clicks.
+        A lone click has no such box yet, and something large has nothing to add to its answer.
+
+        Args:
+            k: Slice.
+            box: A human's, or None; nothing is drawn outside of it.
+            points: (x, y) in the order of the clicks, (n, 2).
+            labels: 1 in, 0 out, (n,).
+            start: Probabilities (i, j) of the automatic mask that is repaired, or None.
+
+        Returns:
+            Probabilities (i, j).
+        """
+        if start is None and (labels == 1).any():  # SAM has to know what is meant
+            first = int(np.flatnonzero(labels == 1)[0])
+            turn = np.r_[first, np.delete(np.arange(len(labels)), first)]
+            points, labels = points[turn], labels[turn]
+        rounds = [n for n in range(1, len(labels)) if _lasting(n)] + [len(labels)]
+        if start is None and len(labels) and not labels[0]:
+            rounds.insert(0, 0)
+        begun = b"" if start is None else np.packbits(start >= 0.5).tobytes()
+        found = self._step(k, SlicePrompt(box, points[: rounds[0]], labels[: rounds[0]], start), begun)
+        for n in rounds[1:]:
+            found = self._step(k, SlicePrompt(box, points[:n], labels[:n], found), begun)
+        last = SlicePrompt(box, points, labels, found)
+        lone = start is None and len(rounds) == 1
+        if box is None and not lone:
+            last = replace(last, box=self._own_box(found, points[labels == 1]))
+        elif not lone or (box is None and len(self.views([last])) == 1):
+            return found
+        return self.within(self.ask(k, [last])[0][0], box, margin=0)
+
+    def _step(self, k: int, prompt: SlicePrompt, begun: bytes) -> np.ndarray:
+        """The answer to some of the clicks; remembered where that to the next ones needs it. ``begun`` names the start."""
+        key = (k, prompt.box, prompt.points.tobytes(), prompt.point_labels.tobytes(), begun)
+        found = self._steps.get(key)
         if found is None:
-            found = self.ask(k, [SlicePrompt(box, points, labels, None)])[0][0]
-            while len(self._firsts) >= REMEMBERED:
-                self._firsts.pop(next(iter(self._firsts)), None)
-            self._firsts[key] = found
+            found = self.within(self.ask(k, [prompt])[0][0], prompt.box, margin=0)
+            if _lasting(len(prompt.points)):
+                self._steps[key] = found
+            while len(self._steps) > STEPS:
+                self._steps.pop(next(iter(self._steps)), None)
         return found
+
+    def _own_box(self, probability: np.ndarray, inside: np.ndarray) -> tuple[float, float, float, float]:
+        """The box around a mask (i, j) and the points (x, y) that are in the object, dilated by ``box_margin``."""
+        pixels = np.concatenate([np.argwhere(probability >= 0.5), inside[:, ::-1].astype(int)])
+        (i0, j0), (i1, j1) = pixels.min(0) - self.margin, pixels.max(0) + 1 + self.margin
+        return to_box((i0, i1), (j0, j1))
 
     @torch.inference_mode()
     def ask(self, k: int, told: list[SlicePrompt]) -> list[tuple[np.ndarray, float]]:
@@ -249,10 +293,14 @@ class Clicks:
             self.pace[what] = 0.5 * (self.pace.get(what, seconds) + seconds)
 
     def points(self, k: int, prompt: ClientPrompt) -> tuple[np.ndarray, np.ndarray]:
-        """Clicks on slice k as (x, y) points (n, 2) and their labels (n,)."""
+        """Clicks on slice k in their order, as (x, y) points (n, 2), and their labels (n,)."""
         parts = [clicks[clicks[:, 2] == k, :2][-MOST_POINTS:] for clicks in (prompt.foreground, prompt.background)]
         labels = np.concatenate([np.full(len(part), label) for part, label in zip(parts, (1, 0), strict=True)])
-        return to_xy(np.concatenate(parts)), labels
+        voxels = np.concatenate(parts)
+        number = {click: n for n, click in enumerate(self._order)}
+        clicks = zip(labels.tolist(), voxels.tolist(), strict=True)
+        order = np.argsort([number.get((label, *v, k), len(number)) for label, v in clicks], kind="stable")
+        return to_xy(voxels[order.astype(int)]), labels[order.astype(int)]
 
     def within(
         self,
@@ -265,3 +313,8 @@ class Clicks:
         out = np.zeros_like(probability)
         out[where] = probability[where]
         return out
+
+
+def _lasting(n: int) -> bool:
+    """Whether the answer to the first ``n`` clicks is the mask prompt of the next ones."""
+    return n <= SINGLY or n % SINGLY == 0

@@ -65,6 +65,11 @@ def boxes_of(masks: Tensor, scale: float) -> Tensor:
     return torch.stack([x0, y0, x1, y1], 1).float() * scale
 
 
+def dilated_boxes(masks: Tensor, scale: float) -> Tensor:
+    """Boxes of bool masks (P, l, l) as prompts from masks have them: (P, 4), by 3 pixels of the input frame wider."""
+    return boxes_of(masks, scale) + torch.tensor([-3.0, -3.0, 3.0, 3.0])
+
+
 def random_pixels(masks: Tensor, count: int, scale: float, generator: torch.Generator) -> Tensor:
     """``count`` random pixels of bool masks (P, l, l): (P, count, 2) as (x, y); anywhere where a mask is empty."""
     size = masks.shape[-1]
@@ -156,7 +161,7 @@ def first_prompts(
     mask = probability > 0.5
     mask = torch.where(mask.any(-1).any(-1)[:, None, None], mask, target)
     points = (random_pixels(mask, 1, scale, generator), torch.ones(count, 1)) if "point" in kind else none
-    boxes = boxes_of(mask, scale) + torch.tensor([-3.0, -3.0, 3.0, 3.0]) if "box" in kind else None
+    boxes = dilated_boxes(mask, scale) if "box" in kind else None
     return Prompts(*points, boxes=boxes, probability=probability)
 
 
@@ -208,13 +213,13 @@ def interaction_loss(
     generator: torch.Generator,
     corrections: int = 1,
     faulty: Tensor | None = None,
+    refine: bool = False,
     mask_alone: bool = False,
 ) -> tuple[Tensor, float]:
     """Loss over a first prompt and ``corrections`` rounds of clicks, and the mean Dice of the last answer.
 
     SAM-Med2D takes an optimiser step after each answer and encodes once; here the losses of one image are added up. The
-    mask prompt of later rounds is the previous answer or, as often, the first: the click tasks use that one
-    (:meth:`aslseg.sam.interactive.Clicks.clicked`), because it does not depend on the order of the clicks.
+    mask prompt of later rounds is the answer before, as :meth:`aslseg.sam.interactive.Clicks.clicked` has it.
 
     Args:
         model: SAM in training.
@@ -224,14 +229,15 @@ def interaction_loss(
         generator: CPU generator of the prompts.
         corrections: Rounds of correction clicks.
         faulty: As for :func:`first_prompts`.
+        refine: After the clicks, a round with the answer as mask and, without a box among the first prompts, the box
+            around it, as the click tasks end.
         mask_alone: End with a round that is prompted with the previous answer and nothing else.
     """
     scale = model.image_size / target.shape[-1]
     mask = target.cpu() > 0.5
     prompts = first_prompts(mask, kind, scale, generator, faulty)
-    rounds = 1 + corrections + mask_alone
+    rounds = 1 + corrections + refine + mask_alone
     total = embeddings.new_zeros((), dtype=torch.float32)
-    first: Tensor | None = None
     for step in range(rounds):
         logits, iou = _moved(prompts, model.device).decode(model, embeddings)
         logits = logits.float()
@@ -240,9 +246,9 @@ def interaction_loss(
         answer = torch.sigmoid(logits.detach()[torch.arange(len(best)), best]).cpu()
         if step < corrections:
             prompts = corrected(prompts, answer, mask, scale, generator)
-            if first is not None and torch.rand(1, generator=generator) < 0.5:
-                prompts = replace(prompts, probability=first)
-            first = answer if first is None else first
+        elif refine and step == corrections:
+            boxes = dilated_boxes(answer > 0.5, scale) if prompts.boxes is None else prompts.boxes
+            prompts = replace(prompts, boxes=boxes, probability=answer)
         else:
             prompts = Prompts(prompts.points[:, :0], prompts.point_labels[:, :0], probability=answer)
     got = answer > 0.5

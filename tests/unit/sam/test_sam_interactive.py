@@ -49,6 +49,69 @@ def test_the_second_click_encodes_nothing(scene: tuple[Clicks, Sees, np.ndarray]
     assert model.encoded == before
 
 
+def told(asked: list[tuple]) -> list[tuple[list[int], bool, bool]]:
+    """Of each question: labels of the points, whether it had a box, whether it had a mask."""
+    return [
+        ([] if points is None else points[1][0].tolist(), boxes is not None, masks is not None)
+        for points, boxes, masks in asked
+    ]
+
+
+def test_click_by_click_with_the_answer_before_as_mask_then_with_the_answers_own_box(
+    scene: tuple[Clicks, Sees, np.ndarray],
+) -> None:
+    state, model, truth = scene
+    state.on_slice(clicks([[16, 14, 4]]))
+    assert told(model.asked) == [([1], False, False)], "a lone click has nothing to add to its answer"
+    state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]]))
+    assert told(model.asked[1:]) == [([1, 0], False, True), ([1, 0], True, True)], "the first answer is remembered"
+    state.on_slice(clicks([[16, 14, 4], [18, 14, 4]], [[2, 5, 4]]))
+    assert told(model.asked[3:]) == [([1, 0, 1], False, True), ([1, 0, 1], True, True)]
+    rows, columns = (np.flatnonzero(truth[..., 4].any(axis)) for axis in (1, 0))
+    scale = np.array([51 / 32, 64 / 40] * 2)  # the slice fills 64 x 51 of the frame
+    own = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) * scale + np.array([-3, -3, 3, 3])
+    assert np.allclose(model.asked[-1][1][0], own, atol=4)
+    before = len(model.asked)
+    state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]]))
+    assert len(model.asked) == before + 1, "without the last click only the last question is asked again"
+
+
+def test_a_humans_box_is_not_replaced_by_the_answers(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, _ = scene
+    box = {"roi": [4, 28, 2, 26, 4, 4]}
+    state.on_slice(clicks([], **box))
+    assert told(model.asked) == [([], True, False), ([], True, True)], "with itself as mask once more"
+    del model.asked[:]
+    state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]], **box))
+    assert told(model.asked) == [([1], True, False), ([1, 0], True, True)]
+    assert len({tuple(boxes[0].tolist()) for _, boxes, _ in model.asked}) == 1
+
+
+def test_what_is_outside_comes_after_what_is_inside(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, _ = scene
+    assert state.on_slice(clicks([], [[2, 5, 4]])) is None
+    state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]]))
+    assert told(model.asked)[0] == ([1], False, False), "though the background was clicked first"
+    del model.asked[:]
+    state.on_slice(clicks([], [[2, 5, 4]], roi=[4, 28, 2, 26, 4, 4]))
+    assert told(model.asked) == [([], True, False), ([0], True, True)]
+
+
+def test_many_clicks_are_taken_one_by_one_up_to_eight_then_in_groups(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, _ = scene
+    spots = [[16, n, 4] for n in range(6, 26)]
+    at_once = state.on_slice(clicks(spots))[1]
+    assert [len(labels) for labels, _, _ in told(model.asked)] == [1, 2, 3, 4, 5, 6, 7, 8, 16, 20, 20]
+    asked = [points[0] for points, _, _ in model.asked]
+    other = Clicks(model, state.picture.volume, state.settings, cache=EmbeddingCache())
+    for n in range(1, 21):
+        del model.asked[:]
+        one_by_one = other.on_slice(clicks(spots[:n]))[1]
+        assert len(model.asked) <= 2
+    assert np.array_equal(model.asked[-1][0][0], asked[-1])
+    assert np.array_equal(one_by_one, at_once)
+
+
 def test_the_first_click_alone_then_all_with_the_answer_as_mask(
     scene: tuple[Clicks, Sees, np.ndarray],
 ) -> None:

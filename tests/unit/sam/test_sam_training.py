@@ -102,6 +102,34 @@ def test_the_last_round_is_the_mask_alone(tiny: SAMModel, monkeypatch: pytest.Mo
     assert not torch.equal(alone.probability, clicks.probability)
 
 
+@pytest.mark.parametrize("kind", ["point", "box"])
+def test_answers_are_refined_with_their_own_box_or_the_given_one(
+    kind: str, tiny: SAMModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Prompts] = []
+    answered: list[torch.Tensor] = []
+    decode = Prompts.decode
+
+    def watch(self: Prompts, model: SAMModel, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, iou = decode(self, model, embeddings)
+        asked.append(self)
+        answered.append(logits[torch.arange(len(iou)), iou.argmax(1)])
+        return logits, iou
+
+    monkeypatch.setattr(Prompts, "decode", watch)
+    image, targets, _ = generated_slice_64()
+    embeddings = tiny.encode(image[None]).expand(4, -1, -1, -1)
+    interaction_loss(tiny, embeddings, targets, kind, generator(), 2, refine=True, mask_alone=True)
+    first, once, twice, refined, alone = asked
+    assert first.points.shape[1] < once.points.shape[1] < twice.points.shape[1] == refined.points.shape[1]
+    for before, prompts in zip(answered, (once, twice, refined, alone), strict=False):
+        assert torch.allclose(prompts.probability, torch.sigmoid(before.detach()), atol=1e-6)
+    scale = tiny.image_size / targets.shape[-1]
+    own = boxes_of(answered[2] > 0, scale) + torch.tensor([-3.0, -3.0, 3.0, 3.0])
+    assert torch.equal(refined.boxes, first.boxes if kind == "box" else own)
+    assert (alone.points.shape[1], alone.boxes) == (0, None)
+
+
 def test_kinds_come_up_by_their_weight() -> None:
     source = generator()
     drawn = [draw_kind(source, {"a": 0.9, "b": 0.1}) for _ in range(200)]
