@@ -237,12 +237,12 @@ class Clicks:
         lone = start is None and len(rounds) == 1
         if box is None and not lone:
             last = replace(last, box=self._own_box(found, points[labels == 1]))
-        elif not lone or (box is None and len(self.views([last])) == 1):
+        if (last.box is None and len(self.views([last])) == 1) or (box is not None and not lone):
             return found
         return self.within(self.ask(k, [last])[0][0], box, margin=0)
 
-    def _step(self, k: int, prompt: SlicePrompt, begun: bytes) -> np.ndarray:
-        """The answer to some of the clicks; remembered where that to the next ones needs it. ``begun`` names the start."""
+    def _step(self, k: int, prompt: SlicePrompt, begun: object) -> np.ndarray:
+        """The answer to some of the clicks, remembered where the next need it; ``begun`` names what is repaired."""
         key = (k, prompt.box, prompt.points.tobytes(), prompt.point_labels.tobytes(), begun)
         found = self._steps.get(key)
         if found is None:
@@ -253,9 +253,11 @@ class Clicks:
                 self._steps.pop(next(iter(self._steps)), None)
         return found
 
-    def _own_box(self, probability: np.ndarray, inside: np.ndarray) -> tuple[float, float, float, float]:
-        """The box around a mask (i, j) and the points (x, y) that are in the object, dilated by ``box_margin``."""
+    def _own_box(self, probability: np.ndarray, inside: np.ndarray) -> tuple[float, float, float, float] | None:
+        """The box around a mask (i, j) and the points (x, y) inside, dilated by ``box_margin``, or None."""
         pixels = np.concatenate([np.argwhere(probability >= 0.5), inside[:, ::-1].astype(int)])
+        if not len(pixels):
+            return None
         (i0, j0), (i1, j1) = pixels.min(0) - self.margin, pixels.max(0) + 1 + self.margin
         return to_box((i0, i1), (j0, j1))
 

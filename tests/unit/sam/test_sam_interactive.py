@@ -221,6 +221,20 @@ def test_a_wrong_automatic_mask_is_repaired_where_it_is_clicked(scene: tuple[Cli
     assert np.array_equal(repair.answer(clicks([])), (region > 0).astype(np.uint8)), "without a click all stays"
 
 
+def test_an_automatic_mask_may_be_taken_away_altogether(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, _ = scene
+
+    class Blind(Sees):
+        def decode(self, embeddings, points=None, boxes=None, masks=None, multimask=False):
+            logits, iou = super().decode(embeddings, points, boxes, masks, multimask)
+            return torch.full_like(logits, -9), iou
+
+    wrong = np.zeros(state.picture.shape, np.float32)
+    wrong[2:8, 2:8, 4] = 1
+    repaired = Clicks(Blind(model), state.picture.volume, state.settings, wrong, EmbeddingCache())
+    assert not repaired.answer(clicks([], [[4, 4, 4]])).any()
+
+
 def test_a_click_on_what_was_missed_is_added_to_the_automatic_mask(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
     state, model, truth = scene
     region = np.zeros(truth.shape, np.float32)
