@@ -194,6 +194,15 @@ def session(url: str, model: str, box: list[int], options: argparse.Namespace, *
     return {"opening": opening, "first": first, "further": further}
 
 
+def without_box(url: str, model: str, k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Further clicks on an encoded slice by an annotator who draws no box: the answer's own one is asked for."""
+    asked = []
+    for n in range(1, options.clicks + 2):
+        time.sleep(options.think)
+        asked.append(ask(url, model, {**points(k, n), "client_id": "boxless"}))
+    return asked[1:]
+
+
 def propagation(url: str) -> dict[str, Any]:
     """Forty slices, first with the encoder, then once embedded; a new annotator each time, so nothing is remembered."""
     whole = {"label": "liver", "roi": GROWN, "whole": True}
@@ -221,7 +230,10 @@ def summary(results: dict[str, Any]) -> list[str]:
     lines += ["", f"3-D propagation, embedded: {grown['slices_per_second']:.1f} slices/s ({grown['slices']} slices)"]
     lines.append(f"with the encoder: {grown['slices'] / grown['cold']['latencies']['infer']:.2f} slices/s")
     lines.append(f"OHIF reply: {results['ohif']['bytes']} bytes in {results['ohif']['seconds'] * 1e3:.0f} ms")
-    for name in ("sam_2d", "sam"):
+    for name in BOXES:
+        boxless = np.array([r["seconds"] for r in results[name]["without_box"]]) * 1e3
+        told = f"{np.median(boxless):.0f} ms, p95 {np.percentile(boxless, 95):.0f} ms"
+        lines.append(f"{name}, further click without a box: {told}")
         taken = [r["latencies"] for r in results[name]["further"]]
         parts = {k: round(float(np.median([t.get(k, 0) for t in taken])) * 1e3) for k in taken[0]}
         lines.append(f"{name}, further click, the server's own breakdown in ms (medians): {parts}")
@@ -258,6 +270,8 @@ def main() -> None:
         for model, box in BOXES.items():
             results[model] = session(url, model, box, options, roi=box)
         results["propagation"] = propagation(url)
+        for model, box in BOXES.items():
+            results[model]["without_box"] = without_box(url, model, box[4] + NEW[-1], options)
         results["ohif"] = ask(url, "sam", {"foreground": [[250, 250, 30]], "roi": GROWN}, ohif=True)
     if not options.no_sam2:
         write_sam2(folder / "sam2")
