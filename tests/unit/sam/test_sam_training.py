@@ -81,19 +81,26 @@ def test_given_faults_are_used_where_there_are_any() -> None:
     assert prompts.boxes[0].tolist() == [17, 9, 43, 31]
 
 
-def test_the_last_round_is_the_mask_alone(tiny: SAMModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Prompts] = []
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Prompts, torch.Tensor]]:
+    """All prompts that SAM gets, and the logits (P, l, l) of the answers that it believes in."""
+    seen: list[tuple[Prompts, torch.Tensor]] = []
     decode = Prompts.decode
 
     def watch(self: Prompts, model: SAMModel, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        asked.append(self)
-        return decode(self, model, embeddings)
+        logits, iou = decode(self, model, embeddings)
+        seen.append((self, logits.detach()[torch.arange(len(iou)), iou.argmax(1)]))
+        return logits, iou
 
     monkeypatch.setattr(Prompts, "decode", watch)
+    return seen
+
+
+def test_the_last_round_is_the_mask_alone(tiny: SAMModel, told: list[tuple[Prompts, torch.Tensor]]) -> None:
     image, targets, _ = generated_slice_64()
     embeddings = tiny.encode(image[None]).expand(4, -1, -1, -1)
     interaction_loss(tiny, embeddings, targets, "box", generator(), mask_alone=True)
-    box, clicks, alone = asked
+    box, clicks, alone = (prompts for prompts, _ in told)
     assert (box.points.shape[1], box.boxes is None, box.probability is None) == (0, False, True)
     assert clicks.points.shape[1] >= 1
     assert clicks.probability is not None
@@ -104,28 +111,16 @@ def test_the_last_round_is_the_mask_alone(tiny: SAMModel, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("kind", ["point", "box"])
 def test_answers_are_refined_with_their_own_box_or_the_given_one(
-    kind: str, tiny: SAMModel, monkeypatch: pytest.MonkeyPatch
+    kind: str, tiny: SAMModel, told: list[tuple[Prompts, torch.Tensor]]
 ) -> None:
-    asked: list[Prompts] = []
-    answered: list[torch.Tensor] = []
-    decode = Prompts.decode
-
-    def watch(self: Prompts, model: SAMModel, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, iou = decode(self, model, embeddings)
-        asked.append(self)
-        answered.append(logits[torch.arange(len(iou)), iou.argmax(1)])
-        return logits, iou
-
-    monkeypatch.setattr(Prompts, "decode", watch)
     image, targets, _ = generated_slice_64()
     embeddings = tiny.encode(image[None]).expand(4, -1, -1, -1)
     interaction_loss(tiny, embeddings, targets, kind, generator(), 2, refine=True, mask_alone=True)
-    first, once, twice, refined, alone = asked
+    first, once, twice, refined, alone = (prompts for prompts, _ in told)
     assert first.points.shape[1] < once.points.shape[1] < twice.points.shape[1] == refined.points.shape[1]
-    for before, prompts in zip(answered, (once, twice, refined, alone), strict=False):
-        assert torch.allclose(prompts.probability, torch.sigmoid(before.detach()), atol=1e-6)
-    scale = tiny.image_size / targets.shape[-1]
-    own = boxes_of(answered[2] > 0, scale) + torch.tensor([-3.0, -3.0, 3.0, 3.0])
+    for (_, before), prompts in zip(told[:-1], (once, twice, refined, alone), strict=True):
+        assert torch.allclose(prompts.probability, torch.sigmoid(before), atol=1e-6)
+    own = boxes_of(told[2][1] > 0, tiny.image_size / targets.shape[-1]) + torch.tensor([-3.0, -3.0, 3.0, 3.0])
     assert torch.equal(refined.boxes, first.boxes if kind == "box" else own)
     assert (alone.points.shape[1], alone.boxes) == (0, None)
 
