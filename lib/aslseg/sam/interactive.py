@@ -255,11 +255,13 @@ class Clicks:
 
     def _own_box(self, probability: np.ndarray, inside: np.ndarray) -> tuple[float, float, float, float] | None:
         """The box around a mask (i, j) and the points (x, y) inside, dilated by ``box_margin``, or None."""
-        pixels = np.concatenate([np.argwhere(probability >= 0.5), inside[:, ::-1].astype(int)])
-        if not len(pixels):
+        mask = probability >= 0.5
+        mask[tuple(inside[:, ::-1].astype(int).T)] = True
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if not len(rows):
             return None
-        (i0, j0), (i1, j1) = pixels.min(0) - self.margin, pixels.max(0) + 1 + self.margin
-        return to_box((i0, i1), (j0, j1))
+        m = self.margin
+        return to_box((rows[0] - m, rows[-1] + 1 + m), (columns[0] - m, columns[-1] + 1 + m))
 
     @torch.inference_mode()
     def ask(self, k: int, told: list[SlicePrompt]) -> list[tuple[np.ndarray, float]]:
