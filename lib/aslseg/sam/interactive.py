@@ -222,6 +222,8 @@ class Clicks:
         Returns:
             Probabilities (i, j).
         """
+        if start is None and box is None and not (labels == 1).any():
+            return np.zeros(self.shape, np.float32)
         if start is None and (labels == 1).any():  # SAM has to know what is meant
             first = int(np.flatnonzero(labels == 1)[0])
             turn = np.r_[first, np.delete(np.arange(len(labels)), first)]

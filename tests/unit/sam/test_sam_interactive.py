@@ -235,6 +235,19 @@ def test_an_automatic_mask_may_be_taken_away_altogether(scene: tuple[Clicks, See
     assert not repaired.answer(clicks([], [[4, 4, 4]])).any()
 
 
+def test_background_clicks_beside_the_automatic_mask_draw_nothing_new(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    """The click that hit it is so old that it counts no more: SAM would be asked for nothing in particular."""
+    state, model, _ = scene
+    wrong = np.zeros(state.picture.shape, np.float32)
+    wrong[2:8, 2:8, 4] = 1
+    repaired = Clicks(model, state.picture.volume, state.settings, wrong, EmbeddingCache())
+    beside = [[i, j, 4] for i in range(30, 38) for j in range(20, 28)]
+    k, mask = repaired.on_slice(clicks([], [[4, 4, 4], *beside]))
+    assert k == 4
+    assert np.array_equal(mask, wrong[..., 4] > 0)
+    assert not model.asked
+
+
 def test_a_click_on_what_was_missed_is_added_to_the_automatic_mask(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
     state, model, truth = scene
     region = np.zeros(truth.shape, np.float32)
