@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+import torch
+
 from aslseg.sam.turns import Turns
 from aslseg.serving.priority import AHEAD, step_back
 
@@ -21,14 +23,20 @@ class Background:
 
     A step that encodes a slice stands still then, at the next block of the encoder; on Linux, where a thread can have a
     priority of its own, it gets until there what the click leaves. A click that wants just that slice waits for it.
+
+    It computes without helpers: while a second team of OpenMP threads exists, even an idle one, libgomp no longer lets
+    those of the click wait awake, and the click's encoder pass takes a sixth longer (docs/results.md).
     """
 
     def __init__(self) -> None:
         self._jobs: deque[tuple[Callable[[], bool], object]] = deque(maxlen=MOST_JOBS)
         self._turns = Turns()
         self._changed = self._turns.changed
-        self._thread: threading.Thread | None = None
         self._working = False
+        threads, ready = torch.get_num_threads(), threading.Event()
+        threading.Thread(target=self._run, args=(ready,), name="aslseg-background", daemon=True).start()
+        ready.wait()
+        torch.set_num_threads(threads)  # what that thread said counts for threads to come as well
 
     def click(self) -> AbstractContextManager[None]:
         """While this is open no step begins, and one that has begun stands still where it can."""
@@ -44,9 +52,6 @@ class Background:
             for job in [j for j in self._jobs if j[1] is whose]:
                 self._jobs.remove(job)
             self._jobs.append((step, whose))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="aslseg-background", daemon=True)
-                self._thread.start()
             self._changed.notify_all()
 
     def idle(self, seconds: float) -> bool:
@@ -54,8 +59,11 @@ class Background:
         with self._changed:
             return self._changed.wait_for(lambda: not self._jobs and not self._working, seconds)
 
-    def _run(self) -> None:
+    def _run(self, ready: threading.Event) -> None:
         step_back(AHEAD)
+        torch.get_num_threads()  # otherwise torch's first operation in this thread undoes the next line
+        torch.set_num_threads(1)
+        ready.set()
         while True:
             with self._changed:
                 self._working = False

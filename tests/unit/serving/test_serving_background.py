@@ -50,6 +50,27 @@ def test_a_step_that_has_begun_goes_on_and_the_next_waits() -> None:
     assert done == ["a", "a"]
 
 
+def test_it_computes_without_helpers_and_nobody_else_does() -> None:
+    before, counted = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        background = Background()
+
+        def step() -> bool:
+            torch.ones(300, 300) @ torch.ones(300, 300)
+            counted.append(torch.get_num_threads())
+            return False
+
+        background.add(step, step)
+        assert background.idle(20)
+        other = threading.Thread(target=lambda: counted.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert [*counted, torch.get_num_threads()] == [1, 2, 2]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_job_that_fails_ends_alone() -> None:
     background, done = Background(), []
 
