@@ -27,6 +27,8 @@ class Architecture:
         canvas: Whether it answers whole canvases (:mod:`aslseg.sam.canvas`) instead of prompts: there is then one mask
             per label, and the first token is the background.
         adapters: Whether the encoder's blocks carry SAM-Med2D's adapters.
+        box_mask: Whether a box without a mask comes with the ellipse in it as mask prompt. Our SAMs are trained so:
+            a coarse grid of tokens places a box only roughly, a mask prompt to a quarter of a token.
         mask_prompt: What a mask prompt holds: SAM takes logits, SAM-Med2D probabilities.
         resize: ``longest`` keeps the aspect ratio and pads; ``squash`` does not (MedSAM, SAM-Med2D).
         interpolation: How a slice comes to its size: SAM bilinear, MedSAM bicubic, SAM-Med2D nearest.
@@ -47,6 +49,7 @@ class Architecture:
     masks: int = 3
     canvas: bool = False
     adapters: bool = False
+    box_mask: bool = False
     mask_prompt: Literal["logits", "probabilities"] = "logits"
     resize: Literal["longest", "squash"] = "longest"
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
@@ -54,8 +57,8 @@ class Architecture:
 
     @classmethod
     def from_metadata(cls, values: dict[str, Any]) -> Architecture:
-        """The inverse of :func:`dataclasses.asdict` through JSON."""
-        return cls(**{**values, "global_blocks": tuple(values["global_blocks"])})
+        """The inverse of :func:`dataclasses.asdict` through JSON; our files that are silent on it have ``box_mask``."""
+        return cls(**{"box_mask": True, **values, "global_blocks": tuple(values["global_blocks"])})
 
     @property
     def grid(self) -> int:
@@ -63,7 +66,7 @@ class Architecture:
         return self.image_size // self.patch_size
 
 
-SMALL = Architecture()
+SMALL = Architecture(box_mask=True)
 VIT_B = Architecture(1024, 16, 768, 12, 12, 14, (2, 5, 8, 11), 256, 2048)
 VIT_L = Architecture(1024, 16, 1024, 24, 16, 14, (5, 11, 17, 23), 256, 2048)
 VIT_H = Architecture(1024, 16, 1280, 32, 16, 14, (7, 15, 23, 31), 256, 2048)

@@ -31,6 +31,7 @@ from aslseg.ssl.networks import bfloat16_pays
 from aslseg.weights import sha256
 
 MASK_LOGIT_LIMIT = 6.0
+ELLIPSE_EDGE = 0.15  # of the radius: how far the ellipse in a box fades
 
 
 class SAMModel:
@@ -152,6 +153,27 @@ class SAMModel:
         """Factors from slice pixels to input-frame pixels along x (columns) and y (rows)."""
         rows, columns = self.input_shape(shape)
         return columns / shape[1], rows / shape[0]
+
+
+def ellipses(boxes: Tensor, size: int, scale: float) -> Tensor:
+    """What a box by itself says about the object in it: probabilities that fade from its centre to its sides.
+
+    A convex object in its tight box is hardly ever far from the ellipse: alone that has a Dice of 0.83 on atria, 0.84
+    on livers and 0.91 on liver tumours (docs/results.md).
+
+    Args:
+        boxes: (P, 4) as x0, y0, x1, y1 in the input frame.
+        size: Edge of low-res maps.
+        scale: Input-frame pixels per low-res pixel.
+
+    Returns:
+        Low-res maps (P, size, size), 0.5 on the ellipse.
+    """
+    low, high = boxes[:, :2], boxes[:, 2:]
+    middle, radius = (low + high) / 2, ((high - low) / 2).clamp(min=scale / 2)
+    line = (torch.arange(size, device=boxes.device) + 0.5) * scale
+    x, y = ((line - middle[:, n, None]) / radius[:, n, None] for n in (0, 1))
+    return torch.sigmoid((1 - torch.hypot(x[:, None, :], y[:, :, None])) / ELLIPSE_EDGE)
 
 
 def _in_single_precision(module: nn.Module) -> None:

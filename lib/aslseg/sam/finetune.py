@@ -286,6 +286,7 @@ class _Tuner:
         self.cache = EmbeddingCache()
         self.frozen = settings.sam_train == "decoder"
         self.trained = trainable(model, settings)
+        model.architecture = replace(model.architecture, box_mask=True)
         self.optimiser = torch.optim.AdamW(self.trained, settings.sam_learning_rate, weight_decay=0.01)
 
     def step(self, number: int) -> tuple[float, float]:

@@ -239,7 +239,8 @@ class Clicks:
         lone = start is None and len(rounds) == 1
         if box is None and not lone:
             last = replace(last, box=self._own_box(found, points[labels == 1]))
-        if (last.box is None and len(self.views([last])) == 1) or (box is not None and not lone):
+        settled = not lone or self.model.architecture.box_mask
+        if (last.box is None and len(self.views([last])) == 1) or (box is not None and settled):
             return found
         return self.within(self.ask(k, [last])[0][0], box, margin=0)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from aslseg.prompts.frame import SlicePrompt, box_slices
 from aslseg.prompts.from_mask import slice_prompts
 from aslseg.sam.attention import use_fused_attention
-from aslseg.sam.build import SAMModel
+from aslseg.sam.build import SAMModel, ellipses
 from aslseg.sam.zoom import View, together, views
 from aslseg.settings import Settings
 
@@ -136,6 +136,9 @@ def answer(
     if "mask" in parts and all(p.mask is not None for p in prompts):
         stack = torch.from_numpy(np.stack([p.mask for p in prompts if p.mask is not None]))
         masks = model.mask_prompt(model.to_low_res(stack))
+    elif boxes is not None and model.architecture.box_mask:
+        size = 4 * model.architecture.grid
+        masks = model.mask_prompt(ellipses(boxes, size, model.image_size / size))
     # a lone point may mean a part or the whole: SAM then draws three masks and says which it believes in
     ambiguous = points is not None and points[0].shape[1] == 1 and boxes is None and masks is None
     low, iou = model.decode(embeddings, points, boxes, masks, multimask=ambiguous)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from segment_anything import SamPredictor
 from skimage.transform import resize
 
 from aslseg.sam.architecture import SMALL, Architecture, build
-from aslseg.sam.build import MASK_LOGIT_LIMIT, SAMModel, base_path, load
+from aslseg.sam.build import MASK_LOGIT_LIMIT, SAMModel, base_path, ellipses, load
 from aslseg.settings import APP_DIR, Settings
 
 
@@ -24,6 +25,25 @@ def test_small_sam_is_small() -> None:
 
 def test_architecture_survives_json() -> None:
     assert Architecture.from_metadata({**SMALL.__dict__, "global_blocks": [2, 5]}) == SMALL
+
+
+def test_a_file_of_ours_from_before_the_setting_takes_the_ellipse_of_a_box() -> None:
+    values = asdict(replace(SMALL, box_mask=False))
+    assert not Architecture.from_metadata(values).box_mask
+    del values["box_mask"]
+    assert Architecture.from_metadata(values).box_mask
+
+
+def test_the_ellipse_in_a_box_touches_its_sides_and_stays_inside() -> None:
+    boxes = torch.tensor([[16.0, 32, 48, 40], [0, 0, 64, 64], [20, 20, 20, 20]])
+    found = ellipses(boxes, 32, 2)
+    assert found.shape == (3, 32, 32)
+    inside = found > 0.5
+    rows, columns = torch.where(inside[0])
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (16, 19, 8, 23)
+    assert inside.sum((1, 2))[:2].tolist() == pytest.approx([math.pi * 8 * 2, math.pi * 16 * 16], rel=0.1)
+    assert inside[2].sum() <= 4  # no size: still a place
+    assert found[2].flatten().argmax() in (9 * 32 + 9, 9 * 32 + 10, 10 * 32 + 9, 10 * 32 + 10)
 
 
 def test_load_gives_back_the_same_model(tiny: SAMModel, tiny_file: Path, settings: Settings) -> None:

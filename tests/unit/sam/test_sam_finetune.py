@@ -46,6 +46,7 @@ def test_loss_falls_and_the_file_says_what_it_is(
     assert metadata["base_sha256"] == sha256(tiny_file)
     assert result["sha256"] == sha256(out)
     assert metadata["trained"] == part
+    assert metadata["architecture"]["box_mask"]  # learned, whatever it started from
     before, after = load_weights(tiny_file, "sam")[0], load(out, settings).sam.state_dict()
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     decoder = {k for k in before if not k.startswith("image_encoder.")} - {"prompt_encoder.pe_layer" + GAUSSIAN}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,6 +86,13 @@ def test_a_humans_box_is_not_replaced_by_the_answers(scene: tuple[Clicks, Sees, 
     state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]], **box))
     assert told(model.asked) == [([1], True, False), ([1, 0], True, True)]
     assert len({tuple(boxes[0].tolist()) for _, boxes, _ in model.asked}) == 1
+
+
+def test_a_box_with_its_ellipse_is_asked_once(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, _ = scene
+    model.architecture = replace(model.architecture, box_mask=True)
+    state.on_slice(parse({"roi": [28, 4, 26, 2, 4, 4]}, (40, 32, 9)))
+    assert told(model.asked) == [([], True, True)]
 
 
 def test_what_is_outside_comes_after_what_is_inside(scene: tuple[Clicks, Sees, np.ndarray]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +36,28 @@ class Recorder(SAMModel):
         self.asked.append((points, boxes, masks, multimask))
         low, iou = super().decode(embeddings, points, boxes, masks, multimask)
         return torch.full_like(low, self.logit), iou
+
+
+@pytest.mark.parametrize("trained_so", [True, False])
+def test_a_box_without_a_mask_brings_its_ellipse_to_a_sam_trained_so(tiny: SAMModel, trained_so: bool) -> None:
+    model = Recorder(tiny)
+    model.architecture = replace(tiny.architecture, box_mask=trained_so)
+    embedding = tiny.encode(np.zeros((1, 64, 64), np.float32))
+    box, mask = (8.0, 16.0, 40.0, 48.0), np.full((64, 64), 0.3, np.float32)
+    none = np.zeros((0, 2)), np.zeros(0, int)
+    point = np.array([[20.0, 20.0]]), np.array([1])
+    for prompt in (SlicePrompt(box, *none, None), SlicePrompt(box, *point, None), SlicePrompt(box, *none, mask)):
+        answer(model, embedding, [prompt], (64, 64), "box+point+mask")
+    answer(model, embedding, [SlicePrompt(None, *point, None)], (64, 64), "box+point+mask")
+    alone, clicked, masked, point_alone = (masks for _, _, masks, _ in model.asked)
+    assert point_alone is None
+    assert torch.equal(masked, model.mask_prompt(torch.full((1, 32, 32), 0.3)))
+    if not trained_so:
+        assert alone is clicked is None
+        return
+    assert torch.equal(alone, clicked)
+    rows, columns = torch.where(alone[0, 0] > 0)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 23, 4, 19)
 
 
 def test_shape_range_and_determinism(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aslseg.sam.build import SAMModel
+from aslseg.sam.build import SAMModel, ellipses
 from aslseg.sam.shapes import generated_slice
 from aslseg.sam.training import (
     KINDS,
@@ -64,7 +64,7 @@ def test_every_kind_has_the_parts_it_names(kind: str) -> None:
     prompts = first_prompts(rectangles(), kind, 2, generator())
     assert (prompts.points.shape[1] > 0) == ("point" in kind)
     assert (prompts.boxes is not None) == ("box" in kind)
-    assert (prompts.probability is not None) == ("faulty" in kind)
+    assert (prompts.probability is not None) == ("faulty" in kind or kind == "box")
 
 
 def test_given_faults_are_used_where_there_are_any() -> None:
@@ -101,7 +101,10 @@ def test_the_last_round_is_the_mask_alone(tiny: SAMModel, told: list[tuple[Promp
     embeddings = tiny.encode(image[None]).expand(4, -1, -1, -1)
     interaction_loss(tiny, embeddings, targets, "box", generator(), mask_alone=True)
     box, clicks, alone = (prompts for prompts, _ in told)
-    assert (box.points.shape[1], box.boxes is None, box.probability is None) == (0, False, True)
+    assert box.points.shape[1] == 0
+    assert box.boxes is not None
+    assert box.probability is not None
+    assert torch.equal(box.probability, ellipses(box.boxes, box.probability.shape[-1], 64 / targets.shape[-1]))
     assert clicks.points.shape[1] >= 1
     assert clicks.probability is not None
     assert (alone.points.shape[1], alone.boxes) == (0, None)
