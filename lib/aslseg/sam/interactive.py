@@ -21,6 +21,7 @@ from aslseg.prompts.frame import SlicePrompt, box_slices, to_box, to_xy
 from aslseg.prompts.from_client import ClientPrompt
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 from aslseg.sam.build import SAMModel
+from aslseg.sam.corrections import obeyed
 from aslseg.sam.embeddings import EmbeddingCache
 from aslseg.sam.growing import Answer, Click, box_of, clicks_of
 from aslseg.sam.picture import Picture, Region
@@ -209,6 +210,7 @@ class Clicks:
     ) -> np.ndarray:
         """Clicks one after the other, each with those before it and the answer to them as mask (SAM-Med2D, section 3).
 
+        Every answer obeys them (:func:`aslseg.sam.corrections.obeyed`), so that the next pass starts from there.
         Without a human's box the last prompt is the box around that answer: SAM makes more of a box than of clicks.
         A lone click has no such box yet, and something large has nothing to add to its answer.
 
@@ -242,19 +244,24 @@ class Clicks:
         settled = not lone or self.model.architecture.box_mask
         if (last.box is None and len(self.views([last])) == 1) or (box is not None and settled):
             return found
-        return self.within(self.ask(k, [last])[0][0], box, margin=0)
+        return self._drawn(k, last, box)
 
     def _step(self, k: int, prompt: SlicePrompt, begun: object) -> np.ndarray:
         """The answer to some of the clicks, remembered where the next need it; ``begun`` names what is repaired."""
         key = (k, prompt.box, prompt.points.tobytes(), prompt.point_labels.tobytes(), begun)
         found = self._steps.get(key)
         if found is None:
-            found = self.within(self.ask(k, [prompt])[0][0], prompt.box, margin=0)
+            found = self._drawn(k, prompt, prompt.box)
             if _lasting(len(prompt.points)):
                 self._steps[key] = found
             while len(self._steps) > STEPS:
                 self._steps.pop(next(iter(self._steps)), None)
         return found
+
+    def _drawn(self, k: int, prompt: SlicePrompt, box: tuple[float, float, float, float] | None) -> np.ndarray:
+        """SAM's probabilities (i, j), nothing outside a human's box, with all clicks obeyed."""
+        found = self.within(self.ask(k, [prompt])[0][0], box, margin=0)
+        return obeyed(found, prompt.points, prompt.point_labels)
 
     def _own_box(self, probability: np.ndarray, inside: np.ndarray) -> tuple[float, float, float, float] | None:
         """The box around a mask (i, j) and the points (x, y) inside, dilated by ``box_margin``, or None."""
