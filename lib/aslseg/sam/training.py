@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aslseg.sam.build import SAMModel, ellipses
+from aslseg.sam.corrections import obeyed
 
 # First prompts and how often each is drawn. "faulty+" prompts are all made from one corrupted mask, as the SSL
 # model's mask would give them.
@@ -220,7 +221,8 @@ def interaction_loss(
     """Loss over a first prompt and ``corrections`` rounds of clicks, and the mean Dice of the last answer.
 
     SAM-Med2D takes an optimiser step after each answer and encodes once; here the losses of one image are added up. The
-    mask prompt of later rounds is the answer before, as :meth:`aslseg.sam.interactive.Clicks.clicked` has it.
+    mask prompt of later rounds is the answer before, clicks obeyed, as :meth:`aslseg.sam.interactive.Clicks.clicked`
+    has it; what is learned from is SAM's answer alone.
 
     Args:
         model: SAM in training.
@@ -244,7 +246,7 @@ def interaction_loss(
         logits = logits.float()
         total = total + mask_loss(logits, iou.float(), target)
         best = iou.float().argmax(1)
-        answer = torch.sigmoid(logits.detach()[torch.arange(len(best)), best]).cpu()
+        answer = _obeyed(torch.sigmoid(logits.detach()[torch.arange(len(best)), best]).cpu(), prompts, scale)
         if step < corrections:
             prompts = corrected(prompts, answer, mask, scale, generator)
         elif refine and step == corrections:
@@ -255,6 +257,12 @@ def interaction_loss(
     got = answer > 0.5
     dice = (2 * (got & mask).sum((1, 2)) + 1) / (got.sum((1, 2)) + mask.sum((1, 2)) + 1)
     return total / rounds, float(dice.mean())
+
+
+def _obeyed(answers: Tensor, prompts: Prompts, scale: float) -> Tensor:
+    """Probabilities (P, l, l) with the clicks that they contradict obeyed."""
+    points, labels = (prompts.points / scale).numpy(), prompts.point_labels.numpy()
+    return torch.stack([torch.from_numpy(obeyed(*one)) for one in zip(answers.numpy(), points, labels, strict=True)])
 
 
 def draw_kind(generator: torch.Generator, kinds: dict[str, float] | None = None) -> str:
