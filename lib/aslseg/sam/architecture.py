@@ -27,7 +27,7 @@ class Architecture:
         canvas: Whether it answers whole canvases (:mod:`aslseg.sam.canvas`) instead of prompts: there is then one mask
             per label, and the first token is the background.
         adapters: Whether the encoder's blocks carry SAM-Med2D's adapters.
-        box_mask: Whether a box without a mask comes with the ellipse in it as mask prompt. Our SAMs are trained so:
+        box_mask: Whether a box without a mask comes with the ellipse in it as mask prompt, as for SAMs that we trained:
             a coarse grid of tokens places a box only roughly, a mask prompt to a quarter of a token.
         mask_prompt: What a mask prompt holds: SAM takes logits, SAM-Med2D probabilities.
         resize: ``longest`` keeps the aspect ratio and pads; ``squash`` does not (MedSAM, SAM-Med2D).

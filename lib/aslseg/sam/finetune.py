@@ -30,8 +30,7 @@ from aslseg.weights import save_weights, sha256
 # a labelled case and a generator to region probabilities (R, i, j, k) as a mediocre SSL model would give them
 Errors = Callable[[Prepared, np.random.Generator], np.ndarray]
 
-MOST_OBJECTS = 3  # of a slice in a step
-SMALL = 100  # pixels of a region on a slice; smaller ones come up as often as these
+OBJECTS_PER_SLICE = 3
 FAULTS_PER_CASE, MOST_FAULTS = 3, 24
 FAULTY_PART = 0.5  # of the slices of cases with faults take them; the others' faulty prompts are made in 2-D
 # jittered true boxes (science.md, section 1.2), points as annotators begin with, and what an SSL mask would give
@@ -52,10 +51,7 @@ class Drawn:
 
 
 class LabelledSlices:
-    """Slices with foreground, drawn so that every region present comes up equally often and its small ends do as well.
-
-    A slice's chance goes with one over the square root of the region's pixels: organs end in a few small slices, which
-    an annotator has to draw just as the many large ones.
+    """Slices with foreground, drawn so that every region present comes up equally often.
 
     Args:
         labelled: Cases with a label.
@@ -69,12 +65,9 @@ class LabelledSlices:
         self.cases = [c for c in labelled if c.label is not None]
         self.labels = settings.label_set
         self.places: list[list[tuple[int, int]]] = [[] for _ in self.labels.names]  # by region: (case, k)
-        self.sizes: list[list[int]] = [[] for _ in self.labels.names]  # by region: its pixels on these slices
         for n, case in enumerate(self.cases):
             for region, mask in enumerate(self.labels.regions(np.asarray(case.label))):
-                pixels = mask.sum((0, 1))
-                self.places[region] += [(n, int(k)) for k in np.flatnonzero(pixels)]
-                self.sizes[region] += pixels[pixels > 0].tolist()
+                self.places[region] += [(n, int(k)) for k in np.flatnonzero(mask.any((0, 1)))]
         self.present = [r for r, places in enumerate(self.places) if places]
         if not self.present:
             raise NotEnoughCasesError(
@@ -83,14 +76,13 @@ class LabelledSlices:
             )
 
     def draw(self, rng: np.random.Generator) -> Drawn:
-        """Up to MOST_OBJECTS components of one region on one slice."""
+        """OBJECTS_PER_SLICE components of one region on one slice."""
         region = int(rng.choice(self.present))
-        weights = np.maximum(self.sizes[region], SMALL) ** -0.5
-        case, k = self.places[region][int(rng.choice(len(weights), p=weights / weights.sum()))]
+        case, k = self.places[region][int(rng.integers(len(self.places[region])))]
         label = np.asarray(self.cases[case].label[..., k])  # type: ignore[index]
         mask = np.isin(label, self.labels.members(region))
         components, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
-        numbers = 1 + rng.permutation(count)[:MOST_OBJECTS]
+        numbers = rng.choice(count, OBJECTS_PER_SLICE, replace=count < OBJECTS_PER_SLICE) + 1
         return Drawn(case, k, region, np.stack([components == n for n in numbers]))
 
 
@@ -315,8 +307,8 @@ class _Tuner:
 
     def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings (P, C, grid, grid), targets and faulty masks (P, l, l) in 0..1 for the prompts of one step."""
-        inputs, maps, owners = [], [], []
-        for number in range(self.settings.sam_batch):
+        inputs, maps = [], []
+        for _ in range(self.settings.sam_batch):
             drawn = self.data.draw(rng)
             case = self.data.cases[drawn.case]
             margin = self.settings.box_margin / min(self.model.scale((case.image.shape[0], case.image.shape[1])))
@@ -328,11 +320,10 @@ class _Tuner:
                 image, both = _augmented(image, both, rng, self.settings.flips)
                 inputs.append(self.model.preprocess(torch.from_numpy(image)[None]))
             low = self.model.to_low_res(torch.from_numpy(both).flatten(0, 1))
-            maps.append(low.unflatten(0, both.shape[:2]))
-            owners += [number] * len(drawn.objects)
+            maps.append(low.unflatten(0, (2, OBJECTS_PER_SLICE)))
         together, (targets, faulty) = torch.cat(inputs), torch.cat(maps, 1)
         embeddings = together if self.frozen else self.model.sam.image_encoder(together)
-        return embeddings[owners], targets, faulty
+        return embeddings.repeat_interleave(OBJECTS_PER_SLICE, 0), targets, faulty
 
 
 def _augmented(

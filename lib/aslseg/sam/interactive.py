@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from aslseg.prompts.frame import SlicePrompt, box_slices, to_box, to_xy
+from aslseg.prompts.frame import SlicePrompt, box_slices, to_xy
 from aslseg.prompts.from_client import ClientPrompt
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 from aslseg.sam.build import SAMModel
@@ -210,9 +210,9 @@ class Clicks:
     ) -> np.ndarray:
         """Clicks one after the other, each with those before it and the answer to them as mask (SAM-Med2D, section 3).
 
-        Every answer obeys them (:func:`aslseg.sam.corrections.obeyed`), so that the next pass starts from there.
-        Without a human's box the last prompt is the box around that answer: SAM makes more of a box than of clicks.
-        A lone click has no such box yet, and something large has nothing to add to its answer.
+        Every answer obeys them (:func:`aslseg.sam.corrections.obeyed`), so that the next pass starts from there. The
+        answer itself prompts a last pass where that has something new to see: the object of clicks alone, once it turns
+        out to be small, from near; and a large one in a box, which begins with nothing but the ellipse in it.
 
         Args:
             k: Slice.
@@ -238,13 +238,10 @@ class Clicks:
         for n in rounds[1:]:
             found = self._step(k, SlicePrompt(box, points[:n], labels[:n], found), begun)
         last = SlicePrompt(box, points, labels, found)
-        lone = start is None and len(rounds) == 1
-        if box is None and not lone:
-            last = replace(last, box=self._own_box(found, points[labels == 1]))
-        settled = not lone or self.model.architecture.box_mask
-        if (last.box is None and len(self.views([last])) == 1) or (box is not None and settled):
-            return found
-        return self._drawn(k, last, box)
+        lone, large = start is None and len(rounds) == 1, len(self.views([last])) == 1
+        if (lone and large) if box is not None else not large:
+            return self._drawn(k, last, box)
+        return found
 
     def _step(self, k: int, prompt: SlicePrompt, begun: object) -> np.ndarray:
         """The answer to some of the clicks, remembered where the next need it; ``begun`` names what is repaired."""
@@ -262,16 +259,6 @@ class Clicks:
         """SAM's probabilities (i, j), nothing outside a human's box, with all clicks obeyed."""
         found = self.within(self.ask(k, [prompt])[0][0], box, margin=0)
         return obeyed(found, prompt.points, prompt.point_labels)
-
-    def _own_box(self, probability: np.ndarray, inside: np.ndarray) -> tuple[float, float, float, float] | None:
-        """The box around a mask (i, j) and the points (x, y) inside, dilated by ``box_margin``, or None."""
-        mask = probability >= 0.5
-        mask[tuple(inside[:, ::-1].astype(int).T)] = True
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        if not len(rows):
-            return None
-        m = self.margin
-        return to_box((rows[0] - m, rows[-1] + 1 + m), (columns[0] - m, columns[-1] + 1 + m))
 
     @torch.inference_mode()
     def ask(self, k: int, told: list[SlicePrompt]) -> list[tuple[np.ndarray, float]]:

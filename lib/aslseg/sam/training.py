@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aslseg.sam.build import SAMModel, ellipses
-from aslseg.sam.corrections import obeyed
+from aslseg.sam.build import SAMModel
 
 # First prompts and how often each is drawn. "faulty+" prompts are all made from one corrupted mask, as the SSL
 # model's mask would give them.
@@ -155,8 +154,7 @@ def first_prompts(
         edge = (tight[:, 2:] - tight[:, :2]).repeat(1, 2)
         care = torch.rand(count, 1, generator=generator)  # some draw a box tightly, some do not
         jitter = torch.randn(count, 4, generator=generator) * care * (0.1 * edge).clamp(0.5, 10)
-        drawn = tight + jitter
-        return Prompts(*none, boxes=drawn, probability=ellipses(drawn, target.shape[-1], scale))
+        return Prompts(*none, boxes=tight + jitter)
     probability = corrupt(target, generator)
     if faulty is not None:
         probability = torch.where((faulty > 0.5).any(-1).any(-1)[:, None, None], faulty, probability)
@@ -221,8 +219,7 @@ def interaction_loss(
     """Loss over a first prompt and ``corrections`` rounds of clicks, and the mean Dice of the last answer.
 
     SAM-Med2D takes an optimiser step after each answer and encodes once; here the losses of one image are added up. The
-    mask prompt of later rounds is the answer before, clicks obeyed, as :meth:`aslseg.sam.interactive.Clicks.clicked`
-    has it; what is learned from is SAM's answer alone.
+    mask prompt of later rounds is the answer before, as :meth:`aslseg.sam.interactive.Clicks.clicked` has it.
 
     Args:
         model: SAM in training.
@@ -233,7 +230,7 @@ def interaction_loss(
         corrections: Rounds of correction clicks.
         faulty: As for :func:`first_prompts`.
         refine: After the clicks, a round with the answer as mask and, without a box among the first prompts, the box
-            around it, as the click tasks end.
+            around it, as objects grow from slice to slice.
         mask_alone: End with a round that is prompted with the previous answer and nothing else.
     """
     scale = model.image_size / target.shape[-1]
@@ -246,7 +243,7 @@ def interaction_loss(
         logits = logits.float()
         total = total + mask_loss(logits, iou.float(), target)
         best = iou.float().argmax(1)
-        answer = _obeyed(torch.sigmoid(logits.detach()[torch.arange(len(best)), best]).cpu(), prompts, scale)
+        answer = torch.sigmoid(logits.detach()[torch.arange(len(best)), best]).cpu()
         if step < corrections:
             prompts = corrected(prompts, answer, mask, scale, generator)
         elif refine and step == corrections:
@@ -257,12 +254,6 @@ def interaction_loss(
     got = answer > 0.5
     dice = (2 * (got & mask).sum((1, 2)) + 1) / (got.sum((1, 2)) + mask.sum((1, 2)) + 1)
     return total / rounds, float(dice.mean())
-
-
-def _obeyed(answers: Tensor, prompts: Prompts, scale: float) -> Tensor:
-    """Probabilities (P, l, l) with the clicks that they contradict obeyed."""
-    points, labels = (prompts.points / scale).numpy(), prompts.point_labels.numpy()
-    return torch.stack([torch.from_numpy(obeyed(*one)) for one in zip(answers.numpy(), points, labels, strict=True)])
 
 
 def draw_kind(generator: torch.Generator, kinds: dict[str, float] | None = None) -> str:

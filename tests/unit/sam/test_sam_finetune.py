@@ -13,7 +13,7 @@ from aslseg.errors import BadSettingsError, NotEnoughCasesError, TrainingDiverge
 from aslseg.sam import finetune
 from aslseg.sam.architecture import Architecture, build
 from aslseg.sam.build import SAMModel, load
-from aslseg.sam.finetune import Drawn, Faults, LabelledSlices, _augmented, train
+from aslseg.sam.finetune import OBJECTS_PER_SLICE, Drawn, Faults, LabelledSlices, _augmented, train
 from aslseg.settings import Settings
 from aslseg.types import Prepared
 from aslseg.weights import load_weights, read_metadata, sha256
@@ -46,7 +46,7 @@ def test_loss_falls_and_the_file_says_what_it_is(
     assert metadata["base_sha256"] == sha256(tiny_file)
     assert result["sha256"] == sha256(out)
     assert metadata["trained"] == part
-    assert metadata["architecture"]["box_mask"]  # learned, whatever it started from
+    assert metadata["architecture"]["box_mask"]  # mask prompts were learned, whatever it started from
     before, after = load_weights(tiny_file, "sam")[0], load(out, settings).sam.state_dict()
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     decoder = {k for k in before if not k.startswith("image_encoder.")} - {"prompt_encoder.pe_layer" + GAUSSIAN}
@@ -233,32 +233,17 @@ def test_regions_come_up_equally_and_components_one_by_one(
     label[30:34, 2:6, 2] = 1  # a second piece of liver
     data = LabelledSlices([replace(case, label=label)], settings)
     rng = np.random.default_rng(0)
-    tumours, pieces = 0, set()
+    tumours = 0
     for _ in range(60):
         drawn = data.draw(rng)
         k, objects = drawn.k, drawn.objects
         assert drawn.case == 0
-        assert objects.shape[1:] == (40, 32)
+        assert objects.shape == (OBJECTS_PER_SLICE, 40, 32)
         assert objects.any((1, 2)).all()
-        assert objects.sum(0).max() == 1  # each once
-        pieces.add(len(objects))
         for one in objects:
             assert not one[30:34, 2:6].any() or one.sum() == 16
-        tumours += bool((label[..., k][objects.any(0)] == 2).all())
-    assert 15 < tumours < 45
-    assert pieces == {1, 2}
-
-
-def test_small_slices_are_not_forgotten(ball_case: Callable[..., Prepared], settings: Settings) -> None:
-    case = ball_case()
-    label = np.zeros_like(np.array(case.label))
-    label[:, :, 1] = 1  # 1,280 pixels
-    label[:2, :2, 3], label[:10, :10, 4] = 1, 1  # 4 and 100
-    data = LabelledSlices([replace(case, label=label)], settings)
-    rng = np.random.default_rng(0)
-    drawn = np.bincount([data.draw(rng).k for _ in range(3000)]) / 3000
-    expected = np.array([0, 1280**-0.5, 0, 0.1, 0.1])
-    assert np.abs(drawn - expected / expected.sum()).max() < 0.03
+            tumours += bool((label[..., k][one] == 2).all())
+    assert 50 < tumours < 130
 
 
 def test_augmentation_moves_slice_and_objects_alike_and_loses_none() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,26 +57,34 @@ def told(asked: list[tuple]) -> list[tuple[list[int], bool, bool]]:
     ]
 
 
-def test_click_by_click_with_the_answer_before_as_mask_then_with_the_answers_own_box(
+def test_click_by_click_with_the_answer_before_as_mask(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, _ = scene
+    state.on_slice(clicks([[16, 14, 4]]))
+    assert told(model.asked) == [([1], False, False)]
+    state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]]))
+    assert told(model.asked[1:]) == [([1, 0], False, True)], "the first answer is remembered"
+    state.on_slice(clicks([[16, 14, 4], [18, 14, 4]], [[2, 5, 4]]))
+    assert told(model.asked[2:]) == [([1, 0, 1], False, True)]
+    state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]]))
+    assert len(model.asked) == 3, "without the last click nothing is asked again"
+
+
+def test_a_click_that_sam_contradicts_is_obeyed_and_the_next_pass_starts_from_there(
     scene: tuple[Clicks, Sees, np.ndarray],
 ) -> None:
     state, model, truth = scene
-    state.on_slice(clicks([[16, 14, 4]]))
-    assert told(model.asked) == [([1], False, False)], "a lone click has nothing to add to its answer"
-    state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]]))
-    assert told(model.asked[1:]) == [([1, 0], False, True), ([1, 0], True, True)], "the first answer is remembered"
-    state.on_slice(clicks([[16, 14, 4], [18, 14, 4]], [[2, 5, 4]]))
-    assert told(model.asked[3:]) == [([1, 0, 1], False, True), ([1, 0, 1], True, True)]
-    rows, columns = (np.flatnonzero(truth[..., 4].any(axis)) for axis in (1, 0))
-    scale = np.array([51 / 32, 64 / 40] * 2)  # the slice fills 64 x 51 of the frame
-    own = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) * scale + np.array([-3, -3, 3, 3])
-    assert np.allclose(model.asked[-1][1][0], own, atol=4)
-    before = len(model.asked)
-    state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]]))
-    assert len(model.asked) == before + 1, "without the last click only the last question is asked again"
+    drawn = state.on_slice(clicks([[16, 14, 4]]))[1]
+    found = state.on_slice(clicks([[16, 14, 4]], [[16, 20, 4]]))[1]
+    assert drawn[14:19, 20].all()
+    assert not found[14:19, 20].any()
+    assert found[16, 14]
+    state.on_slice(clicks([[16, 14, 4], [12, 12, 4]], [[16, 20, 4]]))
+    masked = model.asked[-1][2][0, 0]
+    assert masked[round(16 * 32 / 40), round(20 * 32 / 40)] < 0, "in SAM's low-res frame"
+    assert truth[16, 20, 4]
 
 
-def test_a_humans_box_is_not_replaced_by_the_answers(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+def test_a_box_is_asked_with_its_answer_once_more_and_stays_with_clicks(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
     state, model, _ = scene
     box = {"roi": [4, 28, 2, 26, 4, 4]}
     state.on_slice(clicks([], **box))
@@ -86,13 +93,6 @@ def test_a_humans_box_is_not_replaced_by_the_answers(scene: tuple[Clicks, Sees, 
     state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]], **box))
     assert told(model.asked) == [([1], True, False), ([1, 0], True, True)]
     assert len({tuple(boxes[0].tolist()) for _, boxes, _ in model.asked}) == 1
-
-
-def test_a_box_with_its_ellipse_is_asked_once(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
-    state, model, _ = scene
-    model.architecture = replace(model.architecture, box_mask=True)
-    state.on_slice(parse({"roi": [28, 4, 26, 2, 4, 4]}, (40, 32, 9)))
-    assert told(model.asked) == [([], True, True)]
 
 
 def test_what_is_outside_comes_after_what_is_inside(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
@@ -109,7 +109,7 @@ def test_many_clicks_are_taken_one_by_one_up_to_eight_then_in_groups(scene: tupl
     state, model, _ = scene
     spots = [[16, n, 4] for n in range(6, 26)]
     at_once = state.on_slice(clicks(spots))[1]
-    assert [len(labels) for labels, _, _ in told(model.asked)] == [1, 2, 3, 4, 5, 6, 7, 8, 16, 20, 20]
+    assert [len(labels) for labels, _, _ in told(model.asked)] == [1, 2, 3, 4, 5, 6, 7, 8, 16, 20]
     asked = [points[0] for points, _, _ in model.asked]
     other = Clicks(model, state.picture.volume, state.settings, cache=EmbeddingCache())
     for n in range(1, 21):
