@@ -71,14 +71,19 @@ def ball(path: Path, shift: int = 0) -> Path:
     return path
 
 
-def test_clicks_on_an_upload_are_answered_within_the_request(served: Served, tmp_path: Path) -> None:
+def test_clicks_on_an_upload_are_answered_within_the_request(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead: list[object] = []
+    monkeypatch.setattr(served.desk.background, "add", lambda step, whose: ahead.append(whose))
     path = ball(tmp_path / "upload.nii")
     mask, told = served.ask(Upload(path))
     assert told["growing"] is False
     assert mask.any((0, 1)).sum() == 15
-    assert served.desk.background._thread is None
     served.ask(Upload(path), "sam_2d", slice=10)
-    assert served.desk.background._thread is None, "nothing is encoded ahead"
+    assert not ahead, "nothing is encoded ahead"
+    served.ask(SessionUpload(path), "sam_2d", foreground=[[20, 16, 10]])
+    assert ahead, "as it is for a scan that stays"
 
 
 def test_a_client_cannot_say_that_a_scan_is_an_upload(served: Served, tmp_path: Path) -> None:
