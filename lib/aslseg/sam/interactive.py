@@ -258,7 +258,7 @@ class Clicks:
     def _drawn(self, k: int, prompt: SlicePrompt, box: tuple[float, float, float, float] | None) -> np.ndarray:
         """SAM's probabilities (i, j), nothing outside a human's box, with all clicks obeyed."""
         found = self.within(self.ask(k, [prompt])[0][0], box, margin=0)
-        return obeyed(found, prompt.points, prompt.point_labels)
+        return self.within(obeyed(found, prompt.points, prompt.point_labels), box, margin=0)
 
     @torch.inference_mode()
     def ask(self, k: int, told: list[SlicePrompt]) -> list[tuple[np.ndarray, float]]:

@@ -84,6 +84,14 @@ def test_a_click_that_sam_contradicts_is_obeyed_and_the_next_pass_starts_from_th
     assert truth[16, 20, 4]
 
 
+def test_an_obeyed_click_draws_nothing_outside_the_box(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, _, truth = scene
+    found = state.on_slice(clicks([[16, 14, 4], [32, 14, 4]], roi=[4, 33, 2, 26, 4, 4]))[1]
+    assert not truth[32, 14, 4]
+    assert found[30:34, 14].all()
+    assert not found[34:].any()
+
+
 def test_a_box_is_asked_with_its_answer_once_more_and_stays_with_clicks(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
     state, model, _ = scene
     box = {"roi": [4, 28, 2, 26, 4, 4]}
