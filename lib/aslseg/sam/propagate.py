@@ -23,6 +23,8 @@ class Part:
         shape: Of the slice, (i, j).
         corner: First row and column of ``probability``.
         probability: float16, cropped to the mask and what its prompt may use; 0 elsewhere.
+        inside: Where it reaches 0.5, bool, cropped alike. Column by column, as a scan's voxels lie in a reply: replies
+            show it on every slice, and turning it there would take longer than SAM's answer.
         kept: (i, j) bool, or None: components of the automatic mask that stay beside what is drawn.
         replaced: (i, j) bool, or None: those that are drawn anew.
     """
@@ -30,6 +32,7 @@ class Part:
     shape: tuple[int, int]
     corner: tuple[int, int]
     probability: np.ndarray
+    inside: np.ndarray
     kept: np.ndarray | None = None
     replaced: np.ndarray | None = None
 
@@ -46,32 +49,40 @@ class Part:
         inside = probability >= 0.5
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         if not len(rows):
-            return cls(shape, (0, 0), np.zeros((0, 0), np.float16), kept, replaced)
+            return cls(shape, (0, 0), np.zeros((0, 0), np.float16), np.zeros((0, 0), bool), kept, replaced)
         wide = int(margin) + CROP
         i0, j0 = max(rows[0] - wide, 0), max(columns[0] - wide, 0)
-        crop = probability[i0 : rows[-1] + wide + 1, j0 : columns[-1] + wide + 1].astype(np.float16)
+        cut = slice(i0, rows[-1] + wide + 1), slice(j0, columns[-1] + wide + 1)
+        crop = probability[cut].astype(np.float16)
         # 0.4999 must not become 0.5 by rounding
-        crop[(crop >= 0.5) & ~inside[i0 : rows[-1] + wide + 1, j0 : columns[-1] + wide + 1]] = 0.4998
-        return cls(shape, (int(i0), int(j0)), crop, kept, replaced)
+        np.minimum(crop, np.float16(0.4998), out=crop, where=~inside[cut])
+        return cls(shape, (int(i0), int(j0)), crop, np.asfortranarray(inside[cut]), kept, replaced)
+
+    @property
+    def cut(self) -> tuple[slice, slice]:
+        """Where on the slice the cropped arrays lie."""
+        (i, j), (rows, columns) = self.corner, self.probability.shape
+        return slice(i, i + rows), slice(j, j + columns)
 
     @property
     def drawn(self) -> np.ndarray:
         """Probabilities (i, j) of what was drawn, float32."""
         out = np.zeros(self.shape, np.float32)
-        rows, columns = self.probability.shape
-        out[self.corner[0] : self.corner[0] + rows, self.corner[1] : self.corner[1] + columns] = self.probability
+        out[self.cut] = self.probability
         return out
 
     @property
     def mask(self) -> np.ndarray:
         """The object (i, j), bool: what was drawn and what was kept."""
-        mask = self.drawn >= 0.5
+        mask = np.zeros(self.shape, bool, order="F")
+        mask[self.cut] = self.inside
         return mask if self.kept is None else mask | self.kept
 
     @property
     def bytes(self) -> int:
         """Memory held."""
-        return self.probability.nbytes + sum(a.nbytes for a in (self.kept, self.replaced) if a is not None)
+        arrays = self.probability, self.inside, self.kept, self.replaced
+        return sum(a.nbytes for a in arrays if a is not None)
 
 
 @dataclass(frozen=True)
