@@ -21,7 +21,7 @@ from aslseg.prompts.frame import SlicePrompt, box_slices, to_xy
 from aslseg.prompts.from_client import ClientPrompt
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 from aslseg.sam.build import SAMModel
-from aslseg.sam.corrections import obeyed
+from aslseg.sam.corrections import obeyed, without_strays
 from aslseg.sam.embeddings import EmbeddingCache
 from aslseg.sam.growing import Answer, Click, box_of, clicks_of
 from aslseg.sam.picture import Picture, Region
@@ -256,9 +256,9 @@ class Clicks:
         return found
 
     def _drawn(self, k: int, prompt: SlicePrompt, box: tuple[float, float, float, float] | None) -> np.ndarray:
-        """SAM's probabilities (i, j), nothing outside a human's box, with all clicks obeyed."""
-        found = self.within(self.ask(k, [prompt])[0][0], box, margin=0)
-        return self.within(obeyed(found, prompt.points, prompt.point_labels), box, margin=0)
+        """SAM's probabilities (i, j), nothing outside a human's box, with all clicks obeyed and without strays."""
+        found, clicks = self.within(self.ask(k, [prompt])[0][0], box, margin=0), (prompt.points, prompt.point_labels)
+        return without_strays(self.within(obeyed(found, *clicks), box, margin=0), *clicks)
 
     @torch.inference_mode()
     def ask(self, k: int, told: list[SlicePrompt]) -> list[tuple[np.ndarray, float]]:

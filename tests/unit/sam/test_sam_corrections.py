@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from aslseg.sam.corrections import obeyed
+from aslseg.sam.corrections import obeyed, without_strays
 
 
 def disc(shape: tuple[int, int], i: float, j: float, radius: float) -> np.ndarray:
@@ -76,3 +76,21 @@ def test_every_click_is_obeyed(seed: int) -> None:
 
 def test_a_whole_slice_may_be_wrong() -> None:
     assert not (ask(np.ones((30, 30)), (15, 15, 0)) >= 0.5)[15, 15]
+
+
+def test_small_pieces_go_unless_clicked_or_large() -> None:
+    large, half, small = disc((90, 90), 25, 25, 14), disc((90, 90), 65, 65, 10), disc((90, 90), 20, 70, 4)
+    drawn = (large | half | small).astype(np.float32) * np.float32(0.8)
+    nowhere = np.zeros((0, 2)), np.zeros(0, int)
+    assert np.array_equal(without_strays(drawn, *nowhere) > 0, large | half)
+    inside = np.array([[70.0, 20.0]])
+    assert without_strays(drawn, inside, np.array([1])) is drawn
+    assert np.array_equal(without_strays(drawn, inside, np.array([0])) > 0, large | half)
+
+
+def test_one_piece_and_none_stay_as_they_are() -> None:
+    nowhere = np.zeros((0, 2)), np.zeros(0, int)
+    for drawn in (disc((40, 40), 20, 20, 8).astype(np.float32), np.zeros((40, 40), np.float32)):
+        assert without_strays(drawn, *nowhere) is drawn
+    faint = np.full((40, 40), np.float32(0.3))
+    assert without_strays(faint, *nowhere) is faint
