@@ -3,8 +3,9 @@
     python scripts/pretrain_sam.py --minutes 50
 
 Phases of growing size, with positional embeddings resized between them: what a prompt means is learned at 64 px,
-where a step costs a tenth, borders at the full 192 px. The weights are saved atomically every few minutes; ``--init``
-goes on from them (``--begin 0.6``: at that part of the schedule). The manifest beside them says how they were made.
+where a step costs a tenth, borders at the full 192 px. Prompts are those of the click models. Minutes are processor
+time. The weights are saved atomically every few minutes; ``--init`` goes on from them (``--begin 0.6``: at that part of
+the schedule). The manifest beside them says how they were made.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from aslseg.sam.architecture import SMALL, Architecture, build
 from aslseg.sam.build import SAMModel
 from aslseg.sam.checkpoints import read, resized
 from aslseg.sam.shapes import generated_slice
-from aslseg.sam.training import Prompts, draw_kind, first_prompts, interaction_loss
+from aslseg.sam.training import AS_ASKED, CORRECTIONS, Manners, Prompts, draw_kind, first_prompts, interaction_loss
 from aslseg.types import Labels
 from aslseg.volume.phantom import make_phantom
 from aslseg.weights import load_weights, save_weights, sha256, write_json
@@ -116,15 +117,18 @@ def train(
     out: Path,
     workers: int,
 ) -> int:
-    """Train one phase for ``minutes``; ``span`` is its part of the whole schedule. Returns the slices used."""
+    """Train one phase for ``minutes`` of processor time, so that other jobs do not shorten it.
+
+    ``span`` is its part of the whole schedule. Returns the slices used.
+    """
     seed, start = data.seed, data.start
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + start)
     optimiser = torch.optim.AdamW(model.sam.parameters(), rate, weight_decay=0.01)
-    begun, saved, step, used, shown = time.monotonic(), time.monotonic(), 0, 0, []
+    begun, saved, step, used, shown = time.process_time(), time.monotonic(), 0, 0, []
     model.sam.train()
     for images, targets, extents in batches(data, BATCH, workers):
-        part = (time.monotonic() - begun) / 60 / minutes
+        part = (time.process_time() - begun) / 60 / minutes
         if part >= 1:
             break
         whole = span[0] + part * (span[1] - span[0])
@@ -132,7 +136,11 @@ def train(
             group["lr"] = rate * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * whole)))
         with torch.autocast("cpu", torch.bfloat16, enabled=model.bf16):
             embeddings = encode(model, images, extents).repeat_interleave(PROMPTS_PER_SLICE, 0)
-            loss, dice = interaction_loss(model, embeddings, targets.flatten(0, 1), draw_kind(generator), generator)
+            kind = draw_kind(generator)
+            rounds = CORRECTIONS.get(kind, 1)
+            loss, dice = interaction_loss(
+                model, embeddings, targets.flatten(0, 1), kind, generator, rounds, manners=AS_ASKED
+            )
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.sam.parameters(), 1.0)
@@ -169,7 +177,7 @@ def held_out_dice(model: SAMModel, seed: int, slices: int, picture: Path | None)
         faulty = first_prompts(mask, "faulty+box+point", scale, generator)
         scores.setdefault("the faulty mask itself", []).extend(dice_each(faulty.probability > 0.5, mask))
         asked = {
-            "box": first_prompts(mask, "box", scale, generator),
+            "box": first_prompts(mask, "box", scale, generator, manners=Manners(ellipses=1)),
             "point": first_prompts(mask, "point", scale, generator),
             "faulty box + mask": Prompts(
                 faulty.points[:, :0], faulty.point_labels[:, :0], faulty.boxes, faulty.probability
@@ -228,7 +236,7 @@ def main(
     torch.manual_seed(seed)
     abdomens = Phantoms(seed, phantoms) if phantoms else None
     logger.info("%d slices of phantoms", len(abdomens.slices) if abdomens else 0)
-    used, started, low = 0, time.monotonic(), begin
+    used, started, low = 0, time.process_time(), begin
     state = load_weights(init, "sam")[0] if init else build(SMALL).state_dict()
     for size, high in ((int(z), float(e)) for z, e in (phase.split(":") for phase in schedule.split(","))):
         if high <= low:
@@ -248,7 +256,7 @@ def main(
         "phantom_part": PHANTOM_PART if phantoms else 0,
         "steps": used // BATCH,
         "slices": used,
-        "minutes": round((time.monotonic() - started) / 60, 1),
+        "minutes": round((time.process_time() - started) / 60, 1),
     }
     write_manifest(out, [*(earlier_runs(init) if init else []), run], measured)
 

@@ -9,15 +9,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
-from aslseg.sam.build import SAMModel
+from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
+from aslseg.sam.build import SAMModel, ellipses
+from aslseg.sam.corrections import obeyed
 
 # First prompts and how often each is drawn. "faulty+" prompts are all made from one corrupted mask, as the SSL
 # model's mask would give them.
-KINDS = {"box": 0.25, "point": 0.2, "faulty+box+point": 0.25, "faulty+box": 0.2, "faulty": 0.1}
+KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.2, "faulty+box": 0.1, "faulty": 0.1}
+CORRECTIONS = {"point": 2}  # rounds of clicks in pre-training, else one
+
+
+@dataclass(frozen=True)
+class Manners:
+    """How simulated prompts resemble what the click models ask SAM (:class:`aslseg.sam.interactive.Clicks`).
+
+    Attributes:
+        ellipses: Part of the boxes that come with the ellipse in them as mask prompt.
+        deepest: Part of the rounds of clicks that are one click deepest in the largest error, as annotators click;
+            the others are one to three clicks anywhere in the error.
+        obeyed: Whether the mask prompt of the next round obeys the clicks.
+    """
+
+    ellipses: float = 0.0
+    deepest: float = 0.0
+    obeyed: bool = False
+
+
+PLAIN = Manners()
+AS_ASKED = Manners(ellipses=0.75, deepest=0.5, obeyed=True)
 
 
 @dataclass(frozen=True)
@@ -131,7 +156,12 @@ def corrupt(target: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def first_prompts(
-    target: Tensor, kind: str, scale: float, generator: torch.Generator, faulty: Tensor | None = None
+    target: Tensor,
+    kind: str,
+    scale: float,
+    generator: torch.Generator,
+    faulty: Tensor | None = None,
+    manners: Manners = PLAIN,
 ) -> Prompts:
     """Prompts of one kind.
 
@@ -142,6 +172,7 @@ def first_prompts(
         generator: Source of every choice.
         faulty: Probabilities (P, l, l) to make ``faulty`` prompts from; where one of them reaches 0.5 nowhere, and
             without them, :func:`corrupt` makes them.
+        manners: How often boxes bring their ellipse.
     """
     count = target.shape[0]
     none = torch.zeros(count, 0, 2), torch.zeros(count, 0)
@@ -154,7 +185,10 @@ def first_prompts(
         edge = (tight[:, 2:] - tight[:, :2]).repeat(1, 2)
         care = torch.rand(count, 1, generator=generator)  # some draw a box tightly, some do not
         jitter = torch.randn(count, 4, generator=generator) * care * (0.1 * edge).clamp(0.5, 10)
-        return Prompts(*none, boxes=tight + jitter)
+        boxes = tight + jitter
+        if manners.ellipses and torch.rand(1, generator=generator) < manners.ellipses:
+            return Prompts(*none, boxes=boxes, probability=ellipses(boxes, target.shape[-1], scale))
+        return Prompts(*none, boxes=boxes)
     probability = corrupt(target, generator)
     if faulty is not None:
         probability = torch.where((faulty > 0.5).any(-1).any(-1)[:, None, None], faulty, probability)
@@ -165,10 +199,20 @@ def first_prompts(
     return Prompts(*points, boxes=boxes, probability=probability)
 
 
-def corrected(prompts: Prompts, answer: Tensor, target: Tensor, scale: float, generator: torch.Generator) -> Prompts:
+def corrected(
+    prompts: Prompts,
+    answer: Tensor,
+    target: Tensor,
+    scale: float,
+    generator: torch.Generator,
+    manners: Manners = PLAIN,
+) -> Prompts:
     """The next prompts: one to three clicks on the error of ``answer`` (P, l, l) probabilities, and that answer."""
     error = (answer > 0.5) != target
-    n = int(torch.randint(1, 4, (1,), generator=generator))
+    if manners.deepest and torch.rand(1, generator=generator) < manners.deepest:
+        error, n = torch.from_numpy(np.stack([_deepest(one) for one in error.numpy()])), 1
+    else:
+        n = int(torch.randint(1, 4, (1,), generator=generator))
     clicks = random_pixels(error, n, scale, generator)
     cell = (clicks / scale).long().clamp(0, target.shape[-1] - 1)
     rows = torch.arange(target.shape[0])[:, None]
@@ -179,6 +223,22 @@ def corrected(prompts: Prompts, answer: Tensor, target: Tensor, scale: float, ge
         prompts.boxes,
         answer,
     )
+
+
+def _deepest(error: np.ndarray) -> np.ndarray:
+    """The pixel deepest in the largest part of an error (l, l), bool; nothing of nothing."""
+    parts, count = ndimage.label(error, EIGHT_NEIGHBOURS)
+    out = np.zeros_like(error)
+    if count:
+        largest = parts == 1 + np.bincount(parts.ravel())[1:].argmax()
+        out.flat[ndimage.distance_transform_edt(np.pad(largest, 1))[1:-1, 1:-1].argmax()] = True
+    return out
+
+
+def _obeying(answer: Tensor, prompts: Prompts, scale: float) -> Tensor:
+    """Probabilities (P, l, l) in which the clicks that they contradict are obeyed."""
+    points, labels = (prompts.points / scale).numpy(), prompts.point_labels.numpy()
+    return torch.stack([torch.from_numpy(obeyed(*one)) for one in zip(answer.numpy(), points, labels, strict=True)])
 
 
 def mask_loss(logits: Tensor, predicted_iou: Tensor, target: Tensor) -> Tensor:
@@ -215,6 +275,7 @@ def interaction_loss(
     faulty: Tensor | None = None,
     refine: bool = False,
     mask_alone: bool = False,
+    manners: Manners = PLAIN,
 ) -> tuple[Tensor, float]:
     """Loss over a first prompt and ``corrections`` rounds of clicks, and the mean Dice of the last answer.
 
@@ -232,10 +293,11 @@ def interaction_loss(
         refine: After the clicks, a round with the answer as mask and, without a box among the first prompts, the box
             around it, as objects grow from slice to slice.
         mask_alone: End with a round that is prompted with the previous answer and nothing else.
+        manners: What else prompts have in common with those of the click models.
     """
     scale = model.image_size / target.shape[-1]
     mask = target.cpu() > 0.5
-    prompts = first_prompts(mask, kind, scale, generator, faulty)
+    prompts = first_prompts(mask, kind, scale, generator, faulty, manners)
     rounds = 1 + corrections + refine + mask_alone
     total = embeddings.new_zeros((), dtype=torch.float32)
     for step in range(rounds):
@@ -244,14 +306,16 @@ def interaction_loss(
         total = total + mask_loss(logits, iou.float(), target)
         best = iou.float().argmax(1)
         answer = torch.sigmoid(logits.detach()[torch.arange(len(best)), best]).cpu()
+        got = answer > 0.5
+        if manners.obeyed:
+            answer = _obeying(answer, prompts, scale)
         if step < corrections:
-            prompts = corrected(prompts, answer, mask, scale, generator)
+            prompts = corrected(prompts, answer, mask, scale, generator, manners)
         elif refine and step == corrections:
             boxes = dilated_boxes(answer > 0.5, scale) if prompts.boxes is None else prompts.boxes
             prompts = replace(prompts, boxes=boxes, probability=answer)
         else:
             prompts = Prompts(prompts.points[:, :0], prompts.point_labels[:, :0], probability=answer)
-    got = answer > 0.5
     dice = (2 * (got & mask).sum((1, 2)) + 1) / (got.sum((1, 2)) + mask.sum((1, 2)) + 1)
     return total / rounds, float(dice.mean())
 

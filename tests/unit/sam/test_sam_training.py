@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from aslseg.sam.build import SAMModel
+from aslseg.sam.build import SAMModel, ellipses
 from aslseg.sam.shapes import generated_slice
 from aslseg.sam.training import (
+    AS_ASKED,
     KINDS,
+    Manners,
     Prompts,
     boxes_of,
     corrected,
@@ -146,6 +150,44 @@ def test_corrections_click_on_the_error_with_the_right_sign() -> None:
             seen.add(label)
             assert (40 <= x < 56 and 8 <= y < 20) if label == 1 else (4 <= x < 16 and 50 <= y < 60)
     assert seen == {0.0, 1.0}
+
+
+def test_some_boxes_bring_their_ellipse() -> None:
+    target, brought = rectangles(), []
+    for seed in range(40):
+        prompts = first_prompts(target, "box", 2, generator(seed), manners=Manners(ellipses=0.5))
+        brought.append(prompts.probability is not None)
+        if prompts.probability is not None:
+            assert torch.equal(prompts.probability, ellipses(prompts.boxes, 32, 2))
+    assert 8 < sum(brought) < 32
+    assert first_prompts(target, "box", 2, generator()).probability is None
+
+
+def test_an_annotator_clicks_once_deepest_in_the_largest_error() -> None:
+    target = rectangles()
+    answer = target.float()
+    answer[0, 4:10, 20:28] = 0  # 48 pixels are missing, and 30 others wrong
+    answer[0, 25:30, 2:8] = 1
+    first = Prompts(torch.zeros(3, 0, 2), torch.zeros(3, 0), boxes_of(target, 2))
+    asked = corrected(first, answer, target, 2, generator(), Manners(deepest=1))
+    assert asked.points.shape == (3, 1, 2)
+    (x, y), label = asked.points[0, 0].tolist(), float(asked.point_labels[0, 0])
+    assert (label, 44 <= x < 52, 12 <= y < 16) == (1, True, True)
+    assert torch.isfinite(asked.points).all(), "an answer without errors is clicked somewhere"
+
+
+def test_the_next_mask_prompt_obeys_the_clicks(tiny: SAMModel, told: list[tuple[Prompts, torch.Tensor]]) -> None:
+    image, targets, _ = generated_slice_64()
+    embeddings = tiny.encode(image[None]).expand(4, -1, -1, -1)
+    interaction_loss(tiny, embeddings, targets, "point", generator(), 3, manners=AS_ASKED)
+    contradicted = 0
+    for (prompts, logits), (then, _) in pairwise(told):
+        cells = (prompts.points / 2).long()
+        for n, (answer, masked) in enumerate(zip(logits > 0, then.probability >= 0.5, strict=True)):
+            x, y, label = cells[n, -1, 0], cells[n, -1, 1], bool(prompts.point_labels[n, -1])
+            contradicted += bool(answer.any()) and bool(answer[y, x]) != label
+            assert not answer.any() or bool(masked[y, x]) == label
+    assert contradicted
 
 
 def test_loss_of_hand_made_masks() -> None:
