@@ -185,10 +185,10 @@ def first_prompts(
         edge = (tight[:, 2:] - tight[:, :2]).repeat(1, 2)
         care = torch.rand(count, 1, generator=generator)  # some draw a box tightly, some do not
         jitter = torch.randn(count, 4, generator=generator) * care * (0.1 * edge).clamp(0.5, 10)
-        boxes = tight + jitter
+        drawn = tight + jitter
         if manners.ellipses and torch.rand(1, generator=generator) < manners.ellipses:
-            return Prompts(*none, boxes=boxes, probability=ellipses(boxes, target.shape[-1], scale))
-        return Prompts(*none, boxes=boxes)
+            return Prompts(*none, boxes=drawn, probability=ellipses(drawn, target.shape[-1], scale))
+        return Prompts(*none, boxes=drawn)
     probability = corrupt(target, generator)
     if faulty is not None:
         probability = torch.where((faulty > 0.5).any(-1).any(-1)[:, None, None], faulty, probability)
