@@ -30,7 +30,7 @@ from aslseg.volume.io import case_id, extension, read_image, read_label, write_l
 from aslseg.weights import write_json
 
 logger = logging.getLogger("realdata")
-STAGES = ("ssl", "sam", "adapter", "retrained")
+STAGES = ("ssl", "sam", "adapter", "canvas", "retrained")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _score_round(experiment: Experiment, settings: Settings, summary: dict[str, 
                 stage: [dice(p, t) for p, t in zip(labels.regions(mask), true, strict=True)]
                 for stage, mask in masks.items()
             }
-            agreement = compare(masks["ssl"], masks["adapter"], labels).mean
+            agreement = compare(masks["ssl"], masks["canvas" if "canvas" in masks else "adapter"], labels).mean
             cases.append({"case": case, "group": group, "agreement": agreement, "dice": scores})
     scored = {
         stage: evaluate_folders(
@@ -127,7 +127,7 @@ def _score_round(experiment: Experiment, settings: Settings, summary: dict[str, 
 def _selection(cases: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
     """Is agreement worth following? True Dice of the promoted masks against all, and correlations."""
     free = [c for c in cases if c["group"] == "unlabelled"]
-    stage = summary["source"] if summary["source"] in ("ssl", "adapter") else "adapter"
+    stage = summary["source"] if summary["source"] in ("ssl", "adapter", "canvas") else "adapter"
 
     def mean(chosen: Iterable[dict[str, Any]]) -> float | None:
         values = [d for c in chosen for d in c["dice"][stage] if d is not None]

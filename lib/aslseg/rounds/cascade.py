@@ -1,4 +1,4 @@
-"""A scan through the trained stages: ssl -> sam -> adapter, and back to its own grid."""
+"""A scan through the trained stages, ssl -> sam -> adapter or ssl and canvas (CFR), and back to its own grid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aslseg.adaptation import predict as adaptation
 from aslseg.cases.prepare import prepare
 from aslseg.errors import BadImageError, NoModelError
 from aslseg.rounds.publish import KINDS, published
-from aslseg.sam import build
+from aslseg.sam import build, canvas
 from aslseg.sam.predict import redraw
 from aslseg.settings import Places, Settings
 from aslseg.ssl import predict as ssl
@@ -26,7 +26,7 @@ class Cascade:
     """Loaded models of the stages; each stage may be missing, but needs the ones before it.
 
     Attributes:
-        models: Stage name (``ssl``, ``sam``, ``adapter``, ``retrained``) to loaded model.
+        models: Stage name (``ssl``, ``sam``, ``adapter``, ``canvas``, ``retrained``) to loaded model.
         settings: Labels, window and prompts.
     """
 
@@ -40,7 +40,8 @@ class Cascade:
         Raises:
             BadWeightsError: As the loaders.
         """
-        loaders = {"ssl": ssl.load, "sam": build.load, "adapter": adaptation.load, "retrained": ssl.load}
+        loaders = {"ssl": ssl.load, "sam": build.load, "adapter": adaptation.load, "canvas": canvas.load}
+        loaders["retrained"] = ssl.load
         return cls({stage: loaders[stage](path, settings) for stage, path in paths.items()}, settings)
 
     @property
@@ -65,6 +66,9 @@ class Cascade:
             out["sam"] = redraw(self.models["sam"], image, out["ssl"], self.settings)
         if "adapter" in self.models:
             out["adapter"] = self.models["adapter"].predict(image, out["sam"], out["ssl"])
+        if "canvas" in self.models:
+            drawn = canvas.predict(self.models["canvas"], image, self.settings)
+            out["canvas"] = self.settings.label_set.region_probabilities(drawn)
         return {stage: out[stage] for stage in self.models}
 
     def masks(self, volume: Volume) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from aslseg.cases.cache import arrays, held
+from aslseg.rounds.cascade import Cascade
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.masks import check, roll_back
 from aslseg.rounds.progress import read_progress
@@ -16,6 +17,7 @@ from aslseg.rounds.run import run_round
 from aslseg.settings import Places
 from aslseg.ssl import engine
 from aslseg.types import Prepared
+from aslseg.volume.io import read_image
 from aslseg.weights import read_metadata
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
@@ -58,6 +60,10 @@ def test_two_rounds_and_a_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not {"adapter", "refine"} & first["seconds"].keys()
     assert read_progress(places.home / "progress.json")["state"] == "done"
     assert all(set(p.models) == {"ssl", "canvas"} for p in ledger.promotions())
+
+    volume = read_image(studies / "phantom_003.nii.gz")
+    masks = Cascade.load({k: Path(v) for k, v in first["models"].items()}, settings).masks(volume)
+    assert {k: v.shape for k, v in masks.items()} == dict.fromkeys(("ssl", "canvas", "retrained"), volume.array.shape)
 
     second = run_round(studies, settings)
     for model in ("ssl", "canvas", "retrained"):  # the same human labels: nothing to train anew
