@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from ignite.engine import Engine, Events
 from scipy import ndimage
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from aslseg.errors import BadSettingsError, NotEnoughCasesError, TrainingDivergedError
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 from aslseg.sam.adapter import add_adapters
+from aslseg.sam.augment import augmented
 from aslseg.sam.build import SAMModel, load
 from aslseg.sam.embeddings import EmbeddingCache
 from aslseg.sam.lora import add_lora, merge_lora
@@ -35,7 +35,6 @@ FAULTS_PER_CASE, MOST_FAULTS = 3, 24
 FAULTY_PART = 0.5  # of the slices of cases with faults take them; the others' faulty prompts are made in 2-D
 # jittered true boxes (science.md, section 1.2), points as annotators begin with, and what an SSL mask would give
 KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.25, "faulty+box": 0.1, "faulty": 0.05}
-ROTATION, SCALE, SHIFT = math.radians(15), 0.2, 0.1  # of training slices; the shift in parts of half an edge
 CORRECTED = 0.75  # of the batches have rounds of clicks
 CORRECTIONS = {"point": 3}  # so many, else one: a point needs them more than a box or a mask
 
@@ -134,8 +133,8 @@ def train(
 
     Prompt encoder and mask decoder are always trained. Of the image encoder ``sam_train`` trains everything (``full``),
     SAM-Med2D's adapters (``adapter``; added where the file has none), LoRA (``lora``, merged into the weights that are
-    saved), or nothing (``decoder``: each slice is then encoded once). All but ``decoder`` see turned,
-    scaled and moved slices of varied contrast, flipped ones with the setting ``flips``.
+    saved), or nothing (``decoder``: each slice is then encoded once). All but ``decoder`` see
+    :func:`aslseg.sam.augment.augmented` slices, flipped ones with the setting ``flips``.
 
     Args:
         labelled: Human-labelled cases on the working grid; cases without a label are passed over.
@@ -317,37 +316,13 @@ class _Tuner:
                 inputs.append(self.cache.get(self.model, case.image, [drawn.k], drawn.case))
             else:
                 image = np.asarray(case.image[..., drawn.k], np.float32)
-                image, both = _augmented(image, both, rng, self.settings.flips)
+                image, both = augmented(image, both, rng, self.settings.flips)
                 inputs.append(self.model.preprocess(torch.from_numpy(image)[None]))
             low = self.model.to_low_res(torch.from_numpy(both).flatten(0, 1))
             maps.append(low.unflatten(0, (2, OBJECTS_PER_SLICE)))
         together, (targets, faulty) = torch.cat(inputs), torch.cat(maps, 1)
         embeddings = together if self.frozen else self.model.sam.image_encoder(together)
         return embeddings.repeat_interleave(OBJECTS_PER_SLICE, 0), targets, faulty
-
-
-def _augmented(
-    image: np.ndarray, maps: np.ndarray, rng: np.random.Generator, flips: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """A slice (i, j) and maps on it (2, n, i, j), objects first: flipped if asked for, turned, scaled and moved alike.
-
-    The slice also gets another gamma and contrast. A warp by which an object would leave the slice is left out.
-    """
-    stack = torch.from_numpy(np.concatenate([image[None], maps.reshape(-1, *image.shape)]).astype(np.float32))
-    stack = stack.flip([axis for axis in (1, 2) if flips and rng.random() < 0.5])
-    turn, scale = rng.uniform(-ROTATION, ROTATION), rng.uniform(1 - SCALE, 1 + SCALE)
-    ratio = image.shape[0] / image.shape[1]
-    cos, sin = scale * math.cos(turn), scale * math.sin(turn)
-    move = rng.uniform(-SHIFT, SHIFT, 2)
-    theta = torch.tensor([[[cos, -sin * ratio, move[0]], [sin / ratio, cos, move[1]]]], dtype=torch.float32)
-    grid = F.affine_grid(theta, [1, *stack.shape], align_corners=False)
-    warped = F.grid_sample(stack[None], grid, align_corners=False)[0]
-    objects = slice(1, 1 + maps.shape[1])
-    if (warped[objects] > 0.5).flatten(1).any(1).all():
-        stack = warped
-    out = stack.numpy()
-    image = np.clip(out[0], 0, 1) ** rng.uniform(0.8, 1.25) * rng.uniform(0.9, 1.1) + rng.uniform(-0.05, 0.05)
-    return np.clip(image, 0, 1).astype(np.float32), out[1:].reshape(maps.shape)
 
 
 def _schedule(step: int, steps: int) -> float:

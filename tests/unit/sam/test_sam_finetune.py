@@ -13,7 +13,7 @@ from aslseg.errors import BadSettingsError, NotEnoughCasesError, TrainingDiverge
 from aslseg.sam import finetune
 from aslseg.sam.architecture import Architecture, build
 from aslseg.sam.build import SAMModel, load
-from aslseg.sam.finetune import OBJECTS_PER_SLICE, Drawn, Faults, LabelledSlices, _augmented, train
+from aslseg.sam.finetune import OBJECTS_PER_SLICE, Drawn, Faults, LabelledSlices, train
 from aslseg.settings import Settings
 from aslseg.types import Prepared
 from aslseg.weights import load_weights, read_metadata, sha256
@@ -244,20 +244,3 @@ def test_regions_come_up_equally_and_components_one_by_one(
             assert not one[30:34, 2:6].any() or one.sum() == 16
             tumours += bool((label[..., k][one] == 2).all())
     assert 50 < tumours < 130
-
-
-def test_augmentation_moves_slice_and_objects_alike_and_loses_none() -> None:
-    slice_ = np.zeros((90, 60), np.float32)
-    slice_[20:50, 10:40] = 1
-    corner = np.zeros_like(slice_)
-    corner[:3, :3] = 1
-    moved = 0
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        image, maps = _augmented(slice_, np.stack([slice_[None], slice_[None]]), rng, seed % 2 == 0)
-        object_ = maps[0, 0] > 0.5
-        assert np.array_equal(maps[0], maps[1])
-        assert (2 * ((image > 0.5) & object_).sum()) / ((image > 0.5).sum() + object_.sum()) > 0.98
-        moved += not np.isin(object_.sum(), [900])
-        assert _augmented(slice_, np.stack([corner[None], slice_[None]]), rng, seed % 2 == 0)[1][0].max() > 0.5
-    assert moved > 10
