@@ -110,7 +110,12 @@ def encode(model: SAMModel, slices: np.ndarray) -> Tensor:
 
 
 def answer(
-    model: SAMModel, embeddings: Tensor, prompts: Sequence[SlicePrompt], shape: tuple[int, int], use: str
+    model: SAMModel,
+    embeddings: Tensor,
+    prompts: Sequence[SlicePrompt],
+    shape: tuple[int, int],
+    use: str,
+    ellipse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One mask for each prompt.
 
@@ -120,6 +125,7 @@ def answer(
         prompts: P prompts in slice pixels. A part that is used must be there for all or for none.
         shape: (i, j) of the slices.
         use: Parts to use, ``+`` between them: box, point, mask.
+        ellipse: Whether boxes without masks bring their ellipse, to SAMs that know it.
 
     Returns:
         Logits on the slices (P, i, j), low-res logits (P, 4 grid, 4 grid), predicted IoU (P,).
@@ -136,7 +142,7 @@ def answer(
     if "mask" in parts and all(p.mask is not None for p in prompts):
         stack = torch.from_numpy(np.stack([p.mask for p in prompts if p.mask is not None]))
         masks = model.mask_prompt(model.to_low_res(stack))
-    elif boxes is not None and model.architecture.box_mask:
+    elif boxes is not None and ellipse and model.architecture.box_mask:
         size = 4 * model.architecture.grid
         masks = model.mask_prompt(ellipses(boxes, size, model.image_size / size))
     # a lone point may mean a part or the whole: SAM then draws three masks and says which it believes in

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,6 +102,33 @@ def test_a_box_is_asked_with_its_answer_once_more_and_stays_with_clicks(scene: t
     state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]], **box))
     assert told(model.asked) == [([1], True, False), ([1, 0], True, True)]
     assert len({tuple(boxes[0].tolist()) for _, boxes, _ in model.asked}) == 1
+
+
+def test_a_large_object_in_a_box_is_the_mean_of_three_answers(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, _ = scene
+    state.settings = state.settings.model_copy(update={"sam_zoom": 0.0})
+    model.architecture = replace(model.architecture, box_mask=True)
+    levels, decode = iter((0.45, 0.75, 0.7)), model.decode
+
+    def graded(*args: object, **more: object) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, iou = decode(*args, **more)
+        return torch.full_like(logits, float(torch.logit(torch.tensor(next(levels))))), iou
+
+    model.decode = graded
+    _, found = state.on_slice(clicks([], roi=[4, 28, 2, 26, 4, 4]))
+    ellipse, again, plain = told(model.asked)
+    assert (ellipse, again, plain) == (([], True, True), ([], True, True), ([], True, False))
+    assert not torch.equal(model.asked[0][2], model.asked[1][2]), "first the ellipse, then the answer"
+    assert found[4:29, 2:27].all(), "the mean of the levels is 0.63"
+    assert found.sum() == 25 * 25
+
+
+def test_a_small_object_in_a_box_is_asked_with_its_ellipse_only(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, _ = scene
+    state.settings = state.settings.model_copy(update={"sam_zoom": 5.0})
+    model.architecture = replace(model.architecture, box_mask=True)
+    state.on_slice(clicks([], roi=[14, 17, 12, 15, 4, 4]))
+    assert [masked for _, _, masked in told(model.asked)] == [True, True], "the whole slice and its tile"
 
 
 def test_what_is_outside_comes_after_what_is_inside(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
