@@ -20,6 +20,8 @@ from typing import Any, Literal
 from aslseg.errors import DiskFullError, LedgerError
 
 VERSION = 1
+PATIENCE = 60
+"""Seconds to wait for another process's transaction."""
 SCHEMA = (
     """CREATE TABLE events (
          seq INTEGER PRIMARY KEY, time TEXT NOT NULL, clock INTEGER NOT NULL, kind TEXT NOT NULL, round INTEGER,
@@ -295,9 +297,9 @@ class Ledger:
     def _connected(self) -> Iterator[sqlite3.Connection]:
         """A connection of this call's own, so that threads share nothing."""
         try:
-            db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            db = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
             try:
-                db.execute("PRAGMA journal_mode = WAL")
+                _write_ahead(db)
                 db.execute("PRAGMA synchronous = FULL")
                 self._prepare(db)
                 yield db
@@ -323,6 +325,19 @@ class Ledger:
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {VERSION}")
             db.execute("COMMIT")
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Turn the write-ahead log on; SQLite does not wait for others here, whatever the connection's timeout."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _utc() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sqlite3
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,24 @@ def test_two_processes_append_without_loss(ledger: Ledger) -> None:
     assert len(found) == 80
     assert [e.details["n"] for e in found if e.details["by"] == "a"] == list(range(40))
     assert ledger.verify() is None
+
+
+def test_a_new_file_that_another_process_is_reading_is_waited_for(ledger: Ledger) -> None:
+    ledger.path.parent.mkdir(parents=True, exist_ok=True)
+    reader = sqlite3.connect(ledger.path, isolation_level=None, check_same_thread=False)
+    reader.execute("CREATE TABLE other (x)")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM other").fetchall()
+    impatient = sqlite3.connect(ledger.path, timeout=0, isolation_level=None)  # as two that switch at once are
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        impatient.execute("PRAGMA journal_mode = WAL")
+    release = threading.Timer(0.2, lambda: reader.execute("COMMIT"))
+    release.start()
+    module._write_ahead(impatient)
+    release.join()
+    assert impatient.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    impatient.close()
+    reader.close()
 
 
 def test_a_damaged_or_newer_file_gives_a_clear_error(ledger: Ledger) -> None:

@@ -80,7 +80,13 @@ def test_nothing_is_left_of_the_vnets_batch_norm():
     assert not any(isinstance(m, nn.BatchNorm3d) for m in fold_batch_norm(trained("vnet_small")).modules())
 
 
-def test_probabilities_of_a_single_window(make_model):
+@pytest.fixture
+def in_float32(monkeypatch):
+    """Predictions as on a processor without bf16."""
+    monkeypatch.setattr(predict, "bfloat16_pays", lambda device: False)
+
+
+def test_probabilities_of_a_single_window(make_model, in_float32):
     network, image = trained("vnet_small"), volume(*PATCH)
     with torch.inference_mode():
         expected = network(centre(torch.from_numpy(image))[None, None]).softmax(1)[0].numpy()
@@ -90,7 +96,18 @@ def test_probabilities_of_a_single_window(make_model):
     assert np.allclose(out, expected, atol=1e-5)
 
 
-def test_outputs_after_the_classes_are_dropped(make_model):
+def test_bfloat16_says_the_same(make_model, monkeypatch):
+    network, image = trained("vnet_small"), volume(*PATCH)
+    found = {}
+    for bf16 in (False, True):
+        monkeypatch.setattr(predict, "bfloat16_pays", lambda device, bf16=bf16: bf16)
+        found[bf16] = make_model(network).predict(image)
+    assert not np.array_equal(found[True], found[False])
+    assert np.allclose(found[True], found[False], atol=0.02)
+    assert np.allclose(found[True].sum(0), 1, atol=1e-5)
+
+
+def test_outputs_after_the_classes_are_dropped(make_model, in_float32):
     network, image = trained("vnet_small", 4), volume(*PATCH)
     with torch.inference_mode():
         expected = network(centre(torch.from_numpy(image))[None, None])[:, :2].softmax(1)[0].numpy()
