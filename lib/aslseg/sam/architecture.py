@@ -30,6 +30,9 @@ class Architecture:
         box_mask: Whether a box without a mask comes with the ellipse in it as mask prompt, as for SAMs that we trained:
             a coarse grid of tokens places a box only roughly, a mask prompt to a quarter of a token.
         mask_prompt: What a mask prompt holds: SAM takes logits, SAM-Med2D probabilities.
+        multimask: When several masks are offered, of which the one counts whose IoU is predicted best: for
+            ``ambiguous`` prompts (SAM: a lone point), ``always`` (SAM-Med2D, whose single answer was never trained) or
+            ``never`` (MedSAM, which trained nothing else).
         resize: ``longest`` keeps the aspect ratio and pads; ``squash`` does not (MedSAM, SAM-Med2D).
         interpolation: How a slice comes to its size: SAM bilinear, MedSAM bicubic, SAM-Med2D nearest.
         scaling: ``imagenet`` (SAM's mean and standard deviation), ``minmax`` (MedSAM: each slice to 0..1) or
@@ -51,6 +54,7 @@ class Architecture:
     adapters: bool = False
     box_mask: bool = False
     mask_prompt: Literal["logits", "probabilities"] = "logits"
+    multimask: Literal["ambiguous", "always", "never"] = "ambiguous"
     resize: Literal["longest", "squash"] = "longest"
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
     scaling: Literal["imagenet", "minmax", "zscore"] = "imagenet"
@@ -64,6 +68,10 @@ class Architecture:
     def grid(self) -> int:
         """Tokens along one edge."""
         return self.image_size // self.patch_size
+
+    def several(self, ambiguous: bool) -> bool:
+        """Whether a prompt, ambiguous or not, is answered with several masks."""
+        return self.multimask == "always" or (ambiguous and self.multimask == "ambiguous")
 
 
 SMALL = Architecture(box_mask=True)

@@ -104,7 +104,7 @@ def load(path: Path, settings: Settings) -> SAMModel:
 
 
 def for_canvases(model: SAMModel, labels: int, seed: int) -> SAMModel:
-    """A promptable SAM with new mask tokens for background and labels; all other weights are kept."""
+    """A promptable SAM, or one for other labels, with new mask tokens for background and labels; the rest is kept."""
     architecture = replace(model.architecture, masks=labels, canvas=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -142,9 +142,10 @@ def train(
         BadWeightsError: As :func:`aslseg.sam.build.load_any`.
     """
     started = time.monotonic()
-    model = load_any(init, settings)
-    if not model.architecture.canvas:
-        model = for_canvases(model, len(settings.label_set), settings.seed)
+    model, names = load_any(init, settings), list(settings.label_set.names)
+    masks = model.architecture.masks
+    if not model.architecture.canvas or model.metadata.get("labels", names) != names or masks != len(names):
+        model = for_canvases(model, len(names), settings.seed)
     cases = [c for c in labelled if c.label is not None and np.asarray(c.label).any()]
     if not cases:
         raise NotEnoughCasesError(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aslseg.errors import BadSettingsError, BadWeightsError
 from aslseg.sam.architecture import VIT_B, VIT_H, VIT_L, Architecture, build
-from aslseg.sam.lora import cfr_rank, is_cfr, merged_cfr
+from aslseg.sam.lora import cfr_blocks, cfr_rank, is_cfr, merged_cfr
 from aslseg.sam.restricted import read_tensors
 from aslseg.settings import Settings
 from aslseg.weights import load_weights, read_metadata, sha256
@@ -32,8 +32,13 @@ BLOCK = re.compile(r"image_encoder\.blocks\.(\d+)\.")
 MED2D_SIZE = 256
 UNDECIDED = "sam_vit_b or medsam"
 PREPROCESSING: dict[str, dict[str, Any]] = {
-    "medsam": {"resize": "squash", "interpolation": "bicubic", "scaling": "minmax"},
-    "sam_med2d": {"resize": "squash", "interpolation": "nearest", "mask_prompt": "probabilities"},
+    "medsam": {"resize": "squash", "interpolation": "bicubic", "scaling": "minmax", "multimask": "never"},
+    "sam_med2d": {
+        "resize": "squash",
+        "interpolation": "nearest",
+        "mask_prompt": "probabilities",
+        "multimask": "always",
+    },
     "cfr_lora": {"scaling": "zscore", "canvas": True},
 }
 
@@ -232,7 +237,12 @@ def _plain_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _shape(state: dict[str, Tensor]) -> Architecture:
-    """The architecture that shapes give away, with SAM's own preprocessing."""
+    """The architecture that shapes give away, with SAM's own preprocessing; an official one where tensors are lost."""
+    whole = _official(state)
+    with torch.device("meta"):
+        needed = build(whole).state_dict() if whole else {}
+    if whole and (needed.keys() - state.keys()):
+        return whole
     grid, dim = state["image_encoder.pos_embed"].shape[1], state["image_encoder.pos_embed"].shape[-1]
     patch = state["image_encoder.patch_embed.proj.weight"].shape[-1]
     depth = 1 + max(int(m[1]) for m in map(BLOCK.match, state) if m)
@@ -254,6 +264,24 @@ def _shape(state: dict[str, Tensor]) -> Architecture:
         masks=len(state["mask_decoder.mask_tokens.weight"]) - 1,
         adapters=any(ADAPTER.match(k) for k in state),
     )
+
+
+def _official(state: dict[str, Tensor]) -> Architecture | None:
+    """The official SAM that a file's encoder is as wide as, whatever else it holds; None for others."""
+    widths = [v.shape[0] for k, v in state.items() if k.endswith("norm1.weight") and BLOCK.match(k)]
+    patches = state.get("image_encoder.patch_embed.proj.weight")
+    if not widths or widths[0] not in ENCODERS or (patches is not None and patches.shape[-1] != 16):
+        return None
+    official = ENCODERS[widths[0]][1]
+    position = state.get("image_encoder.pos_embed")
+    tokens = [position.shape[1]] if position is not None else []
+    tokens += [
+        (len(v) + 1) // 2
+        for n in official.global_blocks
+        if (v := state.get(f"image_encoder.blocks.{n}.attn.rel_pos_h")) is not None
+    ]
+    size = tokens[0] * official.patch_size if tokens else official.image_size
+    return replace(official, image_size=size, adapters=any(ADAPTER.match(k) for k in state))
 
 
 def _kind(architecture: Architecture, path: Path, settings: Settings) -> tuple[str, str]:
@@ -286,6 +314,11 @@ def _cfr(cfr: dict[str, Tensor], settings: Settings) -> tuple[str, str, dict[str
             f"CFR's LoRA for a SAM of {channels} channels; set sam_base to the one it was trained from"
         )
     shape = base.architecture if base else ENCODERS[channels][1]
+    if cfr_blocks(cfr) != set(range(shape.depth)):
+        raise BadWeightsError(
+            f"{len(cfr_blocks(cfr))} of {shape.depth} blocks have LoRA weights for queries and values (w_a and w_b); "
+            "the file is incomplete or belongs to another SAM. Copy it again or set sam_base to the one it needs"
+        )
     masks = len(cfr["mask_decoder.mask_tokens.weight"]) - 1
     architecture = replace(shape, masks=masks, **PREPROCESSING["cfr_lora"])
     return "cfr_lora", "its LoRA weights", merged_cfr(base.state, cfr) if base else cfr, architecture

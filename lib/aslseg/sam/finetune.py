@@ -54,7 +54,7 @@ class LabelledSlices:
 
     Args:
         labelled: Cases with a label.
-        settings: Labels and smallest component.
+        settings: Labels and ``min_component``.
 
     Raises:
         NotEnoughCasesError: No label holds any foreground.
@@ -63,6 +63,7 @@ class LabelledSlices:
     def __init__(self, labelled: Sequence[Prepared], settings: Settings) -> None:
         self.cases = [c for c in labelled if c.label is not None]
         self.labels = settings.label_set
+        self.least = settings.min_component
         self.places: list[list[tuple[int, int]]] = [[] for _ in self.labels.names]  # by region: (case, k)
         for n, case in enumerate(self.cases):
             for region, mask in enumerate(self.labels.regions(np.asarray(case.label))):
@@ -75,13 +76,15 @@ class LabelledSlices:
             )
 
     def draw(self, rng: np.random.Generator) -> Drawn:
-        """OBJECTS_PER_SLICE components of one region on one slice."""
+        """OBJECTS_PER_SLICE components of one region on one slice; specks only where there is nothing else."""
         region = int(rng.choice(self.present))
         case, k = self.places[region][int(rng.integers(len(self.places[region])))]
         label = np.asarray(self.cases[case].label[..., k])  # type: ignore[index]
         mask = np.isin(label, self.labels.members(region))
         components, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
-        numbers = rng.choice(count, OBJECTS_PER_SLICE, replace=count < OBJECTS_PER_SLICE) + 1
+        sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
+        large = np.flatnonzero(sizes >= min(self.least, sizes.max())) + 1
+        numbers = rng.choice(large, OBJECTS_PER_SLICE, replace=len(large) < OBJECTS_PER_SLICE)
         return Drawn(case, k, region, np.stack([components == n for n in numbers]))
 
 
@@ -274,7 +277,7 @@ class _Tuner:
     def __init__(self, model: SAMModel, data: LabelledSlices, errors: Errors | None, settings: Settings) -> None:
         self.model, self.data, self.settings = model, data, settings
         self.faults = Faults(data.cases, errors, np.random.default_rng(settings.seed))
-        self.cache = EmbeddingCache()
+        self.cache = EmbeddingCache(settings.embedding_memory_mb * 1e6)
         self.frozen = settings.sam_train == "decoder"
         self.trained = trainable(model, settings)
         model.architecture = replace(model.architecture, box_mask=True)
@@ -318,11 +321,20 @@ class _Tuner:
                 image = np.asarray(case.image[..., drawn.k], np.float32)
                 image, both = augmented(image, both, rng, self.settings.flips)
                 inputs.append(self.model.preprocess(torch.from_numpy(image)[None]))
-            low = self.model.to_low_res(torch.from_numpy(both).flatten(0, 1))
-            maps.append(low.unflatten(0, (2, OBJECTS_PER_SLICE)))
+            low = self.model.to_low_res(torch.from_numpy(both).flatten(0, 1)).unflatten(0, (2, OBJECTS_PER_SLICE))
+            maps.append(torch.stack([visible(low[0]), low[1]]))
         together, (targets, faulty) = torch.cat(inputs), torch.cat(maps, 1)
         embeddings = together if self.frozen else self.model.sam.image_encoder(together)
         return embeddings.repeat_interleave(OBJECTS_PER_SLICE, 0), targets, faulty
+
+
+def visible(objects: Tensor) -> Tensor:
+    """Objects (n, l, l) in 0..1 whose every one has a pixel over 0.5.
+
+    One that low resolution blurs away is what reaches half of its own peak; prompts need an object to lie in.
+    """
+    peak = objects.amax((1, 2), keepdim=True).clamp(min=1e-6)
+    return torch.where(peak > 0.5, objects, objects / peak)
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -73,6 +73,13 @@ def cfr_rank(state: Mapping[str, Tensor]) -> int:
     return int(state["w_a_000"].shape[0])
 
 
+def cfr_blocks(state: Mapping[str, object]) -> set[int]:
+    """Encoder blocks for which CFR's file has all four LoRA weights."""
+    has = {(m[1], int(m[2])) for m in map(CFR_KEY.match, state) if m}
+    every = {number // 2 for _, number in has}
+    return {n for n in every if {(part, 2 * n + which) for part in "ab" for which in (0, 1)} <= has}
+
+
 def merged_cfr(base: Mapping[str, Tensor], cfr: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CFR's file applied to the SAM that it was trained from.
 

@@ -145,9 +145,9 @@ def answer(
     elif boxes is not None and ellipse and model.architecture.box_mask:
         size = 4 * model.architecture.grid
         masks = model.mask_prompt(ellipses(boxes, size, model.image_size / size))
-    # a lone point may mean a part or the whole: SAM then draws three masks and says which it believes in
+    # a lone point may mean a part or the whole: most SAMs then draw three masks and say which they believe in
     ambiguous = points is not None and points[0].shape[1] == 1 and boxes is None and masks is None
-    low, iou = model.decode(embeddings, points, boxes, masks, multimask=ambiguous)
+    low, iou = model.decode(embeddings, points, boxes, masks, multimask=model.architecture.several(ambiguous))
     best = torch.arange(len(iou)), iou.argmax(1)
     low, iou = low[best].float(), iou[best].float()
     return model.to_slices(low[:, None], shape)[:, 0], low, iou

@@ -8,6 +8,7 @@ each such name is given an empty stand-in, so that the file can be read; what wa
 from __future__ import annotations
 
 import struct
+import threading
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -28,6 +29,8 @@ DAMAGED: tuple[type[Exception], ...] = (
     AttributeError,
     AssertionError,
 )
+
+_READING = threading.Lock()  # torch's list of allowed names belongs to the process
 
 
 class Absent:
@@ -63,11 +66,12 @@ def read_tensors(path: Path) -> tuple[Any, tuple[str, ...]]:
     """
     try:
         zipped = _is_zip(path)
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if zipped else []
-        # a default dictionary is filled in place; torch fills nothing but real dictionaries
-        stand_ins: list[Any] = [(_dictionary if n == "collections.defaultdict" else Absent, n) for n in names]
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), tuple(names)
+        with _READING:
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if zipped else []
+            # a default dictionary is filled in place; torch fills nothing but real dictionaries
+            stand_ins: list[Any] = [(_dictionary if n == "collections.defaultdict" else Absent, n) for n in names]
+            with torch.serialization.safe_globals(stand_ins):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), tuple(names)
     except UnpicklingError:
         raise BadWeightsError(
             f"{path.name}: holds Python objects beside its weights, or is damaged; nothing in it was executed. "

@@ -63,7 +63,7 @@ class Prompts:
 
     @property
     def ambiguous(self) -> bool:
-        """A single point: SAM answers with three masks."""
+        """A single point, which most SAMs answer with three masks."""
         return self.points.shape[1] == 1 and self.boxes is None and self.probability is None
 
     def decode(self, model: SAMModel, embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class Prompts:
             points=(self.points, self.point_labels) if self.points.shape[1] else None,
             boxes=self.boxes,
             masks=None if self.probability is None else model.mask_prompt(self.probability),
-            multimask=self.ambiguous,
+            multimask=model.architecture.several(self.ambiguous),
         )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,15 @@ ADAPTER_SHAPES = {
     "spatial.2.weight": (768, 768, 4, 4),
 }
 VIT_B = Architecture(1024, 16, 768, 12, 12, 14, (2, 5, 8, 11), 256, 2048, 8)
-MEDSAM = replace(VIT_B, resize="squash", interpolation="bicubic", scaling="minmax")
-MED2D = replace(VIT_B, image_size=256, mask_prompt="probabilities", resize="squash", interpolation="nearest")
+MEDSAM = replace(VIT_B, resize="squash", interpolation="bicubic", scaling="minmax", multimask="never")
+MED2D = replace(
+    VIT_B,
+    image_size=256,
+    mask_prompt="probabilities",
+    multimask="always",
+    resize="squash",
+    interpolation="nearest",
+)
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +310,30 @@ def test_missing_and_unexpected_keys_are_reported(tiny: SAMModel, tmp_path: Path
     assert sorted(found["unexpected"]) == sorted(["extra.weight", odd])
     with pytest.raises(BadWeightsError, match=r"2 keys .* missing, 2 keys .* unexpected"):
         load(path, settings)
+
+
+@pytest.mark.parametrize("lost", ["blocks.11.", "blocks.2.", "pos_embed", "neck.0.weight", "blocks.5.attn.rel_pos_h"])
+@pytest.mark.parametrize("med2d_file", [False, True])
+def test_whatever_is_lost_of_an_official_encoder_is_listed(
+    lost: str, med2d_file: bool, vit_b: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    whole = with_adapters(med2d(vit_b)) if med2d_file else vit_b
+    part = {k: v for k, v in whole.items() if f"image_encoder.{lost}" not in k}
+    path = sparse_save(part, tmp_path / ("sam-med2d_b.pth" if med2d_file else "sam_vit_b_01ec64.pth"))
+    found = describe(path)
+    assert (found["kind"], found["image_size"]) == (("sam_med2d", 256) if med2d_file else ("sam_vit_b", 1024))
+    assert set(found["missing"]) == whole.keys() - part.keys()
+    assert not found["unexpected"]
+    with pytest.raises(BadWeightsError, match=f"{len(whole) - len(part)} keys .* missing, no keys unexpected"):
+        read(path).require_loadable()
+
+
+def test_training_files_are_read_by_several_threads_at_once(tiny: SAMModel, tmp_path: Path) -> None:
+    path = tmp_path / "epoch15_sam.pth"
+    torch.save({"model": tiny.sam.state_dict(), "optimizer": Optimiser(torch.ones(3))}, path)
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda _: read(path), range(30)))
+    assert all(not f.missing and f.objects == found[0].objects for f in found)
 
 
 def test_plain_state_dict_of_any_size_is_recognised(tiny: SAMModel, tmp_path: Path) -> None:

@@ -244,3 +244,29 @@ def test_regions_come_up_equally_and_components_one_by_one(
             assert not one[30:34, 2:6].any() or one.sum() == 16
             tumours += bool((label[..., k][one] == 2).all())
     assert 50 < tumours < 130
+
+
+def test_specks_are_asked_for_only_where_there_is_nothing_else(
+    ball_case: Callable[..., Prepared], settings: Settings
+) -> None:
+    case, label = ball_case(), np.zeros((40, 32, 5), np.uint8)
+    label[5:15, 5:15, 0] = label[20, 20, 0] = label[30, 5, 1] = 1
+    data = LabelledSlices([replace(case, label=label)], settings.model_copy(update={"min_component": 9}))
+    drawn = [data.draw(np.random.default_rng(seed)) for seed in range(30)]
+    assert {(d.k, int(o.sum())) for d in drawn for o in d.objects} == {(0, 100), (1, 1)}
+
+
+def test_an_object_that_low_resolution_blurs_away_is_still_asked_for_where_it_is(
+    ball_case: Callable[..., Prepared], tiny: SAMModel, settings: Settings
+) -> None:
+    label = np.zeros((128, 128, 1), np.uint8)
+    label[81:84, 21:24] = 1
+    case = ball_case(shape=(128, 128, 1))
+    case = replace(case, label=label)
+    frozen = settings.model_copy(update={"sam_train": "decoder"})
+    _, targets, _ = finetune._Tuner(tiny, LabelledSlices([case], frozen), None, frozen)._batch(np.random.default_rng(0))
+    assert not (tiny.to_low_res(torch.from_numpy(label[None, ..., 0])) > 0.5).any()
+    for target in targets:
+        rows, columns = torch.where(target > 0.5)
+        assert len(rows)
+        assert (rows.min() >= 19, rows.max() <= 21, columns.min() >= 4, columns.max() <= 6) == (True,) * 4

@@ -113,6 +113,15 @@ def test_cfr_of_vit_b_is_described_without_its_base(tmp_path: Path) -> None:
     assert "image_encoder.pos_embed" in found["missing"]
 
 
+@pytest.mark.parametrize("lost", [["w_a_001"], ["w_b_002"], ["w_a_002", "w_b_002", "w_a_003", "w_b_003"]])
+def test_cfrs_files_that_miss_some_of_their_lora_are_refused(cfr: tuple[Path, dict, Settings], lost: list[str]) -> None:
+    path, _, settings = cfr
+    saved = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in saved.items() if k not in lost}, path)
+    with pytest.raises(BadWeightsError, match="1 of 2 blocks have LoRA weights"):
+        canvas.load(path, settings)
+
+
 def test_lora_for_another_sam_is_refused(cfr: tuple[Path, dict, Settings], tiny: SAMModel) -> None:
     state = tiny.sam.state_dict()
     with pytest.raises(KeyError):

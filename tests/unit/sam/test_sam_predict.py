@@ -60,6 +60,29 @@ def test_a_box_without_a_mask_brings_its_ellipse_to_a_sam_trained_so(tiny: SAMMo
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 23, 4, 19)
 
 
+@pytest.mark.parametrize(("kind", "lone_click", "others"), [("ambiguous", 3, 1), ("always", 3, 3), ("never", 1, 1)])
+def test_as_many_masks_are_asked_for_as_the_kind_was_trained_with(
+    tiny: SAMModel, kind: str, lone_click: int, others: int
+) -> None:
+    offered: list[int] = []
+
+    class Best(SAMModel):
+        def decode(self, embeddings: Tensor, points=None, boxes=None, masks=None, multimask=False):
+            low, _ = super().decode(embeddings, points, boxes, masks, multimask)
+            offered.append(low.shape[1])
+            belief = torch.arange(1.0, 1 + low.shape[1]).expand(len(low), -1)
+            return torch.zeros_like(low) + belief[..., None, None], belief  # the last mask is the one believed in
+
+    model = Best(tiny.sam, replace(tiny.architecture, multimask=kind))
+    embedding = tiny.encode(np.zeros((1, 64, 64), np.float32))
+    none, point = (np.zeros((0, 2)), np.zeros(0, int)), (np.array([[20.0, 20.0]]), np.array([1]))
+    box, mask = (8.0, 16.0, 40.0, 48.0), np.full((64, 64), 0.3, np.float32)
+    told = [(None, *point, None), (box, *none, None), (None, *point, mask), (None, *none, mask), (box, *point, None)]
+    for one, expected in zip(told, [lone_click] + 4 * [others], strict=True):
+        logits, _, iou = answer(model, embedding, [SlicePrompt(*one)], (64, 64), "box+point+mask")
+        assert (offered[-1], iou.item(), logits.max().item()) == (expected, expected, expected)
+
+
 def test_shape_range_and_determinism(
     tiny: SAMModel, regions: tuple[np.ndarray, np.ndarray], settings: Settings
 ) -> None:
