@@ -13,6 +13,7 @@ from scipy import ndimage
 from aslseg.prompts.frame import to_box
 from aslseg.prompts.from_client import ClientPrompt
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
+from aslseg.sam.corrections import obeyed
 from aslseg.sam.propagate import Look, Part, agree, follows, journeys, neighbour_prompts, touched
 from aslseg.sam.turns import held
 
@@ -96,14 +97,17 @@ class Answer:
             # taken off only when its slice is there: `done` is asked meanwhile, and a step that fails can be repeated
             start, step, last = self._open[0]
             k, before = start + step, self.parts[start]
+            if self.parts.get(k) is not None:  # what grows from the next clicked slice has come as far
+                self._open.popleft()
+                return bool(self._open)
             begun = time.perf_counter()
             ready = self.owner.embedded(k)
             part = self._grown(k, step, last, before) if before is not None else None
             if ready:
                 self.owner.took("step", time.perf_counter() - begun)
             if part is None:
-                # the object has ended: what was there before is not part of it any more
-                self.parts |= dict.fromkeys(range(k, last + step, step), None)
+                # the object has ended: what was there before is not part of it, unless it is reached from elsewhere
+                self.parts = dict.fromkeys(range(k, last + step, step)) | self.parts
             else:
                 self.parts[k] = part
                 if k != last:
@@ -130,7 +134,7 @@ class Answer:
         for part, (probability, iou) in zip(told, owner.ask(k, told) if told else [], strict=True):
             if iou >= settings.grow_iou and follows(probability >= 0.5, source >= 0.5, settings.grow_overlap):
                 drawn = np.maximum(drawn, owner.within(probability, part.box))
-        drawn = owner.within(drawn, box_of(self.prompt), margin=0)
+        drawn = obeyed(owner.within(drawn, box_of(self.prompt), margin=0), *owner.points(k, self.prompt))
         kept = replaced = None
         automatic = owner.automatic_mask(k)
         if automatic is not None:

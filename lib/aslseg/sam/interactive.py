@@ -32,6 +32,7 @@ from aslseg.sam.zoom import View, together, views
 from aslseg.settings import Settings
 
 EMBEDDINGS = EmbeddingCache()  # shared by all annotators: it holds images, not answers
+MOST_CLICKS = 20_000  # whose order is known
 MOST_POINTS = 64  # on one slice; the last ones count
 REMEMBERED = 8  # answers on one object, for the next click and for undo
 SINGLY = 8  # clicks on a slice that are taken one by one; those after them in groups of as many
@@ -67,7 +68,8 @@ class Clicks:
         self.margin = settings.box_margin / self.scale
         self.pace: dict[str, float] = {}
         self._answers: deque[Answer] = deque(maxlen=REMEMBERED)
-        self._order: list[Click] = []
+        self._order: dict[Click, None] = {}
+        self._boxed: dict[tuple[tuple[int, int], ...], int] = {}  # where a box alone was drawn first
         self._steps: dict[tuple[object, ...], np.ndarray] = {}
         self._automatic: dict[int, np.ndarray | None] = {}
         self._lock = threading.Lock()
@@ -89,8 +91,8 @@ class Clicks:
 
         Slices with clicks are drawn from these (and the box), whatever time it takes; with a box alone, its middle
         slice. From there the mask of one slice prompts the next, until SAM does not believe in it, it vanishes, jumps,
-        grows too much or looks different, the box ends, half-way to the next clicked slice, or where it is what it was
-        before. Background clicks count on their own slice.
+        grows too much or looks different, the box ends, it meets what grows from the next clicked slice, or where it is
+        what it was before. Background clicks count on their own slice.
 
         Args:
             prompt: Clicks and box in voxels of the image.
@@ -120,9 +122,13 @@ class Clicks:
         """The slice k that the prompt is about and the object there, (i, j) bool; None without prompt on any slice."""
         with self._lock:
             self._note(prompt)
-        seeds = self.seeds(prompt)
-        k = prompt.slice if prompt.slice in seeds else next(iter(seeds[::-1]), None)
+        k = self.current(prompt)
         return None if k is None else (k, self.clicked(k, prompt).mask)
+
+    def current(self, prompt: ClientPrompt) -> int | None:
+        """The slice k that the prompt is about, None without prompt on any slice."""
+        seeds = self.seeds(prompt)
+        return prompt.slice if prompt.slice in seeds else next(iter(seeds[::-1]), None)
 
     def without_last(self, prompt: ClientPrompt, count: int) -> ClientPrompt:
         """A prompt without the clicks that came last, then without its box.
@@ -131,7 +137,7 @@ class Clicks:
         """
         with self._lock:
             self._note(prompt)
-            order = list(self._order)
+            order = [c for c in self._order if c in clicks_of(prompt)]
         drop = set(order[max(len(order) - count, 0) :])
         parts = [
             np.array([v for v in voxels.tolist() if (label, *v) not in drop], np.int64).reshape(-1, 3)
@@ -147,10 +153,10 @@ class Clicks:
         return sum(parts.values()) + sum(s.nbytes for s in list(self._steps.values()))
 
     def _note(self, prompt: ClientPrompt) -> None:
-        """Remember in which order the clicks came."""
-        sent = clicks_of(prompt)
-        known = dict.fromkeys(c for c in self._order if c in sent)
-        self._order = list(known | sent)
+        """Remember in which order the clicks came, also those of slices that a client leaves out for a while."""
+        self._order |= clicks_of(prompt)
+        for click in list(self._order)[:-MOST_CLICKS]:
+            del self._order[click]
 
     def seeds(self, prompt: ClientPrompt) -> list[int]:
         """Slices that are drawn from the prompt itself, in the order they were clicked."""
@@ -163,6 +169,11 @@ class Clicks:
             low, high = prompt.box[2]
             asked = prompt.slice
             slices = [asked if asked is not None and low <= asked <= high else (low + high) // 2]
+            if prompt.box not in self._boxed:
+                self._boxed = {prompt.box: slices[0]}
+        elif prompt.box in self._boxed and self._boxed[prompt.box] not in slices:
+            # the box was answered before the clicks, which correct that answer and do not take its place
+            slices.insert(0, self._boxed[prompt.box])
         return slices
 
     def automatic(self, k: int) -> np.ndarray | None:
@@ -241,21 +252,21 @@ class Clicks:
         last = SlicePrompt(box, points, labels, found)
         large = len(self.views([last])) == 1
         if box is None:
-            return found if large else self._drawn(k, last, box)
+            return found if large else self._drawn(k, last, box, repairing=start is not None)
         if not large or start is not None or len(rounds) > 1:
             return found
         again = self._drawn(k, last, box)
         if not self.model.architecture.box_mask:
             return again
         plain = self._drawn(k, replace(last, mask=None), box, ellipse=False)
-        return np.mean([found, again, plain], 0)
+        return without_strays(np.mean([found, again, plain], 0), points, labels)
 
     def _step(self, k: int, prompt: SlicePrompt, begun: object) -> np.ndarray:
         """The answer to some of the clicks, remembered where the next need it; ``begun`` names what is repaired."""
         key = (k, prompt.box, prompt.points.tobytes(), prompt.point_labels.tobytes(), begun)
         found = self._steps.get(key)
         if found is None:
-            found = self._drawn(k, prompt, prompt.box)
+            found = self._drawn(k, prompt, prompt.box, repairing=bool(begun))
             if _lasting(len(prompt.points)):
                 self._steps[key] = found
             while len(self._steps) > STEPS:
@@ -263,12 +274,21 @@ class Clicks:
         return found
 
     def _drawn(
-        self, k: int, prompt: SlicePrompt, box: tuple[float, float, float, float] | None, ellipse: bool = True
+        self,
+        k: int,
+        prompt: SlicePrompt,
+        box: tuple[float, float, float, float] | None,
+        ellipse: bool = True,
+        repairing: bool = False,
     ) -> np.ndarray:
-        """SAM's probabilities (i, j), nothing outside a human's box, with all clicks obeyed and without strays."""
+        """SAM's probabilities (i, j), nothing outside a human's box, with all clicks obeyed and without strays.
+
+        What a repaired automatic mask has is not a stray, so nothing is taken away there.
+        """
         asked, clicks = self.ask(k, [prompt], ellipse)[0][0], (prompt.points, prompt.point_labels)
         found = self.within(asked, box, margin=0)
-        return without_strays(self.within(obeyed(found, *clicks), box, margin=0), *clicks)
+        found = self.within(obeyed(found, *clicks), box, margin=0)
+        return found if repairing else without_strays(found, *clicks)
 
     @torch.inference_mode()
     def ask(self, k: int, told: list[SlicePrompt], ellipse: bool = True) -> list[tuple[np.ndarray, float]]:

@@ -138,9 +138,8 @@ def touched(components: np.ndarray, hit: np.ndarray) -> np.ndarray:
 
 
 def journeys(seeds: list[int], extent: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
-    """(start, step, last slice) away from every clicked slice, neighbours meeting half-way."""
+    """(start, step, last slice) away from every clicked slice, at most to the next one, within ``extent``."""
     for n, k in enumerate(seeds):
-        up = (k + seeds[n + 1]) // 2 if n + 1 < len(seeds) else max(extent[1], k)
-        down = (k + seeds[n - 1]) // 2 + 1 if n else min(extent[0], k)
-        yield k, 1, up
-        yield k, -1, down
+        if extent[0] <= k <= extent[1]:
+            yield k, 1, min(extent[1], seeds[n + 1] - 1 if n + 1 < len(seeds) else extent[1])
+            yield k, -1, max(extent[0], seeds[n - 1] + 1 if n else extent[0])

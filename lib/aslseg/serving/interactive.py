@@ -234,6 +234,7 @@ class ClickTask(MaskTask):
             # only OHIF sends this key: its annotators press Run when they want to see something, not at every click
             least = self.scans.models.settings.run_seconds if "restore_label_idx" in request else 0.0
             answer = clicks.draw(asked, hurry=not (once or request.get("whole")), least=least)
+            current = clicks.current(asked)
             more["growing"] = not answer.done
             for k in answer.slices():
                 shown = answer.shown(k)
@@ -242,6 +243,8 @@ class ClickTask(MaskTask):
             if more["growing"]:
                 more["notes"].append("the object grows on; the next click or update shows more of it")
                 self.desk.background.add(lambda: not answer.stopped and answer.advance(), answer)
+            elif current is not None and not once:
+                self.desk.prefetch(clicks, current)
         # a click is a promise: the voxel itself is in or out, whatever SAM says
         out[tuple(kept.T)] = 1
         out[tuple(asked.background.T)] = 0

@@ -18,6 +18,7 @@ from aslseg.volume.intensity import window_of
 from aslseg.volume.io import read_image
 
 KEPT_BYTES = 1_500_000_000
+MOST_FLAT = 8  # times as long as the shortest axis; beyond, the scan is a few slices along that one
 MOST_OBLONG = 2.0  # pixels of an axial slice; beyond, the scan was not made of axial slices
 
 
@@ -44,15 +45,19 @@ class Turn:
         Args:
             shape: Its shape (i, j, k).
             affine: Its affine.
-            native: Slice along its own third axis, as a 2-D model must. Otherwise axially, unless axial pixels are
-                more than twice as long as wide, as in scans that were made of other slices: then along the third axis.
+            native: Slice along its own third axis, as a 2-D model must. Otherwise along the one axis that is far
+                shorter than the others, as of a single slice; or else axially, unless axial pixels are more than twice
+                as long as wide, as in scans that were made of other slices: then along the third axis.
         """
         orientation = nib.orientations.io_orientation(affine)
         to = [int(o) for o in orientation[:, 0]]
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         own = {ras: spacing[axis] for axis, ras in enumerate(to)}
         oblong = max(own[0], own[1]) > MOST_OBLONG * min(own[0], own[1])
+        short, middle = np.argsort(shape, kind="stable")[:2]
         sliced = to[2] if native or oblong else 2
+        if not native and MOST_FLAT * shape[short] < shape[middle]:
+            sliced = to[short]
         order = [ras for ras in range(3) if ras != sliced] + [sliced]
         a, b, c = (to.index(ras) for ras in order)
         flips = [bool(orientation[axis, 1] < 0) for axis in (a, b, c)]

@@ -237,10 +237,86 @@ def test_an_automatic_mask_is_the_prompt_on_clicked_slices(scene: tuple[Clicks, 
     assert model.asked[0][2] is not None
 
 
-def test_neighbours_meet_half_way() -> None:
-    assert list(journeys([2, 7], (0, 9))) == [(2, 1, 4), (2, -1, 0), (7, 1, 9), (7, -1, 5)]
+def test_journeys_go_to_the_next_clicked_slice_and_stay_within_the_box() -> None:
+    assert list(journeys([2, 7], (0, 9))) == [(2, 1, 6), (2, -1, 0), (7, 1, 9), (7, -1, 3)]
     assert list(journeys([3, 4], (0, 9))) == [(3, 1, 3), (3, -1, 0), (4, 1, 9), (4, -1, 4)]
+    assert list(journeys([1, 5, 9], (3, 7))) == [(5, 1, 7), (5, -1, 3)]
     assert list(journeys([], (0, 9))) == []
+
+
+@pytest.fixture
+def tube(tiny: SAMModel, settings: Settings) -> Clicks:
+    """A bright column through 20 slices but number 12."""
+    image = np.full((40, 32, 20), 0.1, np.float32)
+    image[8:26, 6:24] = 0.8
+    image[..., 12] = 0.1
+    return Clicks(Sees(tiny), image, settings, cache=EmbeddingCache())
+
+
+def through(foreground: list[list[int]], background: list[list[int]] | None = None, **more: object) -> ClientPrompt:
+    return parse({"foreground": foreground, "background": background or [], **more}, (40, 32, 20))
+
+
+def test_what_grows_from_two_clicks_meets_half_way_or_where_one_of_them_ends(tube: Clicks) -> None:
+    answer = tube.draw(through([[16, 14, 2], [16, 14, 9]]))
+    assert answer.volume().any((0, 1))[:12].all()
+    model = tube.model
+    del model.asked[:]
+    both = Clicks(model, tube.picture.volume, tube.settings, cache=EmbeddingCache()).answer(
+        through([[16, 14, 3], [16, 14, 14]])
+    )
+    assert both.any((0, 1)).tolist() == [k != 12 for k in range(20)]
+    assert len(model.asked) <= 21, "no slice is drawn twice; number 12 is tried from both sides"
+
+
+def test_a_click_beyond_the_end_of_the_object_deletes_nothing_of_it(tube: Clicks) -> None:
+    first = tube.answer(through([[16, 14, 3]]))
+    assert first.any((0, 1)).tolist() == [k < 12 for k in range(20)]
+    both = tube.answer(through([[16, 14, 3], [16, 14, 14]]))
+    assert both.any((0, 1)).tolist() == [k != 12 for k in range(20)]
+    assert np.array_equal(both[..., :12], first[..., :12])
+
+
+def test_a_click_after_a_box_on_another_slice_corrects_what_the_box_gave(tube: Clicks) -> None:
+    box = {"roi": [6, 27, 4, 25, 0, 11]}
+    first = tube.answer(through([], **box))
+    asked = len(tube.model.asked)
+    after = tube.answer(through([[16, 14, 10]], **box))
+    assert len(tube.model.asked) - asked <= 4
+    assert np.array_equal(after[..., :9], first[..., :9])
+
+
+def test_a_click_outside_the_slices_of_the_box_draws_on_its_own_slice_alone(tube: Clicks) -> None:
+    box = {"roi": [6, 27, 4, 25, 2, 5]}
+    tube.answer(through([], **box))
+    mask = tube.answer(through([[16, 14, 9]], **box))
+    assert np.flatnonzero(mask.any((0, 1))).tolist() == [2, 3, 4, 5, 9]
+
+
+def test_a_background_click_on_a_grown_slice_is_obeyed_with_a_disc(tube: Clicks) -> None:
+    before = tube.answer(through([[16, 14, 3]]))
+    after = tube.answer(through([[16, 14, 3]], [[16, 20, 6]]))
+    assert before[14:19, 20, 6].all()
+    assert not after[14:19, 20, 6].any()
+    assert after[16, 10, 6]
+    assert np.array_equal(after[..., 3], before[..., 3])
+
+
+def test_the_order_of_clicks_is_known_after_a_visit_to_another_slice(tube: Clicks) -> None:
+    here = through([[16, 14, 3], [10, 10, 3]], [[16, 20, 3]])
+    tube.on_slice(through([[16, 14, 3]]))
+    tube.on_slice(through([[16, 14, 3]], [[16, 20, 3]]))
+    tube.on_slice(here)
+    order = tube.points(3, here)[1].tolist()
+    assert order == [1, 0, 1]
+    tube.on_slice(through([[16, 14, 4]]))
+    assert tube.points(3, here)[1].tolist() == order
+    assert tube.without_last(here, 1).foreground.tolist() == [[16, 14, 3]], (
+        "clicks elsewhere are not sent and not undone"
+    )
+    tube.on_slice(tube.without_last(here, 2))
+    assert tube.without_last(here, 1).foreground.tolist() == [[16, 14, 3]]
+    assert tube.without_last(here, 1).background.tolist() == [[16, 20, 3]]
 
 
 def test_a_volume_of_one_slice(tiny: SAMModel, settings: Settings) -> None:
@@ -263,6 +339,18 @@ def test_a_wrong_automatic_mask_is_repaired_where_it_is_clicked(scene: tuple[Cli
     for k in (0, 1, 2, 6, 7, 8):
         assert np.array_equal(mask[..., k], region[..., k] > 0), "a right slice stays as it is"
     assert np.array_equal(repair.answer(clicks([])), (region > 0).astype(np.uint8)), "without a click all stays"
+
+
+def test_a_box_around_two_right_lesions_keeps_the_smaller_one(scene: tuple[Clicks, Sees, np.ndarray]) -> None:
+    state, model, truth = scene
+    image, region = state.picture.volume.copy(), (truth > 0).astype(np.float32)
+    for array, value in ((image, 0.8), (region, 1)):
+        array[31:37, 22:28] = value
+    repair = Clicks(model, image, state.settings, region, cache=EmbeddingCache())
+    mask = repair.answer(clicks([], roi=[2, 39, 2, 30, 2, 6])) > 0
+    assert dice(mask[30:, 21:, 4], region[30:, 21:, 4] > 0) > 0.6
+    alone = Clicks(model, image, state.settings, cache=EmbeddingCache()).answer(clicks([], roi=[2, 39, 2, 30, 4, 4]))
+    assert not alone[31:37, 22:28].any(), "without an automatic mask it is a stray"
 
 
 def test_an_automatic_mask_may_be_taken_away_altogether(scene: tuple[Clicks, Sees, np.ndarray]) -> None:

@@ -11,7 +11,7 @@ from aslseg.errors import BadImageError
 from aslseg.sam.architecture import SMALL, build
 from aslseg.sam.build import SAMModel
 from aslseg.serving import pictures
-from aslseg.serving.pictures import Pictures
+from aslseg.serving.pictures import Pictures, Turn
 from aslseg.settings import Settings
 
 
@@ -85,3 +85,14 @@ def test_thin_thick_and_single_slices(tmp_path: Path, spacing: float, slices: in
 def test_what_cannot_be_read_says_so(tmp_path: Path) -> None:
     with pytest.raises(BadImageError, match="no such file"):
         Pictures(Settings()).open(tmp_path / "none.nii.gz")
+
+
+@pytest.mark.parametrize("flat", [0, 1, 2])
+@pytest.mark.parametrize("slices", [1, 5])
+def test_a_few_slices_are_sliced_along_their_own_axis_whatever_the_spacing(flat: int, slices: int) -> None:
+    shape = [128, 128, 128]
+    shape[flat] = slices
+    turn = Turn.of(tuple(shape), np.eye(4), native=False)
+    assert turn.view(np.zeros(shape)).shape == (128, 128, slices)
+    assert Turn.of((128, 128, 40), np.eye(4), native=False).sliced == 2
+    assert Turn.of((40, 128, 128), np.eye(4), native=False).sliced == 2, "a volume is sliced axially"
