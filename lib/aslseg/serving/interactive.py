@@ -240,11 +240,11 @@ class ClickTask(MaskTask):
                 shown = answer.shown(k)
                 if shown is not None:
                     out[..., k] = shown
+            if current is not None and not once:
+                self.desk.prefetch(clicks, current)  # after the object: the newest job comes first
             if more["growing"]:
                 more["notes"].append("the object grows on; the next click or update shows more of it")
                 self.desk.background.add(lambda: not answer.stopped and answer.advance(), answer)
-            elif current is not None and not once:
-                self.desk.prefetch(clicks, current)
         # a click is a promise: the voxel itself is in or out, whatever SAM says
         out[tuple(kept.T)] = 1
         out[tuple(asked.background.T)] = 0

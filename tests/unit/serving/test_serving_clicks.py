@@ -86,6 +86,21 @@ def test_clicks_on_an_upload_are_answered_within_the_request(
     assert ahead, "as it is for a scan that stays"
 
 
+@pytest.mark.parametrize("model", ["sam", "sam_2d"])
+def test_slices_around_the_clicked_one_are_encoded_ahead(served: Served, tmp_path: Path, model: str) -> None:
+    i, j, k = np.ogrid[: SHAPE[0], : SHAPE[1], : SHAPE[2]]
+    inside = (abs(i - 20) < 8) & (abs(j - 16) < 8) & (abs(k - 10) < 4)
+    image = np.where(inside, 240, k - 160)  # no two slices alike
+    nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), tmp_path / "case.nii")
+    mask, _ = served.ask("case", model, slice=10)
+    assert mask[..., 10].any()
+    assert served.desk.background.idle(60)
+    (clicks,) = served.desk._clicks.values()
+    reach = served.models.settings.prefetch_slices
+    assert reach == 8
+    assert [n for n in range(SHAPE[2]) if clicks.embedded(n)] == list(range(2, 19))
+
+
 def test_a_client_cannot_say_that_a_scan_is_an_upload(served: Served, tmp_path: Path) -> None:
     ball(tmp_path / "kept.nii")
     assert served.ask("kept", once=True)[1]["growing"] is True
