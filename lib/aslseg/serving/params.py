@@ -76,7 +76,8 @@ def clean(params: Any) -> dict[str, Any]:
         raise RefusedError(f"params: {', '.join(refused)} may not be set by a client; leave it out")
     wanted = {k: params[k] for k in (*PROMPTS, *RESULT, *OTHER, *CLICKS) if params.get(k) is not None}
     label = wanted.get("label")
-    if isinstance(label, str) and isinstance(params.get(label), list) and "foreground" not in wanted:
+    named = isinstance(label, str) and label not in PROMPTS and isinstance(params.get(label), list)
+    if named and "foreground" not in wanted:
         # Slicer's multi-label mode sends the clicks under the segment's own name
         wanted["foreground"] = params[label]
     _check_prompts(wanted)

@@ -54,3 +54,9 @@ def test_what_slicer_and_ohif_send_passes() -> None:
     }
     assert clean({**slicer, "liver": [[1, 2, 3]], "sw_overlap": 0.3}) == slicer
     assert parse('{"roi": [5, 1, 2, 9, 0, 3]}') == {"roi": [5, 1, 2, 9, 0, 3]}
+
+
+@pytest.mark.parametrize("label", ["roi", "points"])
+def test_a_segment_that_is_called_like_a_parameter_has_no_clicks_under_its_name(label: str) -> None:
+    values = {"roi": [5, 1, 2, 9, 0, 3], "points": [[1, 2, 3]]}
+    assert clean({"label": label, **values}) == {"label": label, **values}
