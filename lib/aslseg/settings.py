@@ -132,7 +132,7 @@ class Settings(BaseSettings):
         0.5, "A first click is answered after this; the object grows on and comes with the next reply", unit="s", ge=0
     )
     click_seconds: float = _setting(
-        0.1, "The same for every further click, whose earlier mask is there", unit="s", ge=0
+        0.08, "The same for every further click, whose earlier mask is there", unit="s", ge=0
     )
     run_seconds: float = _setting(
         5.0,
