@@ -41,6 +41,11 @@ class Answer:
         self._before = earlier.prompt if earlier else None
         self._lock = threading.Lock()
         seeds = owner.seeds(prompt)
+        self._seeds = frozenset(seeds)
+        # a click on a slice that the object has grown through corrects what is there and does not draw it anew
+        self._begun: dict[int, Part | None] = dict(earlier._begun) if earlier else {}
+        for k in self._seeds - earlier._seeds if earlier else ():
+            self._begun[k] = self._under.get(k)
         self.parts: dict[int, Part | None] = {k: self._seed(k) for k in seeds}
         values = [owner.picture.slice(k)[p.mask] for k, p in self.parts.items() if p is not None]
         self._look = Look.of(np.concatenate(values) if values else np.zeros(0))
@@ -49,7 +54,9 @@ class Answer:
 
     def _seed(self, k: int) -> Part:
         settled = self._settled.get(k)
-        return settled if settled is not None and self._same(k) else self.owner.clicked(k, self.prompt)
+        return (
+            settled if settled is not None and self._same(k) else self.owner.clicked(k, self.prompt, self._begun.get(k))
+        )
 
     @property
     def done(self) -> bool:

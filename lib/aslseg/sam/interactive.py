@@ -195,11 +195,17 @@ class Clicks:
         clicked = prompt.background[prompt.background[:, 2] == k]
         return found is not None and bool(found[clicked[:, 0], clicked[:, 1]].any())
 
-    def clicked(self, k: int, prompt: ClientPrompt) -> Part:
-        """A slice with clicks: these one after the other, from the automatic mask where they repair one."""
+    def clicked(self, k: int, prompt: ClientPrompt, begun: Part | None = None) -> Part:
+        """A slice with clicks: these one after the other, from the mask that they repair where there is one.
+
+        Args:
+            k: Slice.
+            prompt: All clicks and the box.
+            begun: What had grown there before the first of these clicks; it takes the automatic mask's place.
+        """
         points, labels = self.points(k, prompt)
         box = box_of(prompt)
-        automatic = self.automatic(k)
+        automatic = self.automatic(k) if begun is None else begun.shown
         kept = replaced = start = None
         if automatic is not None:
             components, _ = ndimage.label(automatic >= 0.5, EIGHT_NEIGHBOURS)
@@ -209,7 +215,14 @@ class Clicks:
             replaced = touched(components, hit)
             kept = (components > 0) & ~replaced
             start = np.where(replaced, automatic, 0).astype(np.float32) if replaced.any() else None
-        return Part.of(self._through(k, box, points, labels, start), self.margin, kept, replaced)
+        found = self._through(k, box, points, labels, start)
+        if begun is not None and kept is not None and automatic is not None:
+            # what had grown goes on growing; only what the automatic mask gave stays beside it
+            given = kept & begun.kept if begun.kept is not None else np.zeros_like(kept)
+            found = np.maximum(found, np.where(kept & ~given, automatic, 0))
+            kept = given if given.any() else None
+            replaced = begun.replaced if begun.replaced is None or replaced is None else replaced | begun.replaced
+        return Part.of(found, self.margin, kept, replaced)
 
     def _through(
         self,

@@ -72,6 +72,11 @@ class Part:
         return out
 
     @property
+    def shown(self) -> np.ndarray:
+        """Probabilities (i, j) of what was drawn and, 1, of what was kept, float32."""
+        return self.drawn if self.kept is None else np.maximum(self.drawn, self.kept)
+
+    @property
     def mask(self) -> np.ndarray:
         """The object (i, j), bool: what was drawn and what was kept."""
         mask = np.zeros(self.shape, bool, order="F")

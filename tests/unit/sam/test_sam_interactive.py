@@ -497,3 +497,36 @@ def test_a_flat_roi_is_answered_or_left_out(scene: tuple[Clicks, Sees, np.ndarra
     line = state.answer(parse({"roi": [16, 16, 4, 24, 2, 6]}, (40, 32, 9)))
     near = range(9, 24)  # ten pixels of the input, which has 1.6 for one of the slice
     assert set(np.flatnonzero(line.any((1, 2)))) <= set(near)
+
+
+class Patchy(Sees):
+    """Draws a small disc around a lone click, as of a small object, and what is bright otherwise."""
+
+    def decode(self, embeddings, points=None, boxes=None, masks=None, multimask=False):
+        logits, iou = super().decode(embeddings, points, boxes, masks, multimask)
+        if boxes is None and masks is None and points is not None and points[0].shape[1] == 1:
+            rows, columns = torch.arange(logits.shape[2])[:, None] * 2, torch.arange(logits.shape[3])[None] * 2
+            for n, (spots, _) in enumerate(zip(*points, strict=True)):
+                near = (rows - spots[0, 1]).square() + (columns - spots[0, 0]).square() < 16
+                logits[n, 0] = torch.where(near, 9.0, -9.0)
+        return logits, iou
+
+
+def test_a_click_on_a_grown_slice_adds_to_what_has_grown_there(tube: Clicks) -> None:
+    box = {"roi": [6, 39, 4, 31, 0, 11]}
+    state = Clicks(Patchy(tube.model), tube.picture.volume, tube.settings, cache=EmbeddingCache())
+    first = state.answer(through([], **box))
+    assert first[..., :12].any((0, 1)).all()
+    missed = [32, 15, 8]
+    assert not first[tuple(missed)]
+    asked = len(state.model.asked)
+    after = state.answer(through([missed], **box))
+    assert after[tuple(missed)]
+    assert (after[..., 8] >= first[..., 8]).all()
+    assert np.array_equal(after[..., :6], first[..., :6])
+    assert len(state.model.asked) - asked < 10
+    inside = state.answer(through([missed, [16, 14, 10]], **box))
+    assert dice(inside[..., 10] > 0, first[..., 10] > 0) > 0.9, "a click inside prompts with the mask that was there"
+    state.answer(through([missed, [16, 14, 10]], [[16, 20, 8]], **box))
+    again = state.answer(through([missed], **box))
+    assert np.array_equal(again, after)
