@@ -308,6 +308,11 @@ class Ledger:
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                 raise DiskFullError(f"disk full while writing {self.path}; free some space and run again") from error
+            if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise LedgerError(
+                    f"{self.path} was in use by another process for {PATIENCE} s; nothing was lost or written. Let it "
+                    "finish, or stop it, and try again"
+                ) from error
             raise LedgerError(
                 f"{self.path}: {error}; restore the file from a backup, or move it away to start an empty ledger "
                 "(labels stay as they are)"
@@ -328,7 +333,7 @@ class Ledger:
 
 
 def _write_ahead(db: sqlite3.Connection) -> None:
-    """Turn the write-ahead log on; SQLite does not wait for others here, whatever the connection's timeout."""
+    """Turn the write-ahead log on; of two that do so at once SQLite refuses one without waiting."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:

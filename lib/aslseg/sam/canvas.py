@@ -6,6 +6,7 @@ segments as many slices as a canvas holds.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +28,8 @@ from aslseg.ssl.losses import segmentation_loss
 from aslseg.ssl.ramps import polynomial
 from aslseg.types import Prepared, Report, silent
 from aslseg.weights import save_weights, sha256
+
+logger = logging.getLogger(__name__)
 
 BATCH = 2
 MAPPED_PART = 0.5  # of the slices get another contrast
@@ -145,6 +148,8 @@ def train(
     model, names = load_any(init, settings), list(settings.label_set.names)
     masks = model.architecture.masks
     if not model.architecture.canvas or model.metadata.get("labels", names) != names or masks != len(names):
+        if model.architecture.canvas:
+            logger.warning("%s draws other labels; its tokens for them are learned anew", init.name)
         model = for_canvases(model, len(names), settings.seed)
     cases = [c for c in labelled if c.label is not None and np.asarray(c.label).any()]
     if not cases:

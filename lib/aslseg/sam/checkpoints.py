@@ -128,7 +128,7 @@ def read(path: Path, settings: Settings | None = None) -> Checkpoint:
     state = whole
     try:
         if is_cfr(whole):
-            kind, why, state, architecture = _cfr(whole, settings)
+            kind, why, state, architecture = _cfr(path.name, whole, settings)
         elif metadata:
             kind, why = "aslseg", "its metadata"
             architecture = Architecture.from_metadata(metadata["architecture"])
@@ -302,7 +302,7 @@ def _kind(architecture: Architecture, path: Path, settings: Settings) -> tuple[s
     return ("sam_vit_b", "its shapes and sam_vit_b in its name") if "sam_vit_b" in name else (UNDECIDED, "its shapes")
 
 
-def _cfr(cfr: dict[str, Tensor], settings: Settings) -> tuple[str, str, dict[str, Tensor], Architecture]:
+def _cfr(name: str, cfr: dict[str, Tensor], settings: Settings) -> tuple[str, str, dict[str, Tensor], Architecture]:
     """Kind, what gave it away, merged state dict and architecture of CFR's file; without ``sam_base`` unmerged."""
     base = None
     if settings.sam_base:
@@ -311,13 +311,13 @@ def _cfr(cfr: dict[str, Tensor], settings: Settings) -> tuple[str, str, dict[str
     channels = cfr["w_a_000"].shape[1]
     if base is None and channels not in ENCODERS:
         raise BadWeightsError(
-            f"CFR's LoRA for a SAM of {channels} channels; set sam_base to the one it was trained from"
+            f"{name}: CFR's LoRA for a SAM of {channels} channels; set sam_base to the one it was trained from"
         )
     shape = base.architecture if base else ENCODERS[channels][1]
     if cfr_blocks(cfr) != set(range(shape.depth)):
         raise BadWeightsError(
-            f"{len(cfr_blocks(cfr))} of {shape.depth} blocks have LoRA weights for queries and values (w_a and w_b); "
-            "the file is incomplete or belongs to another SAM. Copy it again or set sam_base to the one it needs"
+            f"{name}: {len(cfr_blocks(cfr))} of {shape.depth} blocks have LoRA weights for queries and values (w_a and "
+            "w_b); the file is incomplete or belongs to another SAM. Copy it again or set sam_base to the one it needs"
         )
     masks = len(cfr["mask_decoder.mask_tokens.weight"]) - 1
     architecture = replace(shape, masks=masks, **PREPROCESSING["cfr_lora"])

@@ -137,7 +137,8 @@ class Clicks:
         """
         with self._lock:
             self._note(prompt)
-            order = [c for c in self._order if c in clicks_of(prompt)]
+            sent = clicks_of(prompt)
+            order = [c for c in self._order if c in sent]
         drop = set(order[max(len(order) - count, 0) :])
         parts = [
             np.array([v for v in voxels.tolist() if (label, *v) not in drop], np.int64).reshape(-1, 3)
@@ -244,7 +245,7 @@ class Clicks:
             box: A human's, or None; nothing is drawn outside of it.
             points: (x, y) in the order of the clicks, (n, 2).
             labels: 1 in, 0 out, (n,).
-            start: Probabilities (i, j) of the automatic mask that is repaired, or None.
+            start: Probabilities (i, j) of the mask that is repaired, automatic or grown, or None.
 
         Returns:
             Probabilities (i, j).
@@ -296,7 +297,7 @@ class Clicks:
     ) -> np.ndarray:
         """SAM's probabilities (i, j), nothing outside a human's box, with all clicks obeyed and without strays.
 
-        What a repaired automatic mask has is not a stray, so nothing is taken away there.
+        What a repaired mask has is not a stray, so nothing is taken away there.
         """
         asked, clicks = self.ask(k, [prompt], ellipse)[0][0], (prompt.points, prompt.point_labels)
         found = self.within(asked, box, margin=0)

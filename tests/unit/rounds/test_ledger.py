@@ -144,6 +144,19 @@ def test_a_new_file_that_another_process_is_reading_is_waited_for(ledger: Ledger
     reader.close()
 
 
+def test_a_ledger_in_use_for_too_long_says_so(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.open_round({})
+    other = sqlite3.connect(ledger.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    with pytest.raises(LedgerError, match=r"in use by another process for 0.1 s; nothing was lost.*try again"):
+        ledger.append([Entry("note", details={})])
+    other.execute("COMMIT")
+    other.close()
+    ledger.append([Entry("note", details={})])
+    assert len(ledger.events(kinds=("note",))) == 1
+
+
 def test_a_damaged_or_newer_file_gives_a_clear_error(ledger: Ledger) -> None:
     ledger.open_round({})
     db = sqlite3.connect(ledger.path)

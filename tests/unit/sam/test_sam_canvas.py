@@ -82,12 +82,19 @@ def test_it_learns_a_ball_without_prompts(small: Prepared, tiny_file: Path, tmp_
 
 @pytest.mark.parametrize("before", ["heart", "a,b,c", "tumour,liver"])
 def test_a_sam_for_other_labels_gets_new_tokens(
-    before: str, small: Prepared, tiny_file: Path, tmp_path: Path, settings: Settings
+    before: str,
+    small: Prepared,
+    tiny_file: Path,
+    tmp_path: Path,
+    settings: Settings,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     other = Settings(**settings.model_dump() | {"labels": before, "nested": "", "sam_iterations": 0})
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     canvas.train([small], other, first, init=tiny_file)
-    canvas.train([small], settings.model_copy(update={"sam_iterations": 2}), second, init=first)
+    with caplog.at_level("WARNING"):
+        canvas.train([small], settings.model_copy(update={"sam_iterations": 2}), second, init=first)
+    assert "first.safetensors draws other labels" in caplog.text
     model = canvas.load(second, settings)
     assert (model.architecture.masks, model.metadata["labels"]) == (2, ["liver", "tumour"])
 

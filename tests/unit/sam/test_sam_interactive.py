@@ -10,6 +10,7 @@ import torch
 from aslseg.prompts.from_client import ClientPrompt, parse
 from aslseg.sam.build import SAMModel
 from aslseg.sam.embeddings import EmbeddingCache
+from aslseg.sam.growing import clicks_of
 from aslseg.sam.interactive import Clicks
 from aslseg.sam.propagate import journeys
 from aslseg.settings import Settings
@@ -477,6 +478,8 @@ def test_ten_thousand_clicks_count_by_their_last(scene: tuple[Clicks, Sees, np.n
     inside = truth[tuple(many.T)] > 0
     prompt = clicks(many[inside].tolist(), many[~inside].tolist())
     mask = state.answer(prompt)
+    left = state.without_last(prompt, 3)
+    assert len(clicks_of(left)) == len(clicks_of(prompt)) - 3
     assert dice(mask > 0, truth > 0) > 0.9
     assert max(labels.shape[1] for (_, labels), _, _ in model.asked) <= 128
 
