@@ -88,6 +88,22 @@ class Settings(BaseSettings):
         False, "For anatomy without a left and a front: train with such flips, and average predictions over them"
     )
 
+    # the second stage of nested labels
+    nested_iterations: float = _setting(
+        0.6,
+        "Part of the training steps that the network for nested labels gets; 0: one network for all labels",
+        ge=0,
+        lt=1,
+    )
+    nested_margin: float = _setting(
+        15.0, "Around the parent's box in which nested labels are looked for", unit="mm", ge=0
+    )
+    nested_range: float = _setting(
+        0.25, "Intensities this far from the parent's median are told apart, as a part of the window", gt=0
+    )
+    nested_voxels: float = _setting(1e6, "Size that the parent's box may not exceed", unit="voxels", gt=1e3)
+    nested_synthetic: float = _setting(0.5, "Part of the training patches that get synthetic lesions", ge=0, le=1)
+
     # stage 2
     sam_checkpoint: str = _setting(
         "",
@@ -283,7 +299,8 @@ class Settings(BaseSettings):
 # Iterations, spacing and the SAM file are given to the steps that use them as numbers and hashes.
 GROUPS = {
     "ssl": {"ssl_method", "network", "batch_labelled", "batch_unlabelled", "accumulate", "learning_rate", "schedule"}
-    | {"compile", "consistency", "ema_decay", "flips"},
+    | {"compile", "consistency", "ema_decay", "flips"}
+    | {n for n in Settings.model_fields if n.startswith("nested_")},
     "predict": {"overlap", "flips"},
     "sam": {n for n in Settings.model_fields if n.startswith("sam_")}
     - {"sam_prompts", "sam_zoom", "sam_checkpoint", "sam_base"}

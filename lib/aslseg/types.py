@@ -167,6 +167,8 @@ class Prepared:
         label: (i, j, k) uint8 class map, or None.
         weight: Weight of this case in the loss (1 for human labels).
         voxel_weight: (i, j, k) float16 weights in 0..1, or None for 1 everywhere.
+        parent: In the second stage of nested labels (:mod:`aslseg.ssl.nested`): how deep in the parent a voxel lies
+            (i, j, k), float16, mm (:func:`aslseg.ssl.nested.depth`). None everywhere else.
     """
 
     id: str
@@ -176,3 +178,4 @@ class Prepared:
     label: np.ndarray | None = None
     weight: float = 1.0
     voxel_weight: np.ndarray | None = field(default=None, repr=False)
+    parent: np.ndarray | None = field(default=None, repr=False)

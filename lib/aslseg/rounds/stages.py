@@ -27,8 +27,8 @@ from aslseg.sam import build as sam_build
 from aslseg.sam import canvas, finetune
 from aslseg.sam import predict as sam_predict
 from aslseg.settings import Places, Settings, relevant
-from aslseg.ssl import engine
 from aslseg.ssl import predict as ssl_predict
+from aslseg.ssl import training
 from aslseg.types import Prepared, Report
 from aslseg.volume.io import read_image, require_free_disk
 from aslseg.weights import sha256
@@ -102,7 +102,7 @@ class Stages:
         labelled = [*team.train, *(p.case for p in promoted)]
 
         def train(out: Path) -> dict[str, Any]:
-            return engine.train(
+            return training.train(
                 labelled,
                 team.unlabelled,
                 s,

@@ -25,12 +25,14 @@ from aslseg.registry import NETWORKS, SSL_METHODS
 from aslseg.settings import Settings
 from aslseg.ssl import checkpoint, compiling, distributed, tracking
 from aslseg.ssl.augment import centre, random_geometry, random_intensity, warp
+from aslseg.ssl.learned import Probabilities, class_probabilities, described, not_learned, warn_of
 from aslseg.ssl.methods.base import Batch, Method
 from aslseg.ssl.networks import bfloat16_pays
 from aslseg.ssl.ramps import polynomial
+from aslseg.ssl.second_stage import SecondStage
 from aslseg.ssl.watch import Watch
 from aslseg.types import Prepared, Report, silent
-from aslseg.weights import load_weights, save_weights, sha256
+from aslseg.weights import load_weights, read_metadata, save_weights, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ CHECKPOINT_EVERY = 250
 CHECKPOINT_MINUTES = 10.0
 MOST_SKIPPED = 20
 STATISTICS_BATCHES = 30
+CLASS_BATCHES = 8
 
 
 def milestones(part: float) -> float:
@@ -85,12 +88,16 @@ class Trainer:
         self.bf16 = bfloat16_pays(self.device) and min(self.patch[:2]) >= 48
         classes = len(settings.label_set)
         cases = self._held([*labelled, *map(_blind, unlabelled)])
-        self.labelled = PatchSampler(cases[: len(labelled)], self.patch, classes)
+        self.second = SecondStage(cases[: len(labelled)], settings) if cases[0].parent is not None else None
+        human = cases[: len(labelled)]
+        self.labelled = (
+            self.second.sampler(human, self.patch) if self.second else PatchSampler(human, self.patch, classes)
+        )
         self.unlabelled = PatchSampler(cases[len(labelled) :], self.patch, classes) if unlabelled else None
         torch.manual_seed(settings.seed)
         factory = NETWORKS.get(settings.network)
         self.method: Method = SSL_METHODS.get(settings.ssl_method)(
-            lambda extra=0: factory(classes + 1 + extra, self.patch), settings
+            lambda extra=0: factory(classes + 1 + extra, self.patch, 2 if self.second else 1), settings
         )
         self.method.to(self.device, memory_format=torch.channels_last_3d)
         if init is not None:
@@ -117,19 +124,22 @@ class Trainer:
     def batch(self, step: int) -> Batch:
         """The patches of a step, augmented, on the device; depends on nothing but seed and step."""
         s = self.settings
+        vary, plain = (self.second.vary, self.second.plain) if self.second else (random_intensity, _unchanged)
         rng = np.random.default_rng([s.seed, step])
         torch.manual_seed(s.seed * 1_000_003 + step)
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
-        drawn = [self.labelled.draw(rng) for _ in range(s.batch_labelled)]
-        image = self._images([d.image for d in drawn])
+        drawn = self.labelled.draw_batch(rng, s.batch_labelled)
+        if self.second:
+            drawn = [self.second.with_lesions(patch, rng) for patch in drawn]
+        image = self._images(drawn)
         maps = self._maps(drawn)
         grid = random_geometry(image.shape, generator, s.flips)
-        image = random_intensity(warp(image, grid), generator)
+        image = vary(warp(image, grid), generator)
         maps = warp(maps.float(), grid, "nearest")
         if self.unlabelled and s.batch_unlabelled and s.ssl_method != "supervised":
-            free = self._images([self.unlabelled.draw(rng).image for _ in range(s.batch_unlabelled)])
+            free = self._images(self.unlabelled.draw_batch(rng, s.batch_unlabelled))
             weak = warp(free, random_geometry(free.shape, generator, s.flips))
-            free = random_intensity(weak, generator)
+            free, weak = vary(weak, generator), plain(weak)
         else:
             free = weak = image[:0]
         layout = torch.channels_last_3d
@@ -141,8 +151,10 @@ class Trainer:
             centre(weak).contiguous(memory_format=layout),
         )
 
-    def _images(self, crops: list[Any]) -> Tensor:
-        return torch.stack([torch.as_tensor(c).to(self.device) for c in crops])[:, None]
+    def _images(self, drawn: list[Patch]) -> Tensor:
+        """Images (B, 1, i, j, k), in the second stage with the parent's depth (B, 2, i, j, k)."""
+        channels = [[d.image] if d.parent is None else [d.image, d.parent] for d in drawn]
+        return torch.stack([torch.stack([torch.as_tensor(c).to(self.device) for c in pair]) for pair in channels])
 
     def _maps(self, drawn: list[Patch]) -> Tensor:
         """Class maps and voxel weights (B, 2, i, j, k), float32."""
@@ -231,6 +243,12 @@ class Trainer:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 network(torch.cat([batch.image, batch.unlabelled]))
 
+    def class_probabilities(self, network: nn.Module, first: int) -> Probabilities:
+        """How well a network knows each class on the labelled patches of some steps; see :mod:`aslseg.ssl.learned`."""
+        batches = (self.batch(step) for step in range(first, first + CLASS_BATCHES))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return class_probabilities(network, batches, self.settings.label_set.names)
+
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs."""
         return {
@@ -268,8 +286,9 @@ def train(
     init: Path | None = None,
     logs: Path | None = None,
     report: Report = silent,
+    reuse: bool = False,
 ) -> dict[str, Any]:
-    """Train the SSL model.
+    """Train one network.
 
     A checkpoint beside ``out`` is written every 250 steps or ten minutes; a run with the same inputs that finds one
     goes on from it and ends with the same weights as an uninterrupted run.
@@ -284,9 +303,10 @@ def train(
         init: Model to start from; None starts from random weights.
         logs: Folder for the curves that the setting ``tracking`` asks for; ``tracking`` beside ``out`` by default.
         report: Called with (step, iterations, loss=...).
+        reuse: A file that a run with the same inputs has written is left as it is.
 
     Returns:
-        ``loss`` (mean of the last 100 steps), ``seconds``, ``seconds_per_step``, ``steps`` (of this call),
+        ``classes`` and ``not_learned`` (:mod:`aslseg.ssl.learned`), ``loss`` (mean of the last 100 steps), ``seconds``, ``seconds_per_step``, ``steps`` (of this call),
         ``skipped_steps`` (gradients not finite), ``patch``, ``sha256``.
 
     Raises:
@@ -300,7 +320,13 @@ def train(
     metadata = _metadata(trainer, spacing, init)
     path = out.with_name(f"{out.stem}.checkpoint.pt")
     owner = checkpoint.fingerprint(metadata, settings, trainer.method.state_dict(), labelled, unlabelled)
+    if reuse:
+        metadata["inputs"] = owner
     watch = Watch(iterations, report)
+    if reuse and out.exists() and read_metadata(out).get("inputs") == owner:
+        logger.info("%s: same inputs as before, reused", out.name)
+        trainer.method.predictor.load_state_dict(load_weights(out, "ssl")[0])
+        return _result(trainer, watch, out, 0, started, None)
     first = _resume(trainer, watch, path, owner)
     job = {"iterations": iterations, "init": str(init or ""), "checkpoint": str(path), "owner": owner, "first": first}
     with distributed.helped(labelled, unlabelled, settings, out.with_name(f"{out.stem}.share"), **job):
@@ -308,11 +334,23 @@ def train(
     trainer.refresh_statistics()
     save_weights(out, trainer.method.predictor.state_dict(), metadata)
     path.unlink(missing_ok=True)
+    steps = iterations - first
+    return _result(trainer, watch, out, steps, started, seconds / steps if steps else None)
+
+
+def _result(
+    trainer: Trainer, watch: Watch, out: Path, steps: int, started: float, pace: float | None
+) -> dict[str, Any]:
+    """What :func:`train` returns."""
+    classes = trainer.class_probabilities(trainer.method.predictor, trainer.iterations)
+    warn_of(classes)
     return {
         "loss": watch.loss(100),
+        "classes": classes,
+        "not_learned": not_learned(classes),
         "seconds": time.monotonic() - started,
-        "seconds_per_step": seconds / (iterations - first) if iterations > first else None,
-        "steps": iterations - first,
+        "seconds_per_step": pace,
+        "steps": steps,
         "skipped_steps": trainer.skipped,
         "patch": list(trainer.patch),
         "sha256": sha256(out),
@@ -350,7 +388,13 @@ def _run(trainer: Trainer, watch: Watch, path: Path, owner: str, logs: Path) -> 
             speed = (now - started) / (watch.done - first)
             left = speed * (total - watch.done) / 60
             logger.info(
-                "step %d of %d, loss %.4f, %.3f s a step, %.0f min left", watch.done, total, watch.loss(50), speed, left
+                "step %d of %d, loss %.4f, %.3f s a step, %.0f min left%s",
+                watch.done,
+                total,
+                watch.loss(50),
+                speed,
+                left,
+                described(trainer.class_probabilities(trainer.method.student, watch.done)),
             )
 
     engine = Engine(lambda _, number: trainer.step(number))
@@ -370,6 +414,7 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
         "labels": list(settings.label_set.names),
         "network": settings.network,
         "method": settings.ssl_method,
+        "channels": 2 if trainer.second else 1,
         "outputs": len(settings.label_set) + 1 + trainer.method.extra_outputs,
         "patch": list(trainer.patch),
         "flips": settings.flips,
@@ -383,5 +428,9 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
 
 
 def _blind(case: Prepared) -> Prepared:
-    """The case without anything that a label could have come from."""
-    return Prepared(case.id, case.patient, case.image, case.grid)
+    """The case without anything that a label could have come from; its parent is a predicted one."""
+    return Prepared(case.id, case.patient, case.image, case.grid, parent=case.parent)
+
+
+def _unchanged(image: Tensor) -> Tensor:
+    return image

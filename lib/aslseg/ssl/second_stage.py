@@ -1,0 +1,81 @@
+"""Training patches of the second stage: rare classes in each batch, synthetic lesions, a disturbed parent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aslseg.cases.patches import ComponentSampler, Patch, PatchSampler
+from aslseg.settings import Settings
+from aslseg.ssl.augment import random_intensity
+from aslseg.ssl.lesions import Lesions
+from aslseg.ssl.nested import REACH_MM
+from aslseg.types import Prepared
+
+# the network sees the distance from the parent's border up to here
+EDGE_MM = 10.0
+# errors of the first stage: an offset of the whole border, bulges of it, no parent at all
+OFFSET_MM, BULGE_MM, MISSING = 3.0, 4.0, 0.1
+
+
+def plain(maps: Tensor) -> Tensor:
+    """Relative intensities and depth in the parent (B, 2, i, j, k) to network input in 0..1."""
+    return torch.cat([maps[:, :1], _channel(maps[:, 1:])], 1)
+
+
+def varied(maps: Tensor, generator: torch.Generator) -> Tensor:
+    """The same with changed intensities, and the parent as the first stage might have drawn it.
+
+    Brightness changes little: it is relative to the parent already.
+    """
+    n = len(maps)
+    u = torch.rand(n, 5, generator=generator).to(maps.device)[:, :, None, None, None, None] * 2 - 1
+    image = 0.5 + (maps[:, :1] - 0.5) * (1 + 0.25 * u[:, 0]) + 0.04 * u[:, 1]
+    noise = torch.randn(image.shape, generator=generator).to(maps.device)
+    image = image + 0.03 * (u[:, 2] + 1) / 2 * noise
+    if os.environ.get("NEST_INTENSITY") == "std":
+        image = random_intensity(maps[:, :1], generator)
+    coarse = torch.randn(n, 1, 5, 5, 4, generator=generator).to(maps.device)
+    bulges = F.interpolate(coarse, maps.shape[2:], mode="trilinear", align_corners=True)
+    depth = maps[:, 1:] + OFFSET_MM * u[:, 3] + BULGE_MM * (u[:, 4] + 1) / 2 * bulges
+    missing = torch.rand(n, generator=generator).to(maps.device) < MISSING
+    depth = torch.where(missing[:, None, None, None, None], 0.0, depth)
+    return torch.cat([image, _channel(depth)], 1)
+
+
+def _channel(depth: Tensor) -> Tensor:
+    if os.environ.get("NEST_CHANNEL") == "none":
+        return torch.zeros_like(depth) + 0.5
+    return 0.5 + 0.5 * ((depth - REACH_MM) / EDGE_MM).clamp(-1, 1)
+
+
+class SecondStage:
+    """How the second stage draws and changes its patches.
+
+    Args:
+        labelled: Labelled views.
+        settings: Of the second stage; its first label is the parent.
+    """
+
+    def __init__(self, labelled: Sequence[Prepared], settings: Settings) -> None:
+        self.labels = settings.label_set
+        self.lesions = Lesions(labelled, self.labels, settings.nested_synthetic)
+
+    def sampler(self, cases: Sequence[Prepared], patch: Sequence[int]) -> PatchSampler:
+        """Draws labelled patches."""
+        rare = [n + 1 for n, parent in enumerate(self.labels.parents) if parent is not None]
+        if os.environ.get("NEST_SAMPLER") == "std":
+            return PatchSampler(cases, patch, len(self.labels))
+        return ComponentSampler(cases, patch, len(self.labels), rare)
+
+    def with_lesions(self, patch: Patch, rng: np.random.Generator) -> Patch:
+        """The patch, now and then with synthetic lesions."""
+        return self.lesions.into(patch, rng)
+
+    vary = staticmethod(varied)
+    plain = staticmethod(plain)
