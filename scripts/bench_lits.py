@@ -147,7 +147,7 @@ def second_only(arguments: argparse.Namespace, settings: Settings) -> None:
         seen = nested.look(case.image, np.isin(case.label, branch.values), geometry)
         p, _ = predict.inner_probabilities(model, seen)
         found = branch.labels.decode(branch.labels.region_probabilities(p))
-        rows.append(score(arguments, case, seen.where, found, np.asarray(case.label)[seen.where]))
+        rows.append(score(arguments, case, seen.where, found, np.asarray(case.label)[seen.where], p))
     finish(arguments, rows)
 
 
@@ -164,14 +164,23 @@ def whole(arguments: argparse.Namespace, settings: Settings) -> None:
     model = predict.load(out, settings)
     rows = []
     for case in test:
-        found = settings.label_set.decode(model.regions(np.asarray(case.image)))
-        rows.append(score(arguments, case, np.s_[:, :, :], found, np.asarray(case.label)))
+        p = model.predict(np.asarray(case.image))
+        found = settings.label_set.decode(settings.label_set.region_probabilities(p))
+        rows.append(score(arguments, case, np.s_[:, :, :], found, np.asarray(case.label), p))
     finish(arguments, rows)
 
 
-def score(arguments: argparse.Namespace, case: Prepared, where: Any, found: np.ndarray, truth: np.ndarray) -> dict:
+def score(
+    arguments: argparse.Namespace, case: Prepared, where: Any, found: np.ndarray, truth: np.ndarray, p: np.ndarray
+) -> dict:
     """A scan's row; what a picture needs is kept."""
-    np.savez_compressed(arguments.out / f"{case.id}.npz", found=found, truth=truth, image=np.asarray(case.image[where]))
+    np.savez_compressed(
+        arguments.out / f"{case.id}.npz",
+        found=found,
+        truth=truth,
+        image=np.asarray(case.image[where]),
+        p=p.astype(np.float16),
+    )
     row = {"case": case.id, "patient": case.patient, "liver": dice(found > 0, truth > 0)}
     return row | {"tumour": lesion_score(found == 2, truth == 2)}
 

@@ -306,8 +306,9 @@ def train(
         reuse: A file that a run with the same inputs has written is left as it is.
 
     Returns:
-        ``classes`` and ``not_learned`` (:mod:`aslseg.ssl.learned`), ``loss`` (mean of the last 100 steps), ``seconds``, ``seconds_per_step``, ``steps`` (of this call),
-        ``skipped_steps`` (gradients not finite), ``patch``, ``sha256``.
+        ``loss`` (mean of the last 100 steps), ``classes`` and ``not_learned`` (:mod:`aslseg.ssl.learned`),
+        ``seconds``, ``seconds_per_step``, ``steps`` (of this call), ``skipped_steps`` (gradients not finite),
+        ``patch``, ``sha256``.
 
     Raises:
         NotEnoughCasesError: No labelled case.

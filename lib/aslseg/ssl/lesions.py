@@ -132,9 +132,16 @@ class Lesions:
         host = ndimage.gaussian_filter((label[where] == self.hosts[value]).astype(np.float32), 0.5)
         edge = rng.uniform(0.3, 1.5) * min(1.0, radius / 6) + 0.2
         mask = host / (1 + np.exp(-np.clip(inner / edge, -30, 30)))
-        image[where] += mask * self._inside(image[where], inner, contrast, radius, look.deviation, rng)
+        within = mask > 0.5
+        if not within.any():
+            return
+        # labelled lesions are measured with their blurred borders, and so count these
+        contrast /= float(np.median(mask[within]))
+        # what lies around the parent must not shine into it
+        parent = np.where(label[where] > 0, image[where], 0.5)
+        image[where] += mask * self._inside(parent, inner, contrast, radius, look.deviation, rng)
         np.clip(image, 0, 1, out=image)
-        label[where][(mask > 0.5) & (label[where] == self.hosts[value])] = value
+        label[where][within & (label[where] == self.hosts[value])] = value
 
     def _shape(self, mm: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
         """Depth in mm below the border of a random blob around the origin."""

@@ -123,7 +123,8 @@ class Geometry:
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Geometry:
         """As stored in a model file, where tuples have become lists."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        return cls(**values)
 
     def stored(self) -> dict[str, Any]:
         """For a model file."""
