@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from aslseg.types import Prepared
+from aslseg.cases.prepared import Prepared
 
 FOREGROUND_PART = 0.5
 HUMAN_PART = 0.5
@@ -21,7 +21,7 @@ KEPT_VOXELS = 4000
 class Patch:
     """One crop: image (i, j, k) float32 in 0..1, class map uint8, voxel weights float32.
 
-    NumPy arrays; tensors on the device that the case is held on (:func:`aslseg.cases.cache.held`).
+    NumPy arrays; tensors on the device that the case is held on (:func:`aslseg.cases.prepared.load_within_budget`).
     """
 
     image: Any

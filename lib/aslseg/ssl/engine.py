@@ -17,20 +17,21 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from aslseg.cases.cache import held
 from aslseg.cases.patches import Patch, PatchSampler
 from aslseg.cases.prepare import Spacing, automatic_patch
+from aslseg.cases.prepared import Prepared, load_within_budget
+from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
+from aslseg.compute.device import bfloat16_pays, choose_device
+from aslseg.compute.schedules import SCHEDULES
+from aslseg.compute.weights import load_weights, save_weights
 from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
+from aslseg.files import sha256
 from aslseg.registry import NETWORKS, SSL_METHODS
 from aslseg.settings import Settings
 from aslseg.ssl import checkpoint, compiling, distributed, tracking
-from aslseg.ssl.augment import centre, random_geometry, random_intensity, warp
 from aslseg.ssl.methods.base import Batch, Method
-from aslseg.ssl.networks import bfloat16_pays
-from aslseg.ssl.ramps import polynomial
-from aslseg.ssl.watch import Watch
-from aslseg.types import Prepared, Report, silent
-from aslseg.weights import load_weights, save_weights, sha256
+from aslseg.ssl.monitor import TrainingMonitor
+from aslseg.types import ProgressCallback, no_progress
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +40,6 @@ CHECKPOINT_EVERY = 250
 CHECKPOINT_MINUTES = 10.0
 MOST_SKIPPED = 20
 STATISTICS_BATCHES = 30
-
-
-def milestones(part: float) -> float:
-    """1, then 0.1 from 5/12 and 0.01 from 5/6 of the training on: the papers' steps 2500 and 5000 of 6000."""
-    return 0.1 ** ((part >= 5 / 12) + (part >= 5 / 6))
-
-
-SCHEDULES = {"poly": polynomial, "milestones": milestones}
-
-
-def choose_device(settings: Settings) -> torch.device:
-    """The device of the setting ``device``; ``auto`` takes a GPU where there is one, each process its own."""
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
 
 
 class Trainer:
@@ -84,7 +70,7 @@ class Trainer:
         # oneDNN's bfloat16 weight gradient of a 2 x 2 feature map differs from run to run (seen in torch 2.11)
         self.bf16 = bfloat16_pays(self.device) and min(self.patch[:2]) >= 48
         classes = len(settings.label_set)
-        cases = self._held([*labelled, *map(_blind, unlabelled)])
+        cases = self._held([*labelled, *map(without_label, unlabelled)])
         self.labelled = PatchSampler(cases[: len(labelled)], self.patch, classes)
         self.unlabelled = PatchSampler(cases[len(labelled) :], self.patch, classes) if unlabelled else None
         torch.manual_seed(settings.seed)
@@ -111,8 +97,8 @@ class Trainer:
         """The cases where crops are quickest: on the GPU, then in memory, then on disk, within the budget."""
         budget = self.settings.memory_gb * 1e9 / distributed.world()
         if self.device.type == "cuda":
-            cases = held(cases, min(budget, torch.cuda.mem_get_info(self.device)[0] / 2), self.device)
-        return held(cases, budget)
+            cases = load_within_budget(cases, min(budget, torch.cuda.mem_get_info(self.device)[0] / 2), self.device)
+        return load_within_budget(cases, budget)
 
     def batch(self, step: int) -> Batch:
         """The patches of a step, augmented, on the device; depends on nothing but seed and step."""
@@ -127,17 +113,17 @@ class Trainer:
         image = random_intensity(warp(image, grid), generator)
         maps = warp(maps.float(), grid, "nearest")
         if self.unlabelled and s.batch_unlabelled and s.ssl_method != "supervised":
-            free = self._images([self.unlabelled.draw(rng).image for _ in range(s.batch_unlabelled)])
-            weak = warp(free, random_geometry(free.shape, generator, s.flips))
-            free = random_intensity(weak, generator)
+            strong = self._images([self.unlabelled.draw(rng).image for _ in range(s.batch_unlabelled)])
+            weak = warp(strong, random_geometry(strong.shape, generator, s.flips))
+            strong = random_intensity(weak, generator)
         else:
-            free = weak = image[:0]
+            strong = weak = image[:0]
         layout = torch.channels_last_3d
         return Batch(
             centre(image).contiguous(memory_format=layout),
             maps[:, 0].long(),
             maps[:, 1],
-            centre(free).contiguous(memory_format=layout),
+            centre(strong).contiguous(memory_format=layout),
             centre(weak).contiguous(memory_format=layout),
         )
 
@@ -155,12 +141,12 @@ class Trainer:
         Raises:
             TrainingDivergedError: The loss is not finite, or gradients were not for 20 steps in a row.
         """
-        part = step / self.iterations
-        rate = self.settings.learning_rate * SCHEDULES[self.settings.schedule](part)
+        fraction = step / self.iterations
+        rate = self.settings.learning_rate * SCHEDULES[self.settings.schedule](fraction)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.method.train()
-        logs = self._gradients_or_eager(step, part)
+        logs = self._gradients_or_eager(step, fraction)
         if not math.isfinite(logs["loss"]):
             raise TrainingDivergedError(
                 f"loss became {logs['loss']} at step {step}; lower learning_rate (now {self.settings.learning_rate}) "
@@ -169,24 +155,24 @@ class Trainer:
         # bfloat16 through batch norm over few voxels can overflow; such a step says nothing
         if torch.isfinite(nn.utils.clip_grad_norm_(self.method.parameters(), 10.0)):
             self.optimiser.step()
-            self.method.after_step(step, part)
+            self.method.after_step(step, fraction)
             self.skipped_in_a_row = 0
         else:
             self._skip(step)
         return {**logs, "learning_rate": rate}
 
-    def _gradients_or_eager(self, step: int, part: float) -> dict[str, float]:
+    def _gradients_or_eager(self, step: int, fraction: float) -> dict[str, float]:
         if not self.compiled:
-            return self._gradients(step, part)
+            return self._gradients(step, fraction)
         try:
-            return self._gradients(step, part)
+            return self._gradients(step, fraction)
         except compiling.ERRORS as error:
             logger.warning("torch.compile failed (%s); going on without", compiling.reason(error))
             self.compiled = False
             compiling.to_eager(self.method)
-            return self._gradients(step, part)
+            return self._gradients(step, fraction)
 
-    def _gradients(self, step: int, part: float) -> dict[str, float]:
+    def _gradients(self, step: int, fraction: float) -> dict[str, float]:
         """Leave the step's gradients in the parameters, the same in every process; returns the mean of its numbers."""
         self.optimiser.zero_grad(set_to_none=True)
         batches = self.settings.accumulate
@@ -195,11 +181,11 @@ class Trainer:
             batch = self.batch(number)
             generator = torch.Generator().manual_seed(self.settings.seed * 7_919 + number)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                loss, logs = self.method.loss(batch, part, generator)
+                loss, logs = self.method.loss(batch, fraction, generator)
             (loss / batches).backward()
             found.append({"loss": loss.item(), "truth": (batch.target > 0).float().mean().item(), **logs})
-        distributed.total([p.grad for p in self.method.parameters() if p.grad is not None])
-        distributed.mean([b for b in self.method.buffers() if b.is_floating_point()])
+        distributed.all_reduce_sum([p.grad for p in self.method.parameters() if p.grad is not None])
+        distributed.all_reduce_mean([b for b in self.method.buffers() if b.is_floating_point()])
         return distributed.mean_numbers({name: float(np.mean([f[name] for f in found])) for name in found[0]})
 
     def _skip(self, step: int) -> None:
@@ -248,10 +234,10 @@ class Trainer:
     def describe(self) -> str:
         """What is trained with what, in a line."""
         s, parameters = self.settings, sum(p.numel() for p in self.method.predictor.parameters())
-        free = len(self.unlabelled.cases) if self.unlabelled else 0
+        unlabelled = len(self.unlabelled.cases) if self.unlabelled else 0
         return (
             f"{s.ssl_method}, {s.network} with {parameters / 1e6:.2f} M parameters, {len(self.labelled.cases)} "
-            f"labelled and {free} unlabelled cases, {s.accumulate} x ({s.batch_labelled} + {s.batch_unlabelled}) "
+            f"labelled and {unlabelled} unlabelled cases, {s.accumulate} x ({s.batch_labelled} + {s.batch_unlabelled}) "
             f"patches of {self.patch} a step, {distributed.world()} x {self.device} in "
             f"{'bfloat16' if self.bf16 else 'float32'}"
         )
@@ -267,7 +253,7 @@ def train(
     spacing: Spacing,
     init: Path | None = None,
     logs: Path | None = None,
-    report: Report = silent,
+    report: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Train the SSL model.
 
@@ -295,21 +281,21 @@ def train(
         BadSettingsError: ``tracking`` asks for a package that is not installed.
     """
     started = time.monotonic()
-    unlabelled = [_blind(c) for c in unlabelled]
+    unlabelled = [without_label(c) for c in unlabelled]
     trainer = Trainer(labelled, unlabelled, settings, iterations, init)
     metadata = _metadata(trainer, spacing, init)
     path = out.with_name(f"{out.stem}.checkpoint.pt")
     owner = checkpoint.fingerprint(metadata, settings, trainer.method.state_dict(), labelled, unlabelled)
-    watch = Watch(iterations, report)
-    first = _resume(trainer, watch, path, owner)
+    monitor = TrainingMonitor(iterations, report)
+    first = _resume(trainer, monitor, path, owner)
     job = {"iterations": iterations, "init": str(init or ""), "checkpoint": str(path), "owner": owner, "first": first}
-    with distributed.helped(labelled, unlabelled, settings, out.with_name(f"{out.stem}.share"), **job):
-        seconds = _run(trainer, watch, path, owner, logs or out.parent / "tracking")
+    with distributed.with_workers(labelled, unlabelled, settings, out.with_name(f"{out.stem}.share"), **job):
+        seconds = _run(trainer, monitor, path, owner, logs or out.parent / "tracking")
     trainer.refresh_statistics()
     save_weights(out, trainer.method.predictor.state_dict(), metadata)
     path.unlink(missing_ok=True)
     return {
-        "loss": watch.loss(100),
+        "loss": monitor.loss(100),
         "seconds": time.monotonic() - started,
         "seconds_per_step": seconds / (iterations - first) if iterations > first else None,
         "steps": iterations - first,
@@ -319,38 +305,43 @@ def train(
     }
 
 
-def _resume(trainer: Trainer, watch: Watch, path: Path, owner: str) -> int:
+def _resume(trainer: Trainer, monitor: TrainingMonitor, path: Path, owner: str) -> int:
     """The step to go on from: 0 without a usable checkpoint of the same inputs."""
     kept = checkpoint.read(path, owner, trainer.device)
     if kept is not None:
         trainer.load_state(kept)
-        watch.start_at(kept["step"], kept["recent"])
-    logger.info("%s; steps %d to %d", trainer.describe(), watch.done, trainer.iterations)
-    return watch.done
+        monitor.start_at(kept["step"], kept["recent"])
+    logger.info("%s; steps %d to %d", trainer.describe(), monitor.done, trainer.iterations)
+    return monitor.done
 
 
-def _run(trainer: Trainer, watch: Watch, path: Path, owner: str, logs: Path) -> float:
+def _run(trainer: Trainer, monitor: TrainingMonitor, path: Path, owner: str, logs: Path) -> float:
     """The steps that are left, watched, checkpointed and tracked; returns the seconds they took."""
-    total, first = trainer.iterations, watch.done
+    total, first = trainer.iterations, monitor.done
     started = written = time.monotonic()
 
     def look(engine: Engine) -> None:
         logs: Any = engine.state.output
-        watch.see(logs)
-        watch.check_collapse(trainer.method.consistency_weight(1.0))
-        watch.tell()
+        monitor.update(logs)
+        monitor.check_collapse(trainer.method.consistency_weight(1.0))
+        monitor.report()
 
     def keep(_: Engine) -> None:
         nonlocal written
         now = time.monotonic()
-        due = watch.done % CHECKPOINT_EVERY == 0 or now - written > 60 * CHECKPOINT_MINUTES
-        if due and watch.done < total:
-            checkpoint.write(path, watch.done, owner, {**trainer.state(), "recent": watch.recent})
+        due = monitor.done % CHECKPOINT_EVERY == 0 or now - written > 60 * CHECKPOINT_MINUTES
+        if due and monitor.done < total:
+            checkpoint.write(path, monitor.done, owner, {**trainer.state(), "recent": monitor.recent})
             written = time.monotonic()
-            speed = (now - started) / (watch.done - first)
-            left = speed * (total - watch.done) / 60
+            speed = (now - started) / (monitor.done - first)
+            left = speed * (total - monitor.done) / 60
             logger.info(
-                "step %d of %d, loss %.4f, %.3f s a step, %.0f min left", watch.done, total, watch.loss(50), speed, left
+                "step %d of %d, loss %.4f, %.3f s a step, %.0f min left",
+                monitor.done,
+                total,
+                monitor.loss(50),
+                speed,
+                left,
             )
 
     engine = Engine(lambda _, number: trainer.step(number))
@@ -382,6 +373,6 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
     }
 
 
-def _blind(case: Prepared) -> Prepared:
+def without_label(case: Prepared) -> Prepared:
     """The case without anything that a label could have come from."""
     return Prepared(case.id, case.patient, case.image, case.grid)

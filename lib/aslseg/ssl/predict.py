@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aslseg.compute.augment import centre
+from aslseg.compute.device import bfloat16_pays, choose_device
+from aslseg.compute.fuse_batch_norm import fuse_batch_norm
+from aslseg.compute.losses import predictive_entropy
+from aslseg.compute.sliding_window import Blend, out_of_memory, plans, slabs
+from aslseg.compute.weights import load_weights
 from aslseg.errors import BadWeightsError, NotEnoughMemoryError
 from aslseg.registry import NETWORKS
 from aslseg.settings import Settings
-from aslseg.ssl.augment import centre
-from aslseg.ssl.engine import choose_device
-from aslseg.ssl.folding import fold_batch_norm
-from aslseg.ssl.losses import predictive_entropy
-from aslseg.ssl.networks import bfloat16_pays
-from aslseg.ssl.windows import Blend, out_of_memory, plans, slabs
-from aslseg.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class SSLModel:
         self.metadata = metadata
         self.settings = settings
         self.device = choose_device(settings)
-        folded = fold_batch_norm(network)
+        folded = fuse_batch_norm(network)
         self.network = folded.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     @property
@@ -95,7 +94,7 @@ class SSLModel:
         """
         labels, classes = self.settings.label_set, len(self.metadata["labels"]) + 1
         values = np.empty((classes - regions, *image.shape), np.float32)
-        doubt = np.empty(image.shape, np.float32) if uncertainty else None
+        uncertainty_map = np.empty(image.shape, np.float32) if uncertainty else None
         notes: list[str] = []
         i, j, k = self.metadata["patch"]
         for plan in plans(self.device, (i, j, k)):
@@ -105,11 +104,11 @@ class SSLModel:
             try:
                 network = self._probabilities(plan.device, classes)
                 for where, found in slabs(image, network, classes, plan, self.settings.overlap, blend):
-                    if doubt is not None:
-                        doubt[where] = entropy(found).cpu().numpy()
+                    if uncertainty_map is not None:
+                        uncertainty_map[where] = entropy(found).cpu().numpy()
                     p = found.cpu().numpy()
                     values[:, *where] = labels.region_probabilities(p) if regions else p
-                return Prediction(values, doubt, tuple(notes))
+                return Prediction(values, uncertainty_map, tuple(notes))
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
