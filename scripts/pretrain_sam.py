@@ -26,14 +26,23 @@ import typer
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 
-from aslseg.sam.architecture import SMALL, Architecture, build
-from aslseg.sam.build import SAMModel
-from aslseg.sam.checkpoints import read, resized
-from aslseg.sam.shapes import generated_slice
-from aslseg.sam.training import AS_ASKED, CORRECTIONS, Manners, Prompts, draw_kind, first_prompts, interaction_loss
+from aslseg.compute.weights import load_weights, save_weights
+from aslseg.files import sha256, write_json
+from aslseg.sam.modeling.architecture import SMALL, Architecture, build
+from aslseg.sam.modeling.build import SAMModel
+from aslseg.sam.modeling.checkpoints import read, resized
+from aslseg.sam.training.generated_slices import generated_slice
+from aslseg.sam.training.simulated_prompts import (
+    AS_ASKED,
+    CORRECTIONS,
+    Prompts,
+    PromptSimulation,
+    draw_kind,
+    first_prompts,
+    interaction_loss,
+)
 from aslseg.types import Labels
 from aslseg.volume.phantom import make_phantom
-from aslseg.weights import load_weights, save_weights, sha256, write_json
 
 logger = logging.getLogger("pretrain_sam")
 PROMPTS_PER_SLICE = 4
@@ -177,7 +186,7 @@ def held_out_dice(model: SAMModel, seed: int, slices: int, picture: Path | None)
         faulty = first_prompts(mask, "faulty+box+point", scale, generator)
         scores.setdefault("the faulty mask itself", []).extend(dice_each(faulty.probability > 0.5, mask))
         asked = {
-            "box": first_prompts(mask, "box", scale, generator, manners=Manners(ellipses=1)),
+            "box": first_prompts(mask, "box", scale, generator, manners=PromptSimulation(ellipses=1)),
             "point": first_prompts(mask, "point", scale, generator),
             "faulty box + mask": Prompts(
                 faulty.points[:, :0], faulty.point_labels[:, :0], faulty.boxes, faulty.probability
@@ -275,7 +284,7 @@ def write_manifest(out: Path, runs: list[dict], measured: dict[str, float]) -> N
         "parameters": read(out).parameters,
         "architecture": asdict(SMALL),
         "licence": "Apache-2.0",
-        "trained_on": "generated slices (aslseg.sam.shapes) and phantom CTs (aslseg.volume.phantom), no real scan",
+        "trained_on": "generated slices (sam.training.generated_slices), phantom CTs (volume.phantom), no scan",
         "runs": runs,
         "held_out_dice": measured,
     }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aslseg.sam.architecture import Architecture
-from aslseg.sam.build import SAMModel
+from aslseg.sam.modeling.architecture import Architecture
+from aslseg.sam.modeling.build import SAMModel
 
 TINY = Architecture(
     image_size=64,

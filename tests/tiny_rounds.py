@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from aslseg.sam.architecture import Architecture, build
-from aslseg.settings import Places, Settings
+from aslseg.compute.weights import save_weights
+from aslseg.files import sha256
+from aslseg.sam.modeling.architecture import Architecture, build
+from aslseg.settings import Paths, Settings
 from aslseg.volume.phantom import write_studies
-from aslseg.weights import save_weights, sha256
 
 SHAPE = (24, 24, 8)
 SAM = Architecture(
@@ -58,13 +59,13 @@ def make_tiny(promote: bool = True) -> None:
     """For the rest of this process: fewer batch-norm batches, one thread, and, as networks of six steps never
     look right, every mask that agrees counts as plausible."""
     from aslseg.agreement.verdict import Verdict
-    from aslseg.rounds import recipes
+    from aslseg.rounds.recipes import aslseg
     from aslseg.ssl import engine
 
     torch.set_num_threads(1)
     engine.STATISTICS_BATCHES = 2
     if promote:
-        recipes.judge = lambda *_: Verdict(True)  # type: ignore[assignment]
+        aslseg.judge = lambda *_: Verdict(True)  # type: ignore[assignment]
 
 
 def label_hashes(studies: Path) -> dict[str, str]:
@@ -75,6 +76,6 @@ def label_hashes(studies: Path) -> dict[str, str]:
 
 def published_hashes(settings: Settings, studies: Path) -> dict[str, str]:
     """Kind to hash of the published models."""
-    from aslseg.rounds.publish import manifest
+    from aslseg.models.published import manifest
 
-    return {kind: entry["sha256"] for kind, entry in manifest(Places(settings, studies)).items()}
+    return {kind: entry["sha256"] for kind, entry in manifest(Paths(settings, studies)).items()}

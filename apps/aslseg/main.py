@@ -9,14 +9,14 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
+from aslseg.models.loaded import Models
 from aslseg.rounds.ledger import Ledger
 from aslseg.serving import app, work
-from aslseg.serving.cascade import Scans
-from aslseg.serving.infer import AdapterTask, MaskTask, RefinedTask
-from aslseg.serving.interactive import ClickTask, Desk
-from aslseg.serving.models import Models
+from aslseg.serving.cascade_cache import CascadeCache
+from aslseg.serving.clicks import ClickSessions, ClickTask
+from aslseg.serving.infer import AdapterTask, CascadeTask, MaskTask
 from aslseg.serving.scoring import AgreementScoring
-from aslseg.serving.strategies import Random, Ranked
+from aslseg.serving.strategies import ByAgreement, Random
 from aslseg.serving.trainers import Trainer
 
 
@@ -25,11 +25,11 @@ class Aslseg(app.ServedApp, MONAILabelApp):
 
     def init_infers(self) -> dict[str, InferTask]:
         """Slicer runs the first one by itself on the next sample."""
-        scans = Scans(Models(self.settings, self.places))
-        desk = Desk(scans.models)
+        scans = CascadeCache(Models(self.settings, self.paths))
+        desk = ClickSessions(scans.models)
         return {
             "ssl": MaskTask(scans, "ssl", ("ssl",), "Automatic mask of the semi-supervised network"),
-            "aslseg": RefinedTask(
+            "aslseg": CascadeTask(
                 scans,
                 "adapter",
                 ("ssl", "adapter"),
@@ -53,19 +53,19 @@ class Aslseg(app.ServedApp, MONAILabelApp):
             "sam": (work.train_sam, "SAM only"),
             "adapter": (work.train_adapter, "The adaptation network only"),
         }
-        return {k: Trainer(self.settings, self.places, do, text) for k, (do, text) in entries.items()}
+        return {k: Trainer(self.settings, self.paths, do, text) for k, (do, text) in entries.items()}
 
     def init_strategies(self) -> dict[str, Strategy]:
         """OHIF asks for ``random`` unless told otherwise."""
-        ledger = Ledger(self.places.ledger)
+        ledger = Ledger(self.paths.ledger)
         lowest = "Lowest agreement first: where a human helps most"
         highest = "Highest agreement first: quick confirmations"
         return {
-            "agreement": Ranked(ledger, self.leases, False, lowest),
-            "confirm": Ranked(ledger, self.leases, True, highest),
+            "agreement": ByAgreement(ledger, self.leases, False, lowest),
+            "confirm": ByAgreement(ledger, self.leases, True, highest),
             "random": Random(self.leases, np.random.default_rng()),
         }
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         """Agreement between the masks, as the last round found it."""
-        return {"agreement": AgreementScoring(Ledger(self.places.ledger))}
+        return {"agreement": AgreementScoring(Ledger(self.paths.ledger))}

@@ -21,7 +21,7 @@ from aslseg.errors import AslsegError, BadSettingsError
 
 if TYPE_CHECKING:
     from aslseg.settings import Settings
-    from aslseg.types import Report
+    from aslseg.types import ProgressCallback
 
 app = typer.Typer(
     add_completion=False,
@@ -50,11 +50,11 @@ def info(
     """Versions, settings and where they come from, plug-ins, published models."""
     settings, origin = _settings(conf)
     if sam_checkpoint is not None:
-        from aslseg.sam.checkpoints import describe
+        from aslseg.sam.modeling.checkpoints import describe
 
         return _show(describe(sam_checkpoint, settings), as_json)
+    from aslseg.models.published import list_published
     from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS
-    from aslseg.rounds.publish import everything
 
     _show(
         {
@@ -63,7 +63,7 @@ def info(
             "ssl_methods": sorted(SSL_METHODS),
             "networks": sorted(NETWORKS),
             "recipes": sorted(RECIPES),
-            "models": everything(settings, studies),
+            "models": list_published(settings, studies),
         },
         as_json,
     )
@@ -174,11 +174,11 @@ def infer(
     if model not in ("ssl", "sam", "adapter", "aslseg"):
         raise typer.BadParameter(f"expected ssl, sam, adapter or aslseg, got {model!r}", param_hint="--model")
     settings = _ready(conf)
-    from aslseg.rounds.cascade import segment_files
-    from aslseg.settings import Places
+    from aslseg.models.cascade import segment_files
+    from aslseg.settings import Paths
 
     with _shown() as report:
-        written, skipped = segment_files(model, input_, output, Places(settings, studies), settings, report)
+        written, skipped = segment_files(model, input_, output, Paths(settings, studies), settings, report)
     _show({"written": written, "skipped": skipped}, as_json)
     if skipped or not written:
         raise typer.Exit(1)
@@ -265,9 +265,9 @@ def ledger_rollback(
     """Put labels and published models back to what they were before a round; human labels stay."""
     settings = _settings(conf)[0]
     from aslseg.rounds.masks import roll_back
-    from aslseg.settings import Places
+    from aslseg.settings import Paths
 
-    lines = roll_back(Places(settings, studies), number)
+    lines = roll_back(Paths(settings, studies), number)
     if as_json:
         return _show({"round": number, "done": lines}, True)
     for line in lines:
@@ -278,10 +278,10 @@ def ledger_rollback(
 def ledger_verify(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     """Check the ledger's hash chain, and that label files are what it says; exit code 1 if not."""
     settings = _settings(conf)[0]
-    from aslseg.rounds.masks import check
-    from aslseg.settings import Places
+    from aslseg.rounds.masks import verify_label_files
+    from aslseg.settings import Paths
 
-    problems = check(Places(settings, studies))
+    problems = verify_label_files(Paths(settings, studies))
     if as_json:
         _show({"ok": not problems, "problems": problems}, True)
     else:
@@ -293,9 +293,9 @@ def ledger_verify(studies: Studies, conf: Conf = None, as_json: Json = False) ->
 
 def _ledger(studies: Path, conf: list[str] | None) -> Any:
     from aslseg.rounds.ledger import Ledger
-    from aslseg.settings import Places
+    from aslseg.settings import Paths
 
-    return Ledger(Places(_settings(conf)[0], studies).ledger)
+    return Ledger(Paths(_settings(conf)[0], studies).ledger)
 
 
 def _pairs(conf: list[str] | None) -> dict[str, str]:
@@ -330,16 +330,16 @@ def _leading(settings: Settings) -> Iterator[bool]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
         yield True
         return
-    from aslseg.ssl import distributed, helper
+    from aslseg.ssl import distributed, worker
 
-    distributed.join(settings)
+    distributed.init(settings)
     if distributed.rank() > 0:
-        helper.help_train()
+        worker.help_train()
         yield False
         return
     yield True
     # not after an error: torchrun ends the others, which may be waiting in the middle of a step
-    helper.dismiss()
+    worker.stop_workers()
 
 
 def _show(content: Any, as_json: bool) -> None:
@@ -348,7 +348,7 @@ def _show(content: Any, as_json: bool) -> None:
 
 
 @contextmanager
-def _shown() -> Iterator[Report]:
+def _shown() -> Iterator[ProgressCallback]:
     """A report function that keeps one line on the terminal, or now and then prints one to a log; on stderr."""
     terminal = sys.stderr.isatty()
     line = console.ProgressLine(every=0.2 if terminal else 15.0)

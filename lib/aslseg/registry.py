@@ -13,7 +13,7 @@ from typing import Any
 from aslseg.errors import BadSettingsError
 
 
-def nearest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: list[str]) -> str:
     """The remedy half of an unknown-name message: the closest valid name, else all of them."""
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"valid names are: {', '.join(sorted(known))}"
@@ -44,7 +44,7 @@ class Registry:
             BadSettingsError: No plug-in has that name.
         """
         if name not in self._entries:
-            raise BadSettingsError(f"unknown {self.kind} {name!r}; {nearest(name, list(self._entries))}")
+            raise BadSettingsError(f"unknown {self.kind} {name!r}; {suggest(name, list(self._entries))}")
         module, attribute = self._entries[name].split(":")
         return getattr(import_module(module), attribute)
 
@@ -74,4 +74,4 @@ NETWORKS = Registry(
     },
 )
 
-RECIPES = Registry("recipe", {"aslseg": "aslseg.rounds.recipes:aslseg", "cfr": "aslseg.rounds.cfr:cfr"})
+RECIPES = Registry("recipe", {"aslseg": "aslseg.rounds.recipes.aslseg:aslseg", "cfr": "aslseg.rounds.recipes.cfr:cfr"})

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from aslseg.errors import BadSettingsError
-from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS, nearest
+from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS, suggest
 from aslseg.types import Labels
 
 PREFIX = "ASLSEG_"
@@ -327,7 +327,7 @@ def relevant(settings: Settings, *groups: str) -> dict[str, Any]:
 
 def _known(value: str, known: list[str], what: str) -> str:
     if value not in known:
-        raise ValueError(f"unknown {what} {value!r}; {nearest(value, known)}")
+        raise ValueError(f"unknown {what} {value!r}; {suggest(value, known)}")
     return value
 
 
@@ -359,7 +359,7 @@ def load_settings(
     for source, pairs in sources:
         for key, value in pairs.items():
             if key not in known:
-                raise BadSettingsError(f"unknown setting {key!r} in {source}; {nearest(key, known)}")
+                raise BadSettingsError(f"unknown setting {key!r} in {source}; {suggest(key, known)}")
             values[key], origin[key] = value, source
     try:
         return Settings(**values), origin
@@ -374,7 +374,7 @@ def _prefixed(pairs: Mapping[str, str | None]) -> dict[str, str]:
     return found
 
 
-class Places:
+class Paths:
     """Where the files of one studies folder (or DICOMweb address) live.
 
     Attributes:

@@ -7,22 +7,16 @@ map holds 0 for background and 1..N in the order of the ``labels`` setting.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from aslseg.volume.geometry import Grid
-
-Role = Literal["train", "validation", "unlabelled"]
-
 # report(done, total, **numbers to show); raises to stop the work
-Report = Callable[..., None]
+ProgressCallback = Callable[..., None]
 
 
-def silent(done: int, total: int, **shown: Any) -> None:
+def no_progress(done: int, total: int, **shown: Any) -> None:
     """A report that nobody reads."""
 
 
@@ -135,47 +129,3 @@ class Volume:
         """Voxel edge lengths in millimetres along i, j, k."""
         x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
         return float(x), float(y), float(z)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One scan of the studies folder.
-
-    Attributes:
-        id: Image id in the datastore (file name without extension).
-        image: The scan's file.
-        patient: Scans of one patient never stand on both sides of a split.
-        role: ``train`` and ``validation`` have a human label, ``unlabelled`` has none that may be read.
-        label: The human label's file; None for unlabelled cases.
-    """
-
-    id: str
-    image: Path
-    patient: str
-    role: Role
-    label: Path | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A case on the working grid: canonical (RAS) axes, working spacing, intensities in 0..1.
-
-    Attributes:
-        id, patient: As in :class:`Case`.
-        image: (i, j, k) float32 in 0..1.
-        grid: The way back to the scan's own grid.
-        label: (i, j, k) uint8 class map, or None.
-        weight: Weight of this case in the loss (1 for human labels).
-        voxel_weight: (i, j, k) float16 weights in 0..1, or None for 1 everywhere.
-        parent: In the second stage of nested labels (:mod:`aslseg.ssl.nested`): how deep in the parent a voxel lies
-            (i, j, k), float16, mm (:func:`aslseg.ssl.nested.depth`). None everywhere else.
-    """
-
-    id: str
-    patient: str
-    image: np.ndarray
-    grid: Grid
-    label: np.ndarray | None = None
-    weight: float = 1.0
-    voxel_weight: np.ndarray | None = field(default=None, repr=False)
-    parent: np.ndarray | None = field(default=None, repr=False)

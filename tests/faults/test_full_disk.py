@@ -15,7 +15,7 @@ import torch
 from aslseg.errors import DiskFullError
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.run import run_round
-from aslseg.settings import Places
+from aslseg.settings import Paths
 from aslseg.ssl import engine
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
@@ -35,14 +35,14 @@ def test_a_round_does_not_start_without_room(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(DiskFullError, match=r"0\.10 GB free, at least 1\.00 GB needed"):
         run_round(studies, settings)
     assert label_hashes(studies) == before
-    assert Ledger(Places(settings, studies).ledger).rounds() == []
+    assert Ledger(Paths(settings, studies).ledger).rounds() == []
 
 
 def test_a_disk_that_fills_up_stops_the_round_and_room_lets_it_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studies, settings = tiny_studies(tmp_path, cases=3, labelled=2), tiny_settings(tmp_path)
-    places, replace, written = Places(settings, studies), os.replace, [0]
+    paths, replace, written = Paths(settings, studies), os.replace, [0]
 
     def full(source: Any, target: Any) -> None:
         written[0] += 1
@@ -55,7 +55,7 @@ def test_a_disk_that_fills_up_stops_the_round_and_room_lets_it_go_on(
         with pytest.raises(DiskFullError, match="free some space and run again"):
             run_round(studies, settings)
     assert published_hashes(settings, studies) == {}
-    (row,) = Ledger(places.ledger).rounds()
+    (row,) = Ledger(paths.ledger).rounds()
     assert row.state == "open"
     assert "disk full" in str(row.error)
     summary = run_round(studies, settings)

@@ -12,9 +12,9 @@ import pytest
 from round_killer import run
 
 from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.masks import check
+from aslseg.rounds.masks import verify_label_files
 from aslseg.rounds.progress import read_progress
-from aslseg.settings import Places, Settings
+from aslseg.settings import Paths, Settings
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
 MOST_RUNS = 120
@@ -33,7 +33,7 @@ def in_child(studies: Path, settings: Settings, die_at: int | None = None, befor
 
 def verdicts(settings: Settings, studies: Path) -> dict[str, object]:
     """What was decided, without times."""
-    ledger = Ledger(Places(settings, studies).ledger)
+    ledger = Ledger(Paths(settings, studies).ledger)
     return {
         "scores": [(s.case, s.agreement, s.details) for s in ledger.scores()],
         "promotions": sorted((p.case, p.round, p.sha256, p.status) for p in ledger.promotions(active_only=False)),
@@ -58,20 +58,20 @@ def test_a_round_killed_at_every_few_writes_ends_the_same(tmp_path: Path, monkey
             # each run comes six writes further; every other one dies just before the sixth
             while (code := in_child(studies, settings, 6, before=kills % 2 == 1)) == -signal.SIGKILL:
                 kills += 1
-                assert read_progress(Places(settings, studies).home / "progress.json")["state"] in (
+                assert read_progress(Paths(settings, studies).home / "progress.json")["state"] in (
                     "interrupted",
                     "none",
                 )
-                assert Ledger(Places(settings, studies).ledger).verify() is None
+                assert Ledger(Paths(settings, studies).ledger).verify() is None
                 assert kills < MOST_RUNS
             assert kills > 8
         else:
             code = in_child(studies, settings)
         assert code == 0
-        places = Places(settings, studies)
-        assert check(places) == []
+        paths = Paths(settings, studies)
+        assert verify_label_files(paths) == []
         assert list((studies / "labels").rglob(".tmp-*")) == [] or name == "killed"
-        assert list(places.rounds.rglob(".tmp-*")) == []
+        assert list(paths.rounds.rglob(".tmp-*")) == []
         results.append((label_hashes(studies), published_hashes(settings, studies), verdicts(settings, studies)))
     assert results[0] == results[1]
     assert len(results[0][0]) == 3 + 2 + 1

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from aslseg.cases.prepared import Prepared
 from aslseg.settings import Settings
 from aslseg.ssl import engine
-from aslseg.types import Prepared, Volume
+from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 
 STEPS = 9

@@ -15,12 +15,12 @@ from aslseg.cases.prepare import prepare, working_spacing
 from aslseg.cases.split import split
 from aslseg.cases.studies import read_studies
 from aslseg.prompts.frame import SlicePrompt
-from aslseg.sam import build
-from aslseg.sam.predict import answer, encode
+from aslseg.sam.modeling import build
+from aslseg.sam.predictor.predict import answer, encode
 from aslseg.settings import load_settings
 from aslseg.volume.io import read_image, read_label
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 pytestmark = pytest.mark.realdata
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from aslseg.errors import BadWeightsError
-from aslseg.sam.architecture import Architecture, build
-from aslseg.sam.checkpoints import describe, read
+from aslseg.sam.modeling.architecture import Architecture, build
+from aslseg.sam.modeling.checkpoints import describe, read
 
 TINY = Architecture(64, 8, 32, 2, 2, 4, (1,), 32, 64)
 

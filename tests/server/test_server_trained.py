@@ -251,10 +251,10 @@ def test_save_as_slicer_does_then_roll_back(trained: Any, tmp_path: Path) -> Non
     assert status["rounds"][0]["round"] >= 2
     assert case not in [s["case"] for s in status["ranking"]]
     from aslseg.rounds.masks import roll_back
-    from aslseg.settings import Places, load_settings
+    from aslseg.settings import Paths, load_settings
 
     settings, _ = load_settings({"model_dir": str(trained.folder / "models")}, env={})
-    roll_back(Places(settings, studies), 1)
+    roll_back(Paths(settings, studies), 1)
     tags = {c: set(o["labels"]) for c, o in client.datastore()["objects"].items()}
     assert not any("aslseg_pseudo" in t for t in tags.values())
     assert list(client.info()["models"]) == ["sam", "sam_2d"], "models are those from before round 1: none"

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import requests
 
-from aslseg.serving.viewer import MARK
+from aslseg.serving.ohif_patches import MARK
 from aslseg.types import Labels, Volume
 from aslseg.volume.io import read_label
 

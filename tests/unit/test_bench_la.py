@@ -1,4 +1,4 @@
-"""scripts/bench_la.py on small made-up atria: protocol windows, split, files; --evaluate repeats the scores."""
+"""benchmarks/bench_la.py on small made-up atria: protocol windows, split, files; --evaluate repeats the scores."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from aslseg.errors import NotEnoughCasesError
+from aslseg.files import sha256
 from aslseg.types import Volume
 from aslseg.volume.io import write_image, write_label
-from aslseg.weights import sha256
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture

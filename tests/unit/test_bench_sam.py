@@ -1,4 +1,4 @@
-"""scripts/bench_sam.py on small made-up atria with a tiny SAM: the annotator's clicks, files, table, errors."""
+"""benchmarks/bench_sam.py on small made-up atria with a tiny SAM: the annotator's clicks, files, table, errors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from aslseg.compute.weights import save_weights
 from aslseg.errors import NotEnoughCasesError
-from aslseg.sam.architecture import build
+from aslseg.sam.modeling.architecture import build
 from aslseg.types import Volume
 from aslseg.volume.io import write_image, write_label
-from aslseg.weights import save_weights
 from seeing_sam import TINY
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture

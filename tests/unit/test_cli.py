@@ -15,7 +15,7 @@ import torch
 
 from aslseg import cli, console
 from aslseg.rounds.ledger import Entry, Ledger
-from aslseg.settings import Places
+from aslseg.settings import Paths
 from aslseg.ssl import engine
 from tiny_rounds import tiny_sam, tiny_settings, tiny_studies
 
@@ -134,7 +134,7 @@ def test_a_round_infer_evaluate_and_ledger(run: Run, tmp_path: Path, monkeypatch
     assert code == 0
     assert json.loads(out)["summary"]
 
-    ledger = Ledger(Places(settings, studies).ledger)
+    ledger = Ledger(Paths(settings, studies).ledger)
     ledger.append([Entry("note", details={})])
     listed = json.loads(run("ledger", "list", "--studies", studies, "--json", *conf)[1])
     assert [r["state"] for r in listed["rounds"]] == ["done", "done"]

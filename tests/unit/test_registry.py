@@ -1,7 +1,7 @@
 import pytest
 
 from aslseg.errors import BadSettingsError
-from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS, Registry, nearest
+from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS, Registry, suggest
 
 
 @pytest.mark.parametrize("registry", [SSL_METHODS, NETWORKS, RECIPES], ids=lambda r: r.kind)
@@ -24,4 +24,4 @@ def test_unknown_name_gets_the_nearest_one():
 
 
 def test_far_off_names_get_all_of_them():
-    assert nearest("zzz", ["b", "a"]) == "valid names are: a, b"
+    assert suggest("zzz", ["b", "a"]) == "valid names are: a, b"

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from aslseg.errors import BadSettingsError
-from aslseg.settings import APP_DIR, GROUPS, PLATFORM_KEYS, Places, Settings, load_settings, relevant
+from aslseg.settings import APP_DIR, GROUPS, PLATFORM_KEYS, Paths, Settings, load_settings, relevant
 
 NO_FILE = Path("/nonexistent/.env")
 
@@ -118,27 +118,27 @@ def test_direct_construction_ignores_the_environment(monkeypatch):
     assert Settings().seed == 1337
 
 
-def test_places_of_a_folder(tmp_path):
-    places = Places(Settings(model_dir=str(tmp_path / "models")), tmp_path / "studies")
-    assert places.studies == tmp_path / "studies"
-    assert places.ledger == tmp_path / "studies" / ".aslseg" / "ledger.sqlite"
-    assert places.models == tmp_path / "models"
+def test_paths_of_a_folder(tmp_path):
+    paths = Paths(Settings(model_dir=str(tmp_path / "models")), tmp_path / "studies")
+    assert paths.studies == tmp_path / "studies"
+    assert paths.ledger == tmp_path / "studies" / ".aslseg" / "ledger.sqlite"
+    assert paths.models == tmp_path / "models"
 
 
-def test_places_of_two_folders_of_one_name_differ(tmp_path):
+def test_paths_of_two_folders_of_one_name_differ(tmp_path):
     settings = Settings()
-    assert Places(settings, tmp_path / "a" / "x").models.parent == APP_DIR / "model"
-    assert Places(settings, tmp_path / "a" / "x").models != Places(settings, tmp_path / "b" / "x").models
-    assert Places(settings, tmp_path / "a" / "x").models == Places(settings, tmp_path / "b" / ".." / "a" / "x").models
+    assert Paths(settings, tmp_path / "a" / "x").models.parent == APP_DIR / "model"
+    assert Paths(settings, tmp_path / "a" / "x").models != Paths(settings, tmp_path / "b" / "x").models
+    assert Paths(settings, tmp_path / "a" / "x").models == Paths(settings, tmp_path / "b" / ".." / "a" / "x").models
 
 
-def test_places_of_a_dicomweb_address(tmp_path):
-    places = Places(Settings(), "http://127.0.0.1:8042/dicom-web")
-    assert places.studies is None
-    assert places.models.name.startswith("127.0.0.1-8042-")
-    assert places.ledger.is_relative_to(places.models)
-    assert Places(Settings(model_dir=str(tmp_path)), "http://127.0.0.1:8042/dicom-web").models == tmp_path
-    assert Places(Settings(home=str(tmp_path / "h")), "http://x").cache == tmp_path / "h" / "cache"
+def test_paths_of_a_dicomweb_address(tmp_path):
+    paths = Paths(Settings(), "http://127.0.0.1:8042/dicom-web")
+    assert paths.studies is None
+    assert paths.models.name.startswith("127.0.0.1-8042-")
+    assert paths.ledger.is_relative_to(paths.models)
+    assert Paths(Settings(model_dir=str(tmp_path)), "http://127.0.0.1:8042/dicom-web").models == tmp_path
+    assert Paths(Settings(home=str(tmp_path / "h")), "http://x").cache == tmp_path / "h" / "cache"
 
 
 def test_groups_name_existing_settings_once() -> None:

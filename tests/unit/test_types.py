@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from aslseg.types import Labels, Volume, silent
+from aslseg.types import Labels, Volume, no_progress
 
 NESTED = Labels.parse("liver,tumour,cyst", "tumour:liver,cyst:tumour")
 
@@ -89,4 +89,4 @@ def test_spacing_of_an_oblique_volume():
 
 
 def test_silent_accepts_any_report():
-    assert silent(1, 2, loss=0.3) is None
+    assert no_progress(1, 2, loss=0.3) is None

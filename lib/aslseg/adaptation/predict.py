@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from aslseg.adaptation.network import AdaptationNetwork
+from aslseg.compute.augment import centre
+from aslseg.compute.device import bfloat16_pays, choose_device
+from aslseg.compute.sliding_window import plans, slabs
+from aslseg.compute.weights import load_weights
 from aslseg.errors import BadWeightsError
 from aslseg.settings import Settings
-from aslseg.ssl.augment import centre
-from aslseg.ssl.engine import choose_device
-from aslseg.ssl.networks import bfloat16_pays
-from aslseg.ssl.windows import plans, slabs
-from aslseg.weights import load_weights
 
 FOREGROUND = 0.3  # probability from which on a voxel of an input counts as something to look at
 MARGIN = 12  # voxels around it

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from aslseg.adaptation.fields import (
+from aslseg.adaptation.geometry_mm import (
     FAR,
     Spacing,
     box_around,
@@ -65,7 +65,7 @@ def miss(
     return np.concatenate([[False], kept])[parts]
 
 
-def fp_blob(
+def add_false_lesion(
     mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
 ) -> np.ndarray:
     """False lesions: one to three rough ellipsoids of the size of the true parts, 5 to 40 mm away from them."""
@@ -117,7 +117,7 @@ def fp_image(
     return out
 
 
-def over_under(
+def offset_border(
     mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
 ) -> np.ndarray:
     """Each part too large or too small by one distance: phi <= b, b uniform in +-severity * min(6 mm, 0.6 r)."""
@@ -226,7 +226,7 @@ def shift(
     return out
 
 
-def slicedrop(
+def drop_slices(
     mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
 ) -> np.ndarray:
     """Slices (axis k) that do not fit their neighbours: emptied, copied from below, or both end slices missing."""
@@ -247,15 +247,15 @@ def slicedrop(
 # In the order in which errors arise: what was found, how far it reaches, where its border runs.
 OPERATORS: dict[str, Error] = {
     "miss": Error(miss, 1.0),
-    "fp_blob": Error(fp_blob, 0.5),
+    "fp_blob": Error(add_false_lesion, 0.5),
     "fp_image": Error(fp_image, 0.4),
     "merge": Error(merge, 0.15),
     "leak": Error(leak, 0.2),
     "shift": Error(shift, 0.35),
-    "over_under": Error(over_under, 0.8),
+    "over_under": Error(offset_border, 0.8),
     "cut": Error(cut, 0.4),
     "rough": Error(rough, 0.8),
-    "slicedrop": Error(slicedrop, 0.2),
+    "slicedrop": Error(drop_slices, 0.2),
     "empty": Error(empty, 0.03),
     "identity": Error(identity, 0.07),
 }

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from aslseg.adaptation.network import AdaptationNetwork, strides_for
 from aslseg.adaptation.synthetic import corrupt, draw_severity, soft_pair, soften
 from aslseg.cases.prepare import automatic_patch
+from aslseg.cases.prepared import Prepared
+from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
+from aslseg.compute.device import bfloat16_pays, choose_device
+from aslseg.compute.schedules import polynomial
+from aslseg.compute.weights import save_weights
 from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
-from aslseg.sam.build import SAMModel
+from aslseg.files import sha256
+from aslseg.sam.modeling.build import SAMModel
 from aslseg.settings import Settings
-from aslseg.ssl.augment import centre, random_geometry, random_intensity, warp
-from aslseg.ssl.engine import choose_device
-from aslseg.ssl.networks import bfloat16_pays
-from aslseg.ssl.ramps import polynomial
-from aslseg.types import Labels, Prepared, Report, silent
-from aslseg.weights import save_weights, sha256
+from aslseg.types import Labels, ProgressCallback, no_progress
 
 BATCH = 2
 PATCH_VOXELS = 64 * 64 * 32
@@ -75,10 +76,10 @@ def faulty_regions(case: Prepared, labels: Labels, rng: np.random.Generator) -> 
 
 
 def redraw_bank(
-    labelled: Sequence[Prepared], sam: SAMModel, settings: Settings, rng: np.random.Generator, report: Report
+    labelled: Sequence[Prepared], sam: SAMModel, settings: Settings, rng: np.random.Generator, report: ProgressCallback
 ) -> list[list[Redraw]]:
     """Faulty masks of every case redrawn by SAM, made once because SAM is slow; a list per case."""
-    from aslseg.sam.predict import redraw
+    from aslseg.sam.predictor.predict import redraw
 
     each = max(1, min(REDRAWS_PER_CASE, MOST_REDRAWS // len(labelled)))
     chosen = set(rng.permutation(len(labelled))[:MOST_REDRAWS].tolist())
@@ -269,7 +270,7 @@ def train(
     settings: Settings,
     out: Path,
     *,
-    report: Report = silent,
+    report: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Train the adaptation network.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from aslseg.agreement.measures import score
 from aslseg.errors import AslsegError, BadLabelError, NotEnoughCasesError
-from aslseg.types import Labels, Report, Volume, silent
+from aslseg.types import Labels, ProgressCallback, Volume, no_progress
 from aslseg.volume.io import AFFINE_TOLERANCE_MM, case_id, extension, read_image
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def evaluate_folders(
     labels: Labels,
     unit: Literal["mm", "voxel"] = "mm",
     regions: bool = False,
-    report: Report = silent,
+    report: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Score every prediction that has a truth of the same file name (without extension).
 

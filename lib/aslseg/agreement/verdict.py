@@ -15,8 +15,9 @@ import numpy as np
 from scipy import ndimage
 
 from aslseg.agreement.measures import Agreement
+from aslseg.cases.prepared import Prepared
 from aslseg.settings import Settings
-from aslseg.types import Labels, Prepared
+from aslseg.types import Labels
 
 SMALLEST_VOLUME, LARGEST_VOLUME = 0.2, 5.0
 MOST_COMPONENTS, COMPONENTS_FACTOR = 30, 3

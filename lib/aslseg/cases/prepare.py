@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from aslseg.cases.prepared import Prepared
+from aslseg.cases.studies import Case
 from aslseg.errors import BadImageError, BadLabelError
+from aslseg.files import atomic_file, sha256
 from aslseg.settings import Settings
-from aslseg.types import Case, Prepared, Volume
+from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 from aslseg.volume.intensity import normalise
 from aslseg.volume.io import read_image, read_label
-from aslseg.weights import atomic_file, sha256
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable
 
-from aslseg.cases.studies import Studies
+from aslseg.cases.studies import Case, Studies
 from aslseg.errors import NotEnoughCasesError
-from aslseg.types import Case
 
 
 def hash_fraction(patient: str) -> float:

@@ -11,6 +11,7 @@ import csv
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from aslseg.errors import NotEnoughCasesError
 from aslseg.volume.io import case_id, extension
@@ -18,6 +19,28 @@ from aslseg.volume.io import case_id, extension
 logger = logging.getLogger(__name__)
 
 FINAL, ORIGINAL, PSEUDO = "final", "original", "aslseg_pseudo"
+
+
+Role = Literal["train", "validation", "unlabelled"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan of the studies folder.
+
+    Attributes:
+        id: Image id in the datastore (file name without extension).
+        image: The scan's file.
+        patient: Scans of one patient never stand on both sides of a split.
+        role: ``train`` and ``validation`` have a human label, ``unlabelled`` has none that may be read.
+        label: The human label's file; None for unlabelled cases.
+    """
+
+    id: str
+    image: Path
+    patient: str
+    role: Role
+    label: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -6,27 +6,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from aslseg.errors import LedgerError
+from aslseg.models.published import find_published
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.progress import read_progress
-from aslseg.rounds.publish import published
-from aslseg.settings import Places, Settings
+from aslseg.settings import Paths, Settings
 
 MOST = 50
 
 
 def collect(
-    settings: Settings, places: Places, store: dict[str, Any], errors: Sequence[dict[str, Any]] = ()
+    settings: Settings, paths: Paths, store: dict[str, Any], errors: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """Current round, published models, ranking, promotions and the last errors.
 
     Args:
         settings: Labels and thresholds.
-        places: The studies folder.
+        paths: The studies folder.
         store: Counts of the datastore (``total``, ``completed``, ``label_tags``).
         errors: Failed training tasks, each with ``model``, ``time`` and its last ``lines``.
     """
-    ledger, trouble = Ledger(places.ledger), list(errors)
-    progress = read_progress(places.home / "progress.json")
+    ledger, trouble = Ledger(paths.ledger), list(errors)
+    progress = read_progress(paths.home / "progress.json")
     if progress.get("error"):
         trouble.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
     try:
@@ -38,7 +38,7 @@ def collect(
     return {
         "labels": list(settings.label_set.names),
         "progress": progress,
-        "models": [_model(kind, published(places, kind)) for kind in ("ssl", "sam", "adapter")],
+        "models": [_model(kind, find_published(paths, kind)) for kind in ("ssl", "sam", "adapter")],
         "cases": store,
         "rounds": [
             {"round": r.number, "state": r.state, "opened": r.opened, "closed": r.closed, "error": r.error}

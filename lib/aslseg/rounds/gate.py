@@ -4,55 +4,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from aslseg.adaptation import predict as adapter_predict
-from aslseg.cases.prepare import Spacing
-from aslseg.rounds import publish
+from aslseg.cases.prepared import Prepared
+from aslseg.files import sha256
+from aslseg.models import published
+from aslseg.models.files import ModelSet
+from aslseg.models.published import Candidate, Published, gate
+from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.ledger import Entry
-from aslseg.rounds.publish import Candidate, Published, gate
-from aslseg.rounds.stages import Stages, usable
-from aslseg.rounds.steps import Maps
-from aslseg.sam import build as sam_build
+from aslseg.rounds.pipeline import RoundPipeline, usable
+from aslseg.sam.modeling import build as sam_build
 from aslseg.ssl import predict as ssl_predict
-from aslseg.types import Prepared, Report
-from aslseg.weights import read_metadata, sha256
+from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Trio:
-    """The model files that work together."""
-
-    ssl: Path
-    sam: Path
-    adapter: Path
-
-    @cached_property
-    def hashes(self) -> dict[str, str]:
-        """Kind to SHA-256."""
-        return {"ssl": sha256(self.ssl), "sam": sha256(self.sam), "adapter": sha256(self.adapter)}
-
-    @property
-    def spacing(self) -> Spacing:
-        """Working spacing of its SSL model."""
-        kept = read_metadata(self.ssl)["spacing"]
-        return None if kept is None else tuple(kept)
-
-
 def publish_better(
-    stages: Stages,
+    stages: RoundPipeline,
     number: int | None,
-    first: Trio,
+    first: ModelSet,
     retrained: Path,
     promoted: Sequence[str],
-    report: Report,
-    kinds: Sequence[str] = publish.KINDS,
-) -> tuple[Trio, list[str], dict[str, float | None]]:
+    report: ProgressCallback,
+    kinds: Sequence[str] = published.KINDS,
+) -> tuple[ModelSet, list[str], dict[str, float | None]]:
     """Compare each model with the published one of its kind on the same validation cases, and publish the better.
 
     SSL comes first; SAM is then judged by its redrawing of the winner's masks, the adapter by its refinement of
@@ -97,10 +77,10 @@ def publish_better(
     return best, lines, dice
 
 
-def _serve(stages: Stages, number: int | None, chosen: list[Candidate], lines: list[str]) -> None:
+def _serve(stages: RoundPipeline, number: int | None, chosen: list[Candidate], lines: list[str]) -> None:
     """Switch the manifest to the chosen models, if that changes anything."""
-    before = publish.manifest(stages.places)
-    after = publish.stage_files(stages.places, chosen, number)
+    before = published.manifest(stages.paths)
+    after = published.stage_files(stages.paths, chosen, number)
     if after != before:
         # the ledger first: whatever is served can be taken back
         noted = [e.details["after"] for e in stages.ledger.events(("published",), number=number) if number]
@@ -108,22 +88,22 @@ def _serve(stages: Stages, number: int | None, chosen: list[Candidate], lines: l
             after = noted[-1]  # killed between the two
         else:
             stages.ledger.append([Entry("published", number, details={"before": before, "after": after, "why": lines})])
-        publish.put_manifest(stages.places, after)
-    publish.prune(stages.places)
+        published.put_manifest(stages.paths, after)
+    published.prune(stages.paths)
 
 
 def _hashes(models: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {kind: entry["sha256"] for kind, entry in models.items()}
 
 
-def _better_ssl(stages: Stages, before: Path, after: Path) -> Path:
+def _better_ssl(stages: RoundPipeline, before: Path, after: Path) -> Path:
     """The retrained model unless validation says that retraining made it worse."""
     a, b = stages.dice(stages.predict(before)), stages.dice(stages.predict(after))
     return before if a is not None and b is not None and a > b else after
 
 
-def _comparable(stages: Stages, kind: str) -> Published | None:
-    current = publish.published(stages.places, kind, check=True)
+def _comparable(stages: RoundPipeline, kind: str) -> Published | None:
+    current = published.find_published(stages.paths, kind, check=True)
     if current is None:
         return None
     path, loads = (
@@ -133,7 +113,9 @@ def _comparable(stages: Stages, kind: str) -> Published | None:
     return current if usable(lambda: loads[kind](path, stages.settings), kind) else None
 
 
-def _judge(stages: Stages, kind: str, best: Trio, current: Published | None, learned: tuple[str, ...]) -> Candidate:
+def _judge(
+    stages: RoundPipeline, kind: str, best: ModelSet, current: Published | None, learned: tuple[str, ...]
+) -> Candidate:
     """Dice of a candidate and of the published model on the same cases, each on its own working grid."""
     path: Path = getattr(best, kind)
     everyone = stages.team.validation
@@ -148,7 +130,7 @@ def _judge(stages: Stages, kind: str, best: Trio, current: Published | None, lea
     return Candidate(kind, path, dice, theirs, len(fair), learned)
 
 
-def _maps(stages: Stages, kind: str, cascade: Trio) -> Maps:
+def _maps(stages: RoundPipeline, kind: str, cascade: ModelSet) -> CachedProbabilities:
     """What a model makes of the cases, given the models before it."""
     regions = stages.predict(cascade.ssl)
     if kind == "ssl":
@@ -157,7 +139,7 @@ def _maps(stages: Stages, kind: str, cascade: Trio) -> Maps:
     return redrawn if kind == "sam" else stages.refine(cascade.adapter, redrawn, regions)
 
 
-def _on_grid(stages: Stages, kind: str, cascade: Trio, cases: list[Prepared]) -> list[Prepared]:
+def _on_grid(stages: RoundPipeline, kind: str, cascade: ModelSet, cases: list[Prepared]) -> list[Prepared]:
     wanted = {c.id for c in cases}
     grid = cascade.spacing if kind == "ssl" else stages.team.spacing
     return [c for c in stages.validation_at(grid) if c.id in wanted]

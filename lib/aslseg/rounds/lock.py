@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from aslseg.errors import RoundRunningError
-from aslseg.weights import write_json
+from aslseg.files import write_json
 
 
 @contextmanager

@@ -14,12 +14,12 @@ import numpy as np
 
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
+from aslseg.files import atomic_file, sha256, write_json
+from aslseg.models.published import put_manifest
 from aslseg.rounds.ledger import Entry, Event, Ledger
 from aslseg.rounds.lock import round_lock
-from aslseg.rounds.publish import put_manifest
-from aslseg.settings import Places
+from aslseg.settings import Paths
 from aslseg.volume.io import case_id, extension, write_label
-from aslseg.weights import atomic_file, sha256, write_json
 
 KEEP_ROUNDS = 5
 
@@ -40,7 +40,7 @@ class MaskStore:
         write_label(new, class_map, affine)
         return self._name(new)
 
-    def adopt(self, path: Path) -> str:
+    def import_file(self, path: Path) -> str:
         """Keep a copy of a label file that we did not make."""
         new = self.folder / "new.nii.gz"
         with atomic_file(new) as temporary:
@@ -51,7 +51,7 @@ class MaskStore:
         """Where a mask is kept."""
         return self.folder / f"{digest}.nii.gz"
 
-    def put(self, digest: str, target: Path) -> None:
+    def restore(self, digest: str, target: Path) -> None:
         """Copy a mask to its place, atomically.
 
         Raises:
@@ -89,7 +89,9 @@ def _hashes(details: dict[str, Any]) -> set[str]:
     return {h for h in (details.get("sha256"), details.get("disagreement")) if h}
 
 
-def changes(ledger: Ledger, studies: Studies, tag: str, number: int, wanted: dict[str, dict[str, Any]]) -> list[Entry]:
+def plan_label_changes(
+    ledger: Ledger, studies: Studies, tag: str, number: int, wanted: dict[str, dict[str, Any]]
+) -> list[Entry]:
     """Events that lead from the current masks of a tag to the wanted ones.
 
     A mask that this round put there already gives none, so that a resumed round records nothing twice. A file that
@@ -115,7 +117,7 @@ def changes(ledger: Ledger, studies: Studies, tag: str, number: int, wanted: dic
             continue
         path = studies.label_path(tag, case)
         if old is None and path.exists():
-            found = {"sha256": store.adopt(path), "source": "found"}
+            found = {"sha256": store.import_file(path), "source": "found"}
             entries.append(Entry("mask", None, case, tag, found | {"restored": 0}))
         entries.append(Entry("mask", number, case, tag, details))
     for case, old in sorted(now.items()):
@@ -131,13 +133,13 @@ def human_labels(root: Path) -> set[str]:
     return {case_id(p) for p in folder.iterdir() if extension(p)} if folder.is_dir() else set()
 
 
-def settle(ledger: Ledger, studies: Studies, places: Places) -> list[str]:
+def sync_label_files(ledger: Ledger, studies: Studies, paths: Paths) -> list[str]:
     """Make the label files what the ledger says; can be repeated at any time.
 
     Returns:
         What was written or removed, as ``tag/case``.
     """
-    store, human, changed = MaskStore(places.home), human_labels(studies.root), []
+    store, human, changed = MaskStore(paths.home), human_labels(studies.root), []
     for tag in (PSEUDO, ORIGINAL):
         for case, event in sorted(ledger.masks(tag).items()):
             if case not in studies.images or (case in human and event.kind == "mask"):
@@ -145,18 +147,18 @@ def settle(ledger: Ledger, studies: Studies, places: Places) -> list[str]:
             if _settle_one(studies.label_path(tag, case), event, store):
                 changed.append(f"{tag}/{case}")
             if tag == ORIGINAL:
-                _sidecar(places.home / "original" / f"{case}.json", event)
+                _sidecar(paths.home / "original" / f"{case}.json", event)
     return changed
 
 
-def check(places: Places) -> list[str]:
+def verify_label_files(paths: Paths) -> list[str]:
     """What is not as the ledger says: a broken chain, label files changed or gone; empty if all is well."""
-    ledger = Ledger(places.ledger)
+    ledger = Ledger(paths.ledger)
     broken = ledger.verify()
-    problems = [f"{places.ledger}: {broken}"] if broken else []
-    if places.studies is None:
+    problems = [f"{paths.ledger}: {broken}"] if broken else []
+    if paths.studies is None:
         return problems
-    studies, human = read_studies(places.studies), human_labels(places.studies)
+    studies, human = read_studies(paths.studies), human_labels(paths.studies)
     for tag in (PSEUDO, ORIGINAL):
         for case, event in sorted(ledger.masks(tag).items()):
             path = studies.label_path(tag, case)
@@ -179,7 +181,7 @@ def _settle_one(path: Path, event: Event, store: MaskStore) -> bool:
         return ours
     if digest == event.details["sha256"]:
         return False
-    store.put(event.details["sha256"], path)
+    store.restore(event.details["sha256"], path)
     return True
 
 
@@ -193,7 +195,7 @@ def _sidecar(path: Path, event: Event) -> None:
         write_json(path, content)
 
 
-def roll_back(places: Places, number: int) -> list[str]:
+def roll_back(paths: Paths, number: int) -> list[str]:
     """Undo a round and every later one: promoted masks, ``original`` masks and published models.
 
     Labels are again byte for byte what they were before that round, except where a human has saved one since.
@@ -205,34 +207,34 @@ def roll_back(places: Places, number: int) -> list[str]:
         LedgerError: No such round, or its masks are no longer kept.
         RoundRunningError: A round is running.
     """
-    if places.studies is None:
+    if paths.studies is None:
         raise LedgerError("rollback needs the studies folder; give --studies DIR")
-    ledger, studies = Ledger(places.ledger), read_studies(places.studies)
+    ledger, studies = Ledger(paths.ledger), read_studies(paths.studies)
     rounds = {r.number: r for r in ledger.rounds()}
     if number not in rounds:
         known = ", ".join(map(str, rounds)) or "none yet"
-        raise LedgerError(f"there is no round {number} in {places.ledger}; rounds: {known}")
-    with round_lock(places.home):
+        raise LedgerError(f"there is no round {number} in {paths.ledger}; rounds: {known}")
+    with round_lock(paths.home):
         first = rounds[number].seq
         undone = [n for n, r in rounds.items() if n >= number and r.state != "rolled back"]
         if not undone or rounds[number].state == "rolled back":
-            settle(ledger, studies, places)
+            sync_label_files(ledger, studies, paths)
             return [f"round {number} was rolled back before; nothing to do"]
         # files that a killed round left behind the ledger would not be known as ours below, and stay
-        settle(ledger, studies, places)
+        sync_label_files(ledger, studies, paths)
         entries = [e for tag in (PSEUDO, ORIGINAL) for e in _back(ledger, tag, first, number)]
         published = [e for e in ledger.events(kinds=("published",)) if e.seq > first]
         lines = [f"round {n} rolled back" for n in undone]
         if published:
             # before the ledger: a rollback that is killed here is simply done again
-            put_manifest(places, published[0].details["before"])
+            put_manifest(paths, published[0].details["before"])
             kinds = ", ".join(sorted(published[0].details["before"])) or "none"
             lines.append(f"published models are those from before round {number}: {kinds}")
             before = {"before": published[-1].details["after"], "after": published[0].details["before"]}
             entries.append(Entry("published", None, details=before | {"why": f"rollback of round {number}"}))
         entries += [Entry("rolled back", n, details={"by": f"rollback of round {number}"}) for n in undone]
         ledger.append(entries)
-        lines += [f"{name}: as before round {number}" for name in settle(ledger, studies, places)]
+        lines += [f"{name}: as before round {number}" for name in sync_label_files(ledger, studies, paths)]
     return lines
 
 

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aslseg.types import Report, silent
-from aslseg.weights import write_json
+from aslseg.files import write_json
+from aslseg.types import ProgressCallback, no_progress
 
 EVERY_SECONDS = 1.0
 
@@ -34,7 +34,7 @@ class Progress:
         self,
         path: Path,
         expected: Mapping[str, float],
-        report: Report = silent,
+        report: ProgressCallback = no_progress,
         round_number: int | None = None,
     ) -> None:
         self.path, self.expected, self.report = path, dict(expected), report
@@ -45,7 +45,7 @@ class Progress:
         self._round = round_number
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Report]:
+    def stage(self, name: str) -> Iterator[ProgressCallback]:
         """Enter a stage; gives the report function for its own steps."""
         self._stage, self._since, self._part = name, time.monotonic(), 0.0
         calls = 0

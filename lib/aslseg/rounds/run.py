@@ -12,20 +12,21 @@ from typing import Any
 
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import AslsegError, DiskFullError, NoModelError
+from aslseg.files import write_json
+from aslseg.models.files import ModelSet
+from aslseg.models.published import KINDS, find_published
 from aslseg.registry import RECIPES
-from aslseg.rounds.gate import Trio, publish_better
-from aslseg.rounds.gather import Team, gather
+from aslseg.rounds.cases import RoundCases, prepare_cases
+from aslseg.rounds.gate import publish_better
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.lock import round_lock
-from aslseg.rounds.masks import settle
+from aslseg.rounds.masks import sync_label_files
+from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress
-from aslseg.rounds.publish import KINDS, published
-from aslseg.rounds.recipes import rank
-from aslseg.rounds.stages import Stages
-from aslseg.settings import Places, Settings
-from aslseg.types import Report, silent
+from aslseg.rounds.recipes.aslseg import rank
+from aslseg.settings import Paths, Settings
+from aslseg.types import ProgressCallback, no_progress
 from aslseg.volume.io import require_free_disk
-from aslseg.weights import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ FULL = (28, 122)  # ENOSPC, EDQUOT
 
 
 def run_round(
-    studies: Path, settings: Settings, report: Report = silent, *, places: Places | None = None
+    studies: Path, settings: Settings, report: ProgressCallback = no_progress, *, paths: Paths | None = None
 ) -> dict[str, Any]:
     """Run the next round, or go on with the one that was interrupted.
 
@@ -47,7 +48,7 @@ def run_round(
         studies: The studies folder.
         settings: Frozen for the round.
         report: Called with (done, total, stage=..., eta=..., numbers); may raise to stop the round.
-        places: Where ledger and models lie, if not where the settings say.
+        paths: Where ledger and models lie, if not where the settings say.
 
     Returns:
         ``round``, ``continued``, ``validation`` (Dice by mask or model), ``source`` and ``shown`` (whose masks were
@@ -57,23 +58,23 @@ def run_round(
     Raises:
         AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError.
     """
-    places = places or Places(settings, studies)
-    ledger = Ledger(places.ledger)
+    paths = paths or Paths(settings, studies)
+    ledger = Ledger(paths.ledger)
     found = read_studies(studies)
     _threads(settings)
-    with round_lock(places.home):
-        require_free_disk(places.home, settings.min_free_gb)
+    with round_lock(paths.home):
+        require_free_disk(paths.home, settings.min_free_gb)
         before = _last_summary(ledger)
         number, continued = ledger.open_round({"settings": settings.model_dump()})
         expected = expected_seconds(found, settings, before)
         expected = {stage: t for stage, t in expected.items() if stage not in UNUSED.get(settings.recipe, ())}
-        progress = Progress(places.home / "progress.json", expected, report, number)
-        with _accounted(progress, ledger, number):
-            _sweep(places, found)
-            settle(ledger, found, places)
+        progress = Progress(paths.home / "progress.json", expected, report, number)
+        with _record_outcome(progress, ledger, number):
+            _remove_stale_temporaries(paths, found)
+            sync_label_files(ledger, found, paths)
             opened = {r.number: r.seq for r in ledger.rounds()}[number]
-            team = _team(found, settings, places, ledger, progress)
-            stages = Stages(places, settings, ledger, team, progress, opened)
+            team = _team(found, settings, paths, ledger, progress)
+            stages = RoundPipeline(paths, settings, ledger, team, progress, opened)
             summary = RECIPES.get(settings.recipe)(stages, number)
             summary |= {
                 "round": number,
@@ -90,7 +91,7 @@ def run_round(
 
 
 def train_stage(
-    kind: str, studies: Path, settings: Settings, report: Report = silent, *, places: Places | None = None
+    kind: str, studies: Path, settings: Settings, report: ProgressCallback = no_progress, *, paths: Paths | None = None
 ) -> dict[str, Any]:
     """Train one kind of model, with what it is built on, and publish it if the gate lets it.
 
@@ -98,7 +99,7 @@ def train_stage(
         kind: ``ssl``, ``sam`` or ``adapter``.
         studies: The studies folder.
         settings: See :class:`Settings`.
-        report, places: As for :func:`run_round`.
+        report, paths: As for :func:`run_round`.
 
     Returns:
         ``published`` (lines), ``validation``, ``warnings``, ``skipped``, ``seconds``.
@@ -106,16 +107,16 @@ def train_stage(
     Raises:
         AslsegError: As :func:`run_round`.
     """
-    places = places or Places(settings, studies)
-    ledger, found = Ledger(places.ledger), read_studies(studies)
+    paths = paths or Paths(settings, studies)
+    ledger, found = Ledger(paths.ledger), read_studies(studies)
     _threads(settings)
-    with round_lock(places.home):
-        require_free_disk(places.home, settings.min_free_gb)
+    with round_lock(paths.home):
+        require_free_disk(paths.home, settings.min_free_gb)
         expected = expected_seconds(found, settings, _last_summary(ledger))
         wanted = ("prepare", *KINDS[: KINDS.index(kind) + 1], "publish")
-        progress = Progress(places.home / "progress.json", {s: expected[s] for s in wanted}, report)
-        with _accounted(progress, ledger, None):
-            stages = Stages(places, settings, ledger, _team(found, settings, places, ledger, progress), progress)
+        progress = Progress(paths.home / "progress.json", {s: expected[s] for s in wanted}, report)
+        with _record_outcome(progress, ledger, None):
+            stages = RoundPipeline(paths, settings, ledger, _team(found, settings, paths, ledger, progress), progress)
             promoted = stages.promoted_before()
             with progress.stage("ssl") as told:
                 ssl = sam = adapter = stages.train_ssl(promoted, told)
@@ -125,7 +126,7 @@ def train_stage(
             if kind == "adapter":
                 with progress.stage("adapter") as told:
                     adapter = stages.train_adapter(sam, told)
-            trio = _with_published(Trio(ssl, sam, adapter), places, kind)
+            trio = _with_published(ModelSet(ssl, sam, adapter), paths, kind)
             with progress.stage("publish") as told:
                 ids = [p.case.id for p in promoted]
                 _, lines, dice = publish_better(stages, None, trio, trio.ssl, ids, told, kinds=(kind,))
@@ -141,7 +142,7 @@ def train_stage(
 
 
 def rank_studies(
-    studies: Path, settings: Settings, report: Report = silent, *, places: Places | None = None
+    studies: Path, settings: Settings, report: ProgressCallback = no_progress, *, paths: Paths | None = None
 ) -> dict[str, float]:
     """Agreement of every scan without a human label, with the published models, into the ledger.
 
@@ -151,19 +152,19 @@ def rank_studies(
     Raises:
         NoModelError: Nothing is published yet.
     """
-    places = places or Places(settings, studies)
-    models = [published(places, kind, check=True) for kind in KINDS]
+    paths = paths or Paths(settings, studies)
+    models = [find_published(paths, kind, check=True) for kind in KINDS]
     ssl, sam, adapter = (m.path if m else None for m in models)
     if ssl is None or sam is None or adapter is None:
         raise NoModelError(f"{studies}: nothing is published yet; run `aslseg round --studies {studies}` first")
-    ledger, found = Ledger(places.ledger), read_studies(studies)
+    ledger, found = Ledger(paths.ledger), read_studies(studies)
     _threads(settings)
-    with round_lock(places.home):
+    with round_lock(paths.home):
         expected = expected_seconds(found, settings, _last_summary(ledger))
         wanted = ("prepare", "predict", "redraw", "refine")
-        progress = Progress(places.home / "progress.json", {s: expected[s] for s in wanted}, report)
-        with _accounted(progress, ledger, None):
-            stages = Stages(places, settings, ledger, _team(found, settings, places, ledger, progress), progress)
+        progress = Progress(paths.home / "progress.json", {s: expected[s] for s in wanted}, report)
+        with _record_outcome(progress, ledger, None):
+            stages = RoundPipeline(paths, settings, ledger, _team(found, settings, paths, ledger, progress), progress)
             waiting = stages.team.waiting
             with progress.stage("predict") as told:
                 regions = stages.fill(stages.predict(ssl), waiting, told)
@@ -171,7 +172,7 @@ def rank_studies(
                 redrawn = stages.fill(stages.redraw(sam, regions), waiting, told)
             with progress.stage("refine") as told:
                 refined = stages.fill(stages.refine(adapter, redrawn, regions), waiting, told)
-            judged = rank(stages, None, Trio(ssl, sam, adapter), regions, refined, regions, silent)
+            judged = rank(stages, None, ModelSet(ssl, sam, adapter), regions, refined, regions, no_progress)
             progress.finish()
     return dict(sorted(((c, j.agreement.mean) for c, j in judged.items()), key=lambda pair: (pair[1], pair[0])))
 
@@ -196,22 +197,22 @@ def expected_seconds(studies: Studies, settings: Settings, before: dict[str, Any
     return guess | {s: t for s, t in before.get("measured", {}).items() if s in guess}
 
 
-def _team(studies: Studies, settings: Settings, places: Places, ledger: Ledger, progress: Progress) -> Team:
+def _team(studies: Studies, settings: Settings, paths: Paths, ledger: Ledger, progress: Progress) -> RoundCases:
     before = ledger.validation_patients()
     with progress.stage("prepare") as told:
-        team = gather(studies, settings, places, before, told)
+        team = prepare_cases(studies, settings, paths, before, told)
     new = sorted({c.patient for c in team.validation} - before)
     ledger.append([Entry("validation", details={"patient": p}) for p in new])
     return team
 
 
-def _with_published(made: Trio, places: Places, kind: str) -> Trio:
+def _with_published(made: ModelSet, paths: Paths, kind: str) -> ModelSet:
     """A single training is judged together with the published models of the other kinds, where there are any."""
-    paths = {}
+    files = {}
     for other in KINDS:
-        model = published(places, other)
-        paths[other] = model.path if model and other != kind else getattr(made, other)
-    return Trio(**paths)
+        model = find_published(paths, other)
+        files[other] = model.path if model and other != kind else getattr(made, other)
+    return ModelSet(**files)
 
 
 def _last_summary(ledger: Ledger) -> dict[str, Any]:
@@ -219,9 +220,9 @@ def _last_summary(ledger: Ledger) -> dict[str, Any]:
     return done[-1] if done else {}
 
 
-def _clean_up(stages: Stages, number: int) -> None:
+def _clean_up(stages: RoundPipeline, number: int) -> None:
     """Delete step folders that neither this nor the last round used, and masks that no rollback can need."""
-    notes = stages.places.rounds / "used.json"
+    notes = stages.paths.rounds / "used.json"
     try:
         used: dict[str, list[str]] = json.loads(notes.read_text())
     except (OSError, ValueError):
@@ -233,9 +234,9 @@ def _clean_up(stages: Stages, number: int) -> None:
     stages.masks.prune(stages.ledger)
 
 
-def _sweep(places: Places, studies: Studies) -> None:
+def _remove_stale_temporaries(paths: Paths, studies: Studies) -> None:
     """Delete temporary files of rounds that were killed while writing."""
-    for folder in (places.rounds, places.home / "masks", places.home / "original", places.models):
+    for folder in (paths.rounds, paths.home / "masks", paths.home / "original", paths.models):
         for path in folder.rglob(".tmp-*"):
             path.unlink(missing_ok=True)
     for tag in (PSEUDO, ORIGINAL):
@@ -253,7 +254,7 @@ def _threads(settings: Settings) -> None:
 
 
 @contextmanager
-def _accounted(progress: Progress, ledger: Ledger, number: int | None) -> Iterator[None]:
+def _record_outcome(progress: Progress, ledger: Ledger, number: int | None) -> Iterator[None]:
     """Say in the progress file, and for a round in the ledger, how the work ended if it did not end well."""
     try:
         yield

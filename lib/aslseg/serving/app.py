@@ -19,15 +19,15 @@ from monailabel.utils.async_tasks.utils import processes
 from monailabel.utils.sessions import SessionInfo, Sessions
 
 from aslseg.errors import AslsegError, BadSettingsError
-from aslseg.rounds.publish import KINDS, published
-from aslseg.serving.dicom import connect
+from aslseg.models.published import KINDS, find_published
+from aslseg.serving.dicomweb_datastore import connect
 from aslseg.serving.embed import embed_studies
-from aslseg.serving.infer import Batch, answer
+from aslseg.serving.http_errors import RefusedError
+from aslseg.serving.infer import BatchInference, answer
 from aslseg.serving.memory import reuse_freed_memory
-from aslseg.serving.refusals import RefusedError
-from aslseg.serving.store import SafeLocal
 from aslseg.serving.strategies import Leases
-from aslseg.settings import Places, load_settings
+from aslseg.serving.studies_datastore import StudiesDatastore
+from aslseg.settings import Paths, load_settings
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class ServedApp(MONAILabelApp):
         except BadSettingsError as error:
             refuse_to_start(str(error), 2)
         reuse_freed_memory()
-        self.places = Places(self.settings, studies)
+        self.paths = Paths(self.settings, studies)
         self.leases = Leases()
         try:
             super().__init__(
@@ -74,13 +74,13 @@ class ServedApp(MONAILabelApp):
 
     def init_datastore(self) -> Datastore:
         """The studies folder, or the PACS."""
-        if self.places.studies is None:
+        if self.paths.studies is None:
             self.studies = self.studies.rstrip("/").strip()
-            return connect(self.studies, self.settings, self.places)
-        return SafeLocal(self.studies, self.settings, self.places)
+            return connect(self.studies, self.settings, self.paths)
+        return StudiesDatastore(self.studies, self.settings, self.paths)
 
     def _load_sessions(self, load: bool = False) -> Sessions | None:
-        path = platform.MONAI_LABEL_SESSION_PATH or str(self.places.home / "sessions")
+        path = platform.MONAI_LABEL_SESSION_PATH or str(self.paths.home / "sessions")
         return SafeSessions(path, platform.MONAI_LABEL_SESSION_EXPIRY) if load else None
 
     # what clients ask for
@@ -97,9 +97,9 @@ class ServedApp(MONAILabelApp):
         """Answer a request; see :func:`aslseg.serving.infer.answer`."""
         return answer(self._infers, request, datastore or self.datastore())
 
-    def init_batch_infer(self) -> Batch:
+    def init_batch_infer(self) -> BatchInference:
         """One case after the other; a case that fails does not stop the rest."""
-        return Batch()
+        return BatchInference()
 
     def infer_wsi(self, request: dict[str, Any], datastore: Datastore | None = None) -> NoReturn:
         """Whole-slide images are for other apps."""
@@ -137,10 +137,10 @@ class ServedApp(MONAILabelApp):
 
     def _embed_ahead(self) -> None:
         """Embeddings of the scans that come next; a round that is done stays done without them."""
-        if not self.settings.embed_cases or self.places.studies is None:
+        if not self.settings.embed_cases or self.paths.studies is None:
             return
         try:
-            embed_studies(self.places.studies, self.settings, self.settings.embed_cases)
+            embed_studies(self.paths.studies, self.settings, self.settings.embed_cases)
         except (AslsegError, OSError, RuntimeError, MemoryError):
             logger.exception("embeddings were not made ahead; clicks make them when they come")
 
@@ -181,9 +181,9 @@ class ServedApp(MONAILabelApp):
     def start_first_round(self) -> None:
         """Start training in the background if nothing is published, something is labelled and nothing runs."""
         where = f"http://127.0.0.1:{platform.MONAI_LABEL_SERVER_PORT}/aslseg/"
-        if any(published(self.places, kind) for kind in KINDS):
+        if any(find_published(self.paths, kind) for kind in KINDS):
             return
-        if self.places.studies is None:
+        if self.paths.studies is None:
             logger.warning("no models yet, and rounds need a local studies folder; only 'sam' works. See %s", where)
         elif not self.settings.first_round:
             logger.info("no models yet and first_round is off; start the trainer 'round' when you like")

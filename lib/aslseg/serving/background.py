@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from aslseg.sam.turns import Turns
-from aslseg.serving.priority import AHEAD, step_back
+from aslseg.compute.click_priority import ClickPriority
+from aslseg.serving.priority import AHEAD, lower_priority
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Background:
 
     def __init__(self) -> None:
         self._jobs: deque[tuple[Callable[[], bool], object]] = deque(maxlen=MOST_JOBS)
-        self._turns = Turns()
+        self._turns = ClickPriority()
         self._changed = self._turns.changed
         self._working = False
         threads, ready = torch.get_num_threads(), threading.Event()
@@ -60,7 +60,7 @@ class Background:
             return self._changed.wait_for(lambda: not self._jobs and not self._working, seconds)
 
     def _run(self, ready: threading.Event) -> None:
-        step_back(AHEAD)
+        lower_priority(AHEAD)
         torch.get_num_threads()  # otherwise torch's first operation in this thread undoes the next line
         torch.set_num_threads(1)
         ready.set()

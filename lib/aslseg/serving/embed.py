@@ -11,11 +11,11 @@ import numpy as np
 
 from aslseg.cases.studies import ORIGINAL, read_studies
 from aslseg.errors import AslsegError, BadImageError
+from aslseg.models.loaded import Models
 from aslseg.rounds.ledger import Ledger
-from aslseg.serving.models import Models
-from aslseg.serving.pictures import Pictures, Turn
-from aslseg.settings import Places, Settings
-from aslseg.types import Report, silent
+from aslseg.serving.open_scans import ScanCache, SliceOrientation
+from aslseg.settings import Paths, Settings
+from aslseg.types import ProgressCallback, no_progress
 from aslseg.volume.io import read_image, require_free_disk
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,9 @@ MARGIN = 5  # slices beyond the automatic mask
 FULL = 0.9  # of the disk limit: beyond, new embeddings would push out those made a moment ago
 
 
-def embed_studies(studies: Path, settings: Settings, cases: int, report: Report = silent) -> dict[str, Any]:
+def embed_studies(
+    studies: Path, settings: Settings, cases: int, report: ProgressCallback = no_progress
+) -> dict[str, Any]:
     """Encode scans without a human label, lowest agreement first, unscored ones last.
 
     Only slices within the automatic mask (tag ``original``) and a few beyond; without one, all. What is on disk
@@ -42,27 +44,27 @@ def embed_studies(studies: Path, settings: Settings, cases: int, report: Report 
     Raises:
         BadWeightsError, NotEnoughCasesError, DiskFullError: As loading SAM, listing the folder, and the disk say.
     """
-    from aslseg.sam.embeddings import EmbeddingCache
-    from aslseg.sam.interactive import Clicks
-    from aslseg.sam.store import EmbeddingStore
+    from aslseg.sam.clicks.session import ClickSession
+    from aslseg.sam.predictor.embedding_store import EmbeddingStore
+    from aslseg.sam.predictor.embeddings import EmbeddingCache
 
-    places, started = Places(settings, studies), time.monotonic()
-    require_free_disk(places.home, settings.min_free_gb)
-    model, pictures = Models(settings, places).get("sam"), Pictures(settings)
+    paths, started = Paths(settings, studies), time.monotonic()
+    require_free_disk(paths.home, settings.min_free_gb)
+    model, pictures = Models(settings, paths).get("sam"), ScanCache(settings)
     limit = settings.embedding_disk_gb * 1e9
-    store = EmbeddingStore(places.cache / "embeddings", limit)
+    store = EmbeddingStore(paths.cache / "embeddings", limit)
     cache = EmbeddingCache(0, store)
     a = model.architecture
     room = int(FULL * limit / (2 * a.out_chans * a.grid**2 + 128))
     done: dict[str, Any] = {"cases": [], "slices": 0, "encoded": 0, "skipped": {}, "full": False}
-    for case, path in _waiting(studies, places)[:cases]:
+    for case, path in _waiting(studies, paths)[:cases]:
         try:
             opened = pictures.open(path)
         except BadImageError as error:
             logger.warning("passed over %s: %s", case, error)
             done["skipped"][case] = str(error)
             continue
-        clicks = Clicks(model, opened.picture, settings, cache=cache)
+        clicks = ClickSession(model, opened.picture, settings, cache=cache)
         wanted = _slices(studies, case, opened.turn)
         if done["slices"] + len(wanted) > room:
             done["full"] = True
@@ -77,15 +79,15 @@ def embed_studies(studies: Path, settings: Settings, cases: int, report: Report 
     return {**done, "seconds": round(time.monotonic() - started, 1)}
 
 
-def _waiting(studies: Path, places: Places) -> list[tuple[str, Path]]:
+def _waiting(studies: Path, paths: Paths) -> list[tuple[str, Path]]:
     """Scans without a human label in the order in which the strategy ``agreement`` hands them out."""
     found = read_studies(studies)
-    scores = {s.case: s.agreement for s in Ledger(places.ledger).scores()} if places.ledger.exists() else {}
+    scores = {s.case: s.agreement for s in Ledger(paths.ledger).scores()} if paths.ledger.exists() else {}
     waiting = [c for c in found.images if c not in found.final]
     return [(c, found.images[c]) for c in sorted(waiting, key=lambda c: (c not in scores, scores.get(c, 0.0), c))]
 
 
-def _slices(studies: Path, case: str, turn: Turn) -> list[int]:
+def _slices(studies: Path, case: str, turn: SliceOrientation) -> list[int]:
     """Slices around the automatic mask, middle first; all where there is none."""
     count = turn.shape[turn.axes[2]]
     low, high = 0, count - 1

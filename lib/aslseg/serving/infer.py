@@ -15,10 +15,10 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from aslseg.cases.studies import ORIGINAL
 from aslseg.errors import AslsegError, NoModelError
-from aslseg.serving.cascade import Scan, Scans
-from aslseg.serving.models import Kind
-from aslseg.serving.params import PROMPTS, clean
-from aslseg.serving.refusals import RefusedError
+from aslseg.models.loaded import Kind
+from aslseg.serving.cascade_cache import CachedScan, CascadeCache
+from aslseg.serving.http_errors import RefusedError
+from aslseg.serving.params import PROMPTS, validate_params
 from aslseg.serving.results import write_result
 from aslseg.types import Labels, Volume
 from aslseg.volume.io import read_image, read_label
@@ -48,7 +48,7 @@ class MaskTask(InferTask):
         description: Shown to annotators.
     """
 
-    def __init__(self, scans: Scans, kind: Kind, needs: tuple[Kind, ...], description: str) -> None:
+    def __init__(self, scans: CascadeCache, kind: Kind, needs: tuple[Kind, ...], description: str) -> None:
         labels = scans.models.settings.label_set.values
         super().__init__(InferType.SEGMENTATION, labels, 3, description)
         self.scans, self.kind, self.needs = scans, kind, needs
@@ -103,7 +103,7 @@ class MaskTask(InferTask):
         return _native(scan, regions, self.scans.models.settings.label_set, times), scan.grid.affine, more
 
 
-class RefinedTask(MaskTask):
+class CascadeTask(MaskTask):
     """The whole cascade; the mask that the last round stored is served at once while its models are current."""
 
     def mask(
@@ -118,10 +118,10 @@ class RefinedTask(MaskTask):
 
     def _stored(self, case: str | None, image: Path, times: dict[str, float]) -> Volume | None:
         models = self.scans.models
-        if case is None or models.places.studies is None:
+        if case is None or models.paths.studies is None:
             return None
-        sidecar = models.places.home / "original" / f"{case}.json"
-        path = models.places.studies / "labels" / ORIGINAL / f"{case}.nii.gz"
+        sidecar = models.paths.home / "original" / f"{case}.json"
+        path = models.paths.studies / "labels" / ORIGINAL / f"{case}.nii.gz"
         start = time.perf_counter()
         try:
             written = json.loads(sidecar.read_text())["models"]
@@ -175,7 +175,7 @@ def answer(tasks: Mapping[str, InferTask], request: dict[str, Any], store: Datas
     if task is None:
         raise RefusedError(f"no model {str(model)[:80]!r}; there are {', '.join(tasks)}", 404)
     ours = ("model", "image", "client")
-    inner = clean({k: v for k, v in request.items() if k not in ours and not isinstance(v, Upload)})
+    inner = validate_params({k: v for k, v in request.items() if k not in ours and not isinstance(v, Upload)})
     inner |= {"model": model, "client": str(request.get("client", ""))}
     if isinstance(label, Upload):
         inner["label_file"] = str(label)
@@ -196,7 +196,7 @@ def answer(tasks: Mapping[str, InferTask], request: dict[str, Any], store: Datas
     return {"label": saved, "tag": tag, "file": file, "params": params}
 
 
-class Batch:
+class BatchInference:
     """Inference over many scans, one after the other, for MONAI Label's batch sub-process."""
 
     def __call__(
@@ -228,7 +228,7 @@ class Batch:
         return found
 
 
-def _native(scan: Scan, regions: np.ndarray, labels: Labels, times: dict[str, float]) -> np.ndarray:
+def _native(scan: CachedScan, regions: np.ndarray, labels: Labels, times: dict[str, float]) -> np.ndarray:
     start = time.perf_counter()
     class_map = scan.grid.regions_to_native(regions, labels)
     times["post"] = time.perf_counter() - start

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aslseg.errors import BadLabelError
-from aslseg.registry import nearest
+from aslseg.registry import suggest
 from aslseg.types import Labels, Volume
 from aslseg.volume.io import read_label
 
@@ -68,7 +68,7 @@ def decode_label(path: Path, image: Volume, label_info: Any, labels: Labels) -> 
         if name.casefold() not in known:
             raise BadLabelError(
                 f"segment {name!r} is not one of the labels {', '.join(labels.names)}; "
-                f"{nearest(name, list(labels.names))} Rename or remove the segment and save again"
+                f"{suggest(name, list(labels.names))} Rename or remove the segment and save again"
             )
         out[drawn] = known[name.casefold()]
     return out

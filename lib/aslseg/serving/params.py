@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from aslseg.cases.studies import FINAL, PSEUDO
-from aslseg.serving.refusals import RefusedError, safe_name
+from aslseg.serving.http_errors import RefusedError, safe_name
 
 PROMPTS = (
     "foreground",
@@ -63,7 +63,7 @@ def parse(text: str) -> Any:
         raise RefusedError(f"params: not valid JSON ({error})") from None
 
 
-def clean(params: Any) -> dict[str, Any]:
+def validate_params(params: Any) -> dict[str, Any]:
     """The allowed part of a client's parameters for inference, with every value checked.
 
     Raises:

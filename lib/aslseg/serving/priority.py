@@ -11,7 +11,7 @@ from pathlib import Path
 ROUND, AHEAD = 10, 19  # niceness
 
 
-def step_back(niceness: int, whole: bool = False) -> None:
+def lower_priority(niceness: int, whole: bool = False) -> None:
     """Let this thread, or the whole process, have what more urgent ones leave.
 
     Threads and processes that are started afterwards inherit it. Nothing ever becomes more urgent. Only Linux knows

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aslseg.serving.wire import nrrd
+from aslseg.serving.mask_encoding import nrrd
 from aslseg.volume.io import write_label
 
 

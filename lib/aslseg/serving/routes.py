@@ -25,11 +25,11 @@ from monailabel.utils.async_tasks.task import AsyncTask
 from aslseg.errors import AslsegError
 from aslseg.review.page import render
 from aslseg.review.status import collect
+from aslseg.serving.http_errors import RefusedError, safe_name, status_of
 from aslseg.serving.infer import SessionUpload, Upload
-from aslseg.serving.params import clean, parse
-from aslseg.serving.refusals import RefusedError, safe_name, status_of
-from aslseg.serving.viewer import mended
-from aslseg.serving.wire import gzipped_bytes
+from aslseg.serving.mask_encoding import gzipped_bytes
+from aslseg.serving.ohif_patches import mended
+from aslseg.serving.params import parse, validate_params
 from aslseg.volume.io import IMAGE_EXTENSIONS, extension
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _inference(router: APIRouter, app: ServedApp) -> None:
         output: infer.ResultType | None = None,
         user: User = USER,
     ) -> Any:
-        request = clean(parse(params or "{}"))
+        request = validate_params(parse(params or "{}"))
         if output == infer.ResultType.dicom_seg:
             raise RefusedError("output=dicom_seg is not offered; save the label instead, which makes a DICOM SEG")
         request.setdefault("client_id", user.username)
@@ -250,7 +250,7 @@ def _training(router: APIRouter, app: ServedApp) -> None:
             "images": (params or {}).get("images", images),
             "label_tag": (params or {}).get("label_tag"),
         }
-        clean({"save_label": True, "label_tag": wanted["label_tag"]})
+        validate_params({"save_label": True, "label_tag": wanted["label_tag"]})
         result, detail = AsyncTask.run("batch_infer", request={"model": model, **wanted})
         if result is None:
             raise RefusedError(str(detail), 429)
@@ -299,7 +299,7 @@ def _pages(router: APIRouter, app: ServedApp) -> None:
             for t in tasks or []
             if t["status"] == "ERROR"
         ]
-        return collect(app.settings, app.places, app.datastore().status(), errors)
+        return collect(app.settings, app.paths, app.datastore().status(), errors)
 
     @router.get("/aslseg/status")
     def status(user: User = USER) -> Any:

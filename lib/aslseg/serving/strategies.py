@@ -50,7 +50,7 @@ class Leases:
             self._held.pop(case, None)
 
 
-class Ranked(Strategy):
+class ByAgreement(Strategy):
     """Scans without a human label, ordered by agreement.
 
     Args:

@@ -12,8 +12,8 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from aslseg.errors import NotEnoughCasesError
 from aslseg.rounds.progress import read_progress
-from aslseg.serving.priority import ROUND, step_back
-from aslseg.settings import Places, Settings
+from aslseg.serving.priority import ROUND, lower_priority
+from aslseg.settings import Paths, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +27,14 @@ class Trainer(TrainTask):
 
     Args:
         settings: As the server got them; a sub-process reads the same.
-        places: The studies folder.
+        paths: The studies folder.
         work: What is run: studies folder, settings, report. Imported when called.
         description: Shown to annotators.
     """
 
-    def __init__(
-        self, settings: Settings, places: Places, work: Callable[..., dict[str, Any]], description: str
-    ) -> None:
+    def __init__(self, settings: Settings, paths: Paths, work: Callable[..., dict[str, Any]], description: str) -> None:
         super().__init__(description)
-        self.settings, self.places, self.work = settings, places, work
+        self.settings, self.paths, self.work = settings, paths, work
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train. Parameters of clients change nothing: what is trained is decided by the settings.
@@ -45,12 +43,12 @@ class Trainer(TrainTask):
             NotEnoughCasesError: The studies are on a DICOMweb server.
             AslsegError: As the work.
         """
-        if self.places.studies is None:
+        if self.paths.studies is None:
             raise NotEnoughCasesError(
                 "rounds need the scans in a local studies folder; export them from the PACS, run "
                 "`aslseg round --studies DIR`, and give this server the same model_dir"
             )
-        step_back(ROUND, whole=True)
+        lower_priority(ROUND, whole=True)
         last, server = -1, os.getppid()
 
         def report(done: float, total: float, **shown: Any) -> None:
@@ -62,11 +60,11 @@ class Trainer(TrainTask):
                 last = percent
                 logger.info("%d %% %s", percent, _text(shown))
 
-        return self.work(self.places.studies, self.settings, report=report)
+        return self.work(self.paths.studies, self.settings, report=report)
 
     def stats(self) -> dict[str, Any]:
         """Progress in the form that Slicer and OHIF draw: ``epoch`` of ``total_epochs``, ``best_metric``."""
-        return trainer_stats(read_progress(self.places.home / "progress.json"))
+        return trainer_stats(read_progress(self.paths.home / "progress.json"))
 
 
 def trainer_stats(progress: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from aslseg.cases.cache import arrays, whole_file
+from aslseg.cases.prepared import Prepared, arrays, backing_file
+from aslseg.files import atomic_file
 from aslseg.settings import Settings, relevant
-from aslseg.types import Prepared
-from aslseg.weights import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def fingerprint(
 
 
 def _content(array: np.ndarray) -> list[Any]:
-    file = whole_file(array)
+    file = backing_file(array)
     if file is not None:
         # the store names its files by the hash of what they were made from
         return [list(array.shape), file.name]

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aslseg.cases.cache import arrays, whole_file
+from aslseg.cases.prepared import Prepared, arrays, backing_file
 from aslseg.errors import BadSettingsError
 from aslseg.settings import Settings
-from aslseg.types import Prepared, Volume
+from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join(settings: Settings) -> None:
+def init(settings: Settings) -> None:
     """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs.
 
     Raises:
@@ -65,13 +65,13 @@ def join(settings: Settings) -> None:
     logger.info("process %d of %d", rank() + 1, world())
 
 
-def leave() -> None:
+def close() -> None:
     """Leave the group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def total(tensors: Sequence[Tensor]) -> None:
+def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
     """Replace tensors (same shapes in all processes) by their sums over the processes, in float32."""
     if world() == 1 or not tensors:
         return
@@ -81,9 +81,9 @@ def total(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def mean(tensors: Sequence[Tensor]) -> None:
+def all_reduce_mean(tensors: Sequence[Tensor]) -> None:
     """Replace tensors by their means over the processes."""
-    total(tensors)
+    all_reduce_sum(tensors)
     if world() > 1:
         for tensor in tensors:
             tensor.div_(world())
@@ -111,7 +111,7 @@ def broadcast(message: Any = None) -> Any:
 
 
 @contextmanager
-def helped(
+def with_workers(
     labelled: Sequence[Prepared],
     unlabelled: Sequence[Prepared],
     settings: Settings,
@@ -123,7 +123,7 @@ def helped(
     Args:
         labelled, unlabelled, settings: Of the run.
         folder: What only process 0 has in memory lies there as files for that long.
-        job: What else :func:`aslseg.ssl.helper.help_train` needs to know.
+        job: What else :func:`aslseg.ssl.worker.help_train` needs to know.
     """
     if world() == 1:
         yield
@@ -142,8 +142,8 @@ def helped(
 def _packed(case: Prepared, path: Path) -> dict[str, Any]:
     files = {}
     for name, array in arrays(case).items():
-        files[name] = str(whole_file(array) or f"{path}.{name}.npy")
-        if whole_file(array) is None:
+        files[name] = str(backing_file(array) or f"{path}.{name}.npy")
+        if backing_file(array) is None:
             np.save(files[name], array)
     spacing = list(case.grid.spacing)
     return {"id": case.id, "patient": case.patient, "weight": case.weight, "spacing": spacing, "files": files}

@@ -17,22 +17,23 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from aslseg.cases.cache import held
 from aslseg.cases.patches import Patch, PatchSampler
 from aslseg.cases.prepare import Spacing, automatic_patch
+from aslseg.cases.prepared import Prepared, load_within_budget
+from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
+from aslseg.compute.device import bfloat16_pays, choose_device
+from aslseg.compute.schedules import SCHEDULES
+from aslseg.compute.weights import load_weights, read_metadata, save_weights
 from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
+from aslseg.files import sha256
 from aslseg.registry import NETWORKS, SSL_METHODS
 from aslseg.settings import Settings
 from aslseg.ssl import checkpoint, compiling, distributed, tracking
-from aslseg.ssl.augment import centre, random_geometry, random_intensity, warp
 from aslseg.ssl.learned import Probabilities, class_probabilities, described, not_learned, warn_of
 from aslseg.ssl.methods.base import Batch, Method
-from aslseg.ssl.networks import bfloat16_pays
-from aslseg.ssl.ramps import polynomial
+from aslseg.ssl.monitor import TrainingMonitor
 from aslseg.ssl.second_stage import SecondStage
-from aslseg.ssl.watch import Watch
-from aslseg.types import Prepared, Report, silent
-from aslseg.weights import load_weights, read_metadata, save_weights, sha256
+from aslseg.types import ProgressCallback, no_progress
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +43,6 @@ CHECKPOINT_MINUTES = 10.0
 MOST_SKIPPED = 20
 STATISTICS_BATCHES = 30
 CLASS_BATCHES = 8
-
-
-def milestones(part: float) -> float:
-    """1, then 0.1 from 5/12 and 0.01 from 5/6 of the training on: the papers' steps 2500 and 5000 of 6000."""
-    return 0.1 ** ((part >= 5 / 12) + (part >= 5 / 6))
-
-
-SCHEDULES = {"poly": polynomial, "milestones": milestones}
-
-
-def choose_device(settings: Settings) -> torch.device:
-    """The device of the setting ``device``; ``auto`` takes a GPU where there is one, each process its own."""
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
 
 
 class Trainer:
@@ -87,17 +73,17 @@ class Trainer:
         # oneDNN's bfloat16 weight gradient of a 2 x 2 feature map differs from run to run (seen in torch 2.11)
         self.bf16 = bfloat16_pays(self.device) and min(self.patch[:2]) >= 48
         classes = len(settings.label_set)
-        cases = self._held([*labelled, *map(_blind, unlabelled)])
-        self.second = SecondStage(cases[: len(labelled)], settings) if cases[0].parent is not None else None
+        cases = self._held([*labelled, *map(without_label, unlabelled)])
         human = cases[: len(labelled)]
+        self.second = SecondStage(human, settings) if human[0].parent is not None else None
         self.labelled = (
             self.second.sampler(human, self.patch) if self.second else PatchSampler(human, self.patch, classes)
         )
         self.unlabelled = PatchSampler(cases[len(labelled) :], self.patch, classes) if unlabelled else None
         torch.manual_seed(settings.seed)
-        factory = NETWORKS.get(settings.network)
+        factory, channels = NETWORKS.get(settings.network), {"channels": 2} if self.second else {}
         self.method: Method = SSL_METHODS.get(settings.ssl_method)(
-            lambda extra=0: factory(classes + 1 + extra, self.patch, 2 if self.second else 1), settings
+            lambda extra=0: factory(classes + 1 + extra, self.patch, **channels), settings
         )
         self.method.to(self.device, memory_format=torch.channels_last_3d)
         if init is not None:
@@ -118,8 +104,8 @@ class Trainer:
         """The cases where crops are quickest: on the GPU, then in memory, then on disk, within the budget."""
         budget = self.settings.memory_gb * 1e9 / distributed.world()
         if self.device.type == "cuda":
-            cases = held(cases, min(budget, torch.cuda.mem_get_info(self.device)[0] / 2), self.device)
-        return held(cases, budget)
+            cases = load_within_budget(cases, min(budget, torch.cuda.mem_get_info(self.device)[0] / 2), self.device)
+        return load_within_budget(cases, budget)
 
     def batch(self, step: int) -> Batch:
         """The patches of a step, augmented, on the device; depends on nothing but seed and step."""
@@ -137,17 +123,17 @@ class Trainer:
         image = vary(warp(image, grid), generator)
         maps = warp(maps.float(), grid, "nearest")
         if self.unlabelled and s.batch_unlabelled and s.ssl_method != "supervised":
-            free = self._images(self.unlabelled.draw_batch(rng, s.batch_unlabelled))
-            weak = warp(free, random_geometry(free.shape, generator, s.flips))
-            free, weak = vary(weak, generator), plain(weak)
+            strong = self._images(self.unlabelled.draw_batch(rng, s.batch_unlabelled))
+            weak = warp(strong, random_geometry(strong.shape, generator, s.flips))
+            strong, weak = vary(weak, generator), plain(weak)
         else:
-            free = weak = image[:0]
+            strong = weak = image[:0]
         layout = torch.channels_last_3d
         return Batch(
             centre(image).contiguous(memory_format=layout),
             maps[:, 0].long(),
             maps[:, 1],
-            centre(free).contiguous(memory_format=layout),
+            centre(strong).contiguous(memory_format=layout),
             centre(weak).contiguous(memory_format=layout),
         )
 
@@ -167,12 +153,12 @@ class Trainer:
         Raises:
             TrainingDivergedError: The loss is not finite, or gradients were not for 20 steps in a row.
         """
-        part = step / self.iterations
-        rate = self.settings.learning_rate * SCHEDULES[self.settings.schedule](part)
+        fraction = step / self.iterations
+        rate = self.settings.learning_rate * SCHEDULES[self.settings.schedule](fraction)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.method.train()
-        logs = self._gradients_or_eager(step, part)
+        logs = self._gradients_or_eager(step, fraction)
         if not math.isfinite(logs["loss"]):
             raise TrainingDivergedError(
                 f"loss became {logs['loss']} at step {step}; lower learning_rate (now {self.settings.learning_rate}) "
@@ -181,24 +167,24 @@ class Trainer:
         # bfloat16 through batch norm over few voxels can overflow; such a step says nothing
         if torch.isfinite(nn.utils.clip_grad_norm_(self.method.parameters(), 10.0)):
             self.optimiser.step()
-            self.method.after_step(step, part)
+            self.method.after_step(step, fraction)
             self.skipped_in_a_row = 0
         else:
             self._skip(step)
         return {**logs, "learning_rate": rate}
 
-    def _gradients_or_eager(self, step: int, part: float) -> dict[str, float]:
+    def _gradients_or_eager(self, step: int, fraction: float) -> dict[str, float]:
         if not self.compiled:
-            return self._gradients(step, part)
+            return self._gradients(step, fraction)
         try:
-            return self._gradients(step, part)
+            return self._gradients(step, fraction)
         except compiling.ERRORS as error:
             logger.warning("torch.compile failed (%s); going on without", compiling.reason(error))
             self.compiled = False
             compiling.to_eager(self.method)
-            return self._gradients(step, part)
+            return self._gradients(step, fraction)
 
-    def _gradients(self, step: int, part: float) -> dict[str, float]:
+    def _gradients(self, step: int, fraction: float) -> dict[str, float]:
         """Leave the step's gradients in the parameters, the same in every process; returns the mean of its numbers."""
         self.optimiser.zero_grad(set_to_none=True)
         batches = self.settings.accumulate
@@ -207,11 +193,11 @@ class Trainer:
             batch = self.batch(number)
             generator = torch.Generator().manual_seed(self.settings.seed * 7_919 + number)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                loss, logs = self.method.loss(batch, part, generator)
+                loss, logs = self.method.loss(batch, fraction, generator)
             (loss / batches).backward()
             found.append({"loss": loss.item(), "truth": (batch.target > 0).float().mean().item(), **logs})
-        distributed.total([p.grad for p in self.method.parameters() if p.grad is not None])
-        distributed.mean([b for b in self.method.buffers() if b.is_floating_point()])
+        distributed.all_reduce_sum([p.grad for p in self.method.parameters() if p.grad is not None])
+        distributed.all_reduce_mean([b for b in self.method.buffers() if b.is_floating_point()])
         return distributed.mean_numbers({name: float(np.mean([f[name] for f in found])) for name in found[0]})
 
     def _skip(self, step: int) -> None:
@@ -266,10 +252,10 @@ class Trainer:
     def describe(self) -> str:
         """What is trained with what, in a line."""
         s, parameters = self.settings, sum(p.numel() for p in self.method.predictor.parameters())
-        free = len(self.unlabelled.cases) if self.unlabelled else 0
+        unlabelled = len(self.unlabelled.cases) if self.unlabelled else 0
         return (
             f"{s.ssl_method}, {s.network} with {parameters / 1e6:.2f} M parameters, {len(self.labelled.cases)} "
-            f"labelled and {free} unlabelled cases, {s.accumulate} x ({s.batch_labelled} + {s.batch_unlabelled}) "
+            f"labelled and {unlabelled} unlabelled cases, {s.accumulate} x ({s.batch_labelled} + {s.batch_unlabelled}) "
             f"patches of {self.patch} a step, {distributed.world()} x {self.device} in "
             f"{'bfloat16' if self.bf16 else 'float32'}"
         )
@@ -285,7 +271,7 @@ def train(
     spacing: Spacing,
     init: Path | None = None,
     logs: Path | None = None,
-    report: Report = silent,
+    report: ProgressCallback = no_progress,
     reuse: bool = False,
 ) -> dict[str, Any]:
     """Train one network.
@@ -316,37 +302,37 @@ def train(
         BadSettingsError: ``tracking`` asks for a package that is not installed.
     """
     started = time.monotonic()
-    unlabelled = [_blind(c) for c in unlabelled]
+    unlabelled = [without_label(c) for c in unlabelled]
     trainer = Trainer(labelled, unlabelled, settings, iterations, init)
     metadata = _metadata(trainer, spacing, init)
     path = out.with_name(f"{out.stem}.checkpoint.pt")
     owner = checkpoint.fingerprint(metadata, settings, trainer.method.state_dict(), labelled, unlabelled)
     if reuse:
         metadata["inputs"] = owner
-    watch = Watch(iterations, report)
+    monitor = TrainingMonitor(iterations, report)
     if reuse and out.exists() and read_metadata(out).get("inputs") == owner:
         logger.info("%s: same inputs as before, reused", out.name)
         trainer.method.predictor.load_state_dict(load_weights(out, "ssl")[0])
-        return _result(trainer, watch, out, 0, started, None)
-    first = _resume(trainer, watch, path, owner)
+        return _result(trainer, monitor, out, 0, started, None)
+    first = _resume(trainer, monitor, path, owner)
     job = {"iterations": iterations, "init": str(init or ""), "checkpoint": str(path), "owner": owner, "first": first}
-    with distributed.helped(labelled, unlabelled, settings, out.with_name(f"{out.stem}.share"), **job):
-        seconds = _run(trainer, watch, path, owner, logs or out.parent / "tracking")
+    with distributed.with_workers(labelled, unlabelled, settings, out.with_name(f"{out.stem}.share"), **job):
+        seconds = _run(trainer, monitor, path, owner, logs or out.parent / "tracking")
     trainer.refresh_statistics()
     save_weights(out, trainer.method.predictor.state_dict(), metadata)
     path.unlink(missing_ok=True)
     steps = iterations - first
-    return _result(trainer, watch, out, steps, started, seconds / steps if steps else None)
+    return _result(trainer, monitor, out, steps, started, seconds / steps if steps else None)
 
 
 def _result(
-    trainer: Trainer, watch: Watch, out: Path, steps: int, started: float, pace: float | None
+    trainer: Trainer, monitor: TrainingMonitor, out: Path, steps: int, started: float, pace: float | None
 ) -> dict[str, Any]:
     """What :func:`train` returns."""
     classes = trainer.class_probabilities(trainer.method.predictor, trainer.iterations)
     warn_of(classes)
     return {
-        "loss": watch.loss(100),
+        "loss": monitor.loss(100),
         "classes": classes,
         "not_learned": not_learned(classes),
         "seconds": time.monotonic() - started,
@@ -358,44 +344,44 @@ def _result(
     }
 
 
-def _resume(trainer: Trainer, watch: Watch, path: Path, owner: str) -> int:
+def _resume(trainer: Trainer, monitor: TrainingMonitor, path: Path, owner: str) -> int:
     """The step to go on from: 0 without a usable checkpoint of the same inputs."""
     kept = checkpoint.read(path, owner, trainer.device)
     if kept is not None:
         trainer.load_state(kept)
-        watch.start_at(kept["step"], kept["recent"])
-    logger.info("%s; steps %d to %d", trainer.describe(), watch.done, trainer.iterations)
-    return watch.done
+        monitor.start_at(kept["step"], kept["recent"])
+    logger.info("%s; steps %d to %d", trainer.describe(), monitor.done, trainer.iterations)
+    return monitor.done
 
 
-def _run(trainer: Trainer, watch: Watch, path: Path, owner: str, logs: Path) -> float:
+def _run(trainer: Trainer, monitor: TrainingMonitor, path: Path, owner: str, logs: Path) -> float:
     """The steps that are left, watched, checkpointed and tracked; returns the seconds they took."""
-    total, first = trainer.iterations, watch.done
+    total, first = trainer.iterations, monitor.done
     started = written = time.monotonic()
 
     def look(engine: Engine) -> None:
         logs: Any = engine.state.output
-        watch.see(logs)
-        watch.check_collapse(trainer.method.consistency_weight(1.0))
-        watch.tell()
+        monitor.update(logs)
+        monitor.check_collapse(trainer.method.consistency_weight(1.0))
+        monitor.report()
 
     def keep(_: Engine) -> None:
         nonlocal written
         now = time.monotonic()
-        due = watch.done % CHECKPOINT_EVERY == 0 or now - written > 60 * CHECKPOINT_MINUTES
-        if due and watch.done < total:
-            checkpoint.write(path, watch.done, owner, {**trainer.state(), "recent": watch.recent})
+        due = monitor.done % CHECKPOINT_EVERY == 0 or now - written > 60 * CHECKPOINT_MINUTES
+        if due and monitor.done < total:
+            checkpoint.write(path, monitor.done, owner, {**trainer.state(), "recent": monitor.recent})
             written = time.monotonic()
-            speed = (now - started) / (watch.done - first)
-            left = speed * (total - watch.done) / 60
+            speed = (now - started) / (monitor.done - first)
+            left = speed * (total - monitor.done) / 60
             logger.info(
                 "step %d of %d, loss %.4f, %.3f s a step, %.0f min left%s",
-                watch.done,
+                monitor.done,
                 total,
-                watch.loss(50),
+                monitor.loss(50),
                 speed,
                 left,
-                described(trainer.class_probabilities(trainer.method.student, watch.done)),
+                described(trainer.class_probabilities(trainer.method.student, monitor.done)),
             )
 
     engine = Engine(lambda _, number: trainer.step(number))
@@ -428,7 +414,7 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
     }
 
 
-def _blind(case: Prepared) -> Prepared:
+def without_label(case: Prepared) -> Prepared:
     """The case without anything that a label could have come from; its parent is a predicted one."""
     return Prepared(case.id, case.patient, case.image, case.grid, parent=case.parent)
 

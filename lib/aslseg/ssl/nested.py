@@ -17,8 +17,9 @@ import numpy as np
 from scipy import ndimage
 
 from aslseg.cases.prepare import Spacing
+from aslseg.cases.prepared import Prepared
 from aslseg.settings import Settings
-from aslseg.types import Labels, Prepared
+from aslseg.types import Labels
 from aslseg.volume.geometry import Grid, resize
 
 # names of the stages' tensors in a model file start with these

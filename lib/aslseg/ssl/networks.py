@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from monai.networks.nets import SegResNet, UNet
 from torch import Tensor, nn
 
@@ -168,10 +167,3 @@ def dynunet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
         kernels.append([3, 3, 3])
         strides.append(stride)
     return DynUNet(3, channels, classes, kernels, strides, strides[1:], filters=(16, 32, 64, 128, 160))
-
-
-def bfloat16_pays(device: torch.device) -> bool:
-    """Whether bf16 autocast is supported in hardware (AMX or AVX512-BF16 on CPUs, Ampere or later on GPUs)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aslseg.compute.augment import centre
+from aslseg.compute.device import bfloat16_pays, choose_device
+from aslseg.compute.fuse_batch_norm import fuse_batch_norm
+from aslseg.compute.losses import predictive_entropy
+from aslseg.compute.sliding_window import Blend, Where, out_of_memory, plans, slabs
+from aslseg.compute.weights import load_weights
 from aslseg.errors import BadWeightsError, NotEnoughMemoryError
 from aslseg.registry import NETWORKS
 from aslseg.settings import Settings
-from aslseg.ssl.augment import centre
-from aslseg.ssl.engine import choose_device
-from aslseg.ssl.folding import fold_batch_norm
-from aslseg.ssl.losses import predictive_entropy
 from aslseg.ssl.nested import (
     FIRST,
     Branch,
@@ -36,11 +38,8 @@ from aslseg.ssl.nested import (
     split,
     top_level,
 )
-from aslseg.ssl.networks import bfloat16_pays
 from aslseg.ssl.second_stage import plain
-from aslseg.ssl.windows import Blend, Where, out_of_memory, plans, slabs
 from aslseg.volume.geometry import resize
-from aslseg.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class SSLModel:
         self.metadata = metadata
         self.settings = settings
         self.device = choose_device(settings)
-        folded = fold_batch_norm(network)
+        folded = fuse_batch_norm(network)
         self.network = folded.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     @property
@@ -117,16 +116,16 @@ class SSLModel:
         """
         labels = self.settings.label_set
         values = np.empty((self.classes - regions, *image.shape[-3:]), np.float32)
-        doubt = np.empty(image.shape[-3:], np.float32) if uncertainty else None
+        uncertainty_map = np.empty(image.shape[-3:], np.float32) if uncertainty else None
 
         def take(where: Where, found: Tensor) -> None:
-            if doubt is not None:
-                doubt[where] = entropy(found).cpu().numpy()
+            if uncertainty_map is not None:
+                uncertainty_map[where] = entropy(found).cpu().numpy()
             p = found.cpu().numpy()
             values[:, *where] = labels.region_probabilities(p) if regions else p
 
         notes = self._slide(image, take, blend)
-        return Prediction(values, doubt, notes)
+        return Prediction(values, uncertainty_map, notes)
 
     def _slide(self, image: np.ndarray, take: Callable[[Where, Tensor], None], blend: Blend) -> tuple[str, ...]:
         """Give class probabilities slab by slab to ``take``, again from the start after a shortage; returns notes."""
@@ -307,7 +306,8 @@ def load(path: Path, settings: Settings) -> SSLModel | NestedModel:
 def stage_model(path: Path, state: dict[str, Tensor], metadata: dict[str, Any], settings: Settings) -> SSLModel:
     """One network of a file with what belongs to it."""
     outputs = metadata.get("outputs", len(metadata["labels"]) + 1)
-    network = NETWORKS.get(metadata["network"])(outputs, metadata["patch"], metadata.get("channels", 1))
+    channels = {"channels": metadata["channels"]} if metadata.get("channels", 1) > 1 else {}
+    network = NETWORKS.get(metadata["network"])(outputs, metadata["patch"], **channels)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

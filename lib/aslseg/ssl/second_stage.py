@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aslseg.cases.patches import ComponentSampler, Patch, PatchSampler
+from aslseg.cases.prepared import Prepared
+from aslseg.compute.augment import random_intensity
 from aslseg.settings import Settings
-from aslseg.ssl.augment import random_intensity
 from aslseg.ssl.lesions import Lesions
 from aslseg.ssl.nested import REACH_MM
-from aslseg.types import Prepared
 
 # the network sees the distance from the parent's border up to here
 EDGE_MM = 10.0

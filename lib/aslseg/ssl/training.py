@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from aslseg.cases.cache import arrays
 from aslseg.cases.prepare import Spacing, save_array
+from aslseg.cases.prepared import Prepared, arrays
+from aslseg.compute.weights import load_weights, save_weights
+from aslseg.files import sha256
 from aslseg.settings import Settings
 from aslseg.ssl import engine, nested
 from aslseg.ssl.nested import Branch, Geometry
 from aslseg.ssl.predict import load
-from aslseg.types import Prepared, Report, silent
-from aslseg.weights import load_weights, save_weights, sha256
+from aslseg.types import ProgressCallback, no_progress
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def train(
     spacing: Spacing,
     init: Path | None = None,
     logs: Path | None = None,
-    report: Report = silent,
+    report: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Train the SSL model. Arguments, result and errors are those of :func:`aslseg.ssl.engine.train`.
 
@@ -78,7 +79,7 @@ class _Run:
     spacing: Spacing
     init: Path | None
     logs: Path | None
-    report: Report
+    report: ProgressCallback
 
     def stage(
         self,
@@ -119,7 +120,7 @@ class _Run:
         save_weights(path, nested.split(state, prefix), {"kind": "ssl"})
         return path
 
-    def report_from(self, done: int, total: int) -> Report:
+    def report_from(self, done: int, total: int) -> ProgressCallback:
         """The report of a stage that begins at step ``done`` of ``total``."""
         return lambda step, _, **shown: self.report(done + step, total, **shown)
 
@@ -164,7 +165,7 @@ def _train_first(run: _Run, out: Path, steps: int, total: int) -> dict[str, Any]
 
 
 def _train_second(
-    run: _Run, out: Path, branch: Branch, geometry: Geometry, first: Any, steps: int, report: Report
+    run: _Run, out: Path, branch: Branch, geometry: Geometry, first: Any, steps: int, report: ProgressCallback
 ) -> dict[str, Any]:
     folder = out.with_name(f"{out.stem}.views")
     value = nested.top_level(run.settings.label_set).index(branch.parent) + 1

@@ -18,8 +18,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from aslseg.errors import AslsegError, BadImageError, BadLabelError, DiskFullError
+from aslseg.files import atomic_file
 from aslseg.types import Labels, Volume
-from aslseg.weights import atomic_file
 
 IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".mhd")
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -17,7 +17,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from aslseg.errors import BadSettingsError
-from aslseg.types import Report, Volume, silent
+from aslseg.types import ProgressCallback, Volume, no_progress
 from aslseg.volume.io import write_image, write_label
 
 SHAPE = (96, 96, 32)
@@ -144,7 +144,7 @@ def write_studies(
     shape: tuple[int, int, int] = SHAPE,
     difficulty: Difficulty | None = None,
     overwrite: bool = False,
-    report: Report = silent,
+    report: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Write a MONAI Label studies folder of phantoms; the same arguments give the same bytes.
 

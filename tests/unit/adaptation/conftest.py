@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from aslseg.adaptation.fields import random_field
+from aslseg.adaptation.geometry_mm import random_field
+from aslseg.cases.prepared import Prepared
 from aslseg.settings import Settings
-from aslseg.types import Prepared
 from aslseg.volume.geometry import Grid
 
 SPACING = (2.0, 2.0, 4.0)

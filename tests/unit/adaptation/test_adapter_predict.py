@@ -12,10 +12,10 @@ from monai.inferers import sliding_window_inference
 from aslseg.adaptation.network import AdaptationNetwork
 from aslseg.adaptation.predict import AdapterModel, load
 from aslseg.agreement.measures import dice
+from aslseg.compute.augment import centre
+from aslseg.compute.weights import save_weights
 from aslseg.errors import BadWeightsError
 from aslseg.settings import Settings
-from aslseg.ssl.augment import centre
-from aslseg.weights import save_weights
 
 METADATA = {
     "kind": "adapter",

@@ -14,12 +14,12 @@ from aslseg.adaptation import train as module
 from aslseg.adaptation.predict import load
 from aslseg.adaptation.synthetic import corrupt, dice, soften
 from aslseg.adaptation.train import Redraw, Samples, adaptation_loss, adapter_patch, crop, redraw_bank, train
+from aslseg.cases.prepared import Prepared
+from aslseg.compute.weights import load_weights, read_metadata
 from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
-from aslseg.sam.architecture import Architecture, build
-from aslseg.sam.build import SAMModel
+from aslseg.sam.modeling.architecture import Architecture, build
+from aslseg.sam.modeling.build import SAMModel
 from aslseg.settings import Settings
-from aslseg.types import Prepared
-from aslseg.weights import load_weights, read_metadata
 
 Maker = Callable[[int], Prepared]
 

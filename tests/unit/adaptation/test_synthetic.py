@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from aslseg.adaptation import synthetic
-from aslseg.adaptation.fields import box_of, components, random_field, signed_distance
+from aslseg.adaptation.geometry_mm import box_of, components, random_field, signed_distance
 from aslseg.adaptation.synthetic import (
     OPERATORS,
     calibrate,
@@ -106,7 +106,7 @@ def test_miss_takes_small_components_more_often() -> None:
 def test_fp_blob_adds_objects_away_from_the_true_one(blob: np.ndarray) -> None:
     added = 0
     for seed in range(10):
-        out = synthetic.fp_blob(blob, None, SPACING, np.random.default_rng(seed), 0.7)
+        out = synthetic.add_false_lesion(blob, None, SPACING, np.random.default_rng(seed), 0.7)
         assert (out >= blob).all()
         added += int(components(out, SPACING)[1].size > 1 or out.sum() > blob.sum())
     assert added == 10
@@ -126,7 +126,7 @@ def test_fp_image_follows_the_brightness_of_the_object(blob: np.ndarray, picture
 def test_over_under_grows_or_shrinks_and_nothing_else(blob: np.ndarray) -> None:
     kinds = set()
     for seed in range(20):
-        out = synthetic.over_under(blob, None, SPACING, np.random.default_rng(seed), 1.0)
+        out = synthetic.offset_border(blob, None, SPACING, np.random.default_rng(seed), 1.0)
         assert (out >= blob).all() or (out <= blob).all()
         kinds.add(int(np.sign(int(out.sum()) - int(blob.sum()))))
         assert signed_distance(blob, SPACING)[out].max() <= 6.0 + 1e-3
@@ -139,7 +139,8 @@ def test_over_under_reaches_equally_far_in_millimetres_along_all_axes() -> None:
     grown = next(
         out
         for seed in range(50)
-        if (out := synthetic.over_under(mask, None, SPACING, np.random.default_rng(seed), 1.0)).sum() > 1.5 * mask.sum()
+        if (out := synthetic.offset_border(mask, None, SPACING, np.random.default_rng(seed), 1.0)).sum()
+        > 1.5 * mask.sum()
     )
     box = box_of(grown, 0, SPACING)
     reach = [(20 - box[0].start) * 2.0, (20 - box[1].start) * 2.0, (10 - box[2].start) * 4.0]
@@ -200,7 +201,7 @@ def test_shift_moves_by_at_most_three_voxels(blob: np.ndarray) -> None:
 def test_slicedrop_changes_whole_slices(blob: np.ndarray) -> None:
     touched = 0
     for seed in range(10):
-        out = synthetic.slicedrop(blob, None, SPACING, np.random.default_rng(seed), 1.0)
+        out = synthetic.drop_slices(blob, None, SPACING, np.random.default_rng(seed), 1.0)
         for k in range(blob.shape[2]):
             same = [np.array_equal(out[:, :, k], s) for s in (blob[:, :, k], blob[:, :, k - 1])]
             assert any(same) or not out[:, :, k].any()

@@ -5,8 +5,9 @@ import pytest
 
 from aslseg.agreement.measures import Agreement
 from aslseg.agreement.verdict import Reference, Verdict, judge, reference, select
+from aslseg.cases.prepared import Prepared
 from aslseg.settings import Settings
-from aslseg.types import Labels, Prepared, Volume
+from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 
 LABELS = Labels.parse("liver,tumour", "tumour:liver")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from aslseg.cases.prepare import PreparedStore, automatic_patch, prepare, working_spacing
+from aslseg.cases.studies import Case
 from aslseg.errors import BadLabelError
 from aslseg.settings import Settings
-from aslseg.types import Case, Volume
+from aslseg.types import Volume
 from aslseg.volume import io
 from aslseg.volume.io import write_image, write_label
 from aslseg.volume.phantom import make_phantom

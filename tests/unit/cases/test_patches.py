@@ -9,8 +9,9 @@ import pytest
 
 from aslseg.cases.patches import KEPT_VOXELS, PatchSampler
 from aslseg.cases.prepare import automatic_patch
+from aslseg.cases.prepared import Prepared
 from aslseg.settings import load_settings
-from aslseg.types import Prepared, Volume
+from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from aslseg.cases.patches import PatchSampler
-from aslseg.types import Prepared, Volume
+from aslseg.cases.prepared import Prepared
+from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 
 SHAPE = (20, 18, 12)

@@ -6,37 +6,37 @@ from pathlib import Path
 
 import pytest
 
+from aslseg.files import write_json
 from aslseg.review.page import duration, render
 from aslseg.review.status import collect
 from aslseg.rounds.ledger import Entry, Ledger, Score
-from aslseg.settings import Places, load_settings
-from aslseg.weights import write_json
+from aslseg.settings import Paths, load_settings
 
 STORE = {"total": 3, "completed": 1, "label_tags": {"final": 1}}
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Places:
+def paths(tmp_path: Path) -> Paths:
     settings, _ = load_settings({"model_dir": str(tmp_path / "model")}, env={})
-    return Places(settings, tmp_path / "studies")
+    return Paths(settings, tmp_path / "studies")
 
 
-def status(places: Places, errors: list | None = None) -> dict:
-    return collect(load_settings({}, env={})[0], places, STORE, errors or [])
+def status(paths: Paths, errors: list | None = None) -> dict:
+    return collect(load_settings({}, env={})[0], paths, STORE, errors or [])
 
 
-def test_empty_start(places: Places) -> None:
-    found = status(places)
+def test_empty_start(paths: Paths) -> None:
+    found = status(paths)
     assert found["progress"] == {"state": "none"}
     assert [m["published"] for m in found["models"]] == [False, False, False]
     page = render(found)
     assert "No round has run yet" in page
     assert "3 scans, 1 with a human label" in page
-    assert not places.home.exists(), "looking leaves no traces"
+    assert not paths.home.exists(), "looking leaves no traces"
 
 
 @pytest.mark.parametrize("state", ["running", "done", "failed", "interrupted"])
-def test_progress(places: Places, state: str) -> None:
+def test_progress(paths: Paths, state: str) -> None:
     import os
 
     content = {
@@ -48,8 +48,8 @@ def test_progress(places: Places, state: str) -> None:
         "stages": 9,
     }
     content |= {"eta": 720, "part": 0.25, "numbers": {"loss": 0.3}, "error": "disk full", "seconds": {}}
-    write_json(places.home / "progress.json", content)
-    page = render(status(places))
+    write_json(paths.home / "progress.json", content)
+    page = render(status(paths))
     expected = {
         "running": "12 min",
         "done": "Round 4 is done",
@@ -59,14 +59,14 @@ def test_progress(places: Places, state: str) -> None:
     assert expected[state] in page
 
 
-def test_names_are_escaped_and_nothing_is_fetched(places: Places) -> None:
+def test_names_are_escaped_and_nothing_is_fetched(paths: Paths) -> None:
     evil = "<script>alert(1)</script>"
-    ledger = Ledger(places.ledger)
+    ledger = Ledger(paths.ledger)
     ledger.set_scores([Score(evil, 1, 0.5, {})])
     ledger.append([Entry("opened", 1), Entry("failed", 1, details={"error": evil})])
     details = {"sha256": "0", "agreement": {evil: 0.9, "tumour": None}, "threshold": {}, "models": {}}
     ledger.append([Entry("mask", 1, evil, "aslseg_pseudo", details)])
-    page = render(status(places, [{"model": evil, "time": None, "lines": [evil]}]))
+    page = render(status(paths, [{"model": evil, "time": None, "lines": [evil]}]))
     assert evil not in page
     assert page.count("&lt;script&gt;") == 6
     assert "http:" not in page
@@ -74,10 +74,10 @@ def test_names_are_escaped_and_nothing_is_fetched(places: Places) -> None:
     assert "<script" not in page
 
 
-def test_damaged_ledger_is_told_not_thrown(places: Places) -> None:
-    places.home.mkdir(parents=True)
-    places.ledger.write_bytes(b"no database at all" * 100)
-    assert "restore the file" in render(status(places))
+def test_damaged_ledger_is_told_not_thrown(paths: Paths) -> None:
+    paths.home.mkdir(parents=True)
+    paths.ledger.write_bytes(b"no database at all" * 100)
+    assert "restore the file" in render(status(paths))
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "unknown"), (45, "45 s"), (720, "12 min"), (12000, "3 h 20 min")])

@@ -172,6 +172,6 @@ def test_a_damaged_or_newer_file_gives_a_clear_error(ledger: Ledger) -> None:
 def test_importing_the_ledger_imports_no_torch() -> None:
     import subprocess
 
-    modules = "aslseg.rounds.ledger, aslseg.rounds.publish, aslseg.rounds.progress, aslseg.cli"
+    modules = "aslseg.rounds.ledger, aslseg.models.published, aslseg.rounds.progress, aslseg.cli"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

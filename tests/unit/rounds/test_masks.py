@@ -12,11 +12,18 @@ from hypothesis import strategies as st
 
 from aslseg.cases.studies import ORIGINAL, PSEUDO, read_studies
 from aslseg.errors import LedgerError
+from aslseg.files import sha256
 from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.masks import KEEP_ROUNDS, MaskStore, changes, check, roll_back, settle
-from aslseg.settings import Places, Settings
+from aslseg.rounds.masks import (
+    KEEP_ROUNDS,
+    MaskStore,
+    plan_label_changes,
+    roll_back,
+    sync_label_files,
+    verify_label_files,
+)
+from aslseg.settings import Paths, Settings
 from aslseg.volume.io import write_label
-from aslseg.weights import sha256
 
 CASES = ("a", "b", "c")
 COMMON = {"agreement": {}, "threshold": {}, "models": {}}
@@ -30,9 +37,9 @@ class Folder:
         self.root.mkdir()
         for case in CASES:
             (self.root / f"{case}.nii.gz").write_bytes(b"scan")
-        self.places = Places(Settings(model_dir=str(root / "models")), self.root)
-        self.ledger = Ledger(self.places.ledger)
-        self.store = MaskStore(self.places.home)
+        self.paths = Paths(Settings(model_dir=str(root / "models")), self.root)
+        self.ledger = Ledger(self.paths.ledger)
+        self.store = MaskStore(self.paths.home)
 
     def round(self, promoted: dict[str, int], shown: dict[str, int], carry_out: bool = True) -> int:
         """A round that promotes and shows masks full of a value."""
@@ -41,9 +48,9 @@ class Folder:
             details = {
                 c: COMMON | {"sha256": self.store.add(np.full((2, 2, 2), v), np.eye(4))} for c, v in wanted.items()
             }
-            self.ledger.append(changes(self.ledger, read_studies(self.root), tag, number, details))
+            self.ledger.append(plan_label_changes(self.ledger, read_studies(self.root), tag, number, details))
         if carry_out:
-            settle(self.ledger, read_studies(self.root), self.places)
+            sync_label_files(self.ledger, read_studies(self.root), self.paths)
         self.ledger.close_round(number, {})
         return number
 
@@ -72,42 +79,42 @@ def test_files_are_what_the_ledger_says_after_any_history(history: list[tuple]) 
         before: dict[int, dict[str, str]] = {}
         for operation in history:
             if operation[0] == "round":
-                settle(folder.ledger, read_studies(folder.root), folder.places)
+                sync_label_files(folder.ledger, read_studies(folder.root), folder.paths)
                 state = folder.files()
                 before[folder.round(*operation[1:])] = state
             elif operation[0] == "human":
                 folder.human(operation[1])
             elif operation[1] in before:
                 undone = {r.number for r in folder.ledger.rounds() if r.state == "rolled back"}
-                roll_back(folder.places, operation[1])
+                roll_back(folder.paths, operation[1])
                 if operation[1] not in undone:
                     human = {p.name for p in (folder.root / "labels" / "final").glob("*")}
                     wanted = {k: v for k, v in before[operation[1]].items() if k.split("/")[1] not in human}
                     assert folder.files() == wanted
-        settle(folder.ledger, read_studies(folder.root), folder.places)
-        assert check(folder.places) == []
-        assert settle(folder.ledger, read_studies(folder.root), folder.places) == []
+        sync_label_files(folder.ledger, read_studies(folder.root), folder.paths)
+        assert verify_label_files(folder.paths) == []
+        assert sync_label_files(folder.ledger, read_studies(folder.root), folder.paths) == []
 
 
 def test_rollback_removes_what_a_killed_round_left_behind_the_ledger(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     first = folder.round({"a": 0}, {})
     folder.round({"a": 1}, {}, carry_out=False)
-    roll_back(folder.places, first)
+    roll_back(folder.paths, first)
     assert folder.files() == {}
 
 
 def test_check_names_what_was_changed_or_lost(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.round({"a": 1}, {"a": 1, "b": 2})
-    assert check(folder.places) == []
+    assert verify_label_files(folder.paths) == []
     (folder.root / "labels" / ORIGINAL / "b.nii.gz").unlink()
     (folder.root / "labels" / PSEUDO / "a.nii.gz").write_bytes(b"other")
-    first, second = check(folder.places)
+    first, second = verify_label_files(folder.paths)
     assert "aslseg_pseudo/a.nii.gz: not what round 1 wrote" in first
     assert "original/b.nii.gz: missing" in second
-    settle(folder.ledger, read_studies(folder.root), folder.places)
-    assert check(folder.places) == []
+    sync_label_files(folder.ledger, read_studies(folder.root), folder.paths)
+    assert verify_label_files(folder.paths) == []
 
 
 def test_somebody_elses_file_is_never_deleted(tmp_path: Path) -> None:
@@ -132,9 +139,9 @@ def test_masks_of_old_rounds_are_let_go(tmp_path: Path) -> None:
         folder.store.prune(folder.ledger)
     assert len(list(folder.store.folder.iterdir())) == KEEP_ROUNDS + 1
     with pytest.raises(LedgerError, match="no longer kept"):
-        roll_back(folder.places, 3)
-    roll_back(folder.places, 4)
-    assert check(folder.places) == []
+        roll_back(folder.paths, 3)
+    roll_back(folder.paths, 4)
+    assert verify_label_files(folder.paths) == []
     # before the first round there was nothing, which needs no mask
-    roll_back(folder.places, 1)
+    roll_back(folder.paths, 1)
     assert folder.files() == {}

@@ -13,16 +13,17 @@ import pytest
 
 from aslseg.agreement.verdict import Verdict
 from aslseg.cases.split import hash_fraction
+from aslseg.compute.weights import read_metadata
 from aslseg.errors import BadWeightsError, LedgerError, NoModelError, NotEnoughCasesError, RoundRunningError
-from aslseg.rounds import gate, recipes, stages
+from aslseg.rounds import gate, pipeline
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.lock import round_lock
-from aslseg.rounds.masks import check, roll_back
+from aslseg.rounds.masks import roll_back, verify_label_files
 from aslseg.rounds.progress import read_progress
+from aslseg.rounds.recipes import aslseg
 from aslseg.rounds.run import rank_studies, run_round, train_stage
-from aslseg.settings import Places
+from aslseg.settings import Paths
 from aslseg.volume.io import read_image, write_label
-from aslseg.weights import read_metadata
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
 
@@ -30,8 +31,8 @@ from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_stud
 def test_two_rounds_rank_and_rollback(tmp_path: Path) -> None:
     studies = tiny_studies(tmp_path)
     settings = tiny_settings(tmp_path, promote_fraction=0.5)
-    places = Places(settings, studies)
-    ledger = Ledger(places.ledger)
+    paths = Paths(settings, studies)
+    ledger = Ledger(paths.ledger)
     human = {k: v for k, v in label_hashes(studies).items() if k.startswith("final/")}
     stray = studies / "labels" / "original" / "phantom_003.nii.gz"
     stray.parent.mkdir()
@@ -53,12 +54,12 @@ def test_two_rounds_rank_and_rollback(tmp_path: Path) -> None:
     ]
     assert [k for k in after_first if "pseudo" in k] == [f"aslseg_pseudo/{c}.nii.gz" for c in first["promoted"]]
     assert [t["part"] for t in told] == sorted(t["part"] for t in told)
-    assert read_progress(places.home / "progress.json")["state"] == "done"
+    assert read_progress(paths.home / "progress.json")["state"] == "done"
     scan = nib.load(studies / "phantom_005.nii.gz")
     mask = nib.load(studies / "labels" / "original" / "phantom_005.nii.gz")
     np.testing.assert_allclose(mask.affine, scan.affine)
     assert mask.shape == scan.shape
-    sidecar = json.loads((places.home / "original" / "phantom_005.json").read_text())
+    sidecar = json.loads((paths.home / "original" / "phantom_005.json").read_text())
     assert sidecar["params"]["label_names"] == {"liver": 1, "tumour": 2}
     assert sidecar["round"] == 1
     promotions = ledger.promotions()
@@ -75,28 +76,28 @@ def test_two_rounds_rank_and_rollback(tmp_path: Path) -> None:
     assert second["models"]["adapter"] == first["models"]["adapter"]
     assert "sam" not in second["measured"]
     assert ledger.verify() is None
-    assert check(places) == []
+    assert verify_label_files(paths) == []
 
     scores = rank_studies(studies, settings)
     assert list(scores.values()) == sorted(scores.values())
     assert [s.case for s in ledger.scores()] == list(scores)
 
     with pytest.raises(LedgerError, match="there is no round 7"):
-        roll_back(places, 7)
-    roll_back(places, 2)
+        roll_back(paths, 7)
+    roll_back(paths, 2)
     assert label_hashes(studies) == after_first
     assert published_hashes(settings, studies) == models_first
-    roll_back(places, 1)
+    roll_back(paths, 1)
     assert label_hashes(studies) == human | {
         "original/phantom_003.nii.gz": label_hashes(studies)["original/phantom_003.nii.gz"]
     }
     assert stray.read_bytes() == b"somebody's own mask"
     assert published_hashes(settings, studies) == {}
-    assert not (places.home / "original" / "phantom_005.json").exists()
-    assert "rolled back before" in roll_back(places, 1)[0]
+    assert not (paths.home / "original" / "phantom_005.json").exists()
+    assert "rolled back before" in roll_back(paths, 1)[0]
     assert [r.state for r in ledger.rounds()] == ["rolled back", "rolled back"]
     assert {p.status for p in ledger.promotions(active_only=False)} == {"rolled back"}
-    assert check(places) == []
+    assert verify_label_files(paths) == []
 
 
 @pytest.mark.usefixtures("plausible")
@@ -108,11 +109,11 @@ def test_a_human_label_saved_during_the_round_wins(tmp_path: Path, monkeypatch: 
         shutil.copy(tmp_path / "studies_truth" / "phantom_004.nii.gz", final)
         return Verdict(True)
 
-    monkeypatch.setattr(recipes, "judge", judged_while_someone_saves)
+    monkeypatch.setattr(aslseg, "judge", judged_while_someone_saves)
     summary = run_round(studies, settings)
     assert summary["promoted"] == ["phantom_003", "phantom_005"]
     assert "original/phantom_004.nii.gz" not in label_hashes(studies)
-    ledger = Ledger(Places(settings, studies).ledger)
+    ledger = Ledger(Paths(settings, studies).ledger)
     assert [e.case for e in ledger.events(kinds=("note",))] == ["phantom_004", "phantom_004"]
     # a promoted case that a human labels later leaves the promoted ones at the next round
     shutil.copy(tmp_path / "studies_truth" / "phantom_003.nii.gz", final)
@@ -128,13 +129,13 @@ def test_validation_is_never_learned_from_nor_promoted(tmp_path: Path, monkeypat
     shutil.copy(studies / f"{judge}.nii.gz", studies / "copy.nii.gz")
     (studies / "patients.csv").write_text(f"case,patient,role\n{judge},P,validation\nphantom_005,P,\n")
     seen: list[set[str]] = []
-    train = stages.engine.train
+    train = pipeline.engine.train
 
     def watched(labelled: Any, unlabelled: Any, *rest: Any, **more: Any) -> Any:
         seen.append({c.id for c in (*labelled, *unlabelled)})
         return train(labelled, unlabelled, *rest, **more)
 
-    monkeypatch.setattr(stages.engine, "train", watched)
+    monkeypatch.setattr(pipeline.engine, "train", watched)
     summary = run_round(studies, settings)
     learned = set().union(*seen)
     assert not learned & {judge, "copy", "phantom_005"}
@@ -142,7 +143,7 @@ def test_validation_is_never_learned_from_nor_promoted(tmp_path: Path, monkeypat
     assert f"validation case {judge}" in summary["skipped"]["copy"]
     # the other scan of the validation patient still gets a mask that clients can show
     assert (studies / "labels" / "original" / "phantom_005.nii.gz").exists()
-    assert Ledger(Places(settings, studies).ledger).validation_patients() == {"P"}
+    assert Ledger(Paths(settings, studies).ledger).validation_patients() == {"P"}
 
 
 @pytest.mark.usefixtures("quick")
@@ -194,9 +195,9 @@ def test_no_labelled_case_and_no_readable_label(tmp_path: Path) -> None:
     (final / "phantom_000.nii.gz").write_bytes(b"no image")
     with pytest.raises(NotEnoughCasesError, match=r"phantom_000\.nii\.gz"):
         run_round(studies, settings)
-    places = Places(settings, studies)
-    assert read_progress(places.home / "progress.json")["state"] == "failed"
-    row = Ledger(places.ledger).rounds()[0]
+    paths = Paths(settings, studies)
+    assert read_progress(paths.home / "progress.json")["state"] == "failed"
+    row = Ledger(paths.ledger).rounds()[0]
     assert row.state == "open"
     assert "phantom_000" in str(row.error)
     with pytest.raises(NotEnoughCasesError, match="no such folder"):
@@ -205,13 +206,13 @@ def test_no_labelled_case_and_no_readable_label(tmp_path: Path) -> None:
 
 def test_a_second_round_and_a_rollback_wait_for_the_first(tmp_path: Path) -> None:
     studies, settings = tiny_studies(tmp_path, cases=2, labelled=1), tiny_settings(tmp_path)
-    places = Places(settings, studies)
-    Ledger(places.ledger).open_round({})
-    with round_lock(places.home):
+    paths = Paths(settings, studies)
+    Ledger(paths.ledger).open_round({})
+    with round_lock(paths.home):
         with pytest.raises(RoundRunningError, match="already running"):
             run_round(studies, settings)
         with pytest.raises(RoundRunningError, match="already running"):
-            roll_back(places, 1)
+            roll_back(paths, 1)
 
 
 @pytest.mark.usefixtures("quick")
@@ -242,10 +243,10 @@ def test_the_working_spacing_is_kept_once_a_model_is_published(tmp_path: Path) -
     studies = tiny_studies(tmp_path, cases=3, labelled=2)
     settings = tiny_settings(tmp_path, max_working_voxels=2000)
     train_stage("ssl", studies, settings)
-    places = Places(settings, studies)
-    kept = read_metadata(next(places.models.glob("ssl-*")))["spacing"]
+    paths = Paths(settings, studies)
+    kept = read_metadata(next(paths.models.glob("ssl-*")))["spacing"]
     train_stage("ssl", studies, tiny_settings(tmp_path, max_working_voxels=4000, seed=4))
-    assert {tuple(read_metadata(p)["spacing"]) for p in places.models.glob("ssl-*")} == {tuple(kept)}
+    assert {tuple(read_metadata(p)["spacing"]) for p in paths.models.glob("ssl-*")} == {tuple(kept)}
     # a spacing that is asked for is taken, and the published model is judged on its own grid
     coarse = train_stage("ssl", studies, tiny_settings(tmp_path, spacing="16,16,20"))
     assert "Dice" in coarse["published"][0]

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from aslseg.sam.architecture import build
-from aslseg.sam.build import SAMModel
+from aslseg.cases.prepared import Prepared
+from aslseg.compute.weights import save_weights
+from aslseg.sam.modeling.architecture import build
+from aslseg.sam.modeling.build import SAMModel
 from aslseg.settings import Settings
-from aslseg.types import Prepared, Volume
+from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
-from aslseg.weights import save_weights
 from seeing_sam import TINY
 
 

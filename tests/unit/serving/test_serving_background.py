@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from aslseg.sam.architecture import build
-from aslseg.sam.build import SAMModel
-from aslseg.sam.embeddings import EmbeddingCache
-from aslseg.sam.turns import clock, give_way, held
+from aslseg.compute.click_priority import clock, held, yield_to_clicks
+from aslseg.sam.modeling.architecture import build
+from aslseg.sam.modeling.build import SAMModel
+from aslseg.sam.predictor.embeddings import EmbeddingCache
 from aslseg.serving.background import Background
 from seeing_sam import TINY
 
@@ -108,7 +108,7 @@ def test_a_slice_that_is_being_encoded_stands_still_while_somebody_clicks() -> N
 
     def encode() -> bool:
         for block in range(200):
-            give_way()
+            yield_to_clicks()
             seen.append(block)
             begun.set()
             time.sleep(0.01)
@@ -158,7 +158,7 @@ def test_a_click_gets_the_lock_of_an_answer_that_stands_still() -> None:
         with held(lock):
             begun.set()
             for _ in range(20):
-                give_way()
+                yield_to_clicks()
                 time.sleep(0.01)
         return False
 
@@ -179,7 +179,7 @@ def test_time_that_a_slice_stood_still_does_not_count_as_encoding() -> None:
         start = clock()
         begun.set()
         time.sleep(0.05)
-        give_way()
+        yield_to_clicks()
         taken.append(clock() - start)
         return False
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from aslseg.sam.architecture import Architecture, build
-from aslseg.sam.build import SAMModel
-from aslseg.serving.cascade import Scans
+from aslseg.models.loaded import Models
+from aslseg.sam.modeling.architecture import Architecture, build
+from aslseg.sam.modeling.build import SAMModel
+from aslseg.serving.cascade_cache import CascadeCache
+from aslseg.serving.clicks import ClickSessions, ClickTask
+from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.infer import SessionUpload, Upload, answer
-from aslseg.serving.interactive import ClickTask, Desk
-from aslseg.serving.models import Models
-from aslseg.serving.refusals import RefusedError
-from aslseg.settings import Places, Settings
+from aslseg.settings import Paths, Settings
 from aslseg.volume.geometry import Grid
 from aslseg.volume.io import read_image
 from seeing_sam import Sees
@@ -35,10 +35,10 @@ class Served:
     def __init__(self, folder: Path, **settings: Any) -> None:
         torch.manual_seed(0)
         chosen = Settings(model_dir=str(folder / "models"), device="cpu", embedding_disk_gb=0, **settings)
-        self.models = Models(chosen, Places(chosen, folder))
+        self.models = Models(chosen, Paths(chosen, folder))
         self.models.get = lambda kind: self.sam  # type: ignore[method-assign]
         self.sam, self.folder = Sees(SAMModel(build(TINY), TINY)), folder
-        scans, self.desk = Scans(self.models), Desk(self.models)
+        scans, self.desk = CascadeCache(self.models), ClickSessions(self.models)
         self.tasks = {
             "sam": ClickTask(scans, self.desk, ""),
             "sam_2d": ClickTask(scans, self.desk, "", dimension=2),

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from aslseg.sam.architecture import Architecture, build
-from aslseg.sam.embeddings import EmbeddingCache
-from aslseg.sam.store import EmbeddingStore
+from aslseg.compute.weights import save_weights
+from aslseg.models.loaded import Models
+from aslseg.sam.modeling.architecture import Architecture, build
+from aslseg.sam.predictor.embedding_store import EmbeddingStore
+from aslseg.sam.predictor.embeddings import EmbeddingCache
 from aslseg.serving.embed import embed_studies
-from aslseg.serving.models import Models
-from aslseg.serving.pictures import Pictures
-from aslseg.settings import Places, Settings
-from aslseg.weights import save_weights
+from aslseg.serving.open_scans import ScanCache
+from aslseg.settings import Paths, Settings
 
 TINY = Architecture(64, 8, 32, 1, 2, 4, (0,), 32, 64, 4)
 
@@ -53,10 +53,10 @@ def test_waiting_scans_are_encoded_and_found_again(studies: Path, settings: Sett
     assert done["cases"] == ["a", "b"]
     assert (done["slices"], done["encoded"]) == (13 + 24, 37), "five slices around the mask of a, all of b"
     assert list(done["skipped"]) == ["d"]
-    places = Places(settings, studies)
-    model = Models(settings, places).get("sam")
-    cache = EmbeddingCache(0, EmbeddingStore(places.cache / "embeddings", 1e9))
-    opened = Pictures(settings).open(studies / "a.nii.gz")
+    paths = Paths(settings, studies)
+    model = Models(settings, paths).get("sam")
+    cache = EmbeddingCache(0, EmbeddingStore(paths.cache / "embeddings", 1e9))
+    opened = ScanCache(settings).open(studies / "a.nii.gz")
     assert [k for k in range(24) if cache.has(opened.picture.name(k, model))] == list(range(4, 17))
     again = embed_studies(studies, settings, 10)
     assert (again["slices"], again["encoded"]) == (37, 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from aslseg.prompts.from_client import parse
-from aslseg.serving.pictures import Turn
+from aslseg.serving.open_scans import SliceOrientation
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 
@@ -32,7 +32,7 @@ def test_all_orientations(codes: str, native: bool) -> None:
     shape, affine = (10, 12, 14), affine_of(codes)
     array = np.zeros(shape, np.float32)
     array[2:5, 6:9, 9:13] = 1
-    turn = Turn.of(shape, affine, native)
+    turn = SliceOrientation.of(shape, affine, native)
     asked = parse({"foreground": [[3, 7, 11]], "background": [[8, 1, 2]], "roi": [4, 2, 6, 8, 12, 9]}, shape)
     moved, view = turn.prompt(asked), turn.view(array)
     assert view[tuple(moved.foreground[0])] == 1
@@ -53,6 +53,6 @@ def test_all_orientations(codes: str, native: bool) -> None:
 
 def test_a_scan_of_sagittal_slices_is_sliced_as_it_was_made() -> None:
     sagittal = affine_of("PSR", (0.9, 0.9, 5.0))
-    turn = Turn.of((64, 64, 20), sagittal, native=False)
+    turn = SliceOrientation.of((64, 64, 20), sagittal, native=False)
     assert (turn.axes[2], turn.sliced) == (2, 0)
-    assert Turn.of((64, 64, 20), affine_of("PSR", (0.9, 0.9, 1.0)), native=False).sliced == 2
+    assert SliceOrientation.of((64, 64, 20), affine_of("PSR", (0.9, 0.9, 1.0)), native=False).sliced == 2

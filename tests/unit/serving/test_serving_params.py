@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from aslseg.serving.params import clean, parse
-from aslseg.serving.refusals import RefusedError
+from aslseg.serving.http_errors import RefusedError
+from aslseg.serving.params import parse, validate_params
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ from aslseg.serving.refusals import RefusedError
 )
 def test_refused(params: Any, match: str) -> None:
     with pytest.raises(RefusedError, match=match):
-        clean(params)
+        validate_params(params)
 
 
 @pytest.mark.parametrize("text", ["{", "NaN", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 100_000, '{"a": Infinity}'])
@@ -52,11 +52,11 @@ def test_what_slicer_and_ohif_send_passes() -> None:
         "client_id": "user-xyz",
         "restore_label_idx": False,
     }
-    assert clean({**slicer, "liver": [[1, 2, 3]], "sw_overlap": 0.3}) == slicer
+    assert validate_params({**slicer, "liver": [[1, 2, 3]], "sw_overlap": 0.3}) == slicer
     assert parse('{"roi": [5, 1, 2, 9, 0, 3]}') == {"roi": [5, 1, 2, 9, 0, 3]}
 
 
 @pytest.mark.parametrize("label", ["roi", "points"])
 def test_a_segment_that_is_called_like_a_parameter_has_no_clicks_under_its_name(label: str) -> None:
     values = {"roi": [5, 1, 2, 9, 0, 3], "points": [[1, 2, 3]]}
-    assert clean({"label": label, **values}) == {"label": label, **values}
+    assert validate_params({"label": label, **values}) == {"label": label, **values}

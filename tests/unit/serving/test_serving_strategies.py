@@ -9,7 +9,7 @@ import pytest
 
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.serving.scoring import AgreementScoring
-from aslseg.serving.strategies import Leases, Random, Ranked
+from aslseg.serving.strategies import ByAgreement, Leases, Random
 
 
 class Store:
@@ -34,14 +34,14 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def test_lowest_and_highest_first_without_labelled_ones(ledger: Ledger) -> None:
     store = Store(["a", "b", "c", "new"])
-    lowest = Ranked(ledger, Leases(), False, "")({"client_id": "ann"}, store)
+    lowest = ByAgreement(ledger, Leases(), False, "")({"client_id": "ann"}, store)
     assert (lowest["id"], lowest["agreement"], lowest["rank"]) == ("b", 0.2, 1)
     assert "lowest agreement" in lowest["reason"]
-    assert Ranked(ledger, Leases(), True, "")({"client_id": "ann"}, store)["id"] == "a"
+    assert ByAgreement(ledger, Leases(), True, "")({"client_id": "ann"}, store)["id"] == "a"
 
 
 def test_without_scores_in_the_order_of_names(tmp_path: Path) -> None:
-    result = Ranked(Ledger(tmp_path / "none.sqlite"), Leases(), False, "")({}, Store(["y", "x"]))
+    result = ByAgreement(Ledger(tmp_path / "none.sqlite"), Leases(), False, "")({}, Store(["y", "x"]))
     assert (result["id"], result["agreement"]) == ("x", None)
     assert not (tmp_path / "none.sqlite").exists()
 
@@ -49,7 +49,7 @@ def test_without_scores_in_the_order_of_names(tmp_path: Path) -> None:
 def test_two_annotators_never_share_until_the_lease_ends(ledger: Ledger) -> None:
     now = [0.0]
     leases, store = Leases(60, lambda: now[0]), Store(["a", "b", "c"])
-    strategy = Ranked(ledger, leases, False, "")
+    strategy = ByAgreement(ledger, leases, False, "")
     order = [strategy({"client_id": who}, store)["id"] for who in ("ann", "bob", "ann", "bob", "eve")]
     assert order == ["b", "c", "b", "c", "a"]
     now[0] = 61
@@ -57,13 +57,13 @@ def test_two_annotators_never_share_until_the_lease_ends(ledger: Ledger) -> None
 
 
 def test_nobody_in_particular_gets_another_each_time(ledger: Ledger) -> None:
-    strategy, store = Ranked(ledger, Leases(), False, ""), Store(["a", "b", "c"])
+    strategy, store = ByAgreement(ledger, Leases(), False, ""), Store(["a", "b", "c"])
     assert {strategy({"client_id": "user-xyz"}, store)["id"] for _ in range(3)} == {"a", "b", "c"}
     assert strategy({"client_id": "user-xyz"}, store)["id"] == "b", "all are held: better than no work"
 
 
 def test_nothing_left(ledger: Ledger) -> None:
-    assert Ranked(ledger, Leases(), False, "")({}, Store([])) == {}
+    assert ByAgreement(ledger, Leases(), False, "")({}, Store([])) == {}
     assert Random(Leases(), np.random.default_rng(0))({}, Store([])) == {}
 
 

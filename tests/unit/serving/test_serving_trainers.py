@@ -10,7 +10,7 @@ import pytest
 from aslseg.errors import NotEnoughCasesError
 from aslseg.serving import trainers
 from aslseg.serving.trainers import Trainer, trainer_stats
-from aslseg.settings import Places, load_settings
+from aslseg.settings import Paths, load_settings
 
 SETTINGS, _ = load_settings({}, env={})
 
@@ -36,8 +36,8 @@ def test_progress_in_the_words_of_the_clients() -> None:
 
 
 def test_a_pacs_is_no_studies_folder() -> None:
-    places = Places(SETTINGS, "http://127.0.0.1:1/dicom-web")
-    trainer = Trainer(SETTINGS, places, lambda *_, **__: {}, "")
+    paths = Paths(SETTINGS, "http://127.0.0.1:1/dicom-web")
+    trainer = Trainer(SETTINGS, paths, lambda *_, **__: {}, "")
     with pytest.raises(NotEnoughCasesError, match="local studies folder"):
         trainer({}, None)  # type: ignore[arg-type]
 
@@ -45,7 +45,7 @@ def test_a_pacs_is_no_studies_folder() -> None:
 def test_ends_when_its_server_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parents = iter([100, 100, 1])
     monkeypatch.setattr(trainers.os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(trainers, "step_back", lambda *_, **__: None)  # this is the tests' own process
+    monkeypatch.setattr(trainers, "lower_priority", lambda *_, **__: None)  # this is the tests' own process
     reported = []
 
     def work(studies: Path, settings: Any, report: Any) -> dict[str, Any]:
@@ -55,5 +55,5 @@ def test_ends_when_its_server_is_gone(tmp_path: Path, monkeypatch: pytest.Monkey
         return {}
 
     with pytest.raises(SystemExit, match="goes on"):
-        Trainer(SETTINGS, Places(SETTINGS, tmp_path), work, "")({}, None)  # type: ignore[arg-type]
+        Trainer(SETTINGS, Paths(SETTINGS, tmp_path), work, "")({}, None)  # type: ignore[arg-type]
     assert reported == [0]

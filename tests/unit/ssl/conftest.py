@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from aslseg.cases.prepared import Prepared
 from aslseg.settings import load_settings
-from aslseg.types import Prepared, Volume
+from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 
 

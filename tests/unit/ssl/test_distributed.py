@@ -13,9 +13,9 @@ import pytest
 import torch
 import two_processes
 
+from aslseg.compute.weights import load_weights
 from aslseg.errors import BadSettingsError
 from aslseg.ssl import distributed, engine
-from aslseg.weights import load_weights
 from tiny_rounds import tiny_settings, tiny_studies
 
 
@@ -77,13 +77,13 @@ def test_batches_that_cannot_be_shared_out(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     settings = two_processes.settings()
     with pytest.raises(BadSettingsError, match=r"accumulate is 2, but 3 processes.*--conf accumulate 3"):
-        distributed.join(settings)
+        distributed.init(settings)
 
 
 def test_one_process_needs_no_group():
     tensors = [torch.ones(2), torch.zeros(3)]
-    distributed.total(tensors)
-    distributed.mean(tensors)
+    distributed.all_reduce_sum(tensors)
+    distributed.all_reduce_mean(tensors)
     assert (distributed.rank(), distributed.world()) == (0, 1)
     assert torch.equal(tensors[0], torch.ones(2))
     assert distributed.mean_numbers({"b": 2.0, "a": 1.0}) == {"b": 2.0, "a": 1.0}

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from aslseg.errors import TrainingDivergedError
 from aslseg.ssl import checkpoint, compiling, engine
+from aslseg.ssl.monitor import TrainingMonitor
 from aslseg.ssl.networks import VNet
-from aslseg.ssl.watch import Watch
-from aslseg.types import silent
+from aslseg.types import no_progress
 
 
 @pytest.fixture
@@ -117,13 +117,13 @@ def test_gradients_that_are_not_finite_are_skipped_and_then_the_end(make_case, q
     assert (other.skipped, other.skipped_in_a_row) == (39, 20)
 
 
-def seen(total: int, *runs: tuple[int, float, float]) -> Watch:
+def seen(total: int, *runs: tuple[int, float, float]) -> TrainingMonitor:
     """A watch after some steps of (how many, predicted, labelled foreground); the loss counts up from 1."""
-    watch = Watch(total, silent)
+    monitor = TrainingMonitor(total, no_progress)
     for steps, predicted, true in runs:
         for _ in range(steps):
-            watch.see({"loss": watch.done + 1.0, "foreground": predicted, "truth": true})
-    return watch
+            monitor.update({"loss": monitor.done + 1.0, "foreground": predicted, "truth": true})
+    return monitor
 
 
 def test_collapse_below_a_tenth_of_the_labelled_foreground():
@@ -140,21 +140,21 @@ def test_collapse_below_a_tenth_of_the_labelled_foreground():
 
 def test_a_collapse_is_told_with_the_weight_in_effect(make_case, quick, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(Watch, "check_collapse", lambda self, consistency: told.append(consistency))
+    monkeypatch.setattr(TrainingMonitor, "check_collapse", lambda self, consistency: told.append(consistency))
     monkeypatch.setattr(engine, "STATISTICS_BATCHES", 0)
     engine.train([make_case(0)], [], quick(ssl_method="dtc"), tmp_path / "m.safetensors", iterations=1, spacing=None)
     assert told == [1.0]
 
 
 def test_the_watch_goes_on_after_an_interruption():
-    watch = seen(1000, (150, 0.0, 0.1))
-    resumed = Watch(1000, silent)
-    resumed.start_at(watch.done, watch.recent)
-    resumed.see({"loss": 153.0, "foreground": 0.2, "truth": 0.3})
+    monitor = seen(1000, (150, 0.0, 0.1))
+    resumed = TrainingMonitor(1000, no_progress)
+    resumed.start_at(monitor.done, monitor.recent)
+    resumed.update({"loss": 153.0, "foreground": 0.2, "truth": 0.3})
     assert (resumed.done, len(resumed.recent), resumed.recent[-1]) == (151, 151, [153.0, 0.2, 0.3])
     assert resumed.loss(3) == (149 + 150 + 153) / 3
     assert len(seen(1000, (250, 0.1, 0.1)).recent) == 200
-    assert Watch(1, silent).loss(5) is None
+    assert TrainingMonitor(1, no_progress).loss(5) is None
 
 
 # checkpoints

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from aslseg.cases.patches import Patch
+from aslseg.cases.prepared import Prepared
 from aslseg.ssl.lesions import RADIUS_MM, Appearance, Lesions
-from aslseg.types import Labels, Prepared, Volume
+from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 
 LABELS = Labels.parse("liver,tumour", "tumour:liver")
@@ -61,7 +62,8 @@ def test_lesions_lie_in_the_parent_and_nothing_changes_far_from_them():
     outside = case.label == 0
     far = outside & (np.abs(drawn.image - case.image) > 0.02)
     assert far.mean() < 0.01
-    assert 0 <= drawn.image.min() and drawn.image.max() <= 1
+    assert drawn.image.min() >= 0
+    assert drawn.image.max() <= 1
     # what the sampler holds is not painted over
     assert (case.image == before[0]).all()
     assert (case.label == before[1]).all()

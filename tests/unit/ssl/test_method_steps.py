@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aslseg.compute.losses import clipped_noise, segmentation_loss
 from aslseg.errors import BadSettingsError, BadWeightsError
 from aslseg.registry import NETWORKS, SSL_METHODS
 from aslseg.settings import load_settings
-from aslseg.ssl.losses import clipped_noise, segmentation_loss
 from aslseg.ssl.methods.base import Batch
 from aslseg.ssl.methods.bcp import copy_paste_mask, largest_components
 from aslseg.ssl.methods.dtc import signed_distance

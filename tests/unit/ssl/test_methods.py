@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from aslseg.agreement.measures import dice
+from aslseg.compute.augment import centre
+from aslseg.compute.weights import load_weights
 from aslseg.errors import BadSettingsError, BadWeightsError, NotEnoughCasesError, TrainingDivergedError
 from aslseg.registry import NETWORKS, SSL_METHODS
 from aslseg.settings import load_settings
 from aslseg.ssl import engine, predict
-from aslseg.ssl.augment import centre
 from aslseg.ssl.networks import VNet
-from aslseg.weights import load_weights
 
 METHODS = list(SSL_METHODS)
 DOCS = Path(__file__).resolve().parents[3] / "docs"

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from aslseg.cases.prepared import Prepared
 from aslseg.settings import load_settings
 from aslseg.ssl import nested
 from aslseg.ssl.nested import REACH_MM, Geometry
 from aslseg.ssl.second_stage import plain, varied
-from aslseg.types import Labels, Prepared, Volume
+from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 
 LABELS = Labels.parse("liver,spleen,tumour,necrosis", "tumour:liver,necrosis:tumour")

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aslseg.compute.augment import centre
+from aslseg.compute.fuse_batch_norm import fuse_batch_norm
+from aslseg.compute.sliding_window import Plan
 from aslseg.errors import NotEnoughMemoryError
 from aslseg.registry import NETWORKS
 from aslseg.ssl import predict
-from aslseg.ssl.augment import centre
-from aslseg.ssl.folding import fold_batch_norm
 from aslseg.ssl.predict import SSLModel, entropy
-from aslseg.ssl.windows import Plan
 
 PATCH = (32, 32, 16)
 
@@ -71,13 +71,13 @@ def test_folding_changes_nothing(name):
     before = {k: v.clone() for k, v in network.state_dict().items()}
     x = torch.randn(2, 1, *PATCH, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert torch.allclose(fold_batch_norm(network)(x), network(x), atol=1e-4)
+        assert torch.allclose(fuse_batch_norm(network)(x), network(x), atol=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
 def test_nothing_is_left_of_the_vnets_batch_norm():
     assert any(isinstance(m, nn.BatchNorm3d) for m in trained("vnet_small").modules())
-    assert not any(isinstance(m, nn.BatchNorm3d) for m in fold_batch_norm(trained("vnet_small")).modules())
+    assert not any(isinstance(m, nn.BatchNorm3d) for m in fuse_batch_norm(trained("vnet_small")).modules())
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from aslseg.cases.prepared import Prepared
+from aslseg.compute.weights import save_weights
 from aslseg.settings import Settings
-from aslseg.ssl import distributed, engine, helper
-from aslseg.types import Prepared, Volume
+from aslseg.ssl import distributed, engine, worker
+from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
-from aslseg.weights import save_weights
 
 STEPS = 3
 
@@ -61,11 +62,11 @@ def take_part(folder: Path, rank: int, port: int) -> None:
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, **address}.items():
         os.environ[name] = str(value)
     torch.set_num_threads(1)
-    distributed.join(settings())
+    distributed.init(settings())
     if distributed.rank() == 0:
         for name in ("fresh", "resumed"):
             train(folder, name)
-        helper.dismiss()
+        worker.stop_workers()
         return
-    for name, trainer in zip(("fresh", "resumed"), helper.help_train(), strict=True):
+    for name, trainer in zip(("fresh", "resumed"), worker.help_train(), strict=True):
         save_weights(folder / f"{name}-helper.safetensors", trainer.method.predictor.state_dict(), {"kind": "ssl"})

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aslseg.compute.schedules import sigmoid_ramp
 from aslseg.errors import BadWeightsError
 from aslseg.settings import Settings
-from aslseg.ssl.ramps import sigmoid_ramp
 
 Logs = dict[str, float]
 
@@ -50,7 +50,7 @@ class Method(nn.Module, ABC):
     """
 
     published_consistency = 0.1
-    labelled_part = 0.0
+    labelled_fraction = 0.0
     warm: Tensor
 
     def __init__(self, network: Callable[..., nn.Module], settings: Settings) -> None:
@@ -64,18 +64,18 @@ class Method(nn.Module, ABC):
         """Outputs of the published network after the classes' own; prediction drops them."""
         return 0
 
-    def consistency_weight(self, part: float) -> float:
+    def consistency_weight(self, fraction: float) -> float:
         """lambda(t): the setting ``consistency``, or else the published weight, ramped up over the training."""
         chosen = self.settings.consistency
-        return (self.published_consistency if chosen == "auto" else chosen) * sigmoid_ramp(part)
+        return (self.published_consistency if chosen == "auto" else chosen) * sigmoid_ramp(fraction)
 
-    def semi_supervised_part(self, part: float) -> float:
+    def semi_supervised_fraction(self, fraction: float) -> float:
         """Part of the phase with unlabelled patches that is done at ``part`` of the training; below 0 before it."""
-        before = 0.0 if self.warm else self.labelled_part
-        return (part - before) / (1 - before)
+        before = 0.0 if self.warm else self.labelled_fraction
+        return (fraction - before) / (1 - before)
 
     @abstractmethod
-    def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """Loss of one step.
 
         Args:
@@ -84,7 +84,7 @@ class Method(nn.Module, ABC):
             generator: The step's own source of randomness.
         """
 
-    def after_step(self, step: int, part: float) -> None:
+    def after_step(self, step: int, fraction: float) -> None:
         """Called once the optimiser has stepped; ``step`` counts from 0."""
 
     @property

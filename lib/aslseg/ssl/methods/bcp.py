@@ -9,10 +9,10 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
+from aslseg.compute.losses import foreground_fraction, region_loss
+from aslseg.compute.schedules import ema_update
 from aslseg.settings import Settings
-from aslseg.ssl.losses import foreground_fraction, region_loss
 from aslseg.ssl.methods.base import Batch, Logs, Method, make_teacher
-from aslseg.ssl.ramps import ema_update
 from aslseg.types import Labels
 
 UNLABELLED_WEIGHT = 0.5
@@ -32,17 +32,17 @@ class BidirectionalCopyPaste(Method):
     test set becomes the teacher, and predicts in the end).
     """
 
-    labelled_part = 0.25
+    labelled_fraction = 0.25
 
     def __init__(self, network: Callable[..., nn.Module], settings: Settings) -> None:
         super().__init__(network, settings)
         self.teacher = make_teacher(self.student)
 
-    def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`. With no unlabelled patches it stays in its first phase."""
         shape = batch.image.shape[2:]
         outside = copy_paste_mask(shape, generator).to(batch.image.device)
-        if not len(batch.unlabelled) or self.semi_supervised_part(part) < 0:
+        if not len(batch.unlabelled) or self.semi_supervised_fraction(fraction) < 0:
             other = torch.arange(len(batch.image)).roll(1)
             image = batch.image * outside + batch.image[other] * (1 - outside)
             target = torch.where(outside.bool(), batch.target, batch.target[other])
@@ -68,7 +68,7 @@ class BidirectionalCopyPaste(Method):
         machine = region_loss(x_in, pseudo, every * inside) + region_loss(x_out, pseudo, every * outside)
         return human + UNLABELLED_WEIGHT * machine, logits
 
-    def after_step(self, step: int, part: float) -> None:
+    def after_step(self, step: int, fraction: float) -> None:
         """The teacher follows, during the first phase too."""
         ema_update(self.teacher, self.student, step, self.settings.ema_decay)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aslseg.ssl.losses import foreground_fraction, segmentation_loss
+from aslseg.compute.losses import foreground_fraction, segmentation_loss
+from aslseg.compute.schedules import sigmoid_ramp
 from aslseg.ssl.methods.base import Batch, Logs
 from aslseg.ssl.methods.bcp import copy_paste_mask
 from aslseg.ssl.methods.mean_teacher import MeanTeacher
-from aslseg.ssl.ramps import sigmoid_ramp
 
 PSEUDO_WEIGHT = 0.5
 RAMP_PART = 0.3
@@ -29,20 +29,20 @@ class CopyPasteTeacher(MeanTeacher):
     left: before the labelled ones alone have little more to teach, their part of a step is better spent on those.
     """
 
-    labelled_part = 0.6
+    labelled_fraction = 0.6
 
-    def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`. With no unlabelled patches it learns from the labelled ones alone."""
         logits = self.student(batch.image)
         supervised = segmentation_loss(logits, batch.target, batch.weight)
         logs = {"supervised": supervised.item(), "foreground": foreground_fraction(logits).item()}
-        part = self.semi_supervised_part(part)
-        if not len(batch.unlabelled) or part < 0:
+        fraction = self.semi_supervised_fraction(fraction)
+        if not len(batch.unlabelled) or fraction < 0:
             return supervised, logs
         image, target, weight = self._mixed(batch, generator)
         mixed = segmentation_loss(self.student(image), target, weight)
         logs["mixed"] = mixed.item()
-        return supervised + PSEUDO_WEIGHT * sigmoid_ramp(part / RAMP_PART) * mixed, logs
+        return supervised + PSEUDO_WEIGHT * sigmoid_ramp(fraction / RAMP_PART) * mixed, logs
 
     def _mixed(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Mixed patches (U, 1, i, j, k), their classes and voxel weights (U, i, j, k)."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aslseg.compute.losses import foreground_fraction, segmentation_loss
 from aslseg.settings import Settings
-from aslseg.ssl.losses import foreground_fraction, segmentation_loss
 from aslseg.ssl.methods.base import Batch, Logs, Method, load_published
 
 
@@ -30,7 +30,7 @@ class CrossPseudoSupervision(Method):
         """Warm start of the first network only: two equal ones would have nothing to tell each other."""
         load_published(self.student, state, self.settings)
 
-    def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`."""
         labelled = len(batch.image)
         x = torch.cat([batch.image, batch.unlabelled])
@@ -42,7 +42,7 @@ class CrossPseudoSupervision(Method):
             return supervised, logs
         cross = _learn_from(first[labelled:], second[labelled:]) + _learn_from(second[labelled:], first[labelled:])
         logs["consistency"] = cross.item()
-        return supervised + self.consistency_weight(part) * cross, logs
+        return supervised + self.consistency_weight(fraction) * cross, logs
 
 
 def _learn_from(logits: Tensor, other: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from aslseg.ssl.losses import dice_loss, foreground_fraction, weighted_mean
+from aslseg.compute.losses import dice_loss, foreground_fraction, weighted_mean
 from aslseg.ssl.methods.base import Batch, Logs, Method
 
 DISTANCE_WEIGHT = 0.3
@@ -31,7 +31,7 @@ class DualTaskConsistency(Method):
         """One distance per foreground class."""
         return len(self.settings.label_set)
 
-    def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`."""
         labelled, classes = len(batch.image), len(self.settings.label_set) + 1
         output = self.student(torch.cat([batch.image, batch.unlabelled])).float()
@@ -46,7 +46,7 @@ class DualTaskConsistency(Method):
             "foreground": foreground_fraction(output[:labelled, :classes]).item(),
             "consistency": consistency.item(),
         }
-        return supervised + self.consistency_weight(part) * consistency, logs
+        return supervised + self.consistency_weight(fraction) * consistency, logs
 
 
 def signed_distance(target: Tensor, classes: int) -> Tensor:

@@ -8,9 +8,9 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
+from aslseg.compute.losses import dice_loss, foreground_fraction
 from aslseg.errors import BadSettingsError
 from aslseg.settings import Settings
-from aslseg.ssl.losses import dice_loss, foreground_fraction
 from aslseg.ssl.methods.base import Batch, Logs, Method, load_published
 from aslseg.ssl.networks import VNet
 
@@ -51,7 +51,7 @@ class MutualConsistency(Method):
         for decoder in self.others:
             decoder.load_state_dict(shared, strict=False)
 
-    def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`."""
         labelled = len(batch.image)
         features = self.student.encode(torch.cat([batch.image, batch.unlabelled]))
@@ -67,7 +67,7 @@ class MutualConsistency(Method):
             "foreground": foreground_fraction(logits[0][:labelled]).item(),
             "consistency": consistency.item(),
         }
-        return supervised + self.consistency_weight(part) * consistency, logs
+        return supervised + self.consistency_weight(fraction) * consistency, logs
 
 
 def sharpened(logits: Tensor) -> Tensor:

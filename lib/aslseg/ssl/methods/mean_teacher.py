@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from aslseg.compute.losses import clipped_noise, consistency_loss, foreground_fraction, segmentation_loss
+from aslseg.compute.schedules import ema_update
 from aslseg.settings import Settings
-from aslseg.ssl.losses import clipped_noise, consistency_loss, foreground_fraction, segmentation_loss
 from aslseg.ssl.methods.base import Batch, Logs, Method, make_teacher
-from aslseg.ssl.ramps import ema_update
 
 
 class MeanTeacher(Method):
@@ -24,7 +24,7 @@ class MeanTeacher(Method):
         super().__init__(network, settings)
         self.teacher = make_teacher(self.student)
 
-    def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`."""
         labelled = len(batch.image)
         logits = self.student(torch.cat([batch.image, batch.unlabelled]))
@@ -32,11 +32,11 @@ class MeanTeacher(Method):
         logs = {"supervised": supervised.item(), "foreground": foreground_fraction(logits[:labelled]).item()}
         if not len(batch.unlabelled):
             return supervised, logs
-        consistency = self.consistency(logits[labelled:], batch.unlabelled, part, generator)
+        consistency = self.consistency(logits[labelled:], batch.unlabelled, fraction, generator)
         logs["consistency"] = consistency.item()
-        return supervised + self.consistency_weight(part) * consistency, logs
+        return supervised + self.consistency_weight(fraction) * consistency, logs
 
-    def consistency(self, logits: Tensor, unlabelled: Tensor, part: float, generator: torch.Generator) -> Tensor:
+    def consistency(self, logits: Tensor, unlabelled: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
         """Disagreement of the student's ``logits`` with the teacher on the same patches, a scalar."""
         return consistency_loss(logits, self.noisy_teacher(unlabelled, generator))
 
@@ -45,7 +45,7 @@ class MeanTeacher(Method):
         """One pass of the teacher: logits of (U, 1, i, j, k) patches with fresh input noise and dropout."""
         return self.teacher(patches + clipped_noise(patches, generator))
 
-    def after_step(self, step: int, part: float) -> None:
+    def after_step(self, step: int, fraction: float) -> None:
         """The teacher follows the student."""
         ema_update(self.teacher, self.student, step, self.settings.ema_decay)
 

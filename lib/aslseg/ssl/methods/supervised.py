@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aslseg.ssl.losses import foreground_fraction, segmentation_loss
+from aslseg.compute.losses import foreground_fraction, segmentation_loss
 from aslseg.ssl.methods.base import Batch, Logs, Method
 
 
 class Supervised(Method):
     """Half cross-entropy, half Dice on the labelled stream."""
 
-    def loss(self, batch: Batch, part: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`."""
         logits = self.student(batch.image)
         loss = segmentation_loss(logits, batch.target, batch.weight)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from aslseg.ssl.losses import certain_consistency_loss, predictive_entropy
+from aslseg.compute.losses import certain_consistency_loss, predictive_entropy
+from aslseg.compute.schedules import sigmoid_ramp
 from aslseg.ssl.methods.mean_teacher import MeanTeacher
-from aslseg.ssl.ramps import sigmoid_ramp
 
 PASSES = 8
 
@@ -24,11 +24,11 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
     The passes run one after another into a running mean, so that they need the memory of one.
     """
 
-    def consistency(self, logits: Tensor, unlabelled: Tensor, part: float, generator: torch.Generator) -> Tensor:
+    def consistency(self, logits: Tensor, unlabelled: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
         """See :class:`MeanTeacher`."""
         target = self.noisy_teacher(unlabelled, generator)
         mean = torch.zeros_like(target, dtype=torch.float32)
         for _ in range(PASSES):
             mean += self.noisy_teacher(unlabelled, generator).float().softmax(1) / PASSES
-        threshold = (0.75 + 0.25 * sigmoid_ramp(part)) * math.log(mean.shape[1])
+        threshold = (0.75 + 0.25 * sigmoid_ramp(fraction)) * math.log(mean.shape[1])
         return certain_consistency_loss(logits, target, predictive_entropy(mean) < threshold)

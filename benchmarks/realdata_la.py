@@ -1,0 +1,66 @@
+"""Two rounds on the left-atrium MR scans of ../shared/data/la at half resolution, scored on held-out scans.
+
+8 labelled (the first 8 of train.txt), 40 unlabelled, the last 16 held out. The truth of the unlabelled and held-out
+scans lies outside the studies folder and is read for scoring only. About 50 minutes on two CPU cores:
+
+    python benchmarks/realdata_la.py --out work/la
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from aslseg.types import Volume
+from aslseg.volume.io import read_image, write_image, write_label
+from realdata import Experiment, run_experiment
+
+LABELLED, UNLABELLED, HELD_OUT = 8, 40, 16
+CONF = {"labels": "atrium", "modality": "mr", "spacing": "native", "promote_threshold": "0.85"}
+
+
+def half(array: np.ndarray) -> np.ndarray:
+    """2 x 2 x 2 mean of (i, j, k); an odd last plane is dropped."""
+    i, j, k = (n // 2 for n in array.shape)
+    return array[: 2 * i, : 2 * j, : 2 * k].reshape(i, 2, j, 2, k, 2).mean((1, 3, 5))
+
+
+def half_affine(affine: np.ndarray) -> np.ndarray:
+    """Affine of the halved grid: a new voxel's centre is the middle of its eight."""
+    return affine @ nib.affines.from_matvec(np.diag([2.0, 2.0, 2.0]), [0.5, 0.5, 0.5])
+
+
+def build(data: Path, out: Path) -> None:
+    """Studies folder, held-out scans and the truths under ``out``."""
+    names = [n for n in (data / "train.txt").read_text().split() if n]
+    chosen = [*names[: LABELLED + UNLABELLED], *names[-HELD_OUT:]]
+    for n, name in enumerate(chosen):
+        image = read_image(data / "images" / f"{name}.nii.gz")
+        mask = read_image(data / "labels" / f"{name}.nii.gz")
+        affine = half_affine(image.affine)
+        label = (half(mask.array) >= 0.5).astype(np.uint8)
+        scans = out / "studies" if n < LABELLED + UNLABELLED else out / "heldout"
+        truth = out / "studies" / "labels" / "final" if n < LABELLED else out / "truth"
+        write_image(scans / f"{name}.nii.gz", Volume(half(image.array), affine))
+        write_label(truth / f"{name}.nii.gz", label, affine)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / "la")
+    parser.add_argument("--out", type=Path, default=Path("work/la"))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")
+    arguments = parser.parse_args()
+    conf = CONF | dict(pair.split("=", 1) for pair in arguments.conf)
+    experiment = Experiment("la", "Left atrium, MR, half resolution", arguments.out, conf, arguments.rounds)
+    if not (arguments.out / "heldout").exists():
+        build(arguments.data, arguments.out)
+    run_experiment(experiment)
+
+
+if __name__ == "__main__":
+    main()

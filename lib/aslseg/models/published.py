@@ -1,0 +1,177 @@
+"""Published models: files named by their hash, and one manifest, replaced atomically, that says which are served."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from aslseg.files import atomic_file, sha256, write_json
+from aslseg.settings import APP_DIR, Paths, Settings
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("ssl", "sam", "adapter")
+KEEP_FILES = 3
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model.
+
+    Attributes:
+        kind: ``ssl``, ``sam`` or ``adapter``.
+        path: Its file.
+        sha256: Of the file.
+        date: UTC, ISO 8601.
+        validation_dice: Mean over labels on the human validation cases when it was published; None without any.
+        validation_cases: How many these were.
+        round: Round that made it; None for a single training.
+        trained_on: Ids of the cases it was trained on.
+    """
+
+    kind: str
+    path: Path
+    sha256: str
+    date: str
+    validation_dice: float | None
+    validation_cases: int
+    round: int | None
+    trained_on: tuple[str, ...] = ()
+
+
+def manifest(paths: Paths) -> dict[str, dict[str, Any]]:
+    """Kind to what the manifest says of it; empty if nothing is published."""
+    try:
+        return dict(json.loads((paths.models / "manifest.json").read_text())["models"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be read (%s); nothing counts as published", paths.models / "manifest.json", error)
+        return {}
+
+
+def put_manifest(paths: Paths, models: dict[str, dict[str, Any]]) -> None:
+    """Replace the manifest: from this moment on these models are served."""
+    write_json(paths.models / "manifest.json", {"models": models})
+
+
+def find_published(paths: Paths, kind: str, check: bool = False) -> Published | None:
+    """The published model of a kind, or None.
+
+    Args:
+        paths: Where the models lie.
+        kind: ``ssl``, ``sam`` or ``adapter``.
+        check: Recompute the file's hash, not only its size.
+    """
+    entry = manifest(paths).get(kind)
+    if entry is None:
+        return None
+    path = paths.models / str(entry["file"])
+    if not path.is_file() or path.stat().st_size != entry["bytes"] or (check and sha256(path) != entry["sha256"]):
+        logger.warning("%s is missing or damaged; run `aslseg round` to make it again", path)
+        return None
+    return Published(
+        kind,
+        path,
+        entry["sha256"],
+        entry["date"],
+        entry["validation_dice"],
+        entry["validation_cases"],
+        entry["round"],
+        tuple(entry.get("trained_on", ())),
+    )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that wants to be published, with its Dice and that of the published one on the same cases."""
+
+    kind: str
+    path: Path
+    dice: float | None
+    published_dice: float | None
+    cases: int
+    trained_on: tuple[str, ...] = ()
+
+
+def gate(candidate: Candidate, current: Published | None, tolerance: float) -> tuple[bool, str]:
+    """Whether a candidate is published, and the reason in words.
+
+    Equal is good enough: with the same Dice the newer model has seen more. Without validation cases only a first
+    model is published.
+    """
+    c = candidate
+    if current is None:
+        return True, f"{c.kind}: published, the first one" + (f" (Dice {c.dice:.4f})" if c.dice is not None else "")
+    if current.sha256 == sha256(c.path):
+        return True, f"{c.kind}: unchanged"
+    if c.dice is None or c.published_dice is None:
+        return (
+            False,
+            f"{c.kind}: not published; without validation cases a published model cannot be replaced",
+        )
+    numbers = f"Dice {c.dice:.4f}, published {c.published_dice:.4f} on {c.cases} validation cases"
+    if c.dice >= c.published_dice - tolerance:
+        return True, f"{c.kind}: published ({numbers})"
+    return False, f"{c.kind}: not published ({numbers}, gate_tolerance {tolerance})"
+
+
+def stage_files(paths: Paths, chosen: list[Candidate], number: int | None) -> dict[str, dict[str, Any]]:
+    """Copy the candidates' files to their hash names; nothing is served differently yet.
+
+    Returns:
+        The manifest that would serve them, for :func:`put_manifest`.
+    """
+    models = manifest(paths)
+    for candidate in chosen:
+        digest = sha256(candidate.path)
+        target = paths.models / f"{candidate.kind}-{digest[:12]}.safetensors"
+        if not target.exists() or sha256(target) != digest:
+            with atomic_file(target) as temporary:
+                shutil.copyfile(candidate.path, temporary)
+        if models.get(candidate.kind, {}).get("sha256") == digest:
+            continue
+        models[candidate.kind] = {
+            "file": target.name,
+            "bytes": target.stat().st_size,
+            "sha256": digest,
+            "date": datetime.now(UTC).isoformat("T", "seconds"),
+            "validation_dice": candidate.dice,
+            "validation_cases": candidate.cases,
+            "round": number,
+            "trained_on": list(candidate.trained_on),
+        }
+    return models
+
+
+def prune(paths: Paths) -> None:
+    """Delete model files that are neither served nor among the newest three of their kind."""
+    served = {m["file"] for m in manifest(paths).values()}
+    for kind in KINDS:
+        files = sorted(paths.models.glob(f"{kind}-*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
+        for path in files[KEEP_FILES:]:
+            if path.name not in served:
+                path.unlink(missing_ok=True)
+
+
+def list_published(settings: Settings, studies: Path | None = None) -> list[dict[str, Any]]:
+    """All published models, or those of one studies folder, for people."""
+    if studies or settings.model_dir:
+        folders = [Paths(settings, studies or settings.model_dir).models]
+    else:
+        folders = sorted(p.parent for p in (APP_DIR / "model").glob("*/manifest.json"))
+    found = []
+    for folder in folders:
+        paths = Paths(settings, folder)
+        paths.models = folder
+        for kind in KINDS:
+            model = find_published(paths, kind)
+            if model:
+                shown = {k: v for k, v in asdict(model).items() if k != "trained_on"}
+                found.append(shown | {"path": str(model.path), "cases": len(model.trained_on)})
+    return found

@@ -1,0 +1,175 @@
+"""A PACS over DICOMweb: MONAI Label's datastore with names checked, labels decoded, and no machine mask sent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dicomweb_client import DICOMwebClient
+from dicomweb_client.session_utils import create_session_from_user_pass
+from monailabel.config import settings as platform
+from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
+from monailabel.datastore.local import LocalDatastore
+from requests import RequestException
+
+from aslseg.cases.studies import FINAL, PSEUDO
+from aslseg.serving.http_errors import RefusedError, safe_name
+from aslseg.serving.labels import decode_label
+from aslseg.serving.shared_json import SharedJsonFile
+from aslseg.settings import Paths, Settings
+from aslseg.volume.io import read_image, write_label
+
+logger = logging.getLogger(__name__)
+
+UID = re.compile(r"\d+(\.\d+)*")
+CONVERTER = "itkimage2segimage"
+SILENT_SECONDS = 15  # clients poll every 5 seconds; a PACS that is down is not asked each time
+
+
+def find_converter() -> None:
+    """Put dcmqi's converter on PATH, so that MONAI Label need not download it.
+
+    The package keeps it beside its Python code; a server started without its environment activated has no
+    ``.venv/bin`` on PATH.
+    """
+    if shutil.which(CONVERTER):
+        return
+    spec = find_spec("dcmqi")
+    folders = [Path(p) / "bin" for p in (spec.submodule_search_locations or [])] if spec else []
+    found = next((f for f in folders if (f / CONVERTER).exists()), None)
+    if found is None:
+        raise RefusedError(f"{CONVERTER} is missing; install it with `pip install dcmqi`, then start again", 503)
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{found}"
+
+
+def connect(url: str, settings: Settings, paths: Paths) -> DicomWebDatastore:
+    """The datastore of a DICOMweb address. Nothing is asked of the PACS yet.
+
+    Args:
+        url: DICOMweb root, e.g. ``http://127.0.0.1:8042/dicom-web``.
+        settings: ``modality`` decides which series are listed, unless MONAI Label's own filter was set.
+        paths: Fetched series are kept under ``home``.
+    """
+    find_converter()
+    name, password = platform.MONAI_LABEL_DICOMWEB_USERNAME, platform.MONAI_LABEL_DICOMWEB_PASSWORD
+    client = DICOMwebClientX(
+        url=url,
+        session=create_session_from_user_pass(name, password) if name and password else None,
+        qido_url_prefix=platform.MONAI_LABEL_QIDO_PREFIX,
+        wado_url_prefix=platform.MONAI_LABEL_WADO_PREFIX,
+        stow_url_prefix=platform.MONAI_LABEL_STOW_PREFIX,
+    )
+    # the default is to try for minutes, on MONAI Label's event loop
+    client.set_http_retry_params(retry=False)
+    listed = dict(platform.MONAI_LABEL_DICOMWEB_SEARCH_FILTER)
+    if listed == {"Modality": "CT"}:
+        listed = {"Modality": settings.modality.upper()}
+    cache = platform.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or str(paths.home / "dicom")
+    return DicomWebDatastore(settings, paths, client, listed, cache)
+
+
+class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
+    """The PACS as a datastore.
+
+    Args:
+        settings: Labels and limits.
+        paths: Where sidecars lie.
+        client: Connection to the PACS.
+        listed: QIDO filter of the series that are offered.
+        cache: Folder for fetched series.
+    """
+
+    def __init__(
+        self, settings: Settings, paths: Paths, client: DICOMwebClient, listed: dict[str, Any], cache: str
+    ) -> None:
+        self._prepare_guard(settings, paths)
+        self._ask_again = 0.0
+        by_frame = platform.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME
+        super().__init__(client, listed, cache, by_frame, convert_to_nifti=True)
+
+    def status(self) -> dict[str, Any]:
+        """Counts; zeros while the PACS does not answer, so that the server stays up."""
+        if time.monotonic() >= self._ask_again:
+            try:
+                return super().status()
+            except RequestException as error:
+                logger.warning("the PACS does not answer: %s", error)
+                self._ask_again = time.monotonic() + SILENT_SECONDS
+        return {"total": 0, "completed": 0, "label_tags": {}}
+
+    def get_image_uri(self, image_id: str) -> str:
+        with self._answering():
+            return super().get_image_uri(_uid(image_id))
+
+    def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
+        with self._answering():
+            return super().get_label_uri(_uid(label_id), safe_name(label_tag, "label tag"), image_id)
+
+    def save_label(
+        self,
+        image_id: str,
+        label_filename: str,
+        label_tag: str,
+        label_info: dict[str, Any],
+        label_id: str = "",
+    ) -> str:
+        """Save a label; ``final`` goes to the PACS as DICOM SEG, machine masks stay here.
+
+        Raises:
+            RefusedError: Unsafe names, or the tag that only rounds write.
+            BadLabelError: The label does not fit its series.
+        """
+        if safe_name(label_tag, "label tag") == PSEUDO:
+            raise RefusedError(f"tag {PSEUDO!r} is written by rounds only; save under {FINAL!r}", 403)
+        if label_tag != FINAL or label_filename.endswith(".bin"):
+            return LocalDatastore.save_label(self, _uid(image_id), label_filename, label_tag, dict(label_info or {}))
+        labels, info = self.settings.label_set, dict(label_info or {})
+        image = read_image(Path(self.get_image_uri(image_id)), self.settings.max_voxels)
+        class_map = decode_label(Path(label_filename), image, info.get("label_info"), labels)
+        present = [n for n, value in labels.values.items() if value in np.unique(class_map)]
+        # MONAI Label names the values that occur by their position in this list
+        info["label_info"] = [{"name": name, "idx": labels.values[name]} for name in present]
+        if not present:
+            raise RefusedError("the label is empty; DICOM SEG cannot hold an empty label. Draw something first", 422)
+        with tempfile.TemporaryDirectory(prefix="aslseg-") as folder, self._answering():
+            path = Path(folder) / "label.nii.gz"
+            write_label(path, class_map, image.affine)
+            saved = super().save_label(image_id, str(path), label_tag, info, label_id)
+        # both are cached for two hours; the case must not be handed out again
+        DICOMWebDatastore.get_labeled_images.cache.clear()
+        DICOMWebDatastore.list_images.cache.clear()
+        return saved
+
+    def remove_image(self, image_id: str) -> None:
+        raise RefusedError("scans of the PACS are removed in the PACS, not here", 403)
+
+    def remove_label(self, label_id: str, label_tag: str) -> None:
+        raise RefusedError("labels of the PACS are removed in the PACS, not here", 403)
+
+    def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        """Keep a series that was fetched from the PACS."""
+        return super().add_image(_uid(image_id), image_filename, image_info)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except (RequestException, IndexError) as error:
+            text = f"the PACS does not give this series ({type(error).__name__}); is it online?"
+            raise RefusedError(text, 502) from error
+
+
+def _uid(name: str) -> str:
+    if len(name) > 64 or not UID.fullmatch(name):
+        raise RefusedError(f"{name[:80]!r} is not a DICOM UID", 404)
+    return name

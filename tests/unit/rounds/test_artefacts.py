@@ -1,0 +1,71 @@
+"""Artefacts are found again by their inputs, and only by these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aslseg.cases.prepared import Prepared
+from aslseg.rounds.artefacts import ArtefactStore, CachedProbabilities
+from aslseg.types import Volume
+from aslseg.volume.geometry import Grid
+
+
+def case(name: str = "a") -> Prepared:
+    image = np.zeros((3, 4, 5), np.float32)
+    return Prepared(name, name, image, Grid.of(Volume(image, np.eye(4)), None))
+
+
+def test_a_model_is_trained_once_for_the_same_inputs(tmp_path: Path) -> None:
+    trained = []
+
+    def train(out: Path) -> dict[str, Any]:
+        trained.append(out)
+        out.write_text("weights")
+        return {"loss": 1}
+
+    steps = ArtefactStore(tmp_path)
+    first = steps.model("ssl", {"seed": 1}, train)
+    assert ArtefactStore(tmp_path).model("ssl", {"seed": 1}, train) == first
+    assert steps.model("ssl", {"seed": 2}, train) != first
+    assert len(trained) == 2
+    steps.prune([first.parent.name])
+    assert [p.name for p in tmp_path.iterdir()] == [first.parent.name]
+
+
+def test_maps_are_computed_once_and_keep_the_mask_exactly(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    regions = rng.random((2, 3, 4, 5), np.float32)
+    regions.flat[:4] = [0.5, 0.4999, 0.49999, 0.50001]
+    made = []
+
+    def make(c: Prepared) -> np.ndarray:
+        made.append(c.id)
+        return regions
+
+    maps = CachedProbabilities(tmp_path, make, lambda _: "0" * 64)
+    assert not maps.has(case())
+    first, second = maps(case()), maps(case())
+    assert made == ["a"]
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first >= 0.5, regions >= 0.5)
+    assert np.abs(first - regions).max() <= 0.5 / 255 + 1e-6
+
+
+def test_another_scan_under_the_same_name_and_a_damaged_file_are_computed_again(tmp_path: Path) -> None:
+    content, made = ["1" * 64], []
+
+    def make(c: Prepared) -> np.ndarray:
+        made.append(c.id)
+        return np.zeros((1, 3, 4, 5), np.float32)
+
+    maps = CachedProbabilities(tmp_path, make, lambda _: content[0])
+    maps(case())
+    content[0] = "2" * 64
+    maps(case())
+    for path in tmp_path.glob("*.npz"):
+        path.write_bytes(path.read_bytes()[:40])
+    maps(case())
+    assert len(made) == 3

@@ -1,0 +1,75 @@
+"""CFR's recipe on the smallest phantoms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aslseg.cases.prepared import Prepared, arrays, load_within_budget
+from aslseg.compute.weights import read_metadata
+from aslseg.models.cascade import Cascade
+from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.masks import roll_back, verify_label_files
+from aslseg.rounds.progress import read_progress
+from aslseg.rounds.run import run_round
+from aslseg.settings import Paths
+from aslseg.ssl import engine
+from aslseg.volume.io import read_image
+from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
+
+
+@pytest.mark.usefixtures("plausible")
+def test_two_rounds_and_a_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies = tiny_studies(tmp_path)
+    train, learned = engine.train, []
+
+    def spied(labelled: list[Prepared], *rest: Any, **more: Any) -> dict[str, Any]:
+        learned.append(labelled)
+        return train(labelled, *rest, **more)
+
+    monkeypatch.setattr(engine, "train", spied)
+    # a promotion that CFR ignores: it takes every scan
+    settings = tiny_settings(tmp_path, recipe="cfr", sam_train="lora", promote_fraction=0.1, promote_threshold="1")
+    paths = Paths(settings, studies)
+    ledger = Ledger(paths.ledger)
+    human = {k: v for k, v in label_hashes(studies).items() if k.startswith("final/")}
+    told: list[dict[str, Any]] = []
+    first = run_round(studies, settings, lambda done, total, **shown: told.append({"part": done / total, **shown}))
+    waiting = ["phantom_003", "phantom_004", "phantom_005"]
+    assert first["promoted"] == waiting
+    assert sorted(first["agreement"]) == waiting
+    promoted = [c for c in learned[1] if c.voxel_weight is not None]
+    assert [c.id for c in promoted] == waiting
+    # so that memory_gb holds for them too
+    assert all(isinstance(a, np.memmap) for c in load_within_budget(promoted, 0) for a in arrays(c).values())
+    assert first["source"] == "canvas"
+    assert set(first["validation"]) >= {"ssl", "canvas", "retrained", "published ssl"}
+    after = label_hashes(studies)
+    assert {k: v for k, v in after.items() if k.startswith("final/")} == human
+    assert sorted(k for k in after if "pseudo" in k) == [f"aslseg_pseudo/{c}.nii.gz" for c in waiting]
+    assert sorted(k for k in after if k.startswith("original/")) == [f"original/{c}.nii.gz" for c in waiting]
+    assert set(published_hashes(settings, studies)) == {"ssl"}
+    metadata = read_metadata(Path(first["models"]["canvas"]))
+    assert (metadata["architecture"]["canvas"], metadata["architecture"]["masks"]) == (True, 2)
+    assert [t["part"] for t in told] == sorted(t["part"] for t in told)
+    assert {"ssl", "sam", "redraw", "retrain", "publish"} <= first["seconds"].keys()
+    assert not {"adapter", "refine"} & first["seconds"].keys()
+    assert read_progress(paths.home / "progress.json")["state"] == "done"
+    assert all(set(p.models) == {"ssl", "canvas"} for p in ledger.promotions())
+
+    volume = read_image(studies / "phantom_003.nii.gz")
+    masks = Cascade.load({k: Path(v) for k, v in first["models"].items()}, settings).masks(volume)
+    assert {k: v.shape for k, v in masks.items()} == dict.fromkeys(("ssl", "canvas", "retrained"), volume.array.shape)
+
+    second = run_round(studies, settings)
+    for model in ("ssl", "canvas", "retrained"):  # the same human labels: nothing to train anew
+        assert second["models"][model] == first["models"][model]
+    assert label_hashes(studies) == after
+    assert verify_label_files(paths) == []
+
+    roll_back(paths, 2)
+    roll_back(paths, 1)
+    assert label_hashes(studies) == human

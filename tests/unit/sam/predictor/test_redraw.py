@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from aslseg.cases.prepared import Prepared
+from aslseg.prompts.frame import SlicePrompt
+from aslseg.sam.modeling.build import SAMModel
+from aslseg.sam.predictor.predict import LEAK_MARGIN, answer, redraw
+from aslseg.settings import Settings
+
+
+@pytest.fixture
+def regions(ball_case: Callable[..., Prepared], settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    case = ball_case()
+    return case.image, settings.label_set.regions(case.label).astype(np.float32) * 0.9
+
+
+class Recorder(SAMModel):
+    """Counts encoder passes and answers every prompt with a constant."""
+
+    def __init__(self, base: SAMModel, logit: float = 5.0) -> None:
+        super().__init__(base.sam, base.architecture)
+        self.bf16, self.logit, self.encoded, self.asked = False, logit, 0, []
+
+    def encode(self, slices: Tensor) -> Tensor:
+        self.encoded += len(slices)
+        return super().encode(slices)
+
+    def decode(self, embeddings: Tensor, points=None, boxes=None, masks=None, multimask=False):
+        self.asked.append((points, boxes, masks, multimask))
+        low, iou = super().decode(embeddings, points, boxes, masks, multimask)
+        return torch.full_like(low, self.logit), iou
+
+
+@pytest.mark.parametrize("trained_so", [True, False])
+def test_a_box_without_a_mask_brings_its_ellipse_to_a_sam_trained_so(tiny: SAMModel, trained_so: bool) -> None:
+    model = Recorder(tiny)
+    model.architecture = replace(tiny.architecture, box_mask=trained_so)
+    embedding = tiny.encode(np.zeros((1, 64, 64), np.float32))
+    box, mask = (8.0, 16.0, 40.0, 48.0), np.full((64, 64), 0.3, np.float32)
+    none = np.zeros((0, 2)), np.zeros(0, int)
+    point = np.array([[20.0, 20.0]]), np.array([1])
+    for prompt in (SlicePrompt(box, *none, None), SlicePrompt(box, *point, None), SlicePrompt(box, *none, mask)):
+        answer(model, embedding, [prompt], (64, 64), "box+point+mask")
+    answer(model, embedding, [SlicePrompt(None, *point, None)], (64, 64), "box+point+mask")
+    alone, clicked, masked, point_alone = (masks for _, _, masks, _ in model.asked)
+    assert point_alone is None
+    assert torch.equal(masked, model.mask_prompt(torch.full((1, 32, 32), 0.3)))
+    if not trained_so:
+        assert alone is clicked is None
+        return
+    assert torch.equal(alone, clicked)
+    rows, columns = torch.where(alone[0, 0] > 0)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 23, 4, 19)
+
+
+@pytest.mark.parametrize(("kind", "lone_click", "others"), [("ambiguous", 3, 1), ("always", 3, 3), ("never", 1, 1)])
+def test_as_many_masks_are_asked_for_as_the_kind_was_trained_with(
+    tiny: SAMModel, kind: str, lone_click: int, others: int
+) -> None:
+    offered: list[int] = []
+
+    class Best(SAMModel):
+        def decode(self, embeddings: Tensor, points=None, boxes=None, masks=None, multimask=False):
+            low, _ = super().decode(embeddings, points, boxes, masks, multimask)
+            offered.append(low.shape[1])
+            belief = torch.arange(1.0, 1 + low.shape[1]).expand(len(low), -1)
+            return torch.zeros_like(low) + belief[..., None, None], belief  # the last mask is the one believed in
+
+    model = Best(tiny.sam, replace(tiny.architecture, multimask=kind))
+    embedding = tiny.encode(np.zeros((1, 64, 64), np.float32))
+    none, point = (np.zeros((0, 2)), np.zeros(0, int)), (np.array([[20.0, 20.0]]), np.array([1]))
+    box, mask = (8.0, 16.0, 40.0, 48.0), np.full((64, 64), 0.3, np.float32)
+    told = [(None, *point, None), (box, *none, None), (None, *point, mask), (None, *none, mask), (box, *point, None)]
+    for one, expected in zip(told, [lone_click] + 4 * [others], strict=True):
+        logits, _, iou = answer(model, embedding, [SlicePrompt(*one)], (64, 64), "box+point+mask")
+        assert (offered[-1], iou.item(), logits.max().item()) == (expected, expected, expected)
+
+
+def test_shape_range_and_determinism(
+    tiny: SAMModel, regions: tuple[np.ndarray, np.ndarray], settings: Settings
+) -> None:
+    image, ssl = regions
+    a, b = redraw(tiny, image, ssl, settings), redraw(tiny, image, ssl, settings)
+    assert a.shape == ssl.shape
+    assert a.dtype == np.float32
+    assert a.min() >= 0
+    assert a.max() <= 1
+    assert np.array_equal(a, b)
+
+
+def test_only_slices_with_a_region_are_encoded_once(
+    tiny: SAMModel, regions: tuple[np.ndarray, np.ndarray], settings: Settings
+) -> None:
+    image, ssl = regions
+    ssl = ssl.copy()
+    ssl[..., :2] = 0
+    model = Recorder(tiny)
+    out = redraw(model, image, ssl, settings)
+    assert model.encoded == (ssl >= 0.5).any((0, 1, 2)).sum()
+    assert not out[..., :2].any()
+
+
+def test_no_prompt_no_prediction(tiny: SAMModel, regions: tuple[np.ndarray, np.ndarray], settings: Settings) -> None:
+    image, ssl = regions
+    model = Recorder(tiny)
+    assert not redraw(model, image, np.zeros_like(ssl), settings).any()
+    assert model.encoded == 0
+    ssl = np.zeros_like(ssl)
+    ssl[0, 3, 3, 2] = 0.9  # a speck: too small to prompt with
+    assert not redraw(model, image, ssl, settings.model_copy(update={"min_component": 50})).any()
+
+
+def test_nothing_leaks_far_from_the_box(tiny: SAMModel, settings: Settings) -> None:
+    """Even a SAM that says yes everywhere is kept to the box and ten pixels of its input."""
+    image = np.zeros((64, 48, 1), np.float32)
+    ssl = np.zeros((1, 64, 48, 1), np.float32)
+    ssl[0, 20:30, 8:14, 0] = 1
+    out = redraw(Recorder(tiny), image, ssl, settings)[0, ..., 0]
+    reach = int(settings.box_margin) + LEAK_MARGIN
+    expected = np.zeros((64, 48), bool)
+    expected[20 - reach : 30 + reach, max(0, 8 - reach) : 14 + reach] = True
+    assert np.array_equal(out > 0.5, expected)
+
+
+def test_components_and_regions_are_independent(
+    tiny: SAMModel, regions: tuple[np.ndarray, np.ndarray], settings: Settings
+) -> None:
+    image, ssl = regions
+    both = redraw(tiny, image, ssl, settings)
+    liver = redraw(tiny, image, np.stack([ssl[0], np.zeros_like(ssl[0])]), settings)
+    np.testing.assert_allclose(both[0], liver[0], atol=1e-5)
+    assert not liver[1].any()
+
+
+@pytest.mark.parametrize("use", ["box", "point", "mask", "box+mask", "box+point+mask"])
+def test_only_the_chosen_parts_reach_sam(
+    use: str, tiny: SAMModel, regions: tuple[np.ndarray, np.ndarray], settings: Settings
+) -> None:
+    image, ssl = regions
+    model = Recorder(tiny)
+    redraw(model, image, ssl, settings.model_copy(update={"sam_prompts": use}))
+    for points, boxes, masks, multimask in model.asked:
+        assert (points is not None) == ("point" in use)
+        assert (boxes is not None) == ("box" in use)
+        assert (masks is not None) == ("mask" in use)
+        assert multimask == (use == "point")
+
+
+def test_batches_do_not_change_the_answer(
+    tiny: SAMModel, regions: tuple[np.ndarray, np.ndarray], settings: Settings
+) -> None:
+    image, ssl = regions
+    one = redraw(tiny, image, ssl, settings.model_copy(update={"sam_batch": 1}))
+    all_ = redraw(tiny, image, ssl, settings.model_copy(update={"sam_batch": 16}))
+    np.testing.assert_allclose(one, all_, atol=1e-4)
+
+
+def test_prompts_are_scaled_to_the_input_frame(tiny: SAMModel) -> None:
+    """A slice of 32 x 16 fills 64 x 32: (x, y) doubles."""
+    model = Recorder(tiny)
+    prompt = SlicePrompt((2.0, 4.0, 10.0, 20.0), np.array([[3.0, 7.0]]), np.array([1]))
+    more = SlicePrompt((0.0, 0.0, 8.0, 8.0), np.array([[1.0, 2.0], [5.0, 6.0]]), np.array([1, 0]))
+    with torch.no_grad():
+        embedding = model.encode(torch.rand(1, 32, 16))
+        logits, low, iou = answer(model, embedding, [prompt, more], (32, 16), "box+point")
+    (points, labels), boxes, masks, _ = model.asked[0]
+    assert boxes.tolist() == [[4, 8, 20, 40], [0, 0, 16, 16]]
+    assert points.tolist() == [[[6, 14], [0, 0]], [[2, 4], [10, 12]]]
+    assert labels.tolist() == [[1, -1], [1, 0]]
+    assert masks is None
+    assert (logits.shape, low.shape, iou.shape) == ((2, 32, 16), (2, 32, 32), (2,))
+
+
+def test_shapes_must_agree(tiny: SAMModel, settings: Settings) -> None:
+    with pytest.raises(ValueError, match="expected regions of shape"):
+        redraw(tiny, np.zeros((8, 8, 2), np.float32), np.zeros((1, 8, 8, 3), np.float32), settings)

@@ -1,0 +1,267 @@
+"""The datastore: nothing outside the folder, nothing lost, whatever happens to its JSON file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
+from aslseg.errors import BadImageError, BadLabelError
+from aslseg.files import write_json
+from aslseg.serving.http_errors import RefusedError
+from aslseg.serving.studies_datastore import StudiesDatastore
+from aslseg.settings import Paths, load_settings
+
+SETTINGS, _ = load_settings({"min_free_gb": "0"}, env={})
+AFFINE = np.diag([-0.8, -0.8, 2.5, 1.0])
+SHAPE = (6, 5, 4)
+
+
+def write(path: Path, array: np.ndarray | None = None, affine: np.ndarray = AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.int16) if array is None else array, affine), path)
+    return path
+
+
+def open_store(folder: Path) -> StudiesDatastore:
+    return StudiesDatastore(str(folder), SETTINGS, Paths(SETTINGS, folder))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "studies"
+    for n in range(3):
+        write(root / f"case{n}.nii.gz")
+    return root
+
+
+@pytest.fixture
+def store(folder: Path) -> StudiesDatastore:
+    return open_store(folder)
+
+
+def drawn(value: int, at: tuple[int, int, int] = (1, 2, 3)) -> np.ndarray:
+    array = np.zeros(SHAPE, np.uint8)
+    array[at] = value
+    return array
+
+
+def test_lists_scans_and_passes_over_junk(folder: Path) -> None:
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.nii.gz").write_bytes(b"")
+    (folder / "broken.nii.gz").write_bytes(b"junk")
+    (folder / "sub").mkdir()
+    write(folder / "sub" / "inner.nii.gz")
+    assert sorted(open_store(folder).list_images()) == ["broken", "case0", "case1", "case2"]
+
+
+def test_sees_files_that_come_and_go(store: StudiesDatastore, folder: Path) -> None:
+    write(folder / "later.nii.gz")
+    assert "later" in store.list_images()
+    write(folder / "labels" / FINAL / "later.nii.gz", drawn(1))
+    assert store.status()["completed"] == 1
+    (folder / "later.nii.gz").unlink()
+    assert "later" not in store.list_images()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil",
+        "..",
+        ".",
+        "/abs",
+        "a/b",
+        "a\\b",
+        "C:\\x",
+        "\\\\host\\x",
+        "nul\0",
+        "new\nline",
+        "x" * 300,
+        "",
+        ".dot",
+        "🙂",
+        "a\u202eb",
+        "trailing ",
+        "%2e%2e%2fx",
+    ],
+)
+def test_unsafe_names_are_refused(store: StudiesDatastore, folder: Path, name: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "up.nii.gz", drawn(1))
+    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    with pytest.raises(RefusedError):
+        store.save_label("case0", str(source), name, {})
+    if name:
+        with pytest.raises(RefusedError):
+            store.add_image(name, str(source), {})
+        with pytest.raises(RefusedError):
+            store.save_label(name, str(source), FINAL, {})
+        with pytest.raises(RefusedError):
+            store.remove_image(name)
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
+
+
+def test_a_link_that_leads_outside_is_not_written_through(
+    store: StudiesDatastore, folder: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (folder / "labels" / "linked").symlink_to(outside)
+    with pytest.raises(RefusedError, match="link"):
+        store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(1))), "linked", {})
+    assert not list(outside.iterdir())
+
+
+def test_labels_are_decoded_by_name_in_list_order(store: StudiesDatastore, tmp_path: Path, folder: Path) -> None:
+    array = drawn(1) + drawn(2, (0, 0, 0))
+    info = {"label_info": [{"name": "Tumour", "idx": 2}, {"name": "liver", "idx": 3}], "client_id": "ann"}
+    store.save_label("case0", str(write(tmp_path / "l.nii.gz", array)), FINAL, info)
+    saved = nib.load(store.get_label_uri("case0", FINAL))
+    values = np.asarray(saved.dataobj)
+    assert (values[1, 2, 3], values[0, 0, 0], int(values.astype(bool).sum())) == (2, 1, 2)
+    assert np.allclose(saved.affine, AFFINE)
+    kept = store.get_label_info("case0", FINAL)
+    assert kept["client_id"] == "ann"
+    assert kept["label_info"] == [{"name": "liver", "idx": 1}, {"name": "tumour", "idx": 2}]
+
+
+def test_background_segment_shifts_nothing(store: StudiesDatastore, tmp_path: Path) -> None:
+    info = {"label_info": [{"name": "background", "idx": 1}, {"name": "liver", "idx": 2}]}
+    store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, info)
+    assert np.asarray(nib.load(store.get_label_uri("case0", FINAL)).dataobj).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("array", "affine", "info", "match"),
+    [
+        (drawn(1), AFFINE, {"label_info": [{"name": "livver", "idx": 1}]}, "livver.*liver"),
+        (drawn(7), AFFINE, {}, "values"),
+        (np.zeros((6, 5, 3), np.uint8), AFFINE, {}, "shape"),
+        (drawn(1), np.diag([0.8, 0.8, 2.5, 1.0]), {}, "affine"),
+    ],
+)
+def test_label_that_does_not_fit_is_parked(
+    store: StudiesDatastore,
+    folder: Path,
+    tmp_path: Path,
+    array: np.ndarray,
+    affine: np.ndarray,
+    info: dict,
+    match: str,
+) -> None:
+    source = write(tmp_path / "upload.nii.gz", array, affine)
+    with pytest.raises(BadLabelError, match=f"(?s){match}.*parked"):
+        store.save_label("case0", str(source), FINAL, info)
+    parked = list((folder / ".aslseg" / "parked").glob("*.nii.gz"))
+    assert [p.read_bytes() for p in parked] == [source.read_bytes()]
+    assert store.status()["completed"] == 0
+
+
+def test_empty_unknown_segment_is_no_obstacle(store: StudiesDatastore, tmp_path: Path) -> None:
+    info = {"label_info": [{"name": "liver"}, {"name": "Segment_2"}]}
+    store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, info)
+    assert store.status()["completed"] == 1
+
+
+def test_earlier_human_labels_stay_as_versions(store: StudiesDatastore, folder: Path, tmp_path: Path) -> None:
+    for n in range(3):
+        source = write(tmp_path / "l.nii.gz", drawn(1, (n, 0, 0)))
+        store.save_label("case0", str(source), FINAL, {"client_id": f"user{n}"})
+    store.remove_label("case0", FINAL)
+    versions = sorted((folder / ".aslseg" / "versions" / "case0").glob("*.nii.gz"))
+    assert [int(np.asarray(nib.load(v).dataobj)[n, 0, 0]) for n, v in enumerate(versions)] == [1, 1, 1]
+    infos = [json.loads(v.with_name(v.name.replace(".nii.gz", ".json")).read_text()) for v in versions]
+    assert [i["client_id"] for i in infos] == ["user0", "user1", "user2"]
+    assert store.status()["completed"] == 0
+    assert "case0" in store.get_unlabeled_images()
+
+
+def test_pseudo_labels_are_for_rounds_only(store: StudiesDatastore, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="rounds only"):
+        store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(1))), PSEUDO, {})
+
+
+def test_same_scan_again_is_fine_another_is_refused(store: StudiesDatastore, folder: Path, tmp_path: Path) -> None:
+    assert store.add_image("case0", str(folder / "case0.nii.gz"), {}) == "case0"
+    other = write(tmp_path / "other.nii.gz", np.ones(SHAPE, np.int16))
+    with pytest.raises(RefusedError, match="another scan"):
+        store.add_image("case0", str(other), {})
+    (tmp_path / "junk.nii.gz").write_bytes(b"junk")
+    with pytest.raises(BadImageError):
+        store.add_image("junk", str(tmp_path / "junk.nii.gz"), {})
+
+
+@pytest.mark.parametrize("part", [0, 1, 2, 3, 4, 5, 6, 7])
+def test_truncated_json_is_recovered(folder: Path, tmp_path: Path, part: int) -> None:
+    store = open_store(folder)
+    store.save_label("case1", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {"client_id": "ann"})
+    store.update_image_info("case2", {"note": "seen"})
+    path = folder / "datastore_v2.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * part // 8])
+    again = open_store(folder)
+    assert sorted(again.list_images()) == ["case0", "case1", "case2"]
+    assert again.get_labeled_images() == ["case1"]
+    assert again.get_label_info("case1", FINAL)["client_id"] == "ann"
+    assert json.loads(path.read_text())["objects"]["case1"]
+    assert list(folder.glob("datastore_v2.json.damaged-*"))
+
+
+def test_deleted_json_is_recovered(folder: Path, tmp_path: Path) -> None:
+    open_store(folder).save_label("case1", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {})
+    for path in folder.glob("datastore_v2.json*"):
+        path.unlink()
+    assert open_store(folder).get_labeled_images() == ["case1"]
+
+
+def test_masks_of_a_round_are_adopted_with_their_names(store: StudiesDatastore, folder: Path) -> None:
+    home = folder / ".aslseg"
+    info = {"model": "aslseg", "params": {"label_names": {"liver": 1, "tumour": 2}, "round": 3}}
+    write_json(home / "original" / "case0.json", info)
+    write(folder / "labels" / ORIGINAL / "case0.nii.gz", drawn(1))
+    write(folder / "labels" / PSEUDO / "case0.nii.gz", drawn(1))
+    write(folder / "labels" / ORIGINAL / "case1.nii.gz", drawn(1))
+    assert store.status()["label_tags"] == {ORIGINAL: 2, PSEUDO: 1}
+    assert store.get_label_info("case0", ORIGINAL)["params"]["round"] == 3
+    assert list(store.get_label_info("case1", ORIGINAL)["params"]["label_names"]) == ["liver", "tumour"]
+    write_json(home / "original" / "case0.json", {**info, "params": {"round": 4}})
+    assert store.get_label_info("case0", ORIGINAL)["params"]["round"] == 4
+
+
+SAVER = """
+import sys
+from test_serving_store import open_store
+from pathlib import Path
+store = open_store(Path(sys.argv[1]))
+for n in range(30):
+    store.update_image_info(f"case{n % 3}", {f"{sys.argv[2]}{n}": n})
+"""
+
+
+def test_two_processes_lose_nothing(folder: Path) -> None:
+    command = [sys.executable, "-c", SAVER, str(folder)]
+    running = [subprocess.Popen([*command, name], cwd=Path(__file__).parent) for name in ("a", "b")]
+    assert [p.wait(120) for p in running] == [0, 0]
+    store = open_store(folder)
+    found = {k for n in range(3) for k in store.get_image_info(f"case{n}")}
+    assert {f"{p}{n}" for p in "ab" for n in range(30)} <= found
+
+
+def test_threads_lose_nothing(store: StudiesDatastore, folder: Path) -> None:
+    def work(name: str) -> None:
+        for n in range(25):
+            store.update_image_info(f"case{n % 3}", {f"{name}{n}": n})
+            store.status()
+
+    threads = [threading.Thread(target=work, args=(f"t{t}-",)) for t in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    found = {k for n in range(3) for k in open_store(folder).get_image_info(f"case{n}")}
+    assert {f"t{t}-{n}" for t in range(4) for n in range(25)} <= found
