@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from torch import Tensor, nn
+from torch import nn
 
-from aslseg.cases.patches import Patch, PatchSampler
 from aslseg.cases.prepare import Spacing, automatic_patch
 from aslseg.cases.prepared import Prepared, load_within_budget
-from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.compute.schedules import SCHEDULES
 from aslseg.compute.weights import load_weights, read_metadata, save_weights
@@ -29,10 +27,11 @@ from aslseg.files import sha256
 from aslseg.registry import NETWORKS, SSL_METHODS
 from aslseg.settings import Settings
 from aslseg.ssl import checkpoint, compiling, distributed, tracking
+from aslseg.ssl.batches import Batches
 from aslseg.ssl.learned import Probabilities, class_probabilities, described, not_learned, warn_of
 from aslseg.ssl.methods.base import Batch, Method
 from aslseg.ssl.monitor import TrainingMonitor
-from aslseg.ssl.second_stage import SecondStage
+from aslseg.ssl.nested_batches import NestedBatches
 from aslseg.types import ProgressCallback, no_progress
 
 logger = logging.getLogger(__name__)
@@ -72,18 +71,15 @@ class Trainer:
         self.patch = automatic_patch([c.image.shape for c in labelled], settings)
         # oneDNN's bfloat16 weight gradient of a 2 x 2 feature map differs from run to run (seen in torch 2.11)
         self.bf16 = bfloat16_pays(self.device) and min(self.patch[:2]) >= 48
-        classes = len(settings.label_set)
         cases = self._held([*labelled, *map(without_label, unlabelled)])
-        human = cases[: len(labelled)]
-        self.second = SecondStage(human, settings) if human[0].parent is not None else None
-        self.labelled = (
-            self.second.sampler(human, self.patch) if self.second else PatchSampler(human, self.patch, classes)
-        )
-        self.unlabelled = PatchSampler(cases[len(labelled) :], self.patch, classes) if unlabelled else None
+        source = Batches if labelled[0].parent is None else NestedBatches
+        self.batches = source(cases[: len(labelled)], cases[len(labelled) :], settings, self.patch, self.device)
         torch.manual_seed(settings.seed)
-        factory, channels = NETWORKS.get(settings.network), {"channels": 2} if self.second else {}
+        factory, outputs = NETWORKS.get(settings.network), len(settings.label_set) + 1
+        # networks of one channel need not know that there may be more
+        channels = {} if self.batches.channels == 1 else {"channels": self.batches.channels}
         self.method: Method = SSL_METHODS.get(settings.ssl_method)(
-            lambda extra=0: factory(classes + 1 + extra, self.patch, **channels), settings
+            lambda extra=0: factory(outputs + extra, self.patch, **channels), settings
         )
         self.method.to(self.device, memory_format=torch.channels_last_3d)
         if init is not None:
@@ -108,44 +104,8 @@ class Trainer:
         return load_within_budget(cases, budget)
 
     def batch(self, step: int) -> Batch:
-        """The patches of a step, augmented, on the device; depends on nothing but seed and step."""
-        s = self.settings
-        vary, plain = (self.second.vary, self.second.plain) if self.second else (random_intensity, _unchanged)
-        rng = np.random.default_rng([s.seed, step])
-        torch.manual_seed(s.seed * 1_000_003 + step)
-        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
-        drawn = self.labelled.draw_batch(rng, s.batch_labelled)
-        if self.second:
-            drawn = [self.second.with_lesions(patch, rng) for patch in drawn]
-        image = self._images(drawn)
-        maps = self._maps(drawn)
-        grid = random_geometry(image.shape, generator, s.flips)
-        image = vary(warp(image, grid), generator)
-        maps = warp(maps.float(), grid, "nearest")
-        if self.unlabelled and s.batch_unlabelled and s.ssl_method != "supervised":
-            strong = self._images(self.unlabelled.draw_batch(rng, s.batch_unlabelled))
-            weak = warp(strong, random_geometry(strong.shape, generator, s.flips))
-            strong, weak = vary(weak, generator), plain(weak)
-        else:
-            strong = weak = image[:0]
-        layout = torch.channels_last_3d
-        return Batch(
-            centre(image).contiguous(memory_format=layout),
-            maps[:, 0].long(),
-            maps[:, 1],
-            centre(strong).contiguous(memory_format=layout),
-            centre(weak).contiguous(memory_format=layout),
-        )
-
-    def _images(self, drawn: list[Patch]) -> Tensor:
-        """Images (B, 1, i, j, k), in the second stage with the parent's depth (B, 2, i, j, k)."""
-        channels = [[d.image] if d.parent is None else [d.image, d.parent] for d in drawn]
-        return torch.stack([torch.stack([torch.as_tensor(c).to(self.device) for c in pair]) for pair in channels])
-
-    def _maps(self, drawn: list[Patch]) -> Tensor:
-        """Class maps and voxel weights (B, 2, i, j, k), float32."""
-        pairs = [torch.stack([torch.as_tensor(d.label).float(), torch.as_tensor(d.weight)]) for d in drawn]
-        return torch.stack([pair.to(self.device) for pair in pairs])
+        """The patches of a step; see :class:`Batches`."""
+        return self.batches(step)
 
     def step(self, step: int) -> dict[str, float]:
         """One optimiser step, of the mean gradient of ``accumulate`` batches.
@@ -252,9 +212,9 @@ class Trainer:
     def describe(self) -> str:
         """What is trained with what, in a line."""
         s, parameters = self.settings, sum(p.numel() for p in self.method.predictor.parameters())
-        unlabelled = len(self.unlabelled.cases) if self.unlabelled else 0
+        unlabelled = len(self.batches.unlabelled.cases) if self.batches.unlabelled else 0
         return (
-            f"{s.ssl_method}, {s.network} with {parameters / 1e6:.2f} M parameters, {len(self.labelled.cases)} "
+            f"{s.ssl_method}, {s.network} with {parameters / 1e6:.2f} M parameters, {len(self.batches.labelled.cases)} "
             f"labelled and {unlabelled} unlabelled cases, {s.accumulate} x ({s.batch_labelled} + {s.batch_unlabelled}) "
             f"patches of {self.patch} a step, {distributed.world()} x {self.device} in "
             f"{'bfloat16' if self.bf16 else 'float32'}"
@@ -401,7 +361,7 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
         "labels": list(settings.label_set.names),
         "network": settings.network,
         "method": settings.ssl_method,
-        "channels": 2 if trainer.second else 1,
+        "channels": trainer.batches.channels,
         "outputs": len(settings.label_set) + 1 + trainer.method.extra_outputs,
         "patch": list(trainer.patch),
         "flips": settings.flips,
@@ -417,7 +377,3 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
 def without_label(case: Prepared) -> Prepared:
     """The case without anything that a label could have come from; its parent is a predicted one."""
     return Prepared(case.id, case.patient, case.image, case.grid, parent=case.parent)
-
-
-def _unchanged(image: Tensor) -> Tensor:
-    return image

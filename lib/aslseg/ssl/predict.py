@@ -38,7 +38,7 @@ from aslseg.ssl.nested import (
     split,
     top_level,
 )
-from aslseg.ssl.second_stage import plain
+from aslseg.ssl.nested_batches import plain
 from aslseg.volume.geometry import resize
 
 logger = logging.getLogger(__name__)

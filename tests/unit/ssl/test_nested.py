@@ -12,7 +12,7 @@ from aslseg.cases.prepared import Prepared
 from aslseg.settings import load_settings
 from aslseg.ssl import nested
 from aslseg.ssl.nested import REACH_MM, Geometry
-from aslseg.ssl.second_stage import plain, varied
+from aslseg.ssl.nested_batches import plain, varied
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from aslseg.cases.patches import ComponentSampler, Patch, PatchSampler
 from aslseg.cases.prepared import Prepared
-from aslseg.compute.augment import random_intensity
-from aslseg.settings import Settings
+from aslseg.ssl.batches import Batches
 from aslseg.ssl.lesions import Lesions
 from aslseg.ssl.nested import REACH_MM
 
@@ -38,8 +36,6 @@ def varied(maps: Tensor, generator: torch.Generator) -> Tensor:
     image = 0.5 + (maps[:, :1] - 0.5) * (1 + 0.25 * u[:, 0]) + 0.04 * u[:, 1]
     noise = torch.randn(image.shape, generator=generator).to(maps.device)
     image = image + 0.03 * (u[:, 2] + 1) / 2 * noise
-    if os.environ.get("NEST_INTENSITY") == "std":
-        image = random_intensity(maps[:, :1], generator)
     coarse = torch.randn(n, 1, 5, 5, 4, generator=generator).to(maps.device)
     bulges = F.interpolate(coarse, maps.shape[2:], mode="trilinear", align_corners=True)
     depth = maps[:, 1:] + OFFSET_MM * u[:, 3] + BULGE_MM * (u[:, 4] + 1) / 2 * bulges
@@ -49,33 +45,29 @@ def varied(maps: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _channel(depth: Tensor) -> Tensor:
-    if os.environ.get("NEST_CHANNEL") == "none":
-        return torch.zeros_like(depth) + 0.5
     return 0.5 + 0.5 * ((depth - REACH_MM) / EDGE_MM).clamp(-1, 1)
 
 
-class SecondStage:
-    """How the second stage draws and changes its patches.
+class NestedBatches(Batches):
+    """Batches of the second stage; its first label is the parent. Images and depths are two channels."""
 
-    Args:
-        labelled: Labelled views.
-        settings: Of the second stage; its first label is the parent.
-    """
+    channels = 2
 
-    def __init__(self, labelled: Sequence[Prepared], settings: Settings) -> None:
-        self.labels = settings.label_set
-        self.lesions = Lesions(labelled, self.labels, settings.nested_synthetic)
+    def sampler(self, labelled: Sequence[Prepared], patch: tuple[int, int, int]) -> PatchSampler:
+        """Draws labelled patches, and learns what the labelled lesions look like."""
+        labels = self.settings.label_set
+        self.lesions = Lesions(labelled, labels, self.settings.nested_synthetic)
+        rare = [n + 1 for n, parent in enumerate(labels.parents) if parent is not None]
+        return ComponentSampler(labelled, patch, len(labels), rare)
 
-    def sampler(self, cases: Sequence[Prepared], patch: Sequence[int]) -> PatchSampler:
-        """Draws labelled patches."""
-        rare = [n + 1 for n, parent in enumerate(self.labels.parents) if parent is not None]
-        if os.environ.get("NEST_SAMPLER") == "std":
-            return PatchSampler(cases, patch, len(self.labels))
-        return ComponentSampler(cases, patch, len(self.labels), rare)
+    def draw(self, rng: np.random.Generator) -> list[Patch]:
+        """The labelled patches of a batch, some of them with synthetic lesions."""
+        return [self.lesions.into(patch, rng) for patch in super().draw(rng)]
 
-    def with_lesions(self, patch: Patch, rng: np.random.Generator) -> Patch:
-        """The patch, now and then with synthetic lesions."""
-        return self.lesions.into(patch, rng)
+    def strong(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """See :func:`varied`."""
+        return varied(image, generator)
 
-    vary = staticmethod(varied)
-    plain = staticmethod(plain)
+    def weak(self, image: Tensor) -> Tensor:
+        """See :func:`plain`."""
+        return plain(image)
