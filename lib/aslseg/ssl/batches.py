@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +28,11 @@ class Batches:
         device: Where batches are made and lie.
 
     Attributes:
-        channels: Of the images.
+        network: What the network's factory is called with for these images, besides classes and patch.
         labelled, unlabelled: Samplers of the streams; the second is None without unlabelled cases.
     """
 
-    channels = 1
+    network: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -53,11 +55,11 @@ class Batches:
         return self.labelled.draw_batch(rng, self.settings.batch_labelled)
 
     def strong(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """Images (B, channels, i, j, k) with changed intensities."""
+        """Images (B, C, i, j, k) with changed intensities."""
         return random_intensity(image, generator)
 
     def weak(self, image: Tensor) -> Tensor:
-        """Images (B, channels, i, j, k) as they are when a network predicts."""
+        """Images (B, C, i, j, k) as they are when a network predicts."""
         return image
 
     def __call__(self, number: int) -> Batch:

@@ -76,10 +76,8 @@ class Trainer:
         self.batches = source(cases[: len(labelled)], cases[len(labelled) :], settings, self.patch, self.device)
         torch.manual_seed(settings.seed)
         factory, outputs = NETWORKS.get(settings.network), len(settings.label_set) + 1
-        # networks of one channel need not know that there may be more
-        channels = {} if self.batches.channels == 1 else {"channels": self.batches.channels}
         self.method: Method = SSL_METHODS.get(settings.ssl_method)(
-            lambda extra=0: factory(outputs + extra, self.patch, **channels), settings
+            lambda extra=0: factory(outputs + extra, self.patch, **self.batches.network), settings
         )
         self.method.to(self.device, memory_format=torch.channels_last_3d)
         if init is not None:
@@ -361,7 +359,7 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
         "labels": list(settings.label_set.names),
         "network": settings.network,
         "method": settings.ssl_method,
-        "channels": trainer.batches.channels,
+        "options": dict(trainer.batches.network),
         "outputs": len(settings.label_set) + 1 + trainer.method.extra_outputs,
         "patch": list(trainer.patch),
         "flips": settings.flips,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +31,12 @@ def plain(maps: Tensor) -> Tensor:
 def varied(maps: Tensor, generator: torch.Generator) -> Tensor:
     """The same with changed intensities, and the parent as the first stage might have drawn it.
 
-    Brightness changes little: it is relative to the parent already.
+    Brightness changes little, since it is relative to the parent already; contrast changes much, by a factor of up to 2
+    either way, since lesions of other patients have another one.
     """
     n = len(maps)
     u = torch.rand(n, 5, generator=generator).to(maps.device)[:, :, None, None, None, None] * 2 - 1
-    image = 0.5 + (maps[:, :1] - 0.5) * (1 + 0.25 * u[:, 0]) + 0.04 * u[:, 1]
+    image = 0.5 + (maps[:, :1] - 0.5) * 2 ** u[:, 0] + 0.04 * u[:, 1]
     noise = torch.randn(image.shape, generator=generator).to(maps.device)
     image = image + 0.03 * (u[:, 2] + 1) / 2 * noise
     coarse = torch.randn(n, 1, 5, 5, 4, generator=generator).to(maps.device)
@@ -49,9 +52,13 @@ def _channel(depth: Tensor) -> Tensor:
 
 
 class NestedBatches(Batches):
-    """Batches of the second stage; its first label is the parent. Images and depths are two channels."""
+    """Batches of the second stage; its first label is the parent. Images and depths are two channels.
 
-    channels = 2
+    The network has instance norm: the contrast of lesions differs from patient to patient, and what batch norm takes as
+    the average of a few patients does not fit the next one.
+    """
+
+    network: Mapping[str, Any] = MappingProxyType({"channels": 2, "norm": "instance"})
 
     def sampler(self, labelled: Sequence[Prepared], patch: tuple[int, int, int]) -> PatchSampler:
         """Draws labelled patches, and learns what the labelled lesions look like."""

@@ -306,8 +306,7 @@ def load(path: Path, settings: Settings) -> SSLModel | NestedModel:
 def stage_model(path: Path, state: dict[str, Tensor], metadata: dict[str, Any], settings: Settings) -> SSLModel:
     """One network of a file with what belongs to it."""
     outputs = metadata.get("outputs", len(metadata["labels"]) + 1)
-    channels = {"channels": metadata["channels"]} if metadata.get("channels", 1) > 1 else {}
-    network = NETWORKS.get(metadata["network"])(outputs, metadata["patch"], **channels)
+    network = NETWORKS.get(metadata["network"])(outputs, metadata["patch"], **metadata.get("options", {}))
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -98,7 +98,7 @@ def test_one_network_for_all_labels_on_request_and_its_old_files_still_load(tmp_
     assert "stages" not in read_metadata(tmp_path / "ssl.safetensors")
     state, metadata = load_weights(tmp_path / "ssl.safetensors", "ssl")
     # as files were written before there were two stages
-    save_weights(tmp_path / "old.safetensors", state, {k: v for k, v in metadata.items() if k != "channels"})
+    save_weights(tmp_path / "old.safetensors", state, {k: v for k, v in metadata.items() if k != "options"})
     model = predict.load(tmp_path / "old.safetensors", settings())
     assert model.regions(case("a").image).shape == (2, *SHAPE)
 
@@ -117,7 +117,7 @@ def test_methods_with_unlabelled_scans_train_in_both_stages(tmp_path, settings, 
 def test_networks_take_the_parent_as_a_second_channel(tmp_path, settings, network):
     out = tmp_path / "ssl.safetensors"
     run(out, settings(network=network), iterations=2)
-    assert read_metadata(out)["stages"]["second"]["liver"]["model"]["channels"] == 2
+    assert read_metadata(out)["stages"]["second"]["liver"]["model"]["options"]["channels"] == 2
     assert predict.load(out, settings()).predict(case("a").image).shape == (3, *SHAPE)
 
 
