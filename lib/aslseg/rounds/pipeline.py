@@ -18,6 +18,7 @@ from aslseg.agreement.verdict import Reference, reference
 from aslseg.cases.prepare import PreparedStore, Spacing, save_array
 from aslseg.cases.prepared import Prepared
 from aslseg.cases.studies import PSEUDO
+from aslseg.compute.hardware import resolved
 from aslseg.errors import AslsegError, BadWeightsError
 from aslseg.files import sha256
 from aslseg.rounds.artefacts import ArtefactStore, CachedProbabilities
@@ -74,7 +75,7 @@ class RoundPipeline:
         progress: Progress,
         opened: int | None = None,
     ) -> None:
-        self.paths, self.settings, self.ledger = paths, settings, ledger
+        self.paths, self.settings, self.ledger = paths, resolved(settings), ledger
         self.team, self.progress, self.opened = team, progress, opened
         self.labels = settings.label_set
         self.steps = ArtefactStore(paths.rounds / "steps")
@@ -292,7 +293,7 @@ class RoundPipeline:
         inputs = {
             **{k: details[k] for k in ("image", "sha256", "disagreement")},
             "spacing": self.team.spacing,
-            "settings": [s.labels, s.nested, s.disagreement_weight],
+            "settings": [*s.model_dump(include={"labels", "nested"}).values(), s.disagreement_weight],
         }
         folder = self.steps.folder("promoted", inputs)
         # named by what they were made from, as whole_file's callers expect

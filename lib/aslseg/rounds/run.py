@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
+from aslseg.compute.hardware import resolved
 from aslseg.errors import AslsegError, DiskFullError, NoModelError
 from aslseg.files import write_json
 from aslseg.models.files import ModelSet
@@ -24,7 +25,8 @@ from aslseg.rounds.masks import sync_label_files
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress
 from aslseg.rounds.recipes.aslseg import rank
-from aslseg.settings import Paths, Settings
+from aslseg.settings import Paths, ResolvedSettings, Settings
+from aslseg.settings.paths import require_writable
 from aslseg.types import ProgressCallback, no_progress
 from aslseg.volume.io import require_free_disk
 
@@ -58,6 +60,8 @@ def run_round(
     Raises:
         AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError.
     """
+    settings = resolved(settings)
+    require_writable(settings, "home", "model_dir")
     paths = paths or Paths(settings, studies)
     ledger = Ledger(paths.ledger)
     found = read_studies(studies)
@@ -107,6 +111,8 @@ def train_stage(
     Raises:
         AslsegError: As :func:`run_round`.
     """
+    settings = resolved(settings)
+    require_writable(settings, "home", "model_dir")
     paths = paths or Paths(settings, studies)
     ledger, found = Ledger(paths.ledger), read_studies(studies)
     _threads(settings)
@@ -152,6 +158,8 @@ def rank_studies(
     Raises:
         NoModelError: Nothing is published yet.
     """
+    settings = resolved(settings)
+    require_writable(settings, "home")
     paths = paths or Paths(settings, studies)
     models = [find_published(paths, kind, check=True) for kind in KINDS]
     ssl, sam, adapter = (m.path if m else None for m in models)
@@ -177,7 +185,7 @@ def rank_studies(
     return dict(sorted(((c, j.agreement.mean) for c, j in judged.items()), key=lambda pair: (pair[1], pair[0])))
 
 
-def expected_seconds(studies: Studies, settings: Settings, before: dict[str, Any]) -> dict[str, float]:
+def expected_seconds(studies: Studies, settings: ResolvedSettings, before: dict[str, Any]) -> dict[str, float]:
     """What each stage of a round will take: as in the last round, else a guess for two CPU cores."""
     waiting = len(studies.images) - len(studies.final)
     guess = {
