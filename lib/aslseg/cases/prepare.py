@@ -14,6 +14,7 @@ import numpy as np
 
 from aslseg.cases.prepared import Prepared
 from aslseg.cases.studies import Case
+from aslseg.compute.hardware import resolved
 from aslseg.errors import BadImageError, BadLabelError
 from aslseg.files import FileHashes, atomic_file
 from aslseg.settings import Settings
@@ -39,8 +40,7 @@ def working_spacing(volumes: Iterable[Volume], settings: Settings) -> Spacing:
     if settings.spacing == "native":
         return None
     if settings.spacing != "auto":
-        x, y, z = (float(v) for v in settings.spacing.split(","))
-        return x, y, z
+        return settings.spacing
     grids = [Grid.of(v, None) for v in volumes]
     spacing = np.median([g.spacing for g in grids], axis=0)
     extent = np.median([np.multiply(g.spacing, g.shape) for g in grids], axis=0)
@@ -77,8 +77,7 @@ class PreparedStore:
         Raises:
             BadImageError, BadLabelError: As the readers.
         """
-        keys = ("modality", "window_low", "window_high", "labels", "nested")
-        chosen = {k: getattr(self.settings, k) for k in keys}
+        chosen = self.settings.model_dump(include={"modality", "window_low", "window_high", "labels", "nested"})
         image_hash, label_hash = self.hashes(case.image), self.hashes(case.label) if case.label else ""
         text = json.dumps([image_hash, label_hash, self.spacing, chosen], sort_keys=True)
         entry = self.folder / f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -141,10 +140,11 @@ def automatic_patch(shapes: Iterable[tuple[int, ...]], settings: Settings) -> tu
     Never below (32, 32, 16): a deepest level of a single voxel leaves batch norm two values to normalise.
     """
     if settings.patch != "auto":
-        size = [max(16, round(float(v) / 16) * 16) for v in settings.patch.split(",")]
+        size = [max(16, round(n / 16) * 16) for n in settings.patch]
     else:
         size = [max(16, math.ceil(n / 16) * 16) for n in np.median(list(shapes), axis=0)]
-        while math.prod(size) > settings.patch_voxels and max(size) > 16:
+        most = resolved(settings).patch_voxels
+        while math.prod(size) > most and max(size) > 16:
             size[int(np.argmax(size))] -= 16
     i, j, k = size
     return max(i, 32), max(j, 32), k

@@ -29,6 +29,7 @@ from aslseg.serving.memory import reuse_freed_memory
 from aslseg.serving.strategies import Leases
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
+from aslseg.settings.paths import require_writable
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class ServedApp(MONAILabelApp):
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
         try:
             self.settings, self.origin = load_settings(conf)
+            require_writable(self.settings, "home")
         except BadSettingsError as error:
             refuse_to_start(str(error), 2)
         reuse_freed_memory()
