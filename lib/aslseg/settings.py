@@ -17,10 +17,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from aslseg.errors import BadSettingsError
 from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS, suggest
+from aslseg.resources import app_dir
 from aslseg.types import Labels
 
 PREFIX = "ASLSEG_"
-APP_DIR = Path(os.environ.get("ASLSEG_APP_DIR", Path(__file__).resolve().parents[2] / "apps" / "aslseg"))
 # Keys that MONAI Label itself or its sample apps put into --conf; not ours to refuse.
 PLATFORM_KEYS = {"models", "preload", "auto_update_scoring"}
 
@@ -195,7 +195,7 @@ class Settings(BaseSettings):
     home: str = _setting("", "Ledger and round files; empty: .aslseg in the studies folder", unit="folder")
     model_dir: str = _setting(
         "",
-        "Published models, may be shared by servers; empty: a folder per studies in apps/aslseg/model",
+        "Published models, may be shared by servers; empty: a folder per studies below the app's folder",
         unit="folder",
     )
     min_free_gb: float = _setting(1.0, "Free disk below which nothing is written", unit="GB", ge=0)
@@ -372,7 +372,7 @@ class Paths:
         self.studies = None if remote else Path(text).resolve()
         name = text.split("//")[-1].split("/")[0].replace(":", "-") if remote else Path(text).resolve().name
         key = f"{name}-{hashlib.sha256((text if remote else str(self.studies)).encode()).hexdigest()[:8]}"
-        own = APP_DIR / "model" / key
+        own = app_dir() / "model" / key
         self.models = Path(settings.model_dir) if settings.model_dir else own
         if settings.home:
             self.home = Path(settings.home)

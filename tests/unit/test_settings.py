@@ -5,7 +5,8 @@ import pytest
 from pydantic import ValidationError
 
 from aslseg.errors import BadSettingsError
-from aslseg.settings import APP_DIR, GROUPS, PLATFORM_KEYS, Paths, Settings, load_settings, relevant
+from aslseg.resources import app_dir
+from aslseg.settings import GROUPS, PLATFORM_KEYS, Paths, Settings, load_settings, relevant
 
 NO_FILE = Path("/nonexistent/.env")
 
@@ -127,7 +128,7 @@ def test_paths_of_a_folder(tmp_path):
 
 def test_paths_of_two_folders_of_one_name_differ(tmp_path):
     settings = Settings()
-    assert Paths(settings, tmp_path / "a" / "x").models.parent == APP_DIR / "model"
+    assert Paths(settings, tmp_path / "a" / "x").models.parent == app_dir() / "model"
     assert Paths(settings, tmp_path / "a" / "x").models != Paths(settings, tmp_path / "b" / "x").models
     assert Paths(settings, tmp_path / "a" / "x").models == Paths(settings, tmp_path / "b" / ".." / "a" / "x").models
 
