@@ -98,7 +98,7 @@ def test_bad_input_is_refused(scan: Volume, settings: Settings, tmp_path: Path) 
         clicks.segment(box=(1, 2, 3))
     with pytest.raises(BadLabelError, match="expected the scan's shape"):
         aslseg.Clicks(scan, settings, automatic_mask=np.zeros((2, 2, 2)))
-    with pytest.raises(NoModelError, match="run a round first"):
+    with pytest.raises(NoModelError, match="no ssl model is published"):
         aslseg.load_model(tmp_path / "studies", "ssl", settings)
 
 
