@@ -1,4 +1,4 @@
-"""Bidirectional copy-paste (Bai et al., CVPR 2023; science.md §4)."""
+"""Bidirectional copy-paste (Bai et al., CVPR 2023; docs/science.md §4)."""
 
 from __future__ import annotations
 

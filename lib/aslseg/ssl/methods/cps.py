@@ -1,4 +1,4 @@
-"""Cross pseudo supervision (Chen et al., CVPR 2021; science.md §4)."""
+"""Cross pseudo supervision (Chen et al., CVPR 2021; docs/science.md §4)."""
 
 from __future__ import annotations
 

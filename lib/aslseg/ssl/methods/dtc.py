@@ -1,4 +1,4 @@
-"""Dual-task consistency (Luo et al., AAAI 2021; science.md §4)."""
+"""Dual-task consistency (Luo et al., AAAI 2021; docs/science.md §4)."""
 
 from __future__ import annotations
 

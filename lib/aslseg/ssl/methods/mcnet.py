@@ -1,4 +1,4 @@
-"""Mutual consistency, MC-Net+ (Wu et al., Medical Image Analysis 2022; science.md §4)."""
+"""Mutual consistency, MC-Net+ (Wu et al., Medical Image Analysis 2022; docs/science.md §4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mean Teacher (Tarvainen & Valpola 2017) as the SSL segmentation literature trains it (science.md §4)."""
+"""Mean Teacher (Tarvainen & Valpola 2017) as the SSL segmentation literature trains it (docs/science.md §4)."""
 
 from __future__ import annotations
 

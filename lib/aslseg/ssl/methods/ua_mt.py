@@ -1,4 +1,4 @@
-"""Uncertainty-aware Mean Teacher (Yu et al., MICCAI 2019; science.md §4)."""
+"""Uncertainty-aware Mean Teacher (Yu et al., MICCAI 2019; docs/science.md §4)."""
 
 from __future__ import annotations
 
