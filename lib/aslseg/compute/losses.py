@@ -107,7 +107,7 @@ def predictive_entropy(p: Tensor) -> Tensor:
 
 
 def foreground_fraction(logits: Tensor) -> Tensor:
-    """Part of the voxels whose largest logit is not the background's, to notice collapse (docs/science.md §6.3)."""
+    """Fraction of the voxels whose largest logit is not the background's, to notice collapse (docs/science.md §6.3)."""
     logits = logits.detach()
     return (logits[:, 1:].amax(1) > logits[:, 0]).float().mean()
 
