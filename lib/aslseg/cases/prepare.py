@@ -16,7 +16,7 @@ from aslseg.cases.prepared import Prepared
 from aslseg.cases.studies import Case
 from aslseg.compute.hardware import resolved
 from aslseg.errors import BadImageError, BadLabelError
-from aslseg.files import atomic_file, sha256
+from aslseg.files import FileHashes, atomic_file
 from aslseg.settings import Settings
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
@@ -61,15 +61,15 @@ class PreparedStore:
     """Prepared cases on disk, found again by the content of their files and the preparation settings.
 
     Args:
-        folder: Cache folder (``Places.cache``).
+        folder: Cache folder (:attr:`aslseg.settings.Paths.cache`).
         settings: Window, labels and size limit.
-        spacing: Working spacing.
+        spacing: Working spacing in mm along x, y, z; None keeps that of the scans.
+        hashes: Shared by the stores of a round, so that each file is hashed once.
     """
 
-    def __init__(self, folder: Path, settings: Settings, spacing: Spacing) -> None:
-        self.folder = folder
-        self.settings = settings
-        self.spacing = spacing
+    def __init__(self, folder: Path, settings: Settings, spacing: Spacing, hashes: FileHashes | None = None) -> None:
+        self.folder, self.settings, self.spacing = folder, settings, spacing
+        self.hashes = hashes or FileHashes()
 
     def load(self, case: Case) -> Prepared:
         """The case on the working grid; the image is a read-only memory map.
@@ -78,8 +78,8 @@ class PreparedStore:
             BadImageError, BadLabelError: As the readers.
         """
         chosen = self.settings.model_dump(include={"modality", "window_low", "window_high", "labels", "nested"})
-        label_hash = sha256(case.label) if case.label else ""
-        text = json.dumps([sha256(case.image), label_hash, self.spacing, chosen], sort_keys=True)
+        image_hash, label_hash = self.hashes(case.image), self.hashes(case.label) if case.label else ""
+        text = json.dumps([image_hash, label_hash, self.spacing, chosen], sort_keys=True)
         entry = self.folder / f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         files = [entry.with_name(f"{entry.name}.{part}.npy") for part in ("label", "image")]
         wanted = files if case.label else files[1:]
@@ -98,6 +98,8 @@ class PreparedStore:
             np.load(files[1], mmap_mode="r"),
             grid,
             np.load(files[0], mmap_mode="r") if case.label else None,
+            image_hash=image_hash,
+            label_hash=label_hash,
         )
 
     def load_all(self, cases: Iterable[Case]) -> tuple[list[Prepared], dict[str, str]]:

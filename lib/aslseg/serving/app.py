@@ -19,7 +19,8 @@ from monailabel.utils.async_tasks.utils import processes
 from monailabel.utils.sessions import SessionInfo, Sessions
 
 from aslseg.errors import AslsegError, BadSettingsError
-from aslseg.models.published import KINDS, find_published
+from aslseg.models.kinds import PUBLISHED_KINDS
+from aslseg.models.published import find_published
 from aslseg.serving.dicomweb_datastore import connect
 from aslseg.serving.embed import embed_studies
 from aslseg.serving.http_errors import RefusedError
@@ -183,7 +184,7 @@ class ServedApp(MONAILabelApp):
     def start_first_round(self) -> None:
         """Start training in the background if nothing is published, something is labelled and nothing runs."""
         where = f"http://127.0.0.1:{platform.MONAI_LABEL_SERVER_PORT}/aslseg/"
-        if any(find_published(self.paths, kind) for kind in KINDS):
+        if any(find_published(self.paths, kind) for kind in PUBLISHED_KINDS):
             return
         if self.paths.studies is None:
             logger.warning("no models yet, and rounds need a local studies folder; only 'sam' works. See %s", where)
