@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from aslseg.agreement.evaluate import evaluate_folders
-from aslseg.errors import BadLabelError, NoModelError
+from aslseg.errors import BadLabelError
 from aslseg.models.cascade import Cascade
+from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
-from aslseg.models.published import KINDS, find_published
 from aslseg.prompts.from_client import parse
 from aslseg.rounds import run
 from aslseg.sam.clicks.session import ClickSession
@@ -65,7 +65,7 @@ class Model:
         labels: Names of the values 1..N.
     """
 
-    def __init__(self, cascade: Cascade, kind: str) -> None:
+    def __init__(self, cascade: Cascade, kind: ModelKind) -> None:
         self.kind, self.labels = kind, cascade.settings.label_set.names
         self._cascade = cascade
 
@@ -95,15 +95,8 @@ def load_model(studies: str | Path, name: ModelName = "aslseg", settings: Settin
         BadWeightsError: A model file is damaged or was made for other labels.
     """
     settings = settings or Settings()
-    paths = Paths(settings, studies)
-    kind = "adapter" if name == "aslseg" else name
-    files = {}
-    for needed in KINDS[: KINDS.index(kind) + 1]:
-        found = find_published(paths, needed, check=True)
-        if found is None:
-            raise NoModelError(f"no {needed} model is published in {paths.models}; run a round first")
-        files[needed] = found.path
-    return Model(Cascade.load(files, settings), kind)
+    kind = ModelKind.ADAPTER if name == "aslseg" else ModelKind(name)
+    return Model(Cascade.published(kind, Paths(settings, studies), settings), kind)
 
 
 class Clicks:
@@ -142,7 +135,7 @@ class Clicks:
         if studies is None:
             sam = build.load(build.base_path(settings), settings)
         else:
-            sam = Models(settings, Paths(settings, studies)).get("sam")
+            sam = Models(settings, Paths(settings, studies)).get(ModelKind.SAM)
         cache = EmbeddingCache(settings.embedding_memory_mb * 1e6)
         self._session = ClickSession(sam, slices, settings, region, cache)
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import recorded_clicks as recorded
-from aslseg.models.published import KINDS, find_published
+from aslseg.models.kinds import PUBLISHED_KINDS
+from aslseg.models.published import find_published
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.masks import roll_back, verify_label_files
 from aslseg.rounds.run import run_round, train_stage
@@ -71,11 +72,11 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Left]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """What :func:`tiny_rounds.make_tiny` changes, for one test."""
-    from aslseg.rounds.recipes import aslseg
+    from aslseg.rounds import promotion
     from aslseg.ssl import engine
 
     monkeypatch.setattr(engine, "STATISTICS_BATCHES", engine.STATISTICS_BATCHES)
-    monkeypatch.setattr(aslseg, "judge", aslseg.judge)
+    monkeypatch.setattr(promotion, "judge", promotion.judge)
     make_tiny()
 
 
@@ -115,7 +116,7 @@ def test_a_round_of_the_version_before_is_rolled_back(left: Left) -> None:
 
 @pytest.mark.parametrize("model", ["ssl", "adapter", "aslseg", "sam"])
 def test_published_models_load_and_predict_the_same(left: Left, model: str) -> None:
-    models = {kind: find_published(left.paths, kind, check=True) for kind in KINDS}
+    models = {kind: find_published(left.paths, kind, check=True) for kind in PUBLISHED_KINDS}
     assert {kind: m.sha256 for kind, m in models.items() if m is not None} == EXPECTED["models"]
     params = {"foreground": [[16, 16, 8]], "label": "liver"} if model == "sam" else {}
     mask, _ = recorded.ask(left.app(), {"model": model, "image": CASE, "client": "ann", "params": params})
@@ -166,6 +167,17 @@ def test_the_next_round_goes_on_from_it(left: Left) -> None:
     assert verify_label_files(left.paths) == []
     # and the round before is still there to go back to
     roll_back(left.paths, 2)
+    assert label_hashes(left.studies) == EXPECTED["labels"]
+    assert published_hashes(left.settings, left.studies) == EXPECTED["models"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_every_step_of_a_round_that_was_rolled_back_is_found_again(left: Left) -> None:
+    roll_back(left.paths, 1)
+    summary = run_round(left.studies, left.settings)
+    # the round starts from what round 1 started from, so that nothing needs computing but ranking and writing
+    assert set(summary["measured"]) <= {"prepare", "rank", "promote", "publish", "originals"}
+    assert summary["promoted"] == EXPECTED["promoted"]
     assert label_hashes(left.studies) == EXPECTED["labels"]
     assert published_hashes(left.settings, left.studies) == EXPECTED["models"]
 
