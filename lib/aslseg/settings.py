@@ -58,6 +58,7 @@ class Settings(BaseSettings):
         4e6, "Size that the automatic working grid may not exceed for the median scan", unit="voxels", gt=1e3
     )
     max_voxels: float = _setting(1.6e9, "Scans with more voxels are refused", unit="voxels", gt=1)
+    max_upload_voxels: float = _setting(2e8, "Uploaded scans with more voxels are refused", unit="voxels", gt=1)
 
     # stage 1
     ssl_method: str = _setting("bcp_mt", "How labelled and unlabelled scans are learned from")
@@ -292,7 +293,7 @@ GROUPS = {
     "adapter": {n for n in Settings.model_fields if n.startswith("adapter_")},
     "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}
     | {"disagreement_weight", "gate_tolerance", "first_round", "ssl_iterations", "retrain_iterations", "spacing"}
-    | {"max_working_voxels", "max_voxels"},
+    | {"max_working_voxels", "max_voxels", "max_upload_voxels"},
     "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "run_seconds", "prefetch_slices"}
     | {n for n in Settings.model_fields if n.startswith(("grow_", "embed"))},
     "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "memory_gb", "tracking"}
