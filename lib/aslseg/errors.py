@@ -47,8 +47,12 @@ class NotEnoughMemoryError(AslsegError):
     """A prediction that does not fit into memory whatever is tried."""
 
 
-class DiskFullError(AslsegError):
-    """Less free disk than the step needs; nothing was written."""
+class DiskFullError(AslsegError, OSError):
+    """The disk is full, or has less free space than a step needs; what was there before is untouched."""
+
+
+class FileWriteError(AslsegError, OSError):
+    """A file cannot be written, for another reason than a full disk; what was there before is untouched."""
 
 
 class LedgerError(AslsegError):

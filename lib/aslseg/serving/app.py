@@ -19,7 +19,8 @@ from monailabel.utils.async_tasks.utils import processes
 from monailabel.utils.sessions import SessionInfo, Sessions
 
 from aslseg.errors import AslsegError, BadSettingsError
-from aslseg.models.published import KINDS, find_published
+from aslseg.models.kinds import PUBLISHED_KINDS
+from aslseg.models.published import find_published
 from aslseg.serving.dicomweb_datastore import connect
 from aslseg.serving.embed import embed_studies
 from aslseg.serving.http_errors import RefusedError
@@ -28,6 +29,7 @@ from aslseg.serving.memory import reuse_freed_memory
 from aslseg.serving.strategies import Leases
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
+from aslseg.settings.paths import require_writable
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class ServedApp(MONAILabelApp):
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
         try:
             self.settings, self.origin = load_settings(conf)
+            require_writable(self.settings, "home")
         except BadSettingsError as error:
             refuse_to_start(str(error), 2)
         reuse_freed_memory()
@@ -181,7 +184,7 @@ class ServedApp(MONAILabelApp):
     def start_first_round(self) -> None:
         """Start training in the background if nothing is published, something is labelled and nothing runs."""
         where = f"http://127.0.0.1:{platform.MONAI_LABEL_SERVER_PORT}/aslseg/"
-        if any(find_published(self.paths, kind) for kind in KINDS):
+        if any(find_published(self.paths, kind) for kind in PUBLISHED_KINDS):
             return
         if self.paths.studies is None:
             logger.warning("no models yet, and rounds need a local studies folder; only 'sam' works. See %s", where)

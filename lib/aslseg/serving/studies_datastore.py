@@ -19,7 +19,7 @@ from typing import Any
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
 
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
-from aslseg.errors import AslsegError, BadImageError, BadLabelError, DiskFullError
+from aslseg.errors import AslsegError, BadImageError, BadLabelError
 from aslseg.files import atomic_file, sha256, write_json
 from aslseg.serving.http_errors import RefusedError, inside, safe_name
 from aslseg.serving.labels import decode_label
@@ -251,13 +251,8 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
 
     def _copy(self, source: Path, target: Path) -> None:
         inside(target.parent, self.root)
-        try:
-            with atomic_file(target) as temporary:
-                shutil.copyfile(source, temporary)
-        except OSError as error:
-            raise DiskFullError(
-                f"{target} cannot be written ({error.strerror}); free some space and try again"
-            ) from error
+        with atomic_file(target) as temporary:
+            shutil.copyfile(source, temporary)
 
     def _canonical(self, info: dict[str, Any]) -> dict[str, Any]:
         """Label info that describes the decoded file; what the client said is kept beside it."""

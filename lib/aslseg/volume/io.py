@@ -120,7 +120,7 @@ def write_label(path: Path, class_map: np.ndarray, affine: np.ndarray) -> None:
     """Write a uint8 class map (i, j, k) as NIfTI, atomically.
 
     Raises:
-        DiskFullError: The disk filled up; the previous file, if any, is untouched.
+        DiskFullError, FileWriteError: The previous file, if any, is untouched.
     """
     image = nib.Nifti1Image(np.asarray(class_map, np.uint8), affine)
     image.header.set_xyzt_units("mm")
@@ -138,13 +138,8 @@ def write_image(path: Path, volume: Volume, dtype: type = np.int16) -> None:
 
 
 def _save(image: nib.Nifti1Image, path: Path) -> None:
-    try:
-        with atomic_file(path) as temporary:
-            nib.save(image, temporary)
-    except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            raise DiskFullError(f"disk full while writing {path}; free some space and run again") from error
-        raise
+    with atomic_file(path) as temporary:
+        nib.save(image, temporary)
 
 
 def require_free_disk(folder: Path, gigabytes: float) -> None:

@@ -45,7 +45,7 @@ def test_a_pacs_is_no_studies_folder() -> None:
 def test_ends_when_its_server_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parents = iter([100, 100, 1])
     monkeypatch.setattr(trainers.os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(trainers, "step_back", lambda *_, **__: None)  # this is the tests' own process
+    monkeypatch.setattr(trainers, "lower_priority", lambda *_, **__: None)  # this is the tests' own process
     reported = []
 
     def work(studies: Path, settings: Any, report: Any) -> dict[str, Any]:
