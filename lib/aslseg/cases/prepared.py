@@ -32,6 +32,8 @@ class Prepared:
         voxel_weight: (i, j, k) float16 weights in 0..1, or None for 1 everywhere.
         parent: In the second stage of nested labels (:mod:`aslseg.ssl.nested`): how deep in the parent a voxel lies
             (i, j, k), float16, mm (:func:`aslseg.ssl.nested.depth`). None everywhere else.
+        image_hash: SHA-256 of the scan's file; empty where there is none.
+        label_hash: SHA-256 of the human label's file; empty without one.
     """
 
     id: str
@@ -42,6 +44,8 @@ class Prepared:
     weight: float = 1.0
     voxel_weight: np.ndarray | None = field(default=None, repr=False)
     parent: np.ndarray | None = field(default=None, repr=False)
+    image_hash: str = ""
+    label_hash: str = ""
 
 
 def arrays(case: Prepared) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from aslseg.cases.patches import Patch, PatchSampler
 from aslseg.cases.prepared import Prepared
 from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
-from aslseg.settings import Settings
+from aslseg.settings import ResolvedSettings
 from aslseg.ssl.methods.base import Batch
 
 
@@ -38,7 +38,7 @@ class Batches:
         self,
         labelled: Sequence[Prepared],
         unlabelled: Sequence[Prepared],
-        settings: Settings,
+        settings: ResolvedSettings,
         patch: tuple[int, int, int],
         device: torch.device,
     ) -> None:

@@ -92,8 +92,8 @@ def merged(class_map: np.ndarray, labels: Labels) -> np.ndarray:
 
 def settings_of(settings: Settings, labels: Labels) -> Settings:
     """The settings with another label set."""
-    pairs = [f"{n}:{labels.names[p]}" for n, p in zip(labels.names, labels.parents, strict=True) if p is not None]
-    return settings.model_copy(update={"labels": ",".join(labels.names), "nested": ",".join(pairs)})
+    pairs = tuple((n, labels.names[p]) for n, p in zip(labels.names, labels.parents, strict=True) if p is not None)
+    return settings.model_copy(update={"labels": labels.names, "nested": pairs})
 
 
 def first_settings(settings: Settings) -> Settings:

@@ -13,6 +13,7 @@ import numpy as np
 
 from aslseg.cases.prepare import Spacing, save_array
 from aslseg.cases.prepared import Prepared, arrays
+from aslseg.compute.hardware import resolved
 from aslseg.compute.weights import load_weights, save_weights
 from aslseg.files import sha256
 from aslseg.settings import Settings
@@ -38,13 +39,14 @@ def train(
 ) -> dict[str, Any]:
     """Train the SSL model. Arguments, result and errors are those of :func:`aslseg.ssl.engine.train`.
 
-    Labels with a parent get a network of their own (:mod:`aslseg.ssl.nested`), for the part ``nested_iterations`` of
+    Labels with a parent get a network of their own (:mod:`aslseg.ssl.nested`), for the part ``nested_fraction`` of
     the steps. It learns inside the parents that humans drew and, in unlabelled scans, that the first stage finds. One
     file holds both. What is done of the stages lies beside ``out`` until then, so that a killed training goes on.
 
     Returns:
         As the engine, over both stages; ``loss``, ``patch`` and ``seconds_per_step`` are the last stage's.
     """
+    settings = resolved(settings)
     run = _Run(labelled, unlabelled, settings, out, spacing, init, logs, report)
     branches = _learnable(labelled, settings)
     if not branches:
@@ -55,7 +57,7 @@ def train(
 def _learnable(labelled: Sequence[Prepared], settings: Settings) -> list[Branch]:
     """The parents with nested labels that get a second stage: those that some labelled scan shows."""
     found = []
-    for branch in nested.branches(settings.label_set) if settings.nested_iterations else ():
+    for branch in nested.branches(settings.label_set) if settings.nested_fraction else ():
         there = [np.unique(c.label) for c in labelled if c.label is not None]
         names = branch.labels.names
         if not any(np.isin(values, branch.values).any() for values in there):
@@ -127,7 +129,7 @@ class _Run:
 
 def _train_stages(run: _Run, branches: Sequence[Branch], iterations: int) -> dict[str, Any]:
     """Both stages, and the file that holds them."""
-    each = max(1, round(iterations * run.settings.nested_iterations / len(branches)))
+    each = max(1, round(iterations * run.settings.nested_fraction / len(branches)))
     steps = max(1, iterations - each * len(branches))
     results, files = [], [run.beside("first")]
     results.append(_train_first(run, files[0], steps, iterations))

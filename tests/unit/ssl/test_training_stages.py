@@ -93,7 +93,7 @@ def test_labels_without_a_parent_are_trained_as_before(tmp_path, settings):
 
 
 def test_one_network_for_all_labels_on_request_and_its_old_files_still_load(tmp_path, settings):
-    single = settings(nested_iterations=0)
+    single = settings(nested_fraction=0)
     run(tmp_path / "ssl.safetensors", single)
     assert "stages" not in read_metadata(tmp_path / "ssl.safetensors")
     state, metadata = load_weights(tmp_path / "ssl.safetensors", "ssl")
@@ -152,7 +152,7 @@ def test_a_second_training_goes_on_from_both_stages(tmp_path, settings):
 
 def test_a_model_of_one_stage_cannot_start_two(tmp_path, settings):
     old = tmp_path / "old.safetensors"
-    run(old, settings(nested_iterations=0))
+    run(old, settings(nested_fraction=0))
     with pytest.raises(BadWeightsError, match="does not fit"):
         run(tmp_path / "ssl.safetensors", settings(), init=old)
 
