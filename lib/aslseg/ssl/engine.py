@@ -270,9 +270,7 @@ def train(
     if reuse:
         metadata["inputs"] = owner
     monitor = TrainingMonitor(iterations, report)
-    if reuse and out.exists() and read_metadata(out).get("inputs") == owner:
-        logger.info("%s: same inputs as before, reused", out.name)
-        trainer.method.predictor.load_state_dict(load_weights(out, "ssl")[0])
+    if reuse and _written(trainer, out, owner):
         return _result(trainer, monitor, out, 0, started, None)
     first = _resume(trainer, monitor, path, owner)
     job = {"iterations": iterations, "init": str(init or ""), "checkpoint": str(path), "owner": owner, "first": first}
@@ -283,6 +281,15 @@ def train(
     path.unlink(missing_ok=True)
     steps = iterations - first
     return _result(trainer, monitor, out, steps, started, seconds / steps if steps else None)
+
+
+def _written(trainer: Trainer, out: Path, owner: str) -> bool:
+    """Whether a run with the same inputs has written the file; then the trainer has its weights."""
+    if not out.exists() or read_metadata(out).get("inputs") != owner:
+        return False
+    logger.info("%s: same inputs as before, reused", out.name)
+    trainer.method.predictor.load_state_dict(load_weights(out, "ssl")[0])
+    return True
 
 
 def _result(

@@ -51,7 +51,7 @@ def test_everything_nested_in_a_top_level_label_is_one_branch():
 def test_each_stage_has_the_settings_of_its_labels():
     settings = load_settings({"labels": "liver,spleen,tumour", "nested": "tumour:liver"}, env={})[0]
     first = nested.first_settings(settings)
-    assert (first.labels, first.nested) == ("liver,spleen", "")
+    assert (first.labels, first.nested) == (("liver", "spleen"), ())
     (branch,) = nested.branches(settings.label_set)
     second = nested.settings_of(settings, branch.labels)
     assert second.label_set == Labels(("liver", "tumour"), (None, 0))
