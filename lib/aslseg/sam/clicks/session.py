@@ -45,7 +45,8 @@ class ClickSession:
     Args:
         model: SAM.
         image: (i, j, k) float32 in 0..1, or a picture of a scan.
-        settings: ``box_margin``, ``min_component``, ``grow_*`` and what prompts are made of.
+        settings: ``box_margin``, ``sam_zoom``, ``first_click_seconds``, ``click_seconds`` and those of
+            :func:`slice_prompts`.
         ssl_region: (i, j, k) float32 probability of the object from the SSL model, or None. Where it is there, clicks
             repair it: components that are clicked on are drawn anew with the mask as prompt, the others stay, and on
             other slices it stays from where the correction no longer changes it.
