@@ -17,12 +17,14 @@ from aslseg.compute.weights import load_weights
 from aslseg.errors import BadWeightsError
 from aslseg.settings import Settings
 
-FOREGROUND = 0.3  # probability from which on a voxel of an input counts as something to look at
-MARGIN = 12  # voxels around it
+FOREGROUND = 0.3
+"""Probability from which a voxel of an input counts as foreground."""
+MARGIN = 12
+"""Voxels around the foreground that are predicted, too."""
 
 
 class AdapterModel:
-    """A trained adaptation network with what is needed to use it.
+    """A trained adaptation network, ready to predict.
 
     Attributes:
         metadata: As stored by :func:`aslseg.adaptation.train.train`.
@@ -39,7 +41,7 @@ class AdapterModel:
     def predict(self, image: np.ndarray, sam_regions: np.ndarray, ssl_regions: np.ndarray) -> np.ndarray:
         """Refined region probabilities of a volume on the working grid.
 
-        Only a box around what either input found is looked at; outside it everything is 0. NaN in an input counts
+        Only a box around the foreground of both inputs is predicted; everything outside is 0. NaN in an input counts
         as 0.
 
         Args:
@@ -60,9 +62,8 @@ class AdapterModel:
         box = self._box(sam_regions, ssl_regions)
         if box is None:
             return out
-        parts = [image[None, *box], sam_regions[:, *box], ssl_regions[:, *box]]
-        inputs = np.nan_to_num(np.concatenate(parts).astype(np.float32), posinf=1, neginf=0).clip(0, 1)
-        inputs[:1] = centre(torch.from_numpy(inputs[:1])).numpy()
+        crops = [image[None, *box], sam_regions[:, *box], ssl_regions[:, *box]]
+        inputs = np.nan_to_num(np.concatenate(crops).astype(np.float32), posinf=1, neginf=0).clip(0, 1)
         i, j, k = self.metadata["patch"]
         plan = next(plans(self.device, (i, j, k)))
         refined = out[:, *box]
@@ -87,9 +88,14 @@ class AdapterModel:
             box.append(slice(max(low + shift, 0), min(high + shift, size)))
         return tuple(box)
 
-    def _logits(self, window: Tensor) -> Tensor:
+    def _logits(self, windows: Tensor) -> Tensor:
+        """Logits (B, R, i, j, k) of windows (B, 1 + 2R, i, j, k) in 0..1.
+
+        The image is centred here, after small volumes were padded with 0, so that the padding is air as in training.
+        """
+        windows = torch.cat([centre(windows[:, :1]), windows[:, 1:]], 1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network(window)
+            return self.network(windows)
 
 
 def load(path: Path, settings: Settings) -> AdapterModel:
