@@ -176,11 +176,43 @@ def test_serve_hands_over_to_monailabel(run: Run, tmp_path: Path, monkeypatch: p
     assert len(started) == 1
 
 
-def test_progress_line_is_not_too_frequent() -> None:
-    line = console.ProgressLine(every=3600)
-    assert "ssl" in str(line(1, 10, stage="ssl", eta=65, loss=0.25))
-    assert line(2, 10, stage="ssl", eta=60) is None
-    assert str(line(3, 10, stage="sam", eta=61.0, loss=0.5)) == " 30%  sam  loss 0.5000  1:01 left"
+def test_progress_in_a_log_is_not_too_frequent() -> None:
+    written: list[str] = []
+    report = console.PlainProgress(written.append, every=3600)
+    report(1, 10, stage="ssl", eta=65, loss=0.25)
+    report(2, 10, stage="ssl", eta=60)
+    report(3, 10, stage="sam", eta=61.0, loss=0.5)
+    assert written == [" 10%  ssl  loss 0.2500  1:05 left", " 30%  sam  loss 0.5000  1:01 left"]
+
+
+def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "on_terminal", lambda _: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    with cli._progress() as report:
+        report(1, 4, stage="[predict]", eta=61.0, loss=0.5)
+    err = capsys.readouterr().err
+    assert all(text in err for text in ("[predict]", "25%", "loss 0.5000", "1:01 left"))
+
+
+def test_a_terminal_gets_tables(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    studies, settings = tiny_studies(tmp_path, cases=1, labelled=1), tiny_settings(tmp_path)
+    ledger = Ledger(Paths(settings, studies).ledger)
+    ledger.open_round({})
+    kept = {"sha256": "ab" * 32, "agreement": {"liver": 0.91, "tumour": None}, "threshold": {}, "models": {}}
+    ledger.append([Entry("mask", 1, "phantom_000", "aslseg_pseudo", kept)])
+    plain = run("ledger", "list", "--studies", studies)[1]
+    assert "phantom_000: active, agreement liver 0.9100, tumour -, mask abababababab" in plain
+    monkeypatch.setattr(console, "on_terminal", lambda _: True)
+    for arguments, expected in (
+        (("ledger", "list", "--studies", studies), ("Rounds", "open", "Promotions", "liver 0.9100, tumour -")),
+        (("info", "--conf", "labels", "liver"), ("Settings", "labels", "liver", "conf", "mean_teacher")),
+    ):
+        code, out, _ = run(*arguments)
+        assert code == 0
+        assert all(text in out for text in expected)
+        assert "─" in out or "━" in out
+    assert json.loads(run("ledger", "list", "--studies", studies, "--json")[1])["rounds"][0]["state"] == "open"
 
 
 def test_joined_leaves_other_arguments_alone() -> None:

@@ -9,7 +9,8 @@ from scipy import ndimage
 Spacing = tuple[float, float, float]
 Box = tuple[slice, slice, slice]
 
-FAR = 1e4  # mm; "no border anywhere"
+FAR = 1e4
+"""Distance in mm that stands for a missing border."""
 
 
 def signed_distance(mask: np.ndarray, spacing: Spacing) -> np.ndarray:
