@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,6 @@ from aslseg import console
 from aslseg.errors import AslsegError, BadSettingsError
 
 if TYPE_CHECKING:
-    from aslseg.rounds.ledger import Promotion, RoundRow
     from aslseg.settings import Settings
     from aslseg.types import ProgressCallback
 
@@ -55,12 +53,17 @@ def info(
         from aslseg.sam.modeling.checkpoints import describe
 
         return _show(describe(sam_checkpoint, settings), as_json)
+    from aslseg.compute.hardware import resolved
     from aslseg.models.published import list_published
     from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS
 
+    given, used = settings.model_dump(), resolved(settings).model_dump()
+    shown = {
+        k: {"value": v, "source": origin[k]} | ({"used": used[k]} if used[k] != v else {}) for k, v in given.items()
+    }
     found = {
         "versions": console.versions(),
-        "settings": {k: {"value": v, "source": origin[k]} for k, v in settings.model_dump().items()},
+        "settings": shown,
         "ssl_methods": sorted(SSL_METHODS),
         "networks": sorted(NETWORKS),
         "recipes": sorted(RECIPES),
@@ -68,18 +71,7 @@ def info(
     }
     if as_json or not console.on_terminal(sys.stdout):
         return _show(found, as_json)
-    _info_tables(found)
-
-
-def _info_tables(found: dict[str, Any]) -> None:
-    console.print_table("Versions", ("package", "version"), found["versions"].items())
-    settings = ((name, s["value"], s["source"]) for name, s in found["settings"].items())
-    console.print_table("Settings", ("setting", "value", "source"), settings)
-    plugins = ((kind, ", ".join(found[kind])) for kind in ("ssl_methods", "networks", "recipes"))
-    console.print_table("Plug-ins", ("kind", "names"), plugins)
-    columns = ("kind", "round", "date", "validation_dice", "cases", "path")
-    models = ([model[column] for column in columns] for model in found["models"])
-    console.print_table("Published models", columns, models)
+    console.print_info(found)
 
 
 @app.command()
@@ -235,7 +227,7 @@ def serve(
 ) -> None:
     """Start MONAI Label with this app; further arguments go to `monailabel start_server`."""
     _ready(conf)
-    from aslseg.settings import APP_DIR
+    from aslseg.resources import prepare_app_dir
 
     command = [
         sys.executable,
@@ -243,7 +235,7 @@ def serve(
         "monailabel.main",
         "start_server",
         "--app",
-        str(APP_DIR),
+        str(prepare_app_dir()),
         "--studies",
         studies,
     ]
@@ -264,7 +256,7 @@ def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> N
     if as_json:
         return _show({"rounds": [asdict(r) for r in rounds], "promotions": [asdict(p) for p in promotions]}, True)
     if console.on_terminal(sys.stdout) and rounds:
-        return _ledger_tables(rounds, promotions)
+        return console.print_ledger(rounds, promotions)
     for r in rounds:
         ours = [p for p in promotions if p.round == r.number]
         end = f", {r.error}" if r.error and r.state == "open" else ""
@@ -273,20 +265,6 @@ def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> N
             typer.echo(f"  {p.case}: {p.status}, agreement {console.short(p.agreement)}, mask {p.sha256[:12]}")
     if not rounds:
         typer.echo("no rounds yet")
-
-
-def _ledger_tables(rounds: list[RoundRow], promotions: list[Promotion]) -> None:
-    promoted = Counter(p.round for p in promotions)
-    console.print_table(
-        "Rounds",
-        ("round", "state", "opened", "promoted", "error"),
-        ((r.number, r.state, r.opened, promoted[r.number], r.error or "") for r in rounds),
-    )
-    console.print_table(
-        "Promotions",
-        ("round", "scan", "state", "agreement", "mask"),
-        ((p.round, p.case, p.status, console.short(p.agreement), p.sha256[:12]) for p in promotions),
-    )
 
 
 @ledger_app.command("rollback")

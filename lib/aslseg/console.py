@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from aslseg.rounds.ledger import Promotion, RoundRow
     from aslseg.types import ProgressCallback
 
 PACKAGES = (
@@ -97,6 +99,33 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for row in rows:
         table.add_row(*(escape(short(value)) for value in row))
     Console().print(table)
+
+
+def print_info(found: Mapping[str, Any]) -> None:
+    """Draw the tables of ``aslseg info`` on the terminal."""
+    print_table("Versions", ("package", "version"), found["versions"].items())
+    settings = ((name, s["value"], s.get("used", ""), s["source"]) for name, s in found["settings"].items())
+    print_table("Settings", ("setting", "value", "used here", "source"), settings)
+    plugins = ((kind, ", ".join(found[kind])) for kind in ("ssl_methods", "networks", "recipes"))
+    print_table("Plug-ins", ("kind", "names"), plugins)
+    columns = ("kind", "round", "date", "validation_dice", "cases", "path")
+    models = ([model[column] for column in columns] for model in found["models"])
+    print_table("Published models", columns, models)
+
+
+def print_ledger(rounds: Sequence[RoundRow], promotions: Sequence[Promotion]) -> None:
+    """Draw the tables of ``aslseg ledger list`` on the terminal."""
+    promoted = Counter(p.round for p in promotions)
+    print_table(
+        "Rounds",
+        ("round", "state", "opened", "promoted", "error"),
+        ((r.number, r.state, r.opened, promoted[r.number], r.error or "") for r in rounds),
+    )
+    print_table(
+        "Promotions",
+        ("round", "scan", "state", "agreement", "mask"),
+        ((p.round, p.case, p.status, short(p.agreement), p.sha256[:12]) for p in promotions),
+    )
 
 
 def print_markdown(text: str) -> None:

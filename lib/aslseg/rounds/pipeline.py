@@ -16,6 +16,7 @@ from aslseg.agreement.verdict import Reference, reference
 from aslseg.cases.prepare import PreparedStore, Spacing, save_array
 from aslseg.cases.prepared import Prepared
 from aslseg.cases.studies import PSEUDO
+from aslseg.compute.hardware import resolved
 from aslseg.errors import BadWeightsError
 from aslseg.models.cascade import NEEDS, CascadeInput, compute
 from aslseg.models.files import ModelSet
@@ -98,7 +99,7 @@ class RoundPipeline:
         number: int | None = None,
         opened: int | None = None,
     ) -> None:
-        self.paths, self.settings, self.ledger = paths, settings, ledger
+        self.paths, self.settings, self.ledger = paths, resolved(settings), ledger
         self.cases, self.progress, self.number, self.opened = cases, progress, number, opened
         self.labels = settings.label_set
         self.artefacts = ArtefactStore(paths.rounds / "steps")
@@ -306,7 +307,7 @@ class RoundPipeline:
         inputs = {
             **{k: details[k] for k in ("image", "sha256", "disagreement")},
             "spacing": self.cases.spacing,
-            "settings": [s.labels, s.nested, s.disagreement_weight],
+            "settings": [*s.model_dump(include={"labels", "nested"}).values(), s.disagreement_weight],
         }
         folder = self.artefacts.folder("promoted", inputs)
         # checkpoints know an array by the name of its file (aslseg.cases.prepared.backing_file)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
+from aslseg.compute.hardware import resolved
 from aslseg.errors import AslsegError, DiskFullError
 from aslseg.files import FULL, write_json
 from aslseg.models.cascade import published_files
@@ -26,7 +27,8 @@ from aslseg.rounds.masks import sync_label_files
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress
 from aslseg.rounds.promotion import RoundState, assess
-from aslseg.settings import Paths, Settings
+from aslseg.settings import Paths, ResolvedSettings, Settings
+from aslseg.settings.paths import require_writable
 from aslseg.types import ProgressCallback, no_progress
 from aslseg.volume.io import require_free_disk
 
@@ -61,6 +63,8 @@ def run_round(
     Raises:
         AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError.
     """
+    settings = resolved(settings)
+    require_writable(settings, "home", "model_dir")
     paths = paths or Paths(settings, studies)
     ledger = Ledger(paths.ledger)
     found = read_studies(studies)
@@ -115,6 +119,8 @@ def train_stage(
     Raises:
         AslsegError: As :func:`run_round`.
     """
+    settings = resolved(settings)
+    require_writable(settings, "home", "model_dir")
     paths, wanted = paths or Paths(settings, studies), ModelKind(kind)
     needed = PUBLISHED_KINDS[: PUBLISHED_KINDS.index(wanted) + 1]
     with _opened(studies, settings, paths, report, ("prepare", *needed, "publish")) as pipeline:
@@ -153,6 +159,8 @@ def rank_studies(
     Raises:
         NoModelError: Nothing is published yet.
     """
+    settings = resolved(settings)
+    require_writable(settings, "home")
     paths = paths or Paths(settings, studies)
     models = published_files(paths, ModelKind.ADAPTER)
     stages = {ModelKind.SSL: "predict", ModelKind.SAM: "redraw", ModelKind.ADAPTER: "refine"}
@@ -171,7 +179,7 @@ def rank_studies(
 
 @contextmanager
 def _opened(
-    studies: Path, settings: Settings, paths: Paths, report: ProgressCallback, stages: Sequence[str]
+    studies: Path, settings: ResolvedSettings, paths: Paths, report: ProgressCallback, stages: Sequence[str]
 ) -> Iterator[RoundPipeline]:
     """Hold the studies folder for work that is no round, and give a pipeline over its cases."""
     ledger, found = Ledger(paths.ledger), read_studies(studies)
@@ -185,7 +193,7 @@ def _opened(
             yield RoundPipeline(paths, settings, ledger, cases, progress)
 
 
-def expected_seconds(studies: Studies, settings: Settings, before: dict[str, Any]) -> dict[str, float]:
+def expected_seconds(studies: Studies, settings: ResolvedSettings, before: dict[str, Any]) -> dict[str, float]:
     """Seconds that each stage of a round is expected to take: as in the last round, else a guess for two CPU cores."""
     without_label = len(studies.images) - len(studies.final)
     guess = {

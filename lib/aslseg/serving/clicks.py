@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from aslseg.sam.predictor.slices import Region
 
 KEPT_BYTES = 500_000_000
+# time for an answer to OHIF, whose annotators press Run after all clicks and see nothing of an object that still grows
+RUN_SECONDS = 5.0
 
 
 class ClickSessions:
@@ -233,7 +235,7 @@ class ClickTask(MaskTask):
                     self.desk.prefetch(clicks, k)
         else:
             # only OHIF sends this key: its annotators press Run when they want to see something, not at every click
-            least = self.scans.models.settings.run_seconds if "restore_label_idx" in request else 0.0
+            least = RUN_SECONDS if "restore_label_idx" in request else 0.0
             answer = clicks.draw(asked, hurry=not (once or request.get("whole")), least=least)
             current = clicks.current(asked)
             more["growing"] = not answer.done
