@@ -1,4 +1,4 @@
-"""The command line: quick help, exit codes, one message instead of a traceback, JSON on stdout only."""
+"""The command line: help without torch, exit codes, one message instead of a traceback, JSON on stdout only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,18 +38,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return call
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_imports_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['aslseg', '--help']; import aslseg.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
     )
     code += "assert 'torch' not in sys.modules and 'monai' not in sys.modules"
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        times.append(time.monotonic() - started)
-    # half a second on a machine that is not busy with the other tests
-    assert min(times) < 1.5
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_info_says_where_settings_come_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aslseg.adaptation.network import AdaptationNetwork
 from aslseg.compute.augment import centre
+from aslseg.compute.bounding_box import bounding_box
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.compute.sliding_window import plans, slabs
 from aslseg.compute.weights import load_weights
@@ -74,12 +75,12 @@ class AdapterModel:
     def _box(self, *inputs: np.ndarray) -> tuple[slice, ...] | None:
         """Foreground of the inputs with a margin, at least as large as a window where the volume is."""
         found = np.any([(regions >= FOREGROUND).any(0) for regions in inputs], axis=0)
-        if not found.any():
+        tight = bounding_box(found)
+        if tight is None:
             return None
         box = []
-        for axis, window in enumerate(self.metadata["patch"]):
-            where = np.flatnonzero(found.any(axis=tuple(a for a in range(3) if a != axis)))
-            low, high = int(where[0]) - MARGIN, int(where[-1]) + 1 + MARGIN
+        for axis, (window, around) in enumerate(zip(self.metadata["patch"], tight, strict=True)):
+            low, high = around.start - MARGIN, around.stop + MARGIN
             short = max(window - (high - low), 0)
             low, high = low - short // 2, high + short - short // 2
             size = found.shape[axis]

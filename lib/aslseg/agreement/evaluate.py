@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from aslseg.agreement.measures import score
+from aslseg.compute.bounding_box import bounding_box
 from aslseg.errors import AslsegError, BadLabelError, NotEnoughCasesError
 from aslseg.types import Labels, ProgressCallback, Volume, no_progress
 from aslseg.volume.io import case_id, extension, read_image
@@ -142,14 +143,7 @@ def _require_same_grid(pred: Volume, truth: Volume, path: Path) -> None:
 
 def _joint_box(a: np.ndarray, b: np.ndarray) -> tuple[slice, ...]:
     """Bounding box of the foreground of both, so that distances are computed near the organ only."""
-    foreground = (a > 0) | (b > 0)
-    if not foreground.any():
-        return (slice(0, 1),) * a.ndim
-    box = []
-    for axis in range(a.ndim):
-        hit = np.flatnonzero(foreground.any(tuple(n for n in range(a.ndim) if n != axis)))
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
-    return tuple(box)
+    return bounding_box((a > 0) | (b > 0)) or (slice(0, 1),) * a.ndim
 
 
 def _summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Measures between two masks; empty masks are handled and flagged.
 
-The surface of a mask is the mask without its erosion by the 6-neighbourhood; what lies outside the array counts as
+The surface of a mask is the mask without its erosion by the 6-neighbourhood; the outside of the array counts as
 background, so a mask that touches the border has a surface there. Surface distances run from surface voxel centre to
 nearest surface voxel centre. This is medpy's definition, and MONAI's surface distances are the same numbers, so
 MONAI computes them here. For HD95 the two differ: MONAI's ``HausdorffDistanceMetric`` takes the larger of the two

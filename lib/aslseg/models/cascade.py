@@ -97,7 +97,7 @@ def compute(
         settings: Labels and prompts.
 
     Raises:
-        NotEnoughMemoryError: The scan does not fit into memory, whatever is tried.
+        NotEnoughMemoryError: The scan does not fit into memory, even in small windows.
     """
     if kind == ModelKind.SSL:
         found = model.run(given.image, regions=True)

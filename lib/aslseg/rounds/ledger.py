@@ -186,8 +186,8 @@ class Ledger:
             active = current.seq == e.seq or current.details.get("restored") == e.seq
             status = "active" if active else "rolled back" if e.round in undone else "demoted"
             if active or not active_only:
-                said: dict[str, Any] = {k: e.details[k] for k in ("sha256", "agreement", "threshold", "models")}
-                found.append(Promotion(case=e.case or "", round=e.round or 0, time=e.time, status=status, **said))
+                kept: dict[str, Any] = {k: e.details[k] for k in ("sha256", "agreement", "threshold", "models")}
+                found.append(Promotion(case=e.case or "", round=e.round or 0, time=e.time, status=status, **kept))
         return found
 
     # scores and validation
@@ -250,7 +250,7 @@ class Ledger:
         """Recompute the hash chain.
 
         Returns:
-            None if it holds, else which event breaks it first.
+            None if it is intact, else the first event that breaks it.
         """
         expected, hash_before = 1, START
         for event, clock in self._rows("1", []):
