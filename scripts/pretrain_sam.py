@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -282,7 +282,7 @@ def write_manifest(out: Path, runs: list[dict], measured: dict[str, float]) -> N
         "sha256": sha256(out),
         "bytes": out.stat().st_size,
         "parameters": read(out).parameters,
-        "architecture": asdict(SMALL),
+        "architecture": SMALL.to_metadata(),
         "licence": "Apache-2.0",
         "trained_on": "generated slices (sam.training.generated_slices), phantom CTs (volume.phantom), no scan",
         "runs": runs,

@@ -15,7 +15,7 @@ from aslseg.errors import BadImageError, NoModelError
 from aslseg.models.published import KINDS, find_published
 from aslseg.sam.cfr import canvas
 from aslseg.sam.modeling import build
-from aslseg.sam.predictor.predict import redraw
+from aslseg.sam.predictor.redraw import redraw
 from aslseg.settings import Paths, Settings
 from aslseg.ssl import predict as ssl
 from aslseg.types import ProgressCallback, Volume, no_progress

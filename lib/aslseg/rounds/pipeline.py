@@ -27,7 +27,7 @@ from aslseg.rounds.masks import MaskStore
 from aslseg.rounds.progress import Progress
 from aslseg.sam.cfr import canvas
 from aslseg.sam.modeling import build as sam_build
-from aslseg.sam.predictor import predict as sam_predict
+from aslseg.sam.predictor.redraw import redraw
 from aslseg.sam.training import finetune
 from aslseg.settings import Paths, Settings, relevant
 from aslseg.ssl import engine
@@ -194,7 +194,7 @@ class RoundPipeline:
             "settings": relevant(self.settings, "prompts"),
         }
         model = _once(lambda: sam_build.load(sam, self.settings))
-        return self._maps("redraw", inputs, lambda c: sam_predict.redraw(model(), c.image, regions(c), self.settings))
+        return self._maps("redraw", inputs, lambda c: redraw(model(), c.image, regions(c), self.settings))
 
     def draw(self, sam: Path) -> CachedProbabilities:
         """Region probabilities of a SAM for canvases, without prompts."""

@@ -124,7 +124,7 @@ class CascadeCache:
             return found.values
         if kind == "adapter":
             return model.predict(scan.image, *before)
-        from aslseg.sam.predictor.predict import redraw
+        from aslseg.sam.predictor.redraw import redraw
 
         return redraw(model, scan.image, before[0], settings)
 

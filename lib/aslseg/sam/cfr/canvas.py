@@ -217,6 +217,6 @@ class _Tuner:
 
 def _grey(model: SAMModel, image: np.ndarray) -> np.ndarray:
     """Grey values of a volume as the model takes them."""
-    if model.architecture.scaling == "zscore":
+    if model.conventions.scaling == "zscore":
         return (image - image.mean()) / max(float(image.std()), 1e-6)
     return image

@@ -9,7 +9,6 @@ them on slices, and :meth:`SAMModel.scale` takes them to the input frame.
 from __future__ import annotations
 
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -21,12 +20,12 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 
-from aslseg.compute.click_priority import yield_to_clicks
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.errors import BadWeightsError
 from aslseg.files import sha256
 from aslseg.sam.modeling import checkpoints
 from aslseg.sam.modeling.architecture import Architecture, build
+from aslseg.sam.modeling.conventions import Conventions
 from aslseg.settings import APP_DIR, Settings
 
 MASK_LOGIT_LIMIT = 6.0
@@ -54,23 +53,26 @@ class SAMModel:
     ) -> None:
         self.sam = sam.to(device)
         self.architecture = architecture
-        self.metadata = {"kind": "sam", "architecture": asdict(architecture)} | (metadata or {})
+        self.metadata = {"kind": "sam", "architecture": architecture.to_metadata()} | (metadata or {})
         self.device = torch.device(device)
         self.fingerprint = fingerprint or uuid.uuid4().hex
         self.bf16 = bfloat16_pays(self.device)
         for end in (sam.image_encoder.patch_embed, sam.image_encoder.neck):
             _in_single_precision(end)
-        for block in sam.image_encoder.blocks:
-            block.register_forward_pre_hook(_give_way)
 
     @property
     def image_size(self) -> int:
         """Edge of the square input in pixels."""
         return self.architecture.image_size
 
+    @property
+    def conventions(self) -> Conventions:
+        """How slices and prompts are shown to it."""
+        return self.architecture.conventions
+
     def input_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns that a slice of ``shape`` (i, j) fills in the input frame."""
-        if self.architecture.resize == "squash":
+        if self.conventions.resize == "squash":
             return self.image_size, self.image_size
         return ResizeLongestSide.get_preprocess_shape(shape[0], shape[1], self.image_size)
 
@@ -81,14 +83,14 @@ class SAMModel:
         """
         shape = self.input_shape((slices.shape[1], slices.shape[2]))
         grey = slices.to(self.device, torch.float32)[:, None]
-        if self.architecture.scaling == "imagenet":
+        if self.conventions.scaling == "imagenet":
             grey = grey * 255
         low, high = grey.amin((2, 3), keepdim=True), grey.amax((2, 3), keepdim=True)
         if tuple(grey.shape[2:]) != shape:
-            mode = self.architecture.interpolation
+            mode = self.conventions.interpolation
             smooth = {"align_corners": False, "antialias": True} if mode != "nearest" else {}
             grey = F.interpolate(grey, shape, mode=mode, **smooth)
-        if self.architecture.scaling == "minmax":
+        if self.conventions.scaling == "minmax":
             grey = (grey.clamp(low, high) - low) / (high - low).clamp(min=1e-8)
         return self.sam.preprocess(grey.expand(-1, 3, -1, -1))
 
@@ -130,7 +132,7 @@ class SAMModel:
     def mask_prompt(self, probabilities: Tensor) -> Tensor:
         """Low-res probabilities (P, 4 grid, 4 grid) to mask prompts (P, 1, 4 grid, 4 grid)."""
         p = probabilities[:, None].to(self.device, torch.float32)
-        if self.architecture.mask_prompt == "probabilities":
+        if self.conventions.mask_prompt == "probabilities":
             return p
         return torch.logit(p, eps=1e-4).clamp(-MASK_LOGIT_LIMIT, MASK_LOGIT_LIMIT)
 
@@ -183,10 +185,6 @@ def _in_single_precision(module: nn.Module) -> None:
     (docs/results.md).
     """
     module.forward = MethodType(_without_autocast, module)
-
-
-def _give_way(_: nn.Module, __: tuple[Tensor, ...]) -> None:
-    yield_to_clicks()
 
 
 def _without_autocast(self: nn.Module, x: Tensor) -> Tensor:
@@ -242,7 +240,7 @@ def load_any(path: Path, settings: Settings) -> SAMModel:
         found = found.at(size)
     sam = build(found.architecture)
     sam.load_state_dict({k: v.float() for k, v in found.state.items()}, strict=True)
-    metadata = found.metadata | {"kind": "sam", "architecture": asdict(found.architecture)}
+    metadata = found.metadata | {"kind": "sam", "architecture": found.architecture.to_metadata()}
     fingerprint = f"{sha256(path)}-{found.kind}-{found.architecture.image_size}"
     if found.lora:
         metadata["lora_base_sha256"] = sha256(Path(settings.sam_base))

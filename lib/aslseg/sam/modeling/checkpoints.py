@@ -22,6 +22,7 @@ from aslseg.compute.weights import load_weights, read_metadata
 from aslseg.errors import BadSettingsError, BadWeightsError
 from aslseg.files import sha256
 from aslseg.sam.modeling.architecture import VIT_B, VIT_H, VIT_L, Architecture, build
+from aslseg.sam.modeling.conventions import BY_KIND, SAM
 from aslseg.sam.modeling.lora import cfr_blocks, cfr_rank, is_cfr, merged_cfr
 from aslseg.sam.modeling.safe_load import read_tensors
 from aslseg.settings import Settings
@@ -32,16 +33,6 @@ ADAPTER = re.compile(r"image_encoder\.blocks\.(\d+)\.Adapter\.")
 BLOCK = re.compile(r"image_encoder\.blocks\.(\d+)\.")
 MED2D_SIZE = 256
 UNDECIDED = "sam_vit_b or medsam"
-PREPROCESSING: dict[str, dict[str, Any]] = {
-    "medsam": {"resize": "squash", "interpolation": "bicubic", "scaling": "minmax", "multimask": "never"},
-    "sam_med2d": {
-        "resize": "squash",
-        "interpolation": "nearest",
-        "mask_prompt": "probabilities",
-        "multimask": "always",
-    },
-    "cfr_lora": {"scaling": "zscore", "canvas": True},
-}
 
 
 @dataclass(frozen=True)
@@ -136,7 +127,7 @@ def read(path: Path, settings: Settings | None = None) -> Checkpoint:
         else:
             architecture = _shape(state)
             kind, why = _kind(architecture, path, settings)
-            architecture = replace(architecture, **PREPROCESSING.get(kind, {}))
+            architecture = replace(architecture, conventions=BY_KIND.get(kind, SAM))
         with torch.device("meta"):
             wanted = build(architecture).state_dict()
     except (LookupError, TypeError, ZeroDivisionError, ValueError, RuntimeError) as error:
@@ -181,8 +172,8 @@ def describe(path: Path, settings: Settings | None = None) -> dict[str, Any]:
         "adapters": found.adapters > 0,
         "lora": found.lora,
         "parameters": found.parameters,
-        "preprocessing": {k: asdict(a)[k] for k in ("resize", "interpolation", "scaling")},
-        "mask_prompt": a.mask_prompt,
+        "preprocessing": {k: asdict(a.conventions)[k] for k in ("resize", "interpolation", "scaling")},
+        "mask_prompt": a.conventions.mask_prompt,
         "objects": list(found.objects),
         "missing": list(found.missing),
         "unexpected": list(found.unexpected),
@@ -321,7 +312,7 @@ def _cfr(name: str, cfr: dict[str, Tensor], settings: Settings) -> tuple[str, st
             "w_b); the file is incomplete or belongs to another SAM. Copy it again or set sam_base to the one it needs"
         )
     masks = len(cfr["mask_decoder.mask_tokens.weight"]) - 1
-    architecture = replace(shape, masks=masks, **PREPROCESSING["cfr_lora"])
+    architecture = replace(shape, masks=masks, canvas=True, conventions=BY_KIND["cfr_lora"])
     return "cfr_lora", "its LoRA weights", merged_cfr(base.state, cfr) if base else cfr, architecture
 
 

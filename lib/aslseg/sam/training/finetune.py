@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ def file_metadata(model: SAMModel, settings: Settings, init: Path) -> dict[str, 
     """What a fine-tuned file says about itself."""
     return {
         **model.metadata,
-        "architecture": asdict(model.architecture),
+        "architecture": model.architecture.to_metadata(),
         "labels": list(settings.label_set.names),
         "base_sha256": sha256(init),
         "trained": settings.sam_train,
@@ -282,7 +282,7 @@ class _Tuner:
         self.cache = EmbeddingCache(settings.embedding_memory_mb * 1e6)
         self.frozen = settings.sam_train == "decoder"
         self.trained = trainable(model, settings)
-        model.architecture = replace(model.architecture, box_mask=True)
+        model.architecture = model.architecture.with_conventions(box_mask=True)
         self.optimiser = torch.optim.AdamW(self.trained, settings.sam_learning_rate, weight_decay=0.01)
 
     def step(self, number: int) -> tuple[float, float]:
@@ -309,6 +309,11 @@ class _Tuner:
         update(loss, self.trained, self.optimiser, rate, number)
         return loss.item(), dice
 
+    def _embedding(self, drawn: SampledObjects) -> Tensor:
+        """(1, C, grid, grid) of a slice, encoded once in the whole training."""
+        image = self.data.cases[drawn.case].image
+        return self.cache.embed(self.model, [(drawn.case, drawn.k)], lambda _: np.asarray(image[..., drawn.k]))
+
     def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings (P, C, grid, grid), targets and faulty masks (P, l, l) in 0..1 for the prompts of one step."""
         inputs, maps = [], []
@@ -318,7 +323,7 @@ class _Tuner:
             margin = self.settings.box_margin / min(self.model.scale((case.image.shape[0], case.image.shape[1])))
             both = np.stack([drawn.objects.astype(np.float32), self.faults.of(drawn, margin, rng)])
             if self.frozen:
-                inputs.append(self.cache.get(self.model, case.image, [drawn.k], drawn.case))
+                inputs.append(self._embedding(drawn))
             else:
                 image = np.asarray(case.image[..., drawn.k], np.float32)
                 image, both = augmented(image, both, rng, self.settings.flips)

@@ -73,7 +73,7 @@ class Prompts:
             points=(self.points, self.point_labels) if self.points.shape[1] else None,
             boxes=self.boxes,
             masks=None if self.probability is None else model.mask_prompt(self.probability),
-            multimask=model.architecture.use_multimask(self.ambiguous),
+            multimask=model.conventions.use_multimask(self.ambiguous),
         )
 
 

@@ -16,7 +16,7 @@ from aslseg.sam.modeling.architecture import SMALL
 from aslseg.sam.modeling.build import SAMModel, base_path, load
 from aslseg.sam.modeling.checkpoints import describe, read
 from aslseg.sam.predictor.embeddings import EmbeddingCache
-from aslseg.sam.predictor.predict import redraw
+from aslseg.sam.predictor.redraw import redraw
 from aslseg.settings import Settings
 from aslseg.volume.intensity import normalise
 from aslseg.volume.phantom import make_phantom

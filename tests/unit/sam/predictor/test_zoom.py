@@ -14,7 +14,7 @@ from aslseg.sam.clicks.session import ClickSession
 from aslseg.sam.modeling.architecture import build
 from aslseg.sam.modeling.build import SAMModel
 from aslseg.sam.predictor.embeddings import EmbeddingCache
-from aslseg.sam.predictor.predict import redraw
+from aslseg.sam.predictor.redraw import redraw
 from aslseg.sam.predictor.zoom import Crop, crop_for, merge_crops, whole
 from aslseg.settings import Settings
 from seeing_sam import TINY, Sees
