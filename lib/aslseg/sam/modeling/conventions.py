@@ -42,8 +42,6 @@ SAM = Conventions()
 OURS = Conventions(box_mask=True)
 BY_KIND = {
     "medsam": Conventions(resize="squash", interpolation="bicubic", scaling="minmax", multimask="never"),
-    "sam_med2d": Conventions(
-        resize="squash", interpolation="nearest", mask_prompt="probabilities", multimask="always"
-    ),
+    "sam_med2d": Conventions(resize="squash", interpolation="nearest", mask_prompt="probabilities", multimask="always"),
     "cfr_lora": Conventions(scaling="zscore"),
 }

@@ -20,8 +20,8 @@ from aslseg.sam.modeling.checkpoints import read
 from aslseg.sam.modeling.med2d_adapter import Adapter, add_adapters
 from aslseg.settings import Settings
 
-TINY_MED2D = Architecture(
-    64, 8, 32, 2, 2, 4, (1,), 32, 64, mask_prompt="probabilities", resize="squash", interpolation="nearest"
+TINY_MED2D = Architecture(64, 8, 32, 2, 2, 4, (1,), 32, 64).with_conventions(
+    mask_prompt="probabilities", resize="squash", interpolation="nearest"
 )
 
 
@@ -116,7 +116,7 @@ def test_saved_and_loaded_again(ending: str, tmp_path: Path, settings: Settings)
     if ending == "pth":
         torch.save({"model": model.sam.state_dict()}, path)
         settings = settings.model_copy(update={"sam_kind": "sam_med2d"})
-        architecture = replace(architecture, multimask="always")
+        architecture = architecture.with_conventions(multimask="always")
     else:
         save_weights(path, model.sam.state_dict(), model.metadata)
     assert read(path, settings).adapters == 2
