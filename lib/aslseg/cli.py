@@ -53,13 +53,19 @@ def info(
         from aslseg.sam.modeling.checkpoints import describe
 
         return _show(describe(sam_checkpoint, settings), as_json)
+    from aslseg.compute.hardware import resolved
     from aslseg.models.published import list_published
     from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS
+
+    given, used = settings.model_dump(), resolved(settings).model_dump()
+    shown = {
+        k: {"value": v, "source": origin[k]} | ({"used": used[k]} if used[k] != v else {}) for k, v in given.items()
+    }
 
     _show(
         {
             "versions": console.versions(),
-            "settings": {k: {"value": v, "source": origin[k]} for k, v in settings.model_dump().items()},
+            "settings": shown,
             "ssl_methods": sorted(SSL_METHODS),
             "networks": sorted(NETWORKS),
             "recipes": sorted(RECIPES),
@@ -216,7 +222,7 @@ def serve(
 ) -> None:
     """Start MONAI Label with this app; further arguments go to `monailabel start_server`."""
     _ready(conf)
-    from aslseg.settings import APP_DIR
+    from aslseg.resources import prepare_app_dir
 
     command = [
         sys.executable,
@@ -224,7 +230,7 @@ def serve(
         "monailabel.main",
         "start_server",
         "--app",
-        str(APP_DIR),
+        str(prepare_app_dir()),
         "--studies",
         studies,
     ]

@@ -15,6 +15,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 from aslseg.cases.studies import ORIGINAL
 from aslseg.compute.byte_lru import ByteLRU
 from aslseg.errors import AslsegError
+from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
 from aslseg.prompts.from_client import ClientPrompt, parse
 from aslseg.serving.background import Background
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from aslseg.sam.clicks.session import ClickSession
     from aslseg.sam.predictor.embeddings import EmbeddingCache
 
+# time for a reply to OHIF, whose annotators press Run once all clicks are made and are not shown what grows later
+RUN_SECONDS = 5.0
 SESSION_BYTES = 500_000_000
 MASK_BYTES = 200_000_000
 
@@ -77,7 +80,7 @@ class ClickSessions:
         from aslseg.sam.clicks.session import ClickSession
         from aslseg.sam.predictor.slice_predictor import SlicePredictor
 
-        model, cache = self.models.get("sam"), self.cache
+        model, cache = self.models.get(ModelKind.SAM), self.cache
         self.background.pause_in(model.sam.image_encoder)
         key = (opened.key, opened.orientation, model.fingerprint, *owner)
         with self._lock:
@@ -140,7 +143,7 @@ class ClickTask(MaskTask):
     """
 
     def __init__(self, scans: CascadeCache, sessions: ClickSessions, description: str, dimension: int = 3) -> None:
-        super().__init__(scans, "sam", (), description)
+        super().__init__(scans, ModelKind.SAM, (), description)
         self.type, self.dimension, self.sessions = InferType.DEEPGROW, dimension, sessions
         self._config.update(use_ssl=scans.models.settings.use_ssl)
         if dimension == 3:
@@ -151,7 +154,7 @@ class ClickTask(MaskTask):
         from aslseg.sam.modeling.build import base_path
 
         models = self.scans.models
-        return models.published("sam") is not None or base_path(models.settings).is_file()
+        return models.published(ModelKind.SAM) is not None or base_path(models.settings).is_file()
 
     def shown(self, class_map: np.ndarray, request: Mapping[str, Any]) -> np.ndarray:
         """The whole map: it holds one object, whatever its label."""
@@ -201,9 +204,9 @@ class ClickTask(MaskTask):
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         native = np.zeros(opened.orientation.shape, np.uint8, order="F")
         index = self._index(prompt)
-        if index is not None and self.scans.models.published("ssl") is not None:
+        if index is not None and self.scans.models.published(ModelKind.SSL) is not None:
             scan = self.scans.open(path, times)
-            found = self.scans.stage(scan, "sam", times)[index]
+            found = self.scans.stage(scan, ModelKind.SAM, times)[index]
             native = (scan.grid.to_native(found) >= 0.5).astype(np.uint8)
         source = "automatic mask" if native.any() else "nothing clicked"
         return native, opened.affine, {"source": source, "notes": list(prompt.notes)}
@@ -256,8 +259,8 @@ class ClickTask(MaskTask):
         opened: OpenScan,
     ) -> dict[str, Any]:
         """Draw as much of the object into ``out`` as there is time for; the rest is drawn in the background."""
-        # only OHIF sends this key: its annotators press Run once all clicks are made
-        min_seconds = self.scans.models.settings.run_seconds if "restore_label_idx" in request else 0.0
+        # only OHIF sends this key
+        min_seconds = RUN_SECONDS if "restore_label_idx" in request else 0.0
         whole = _once(request) or bool(request.get("whole"))
         grown = session.draw(prompt, time_limited=not whole, min_seconds=min_seconds)
         growing = not grown.done
@@ -286,7 +289,7 @@ class ClickTask(MaskTask):
         if not request.get("use_ssl", self.scans.models.settings.use_ssl) or prompt.label not in labels.names:
             return None, None
         index, orientation = labels.names.index(prompt.label), opened.orientation
-        known = self.scans.known(path, "ssl")
+        known = self.scans.known(path, ModelKind.SSL)
         if known is not None:
             key, regions = known
             return key, lambda: AutomaticMask(orientation.of_working(regions[index]), opened.source.shape)

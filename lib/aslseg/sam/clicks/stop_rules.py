@@ -58,15 +58,8 @@ class StopRules:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> StopRules:
-        """The limits that the settings name."""
-        return cls(
-            settings.grow_iou,
-            settings.grow_overlap,
-            settings.grow_area,
-            settings.grow_intensity,
-            settings.grow_agreement,
-            settings.min_component,
-        )
+        """The rules with the ``min_component`` of the settings."""
+        return cls(min_area=settings.min_component)
 
 
 @dataclass(frozen=True, eq=False)

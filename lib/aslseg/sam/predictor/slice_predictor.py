@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from aslseg.settings import Settings
 
 LEAK_MARGIN = 10  # pixels of SAM's input around a box beyond which nothing is kept
 MIN_RECORDED_SECONDS = 0.005  # less means that the embedding was there already
-ALL_PARTS = "box+point+mask"
+ALL_PARTS = ("box", "point", "mask")
 
 
 class SlicePredictor:
@@ -125,7 +125,7 @@ def predict_masks(
     embeddings: Tensor,
     prompts: Sequence[SlicePrompt],
     shape: tuple[int, int],
-    parts: str,
+    parts: Collection[str],
     ellipse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass of the decoder: the best mask for each prompt.
@@ -135,22 +135,21 @@ def predict_masks(
         embeddings: (P, C, grid, grid), the embedding of the slice for each prompt, or (1, ...) for all.
         prompts: P prompts in slice pixels. A part that is used must be there for all or for none.
         shape: (i, j) of the slices.
-        parts: Parts of the prompts to use, ``+`` between them: box, point, mask.
+        parts: Parts of the prompts to use: box, point, mask.
         ellipse: Whether boxes without masks are accompanied by their ellipse, for SAMs with ``box_mask``
             (:class:`aslseg.sam.modeling.conventions.Conventions`).
 
     Returns:
         Logits on the slices (P, i, j), low-res logits (P, 4 grid, 4 grid), predicted IoU (P,).
     """
-    used = parts.split("+")
     scale = np.array(model.scale(shape))
     points = boxes = masks = None
-    if "point" in used and all(len(p.points) for p in prompts):
+    if "point" in parts and all(len(p.points) for p in prompts):
         points = _pack_points(prompts, scale, model.device)
-    if "box" in used and all(p.box is not None for p in prompts):
+    if "box" in parts and all(p.box is not None for p in prompts):
         corners = np.array([p.box for p in prompts]) * np.tile(scale, 2)
         boxes = torch.as_tensor(corners, dtype=torch.float32, device=model.device)
-    if "mask" in used and all(p.mask is not None for p in prompts):
+    if "mask" in parts and all(p.mask is not None for p in prompts):
         stack = torch.from_numpy(np.stack([p.mask for p in prompts if p.mask is not None]))
         masks = model.mask_prompt(model.to_low_res(stack))
     elif boxes is not None and ellipse and model.conventions.box_mask:

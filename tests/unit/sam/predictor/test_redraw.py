@@ -99,7 +99,7 @@ def test_only_the_chosen_parts_reach_sam(
 ) -> None:
     image, ssl = regions
     model = Recorder(tiny)
-    redraw(model, image, ssl, settings.model_copy(update={"sam_prompts": use}))
+    redraw(model, image, ssl, settings.model_copy(update={"sam_prompts": tuple(use.split("+"))}))
     for points, boxes, masks, multimask in model.asked:
         assert (points is not None) == ("point" in use)
         assert (boxes is not None) == ("box" in use)

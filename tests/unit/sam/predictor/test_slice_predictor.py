@@ -13,7 +13,7 @@ from aslseg.sam.predictor.slices import SliceSource
 from aslseg.settings import Settings
 from seeing_sam import Sees
 
-ALL = "box+point+mask"
+ALL = ("box", "point", "mask")
 NO_POINTS, POINT = (np.zeros((0, 2)), np.zeros(0, int)), (np.array([[20.0, 20.0]]), np.array([1]))
 BOX, MASK = (8.0, 16.0, 40.0, 48.0), np.full((64, 64), 0.3, np.float32)
 
@@ -174,7 +174,7 @@ def test_prompts_are_scaled_to_the_input_frame(tiny: SAMModel) -> None:
     more = SlicePrompt((0.0, 0.0, 8.0, 8.0), np.array([[1.0, 2.0], [5.0, 6.0]]), np.array([1, 0]))
     with torch.no_grad():
         embedding = model.encode(torch.rand(1, 32, 16))
-        logits, low, iou = predict_masks(model, embedding, [prompt, more], (32, 16), "box+point")
+        logits, low, iou = predict_masks(model, embedding, [prompt, more], (32, 16), ("box", "point"))
     (points, labels), boxes, masks, _ = model.asked[0]
     assert boxes.tolist() == [[4, 8, 20, 40], [0, 0, 16, 16]]
     assert points.tolist() == [[[6, 14], [0, 0]], [[2, 4], [10, 12]]]
