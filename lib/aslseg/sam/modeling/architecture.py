@@ -1,4 +1,4 @@
-"""The sizes a SAM can have, and segment-anything's own modules put together for them."""
+"""The sizes of a SAM, and SAMs of these sizes built from the modules of segment-anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aslseg.sam.modeling.med2d_adapter import add_adapters
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that is needed to build a SAM before its weights are known.
+    """Everything that is needed to build a SAM without weights, and how it is asked.
 
     Attributes:
         image_size: Edge of the square input in pixels.
