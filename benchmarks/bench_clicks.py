@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def write_sam(path: Path) -> None:
             head.layers[-1].bias.fill_(1)
         sam.mask_decoder.output_upscaling[-2].weight.mul_(0.01)
         sam.mask_decoder.output_upscaling[-2].bias.fill_(1)
-    save_weights(path, sam.state_dict(), {"kind": "sam", "architecture": asdict(architecture)})
+    save_weights(path, sam.state_dict(), {"kind": "sam", "architecture": architecture.to_metadata()})
 
 
 def write_sam2(app: Path) -> None:

@@ -83,7 +83,7 @@ def redraw_bank(
     labelled: Sequence[Prepared], sam: SAMModel, settings: Settings, rng: np.random.Generator, report: ProgressCallback
 ) -> list[list[Redraw]]:
     """Let SAM redraw faulty masks of the cases before training, because SAM is slow; a list per case."""
-    from aslseg.sam.predictor.predict import redraw
+    from aslseg.sam.predictor.redraw import redraw
 
     each = max(1, min(REDRAWS_PER_CASE, MOST_REDRAWS // len(labelled)))
     chosen = set(rng.permutation(len(labelled))[:MOST_REDRAWS].tolist())
