@@ -1,4 +1,4 @@
-"""The pages point at what exists: links, anchors, paths, scripts, commands; and nothing points outside the repository."""
+"""The pages name what exists: links, anchors, paths, scripts, commands. Nothing points outside the repository."""
 
 from __future__ import annotations
 
