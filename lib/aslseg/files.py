@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -86,6 +87,29 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_text(path: Path) -> str:
+    """Text of a small file that people edit, in the encoding in which Excel, Notepad or another editor saved it.
+
+    A byte order mark decides; without one the text is UTF-16 where every other byte of its first line is zero, else
+    UTF-8, else Windows-1252, the encoding of Excel's ``.csv`` in Western Europe.
+    """
+    raw = path.read_bytes()
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if raw.startswith(mark):
+            return raw.decode(encoding, "replace")
+    for encoding, zeros in (("utf-16-le", raw[1:32:2]), ("utf-16-be", raw[:32:2])):
+        if zeros and not any(zeros):
+            return raw.decode(encoding, "replace")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("cp1252", "replace")
 
 
 def write_json(path: Path, content: Any) -> None:

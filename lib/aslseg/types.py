@@ -167,10 +167,12 @@ class Volume:
     Attributes:
         array: (i, j, k); float32 for scans, uint8 for labels.
         affine: 4 x 4, voxel index to RAS millimetres.
+        notes: What was unusual about its header and how it was understood.
     """
 
     array: np.ndarray
     affine: np.ndarray
+    notes: tuple[str, ...] = ()
 
     @property
     def spacing(self) -> tuple[float, float, float]:

@@ -100,7 +100,7 @@ def test_bad_input_is_refused(scan: Volume, settings: Settings, tmp_path: Path) 
         aslseg.Clicks(scan, settings, automatic_mask=np.zeros((2, 2, 2)))
     with pytest.raises(BadSettingsError, match="did you mean 'adapter'"):
         aslseg.load_model(tmp_path / "studies", "adaptor", settings)
-    with pytest.raises(NoModelError, match="run `aslseg round` first"):
+    with pytest.raises(NoModelError, match="no ssl model is published"):
         aslseg.load_model(tmp_path / "studies", "ssl", settings)
 
 

@@ -1,4 +1,4 @@
-"""Prompts from people: what 3D Slicer and OHIF send, made one kind of thing (platform.md, section 2).
+"""Prompts from people: what 3D Slicer and OHIF send, made one kind of thing (docs/clicks.md).
 
 Points are voxel indices (i, j, k) of the scan that the client loaded and may lie outside it. Slicer's ROI holds a pair
 per axis, in either order, not cut to the volume; with a 2-D model and an ROI its ``slice`` is in millimetres. Every

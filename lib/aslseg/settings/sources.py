@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from aslseg.errors import BadSettingsError
+from aslseg.files import read_text
 from aslseg.registry import suggest
 from aslseg.settings.model import Settings
 
@@ -54,7 +56,7 @@ def load_settings(
         BadSettingsError: Unknown key (with the nearest valid name) or unusable value.
     """
     sources = (
-        (".env", _prefixed(dotenv_values(dotenv or Path(".env")))),
+        (".env", _prefixed(_dotenv(dotenv or Path(".env")))),
         ("environment", _prefixed(os.environ if env is None else env)),
         ("conf", {k: v for k, v in (conf or {}).items() if k not in PLATFORM_KEYS}),
     )
@@ -76,6 +78,11 @@ def load_settings(
             label,
         )
     return settings, origin
+
+
+def _dotenv(path: Path) -> dict[str, str | None]:
+    """Pairs of a ``.env`` file in whatever encoding an editor saved it."""
+    return dotenv_values(stream=StringIO(read_text(path))) if path.is_file() else {}
 
 
 def _prefixed(pairs: Mapping[str, str | None]) -> dict[str, str]:

@@ -56,6 +56,9 @@ class DataSettings(Section):
     max_voxels: float = setting(
         1.6e9, "Scans with more voxels than this are refused", unit="voxels", example="5e8", gt=1
     )
+    max_upload_voxels: float = setting(
+        2e8, "Scans uploaded by a client with more voxels than this are refused", unit="voxels", example="1e8", gt=1
+    )
 
 
 class SSLSettings(Section):
@@ -167,7 +170,7 @@ class SAMSettings(Section):
     )
     sam_base: str = setting(
         "",
-        "SAM that a checkpoint of CFR was trained from; such a checkpoint holds nothing but LoRA and the decoder",
+        "SAM that a checkpoint of CFR was trained from; it holds only LoRA, prompt encoder and mask decoder",
         unit="file",
         example="sam_vit_b_01ec64.pth",
     )
