@@ -1,4 +1,4 @@
-"""A SAM that segments stitched canvases without prompts, as CFR fine-tunes it (arXiv 2403.11229, science.md §2.2).
+"""A SAM that segments stitched canvases without prompts, as CFR fine-tunes it (arXiv 2403.11229, docs/science.md §2.2).
 
 Its decoder has a mask token for the background and one for each label, which compete in a softmax. One encoder pass
 segments as many slices as a canvas holds.

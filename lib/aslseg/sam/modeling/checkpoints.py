@@ -1,6 +1,6 @@
 """SAM files: read without executing anything, recognised from what they hold, checked key by key.
 
-Formats (science.md, section 3.3): ``sam_vit_b/l/h`` and MedSAM are plain state dicts at 1024 px; SAM-Med2D keeps its
+Formats (docs/science.md §3.3): ``sam_vit_b/l/h`` and MedSAM are plain state dicts at 1024 px; SAM-Med2D keeps its
 state dict under ``model``, at 256 px, with 72 adapter keys or without; CFR keeps LoRA weights, prompt encoder and
 decoder, and needs the SAM it was trained from; ours are safetensors that say what they are.
 """

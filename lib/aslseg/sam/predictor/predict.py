@@ -1,4 +1,4 @@
-"""SAM redraws the SSL model's masks, slice by slice and component by component (science.md, section 1.2)."""
+"""SAM redraws the masks of the SSL model, slice by slice and component by component (docs/science.md, section 1.2)."""
 
 from __future__ import annotations
 

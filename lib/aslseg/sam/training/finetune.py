@@ -35,7 +35,7 @@ MaskCorruptor = Callable[[Prepared, np.random.Generator], np.ndarray]
 OBJECTS_PER_SLICE = 3
 FAULTS_PER_CASE, MOST_FAULTS = 3, 24
 FAULTY_PART = 0.5  # of the slices of cases with faults take them; the others' faulty prompts are made in 2-D
-# jittered true boxes (science.md, section 1.2), points as annotators begin with, and what an SSL mask would give
+# jittered true boxes (docs/science.md §1.2), points as annotators begin with, and what an SSL mask would give
 KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.25, "faulty+box": 0.1, "faulty": 0.05}
 CORRECTED = 0.75  # of the batches have rounds of clicks
 CORRECTIONS = {"point": 3}  # so many, else one: a point needs them more than a box or a mask
