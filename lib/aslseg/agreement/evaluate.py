@@ -36,7 +36,7 @@ def evaluate_folders(
         labels: Names of the values 1..N.
         unit: Unit of the distances.
         regions: Score each label with everything nested in it (liver with its tumours).
-        report: Told after each case.
+        report: Called with (done, total) after each case.
 
     Returns:
         JSON-able: ``cases`` (id to label to dice, jaccard, hd95, asd, flags), ``summary`` (label to metric to mean,

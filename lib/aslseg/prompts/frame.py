@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SlicePrompt:
-    """What SAM is told about one object on one slice, in slice pixels.
+    """The prompt for one object on one slice, in slice pixels.
 
     Attributes:
         box: (x0, y0, x1, y1), the far side exclusive, may be fractional; None without a box.

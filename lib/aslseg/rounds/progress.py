@@ -26,7 +26,7 @@ class Progress:
     Args:
         path: The JSON file, written atomically and at most once a second.
         expected: Stage to expected seconds, in order.
-        report: Told (done, total, stage=..., eta=..., **numbers); done and total count expected seconds.
+        report: Called (done, total, stage=..., eta=..., **numbers); done and total count expected seconds.
         round_number: Shown with the rest.
     """
 
