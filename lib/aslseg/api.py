@@ -9,16 +9,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from aslseg.agreement.evaluate import evaluate_folders
-from aslseg.errors import BadLabelError
+from aslseg.errors import BadLabelError, BadSettingsError
 from aslseg.models.cascade import Cascade
 from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
 from aslseg.prompts.from_client import parse
+from aslseg.registry import suggest
 from aslseg.rounds import run
 from aslseg.sam.clicks.automatic_mask import AutomaticMask
 from aslseg.sam.clicks.session import ClickSession
@@ -93,10 +94,13 @@ def load_model(studies: str | Path, name: ModelName = "aslseg", settings: Settin
         settings: Labels, device and where models are published.
 
     Raises:
+        BadSettingsError: There is no model of that name.
         NoModelError: One of the models is not published yet.
         BadWeightsError: A model file is damaged or was made for other labels.
     """
     settings = settings or Settings()
+    if name not in get_args(ModelName):
+        raise BadSettingsError(f"unknown model {name!r}; {suggest(name, list(get_args(ModelName)))}")
     kind = ModelKind.ADAPTER if name == "aslseg" else ModelKind(name)
     return Model(Cascade.published(kind, Paths(settings, studies), settings), kind)
 

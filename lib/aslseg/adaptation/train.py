@@ -174,7 +174,7 @@ class Samples:
 
 
 def adaptation_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Half BCE, half Dice, and half the BCE in a band around the true border.
+    """Half BCE, half Dice, and half the BCE in a band around the true border (docs/science.md §1.2, L_III).
 
     The Dice term is summed over the batch, so that a patch without a region does not dominate it. The band holds the
     voxels within two voxels of the border.

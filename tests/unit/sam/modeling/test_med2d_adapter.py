@@ -1,4 +1,4 @@
-"""SAM-Med2D's adapters against a second writing of science.md, section 3.1, on bare tensors."""
+"""SAM-Med2D's adapters against a second writing of docs/science.md §3.1, on bare tensors."""
 
 from __future__ import annotations
 
