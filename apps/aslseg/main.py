@@ -57,7 +57,7 @@ class Aslseg(app.ServedApp, MONAILabelApp):
         return {k: Trainer(self.settings, self.paths, do, text) for k, (do, text) in entries.items()}
 
     def init_strategies(self) -> dict[str, Strategy]:
-        """OHIF asks for ``random`` unless told otherwise."""
+        """OHIF asks for ``random`` unless the annotator chooses another one."""
         ledger = Ledger(self.paths.ledger)
         lowest = "Lowest agreement first: where a human helps most"
         highest = "Highest agreement first: quick confirmations"

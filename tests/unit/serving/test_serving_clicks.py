@@ -38,10 +38,10 @@ class Served:
         self.models = Models(chosen, Paths(chosen, folder))
         self.models.get = lambda kind: self.sam  # type: ignore[method-assign]
         self.sam, self.folder = Sees(SAMModel(build(TINY), TINY)), folder
-        scans, self.desk = CascadeCache(self.models), ClickSessions(self.models)
+        scans, self.sessions = CascadeCache(self.models), ClickSessions(self.models)
         self.tasks = {
-            "sam": ClickTask(scans, self.desk, ""),
-            "sam_2d": ClickTask(scans, self.desk, "", dimension=2),
+            "sam": ClickTask(scans, self.sessions, ""),
+            "sam_2d": ClickTask(scans, self.sessions, "", dimension=2),
         }
 
     def get_image_uri(self, case: str) -> str:
@@ -75,7 +75,7 @@ def test_clicks_on_an_upload_are_answered_within_the_request(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ahead: list[object] = []
-    monkeypatch.setattr(served.desk.background, "add", lambda step, whose: ahead.append(whose))
+    monkeypatch.setattr(served.sessions.background, "add", lambda step, owner: ahead.append(owner))
     path = ball(tmp_path / "upload.nii")
     mask, told = served.ask(Upload(path))
     assert told["growing"] is False
@@ -94,11 +94,11 @@ def test_slices_around_the_clicked_one_are_encoded_ahead(served: Served, tmp_pat
     nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), tmp_path / "case.nii")
     mask, _ = served.ask("case", model, slice=10)
     assert mask[..., 10].any()
-    assert served.desk.background.idle(60)
-    (clicks,) = served.desk._clicks.values()
+    assert served.sessions.background.idle(60)
+    (session,) = served.sessions._sessions.values()
     reach = served.models.settings.prefetch_slices
     assert reach == 8
-    assert [n for n in range(SHAPE[2]) if clicks.embedded(n)] == list(range(2, 19))
+    assert [n for n in range(SHAPE[2]) if session.predictor.is_embedded(n)] == list(range(2, 19))
 
 
 def test_a_client_cannot_say_that_a_scan_is_an_upload(served: Served, tmp_path: Path) -> None:
@@ -111,12 +111,12 @@ def test_a_scan_that_is_deleted_while_its_object_grows(
     served: Served, tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = ball(tmp_path / "session.nii")
-    with served.desk.background.click(), caplog.at_level(logging.WARNING):
+    with served.sessions.background.click(), caplog.at_level(logging.WARNING):
         _, told = served.ask(SessionUpload(path), model)
         assert told.get("growing", True)
         path.unlink()
     before = served.sam.encoded
-    assert served.desk.background.idle(60)
+    assert served.sessions.background.idle(60)
     assert served.sam.encoded > before
     assert not caplog.records
 
@@ -124,11 +124,11 @@ def test_a_scan_that_is_deleted_while_its_object_grows(
 def test_a_scan_that_is_overwritten_while_its_object_grows(served: Served, tmp_path: Path) -> None:
     path = ball(tmp_path / "case.nii")
     whole, _ = served.ask("case", whole=True, client="else")
-    with served.desk.background.click():
+    with served.sessions.background.click():
         served.ask("case")
         with path.open("r+b") as file:
             file.truncate(1000)
-    assert served.desk.background.idle(60), "the old scan's voxels are not those of the file"
+    assert served.sessions.background.idle(60), "the old scan's voxels are not those of the file"
     ball(path, shift=4)
     moved, _ = served.ask("case", whole=True)
     assert np.array_equal(moved[:, 4:], whole[:, :-4])
