@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,32 @@ def atomic_file(path: Path) -> Iterator[Path]:
             os.close(folder)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """Which file lies at a path: a file that was replaced or written again has another stamp.
+
+    Attributes:
+        mtime_ns: When its content was last changed. Two changes within a tick of the file system's clock are one.
+        size: Bytes.
+        inode: Another file that was renamed to the same path has another one.
+        ctime_ns: As ``mtime_ns``, but no program can set it back.
+    """
+
+    mtime_ns: int
+    size: int
+    inode: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp | None:
+        """The stamp of a file; None if there is none."""
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return None
+        return cls(found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns)
 
 
 def write_json(path: Path, content: Any) -> None:

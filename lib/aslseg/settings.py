@@ -200,6 +200,17 @@ class Settings(BaseSettings):
     )
     min_free_gb: float = _setting(1.0, "Free disk below which nothing is written", unit="GB", ge=0)
 
+    # server
+    hosts: str = _setting("", "Names under which the server is reached, beside localhost, its own and IP addresses")
+    origins: str = _setting("", "Other origins whose pages may send requests", example="https://viewer.example.org")
+    insecure: bool = _setting(False, "Serve a network without authentication; only where everybody is trusted")
+    token_file: str = _setting("", "Who may log in: lines of name, role and token hash (`aslseg token`)", unit="file")
+    max_upload_gb: float = _setting(4.0, "Larger requests are refused", unit="GB", gt=0)
+    log_format: Literal["text", "json"] = _setting("text", "Lines of the server's log")
+    log_case_ids: Literal["plain", "hashed"] = _setting(
+        "plain", "Ids of scans, which may be names of patients, in the server's log: as they are, or a hash"
+    )
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -295,6 +306,7 @@ GROUPS = {
     | {"max_working_voxels", "max_voxels"},
     "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "run_seconds", "prefetch_slices"}
     | {n for n in Settings.model_fields if n.startswith(("grow_", "embed"))},
+    "server": {"hosts", "origins", "insecure", "token_file", "max_upload_gb", "log_format", "log_case_ids"},
     "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "memory_gb", "tracking"}
     | {"sam_checkpoint", "sam_base"},
 }

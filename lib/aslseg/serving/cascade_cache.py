@@ -12,6 +12,7 @@ import numpy as np
 
 from aslseg.cases.prepare import prepare, working_spacing
 from aslseg.errors import NoModelError
+from aslseg.files import FileStamp
 from aslseg.models.loaded import Kind, Models
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
@@ -91,9 +92,7 @@ class CascadeCache:
         return None if regions is None else (key, regions)
 
     def _key(self, path: Path) -> tuple[object, ...]:
-        stat = path.stat() if path.exists() else None
-        hashes = tuple(sorted(self.models.hashes().items()))
-        return (str(path), *((stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else ()), hashes)
+        return str(path), FileStamp.of(path), tuple(sorted(self.models.hashes().items()))
 
     def stage(self, scan: CachedScan, kind: Kind, times: dict[str, float] | None = None) -> np.ndarray:
         """Region probabilities (N, i, j, k) of a stage on the working grid; earlier stages are computed as needed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 
 from aslseg.cases.studies import ORIGINAL
 from aslseg.errors import AslsegError
+from aslseg.files import FileStamp
 from aslseg.models.loaded import Models
 from aslseg.prompts.from_client import ClientPrompt, parse
 from aslseg.serving.background import Background
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.infer import MaskTask
-from aslseg.serving.open_scans import OpenScan, ScanCache, file_key
+from aslseg.serving.infer import InferenceRequest, MaskTask
+from aslseg.serving.open_scans import OpenScan, ScanCache
 from aslseg.volume.io import read_image
 
 if TYPE_CHECKING:
@@ -97,10 +98,11 @@ class ClickSessions:
         if not isinstance(case, str) or studies is None:
             return None
         label = studies / "labels" / ORIGINAL / f"{case}.nii.gz"
-        key = file_key(label)
+        stamp = FileStamp.of(label)
         # a mask older than the scan was made for another one
-        if len(key) == 1 or path.stat().st_mtime_ns > label.stat().st_mtime_ns:
+        if stamp is None or path.stat().st_mtime_ns > stamp.mtime_ns:
             return None
+        key = (str(label), stamp)
         if key not in self._stored:
             try:
                 array = read_image(label, self.models.settings.max_voxels).array.astype(np.uint8)
@@ -152,29 +154,29 @@ class ClickTask(MaskTask):
         models = self.scans.models
         return models.published("sam") is not None or base_path(models.settings).is_file()
 
-    def shown(self, class_map: np.ndarray, request: Mapping[str, Any]) -> np.ndarray:
+    def shown(self, class_map: np.ndarray, request: InferenceRequest) -> np.ndarray:
         """All of it: there is one object, whatever its label."""
         return class_map
 
-    def result_labels(self, request: Mapping[str, Any]) -> dict[str, int]:
+    def result_labels(self, request: InferenceRequest) -> dict[str, int]:
         """The one object, under the name that the client gave."""
         return {self._label(request) or self.scans.models.settings.label_set.names[0]: 1}
 
-    def _label(self, request: Mapping[str, Any]) -> str | None:
+    def _label(self, request: InferenceRequest) -> str | None:
         """The label that is clicked: by its name, or as vista3d's class prompt."""
-        if request.get("label"):
-            return str(request["label"])
-        names, classes = self.scans.models.settings.label_set.names, request.get("label_prompt") or [0]
+        if request.params.label:
+            return request.params.label
+        names, classes = self.scans.models.settings.label_set.names, request.params.label_prompt or [0]
         return names[int(classes[0]) - 1] if 1 <= int(classes[0]) <= len(names) else None
 
-    def _prompt(self, request: Mapping[str, Any], shape: tuple[int, int, int]) -> ClientPrompt:
+    def _prompt(self, request: InferenceRequest, shape: tuple[int, int, int]) -> ClientPrompt:
         """A client's prompt with its label.
 
         Raises:
             BadPromptError: As :func:`aslseg.prompts.from_client.parse`.
             RefusedError: The same clicks are foreground and background.
         """
-        prompt = replace(parse(request, shape), label=self._label(request))
+        prompt = replace(parse(request.params.prompts, shape), label=self._label(request))
         if len(prompt.foreground) and np.array_equal(prompt.foreground, prompt.background):
             raise RefusedError(
                 "the same clicks came as foreground and as background; in OHIF choose the object's row again (not "
@@ -183,7 +185,7 @@ class ClickTask(MaskTask):
         return prompt
 
     def mask(
-        self, path: Path, request: Mapping[str, Any], times: dict[str, float]
+        self, path: Path, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """As :meth:`aslseg.serving.infer.MaskTask.mask`; without clicks SAM's redrawing of the automatic mask."""
         with self.desk.background.click():
@@ -208,20 +210,20 @@ class ClickTask(MaskTask):
         return native, opened.affine, {"source": source, "notes": list(prompt.notes)}
 
     def _clicked(
-        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: Mapping[str, Any], times: dict[str, float]
+        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         start = time.perf_counter()
         source, region = self._region(path, opened, prompt, request)
-        whose = (prompt.label, request.get("client", ""), self.dimension, source)
+        whose = (prompt.label, request.client, self.dimension, source)
         clicks = self.desk.clicks(opened, region, whose)
         asked = opened.turn.prompt(prompt)
-        if request.get("undo"):
-            asked = clicks.without_last(asked, int(request["undo"]))
+        if request.params.undo:
+            asked = clicks.without_last(asked, request.params.undo)
         native = np.zeros(opened.turn.shape, np.uint8, order="F")
         out = opened.turn.view(native)
         kept = asked.foreground
         # a file that came with the request has another name the next time: what is done later helps nobody
-        once = bool(request.get("once"))
+        once = request.temporary
         more: dict[str, Any] = {"source": "clicks", "notes": list(prompt.notes), "repaired": source is not None}
         if self.dimension == 2:
             found = clicks.on_slice(asked)
@@ -232,8 +234,8 @@ class ClickTask(MaskTask):
                     self.desk.prefetch(clicks, k)
         else:
             # only OHIF sends this key: its annotators press Run when they want to see something, not at every click
-            least = self.scans.models.settings.run_seconds if "restore_label_idx" in request else 0.0
-            answer = clicks.draw(asked, hurry=not (once or request.get("whole")), least=least)
+            least = self.scans.models.settings.run_seconds if request.params.restore_label_idx is not None else 0.0
+            answer = clicks.draw(asked, hurry=not (once or request.params.whole), least=least)
             current = clicks.current(asked)
             more["growing"] = not answer.done
             for k in answer.slices():
@@ -252,7 +254,7 @@ class ClickTask(MaskTask):
         return native, opened.affine, more
 
     def _region(
-        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: Mapping[str, Any]
+        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: InferenceRequest
     ) -> tuple[object, Callable[[], Region] | None]:
         """Where the automatic mask of the clicked label comes from, and the way to it; None without or if not wanted.
 
@@ -262,14 +264,17 @@ class ClickTask(MaskTask):
         from aslseg.sam.predictor.slices import Region
 
         labels = self.scans.models.settings.label_set
-        if not request.get("use_ssl", self.scans.models.settings.use_ssl) or prompt.label not in labels.names:
+        wanted = request.params.use_ssl
+        if wanted is None:
+            wanted = self.scans.models.settings.use_ssl
+        if not wanted or prompt.label not in labels.names:
             return None, None
         index = labels.names.index(prompt.label)
         known = self.scans.known(path, "ssl")
         if known is not None:
             key, regions = known
             return key, lambda: Region(opened.turn.of_working(regions[index]), opened.picture.shape)
-        stored = self.desk.stored(path, request.get("case"), opened)
+        stored = self.desk.stored(path, request.case, opened)
         if stored is None:
             return None, None
         name, array = stored

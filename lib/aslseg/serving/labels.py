@@ -40,11 +40,42 @@ def segment_names(label_info: Any) -> list[str]:
     return names
 
 
+def read_drawing(path: Path, image: Volume, labels: Labels) -> np.ndarray:
+    """Read a label file of an annotator.
+
+    Args:
+        path: An image file on the scan's own grid, or OHIF's ``.bin``: one byte a voxel, first axis fastest, no header.
+        image: The scan.
+        labels: Names of the values 1..N.
+
+    Returns:
+        uint8 class map (i, j, k).
+
+    Raises:
+        BadLabelError: Unreadable, of another size or geometry than the scan, or values outside 0..N.
+    """
+    if path.suffix != ".bin":
+        return read_label(path, image, labels)
+    shape, size = image.array.shape, path.stat().st_size
+    if size != image.array.size:
+        raise BadLabelError(
+            f"label {path.name}: {size} bytes, but its scan has {image.array.size} voxels {shape}; load the scan anew "
+            "in OHIF and draw on that"
+        )
+    array = np.fromfile(path, np.uint8).reshape(shape, order="F")
+    if array.max(initial=0) > len(labels):
+        raise BadLabelError(
+            f"label {path.name}: values up to {array.max()}, expected 0..{len(labels)} ({', '.join(labels.names)}); "
+            "remove the other segments and save again"
+        )
+    return array
+
+
 def decode_label(path: Path, image: Volume, label_info: Any, labels: Labels) -> np.ndarray:
     """A label file of an annotator to a class map with our values.
 
     Args:
-        path: Label file on the scan's own grid.
+        path: As :func:`read_drawing`.
         image: The scan.
         label_info: Slicer's list of segments, or nothing if the file already holds our values.
         labels: Configured labels.
@@ -57,8 +88,8 @@ def decode_label(path: Path, image: Volume, label_info: Any, labels: Labels) -> 
     """
     names = segment_names(label_info)
     if not names:
-        return read_label(path, image, labels)
-    given = read_label(path, image, Labels(tuple(names), (None,) * len(names)))
+        return read_drawing(path, image, labels)
+    given = read_drawing(path, image, Labels(tuple(names), (None,) * len(names)))
     known = {name.casefold(): value for name, value in labels.values.items()}
     out = np.zeros(given.shape, np.uint8)
     for position, name in enumerate(names):

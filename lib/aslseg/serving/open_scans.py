@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from aslseg.errors import BadImageError
+from aslseg.files import FileStamp
 from aslseg.prompts.from_client import ClientPrompt
 from aslseg.sam.predictor.slices import SliceSource
 from aslseg.settings import Settings
@@ -131,7 +132,7 @@ class ScanCache:
         Raises:
             BadImageError: As :func:`aslseg.volume.io.read_image`, or the file changed while it was read.
         """
-        key = file_key(path)
+        key = (str(path), FileStamp.of(path))
         with self._lock:
             found = self._find(key, native)
         if found is None:
@@ -154,7 +155,7 @@ class ScanCache:
 
     def _load(self, path: Path, key: tuple[object, ...], native: bool) -> OpenScan:
         volume = read_image(path, self.settings.max_voxels)
-        if file_key(path) != key:
+        if (str(path), FileStamp.of(path)) != key:
             raise BadImageError(f"{path.name}: changed on disk while it was read; try again")
         window = window_of(volume.array, self.settings)
         with self._lock:
@@ -171,9 +172,3 @@ class ScanCache:
         del self._read[key]
         self._opened.pop((key, False), None)
         self._opened.pop((key, True), None)
-
-
-def file_key(path: Path) -> tuple[object, ...]:
-    """A file as it is now; another file under its name has another key."""
-    stat = path.stat() if path.exists() else None
-    return (str(path), *((stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_ctime_ns) if stat else ()))
