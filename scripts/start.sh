@@ -50,13 +50,13 @@ esac
 
 echo "Server:   http://$host:$port   (3D Slicer: module MONAI Label, this address)"
 echo "Progress: http://$host:$port/aslseg/"
-# Putting threads to sleep between two layers and waking them costs a click a quarter of its time (docs/results.md), so
-# they wait awake, a tenth of a millisecond at most: two processes on the same cores hardly disturb each other then.
+# Threads that sleep between two layers make a click slower (docs/lab/2026-11-25-clicks.md), so they spin, for a tenth of
+# a millisecond at most, which hardly disturbs a second process on the same cores.
 if [ -z "$waits" ] && [ "$(uname -s)" = Linux ]; then
     export OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"
 fi
 # glibc gives freed activations of a network back to the kernel after every layer and has new pages cleared for the next
-# one; with these limits it keeps blocks of up to 32 MB, 64 MB in all (docs/lab/memory.md)
+# one; with these limits it keeps blocks of up to 32 MB, 64 MB in all (docs/lab/2026-11-26-memory.md)
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-67108864}"
 # monailabel's own wrapper script passes $* unquoted, which breaks paths with spaces
 exec python -m monailabel.main start_server --app "$ROOT/apps/aslseg" --studies "$studies" \

@@ -53,13 +53,19 @@ def info(
         from aslseg.sam.modeling.checkpoints import describe
 
         return _show(describe(sam_checkpoint, settings), as_json)
+    from aslseg.compute.hardware import resolved
     from aslseg.models.published import list_published
     from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS
+
+    given, used = settings.model_dump(), resolved(settings).model_dump()
+    shown = {
+        k: {"value": v, "source": origin[k]} | ({"used": used[k]} if used[k] != v else {}) for k, v in given.items()
+    }
 
     _show(
         {
             "versions": console.versions(),
-            "settings": {k: {"value": v, "source": origin[k]} for k, v in settings.model_dump().items()},
+            "settings": shown,
             "ssl_methods": sorted(SSL_METHODS),
             "networks": sorted(NETWORKS),
             "recipes": sorted(RECIPES),
@@ -218,8 +224,8 @@ def serve(
 ) -> None:
     """Start MONAI Label with this app; further arguments go to `monailabel start_server`."""
     settings = _ready(conf)
+    from aslseg.resources import prepare_app_dir
     from aslseg.serving.exposure import require_safe_exposure
-    from aslseg.settings import APP_DIR
 
     require_safe_exposure(host, settings)
     # glibc keeps freed blocks of up to 32 MB for the next layer instead of asking the kernel for new pages
@@ -232,7 +238,7 @@ def serve(
         "monailabel.main",
         "start_server",
         "--app",
-        str(APP_DIR),
+        str(prepare_app_dir()),
         "--studies",
         studies,
     ]

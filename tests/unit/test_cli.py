@@ -55,14 +55,15 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 
 def test_info_says_where_settings_come_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASLSEG_SEED", "7")
-    code, out, _ = run("info", "--json", "--conf", "promote_threshold", "0.8,tumour=0.5", "--conf=labels=liver")
+    code, out, _ = run("info", "--json", "--conf", "promote_threshold", "0.8,liver=0.5", "--conf=labels=liver")
     assert code == 0
     shown = json.loads(out)
     assert set(shown) >= {"versions", "settings", "ssl_methods", "recipes", "models"}
-    assert shown["settings"]["promote_threshold"] == {"value": "0.8,tumour=0.5", "source": "conf"}
+    assert shown["settings"]["promote_threshold"] == {"value": "0.8,liver=0.5", "source": "conf"}
     assert shown["settings"]["labels"] == {"value": "liver", "source": "conf"}
     assert shown["settings"]["seed"] == {"value": 7, "source": "environment"}
-    assert shown["settings"]["network"]["source"] == "default"
+    network = "vnet" if torch.cuda.is_available() else "vnet_small"
+    assert shown["settings"]["network"] == {"value": "auto", "source": "default", "used": network}
     assert "mean_teacher" in shown["ssl_methods"]
     assert shown["versions"]["monailabel"]
 
@@ -78,6 +79,9 @@ def test_info_describes_a_sam_file(run: Run, tmp_path: Path) -> None:
     [
         (["info", "--conf", "lables", "x"], 2, "did you mean 'labels'?"),
         (["info", "--conf", "labels"], 2, "expected a key and a value"),
+        (["info", "--conf", "patch", "native"], 2, "patch: expected auto or three positive whole numbers"),
+        (["info", "--conf", "device", "foo"], 2, "device: expected auto, cpu, cuda or cuda:N, got 'foo'"),
+        (["info", "--conf", "device", "cuda:99"], 2, "but cuda:99 is asked for; set device to"),
         (["inof"], 2, "No such command"),
         (["round"], 2, "--studies"),
         (["train", "everything", "--studies", "x"], 2, "expected ssl, sam or adapter"),
@@ -105,7 +109,7 @@ def test_a_round_infer_evaluate_and_ledger(run: Run, tmp_path: Path, monkeypatch
     monkeypatch.setattr(engine, "STATISTICS_BATCHES", 2)
     torch.set_num_threads(1)
     studies, settings = tiny_studies(tmp_path, cases=3, labelled=2), tiny_settings(tmp_path)
-    conf = [p for k in settings.model_fields_set for p in ("--conf", k, getattr(settings, k))]
+    conf = [p for k, v in settings.model_dump(exclude_unset=True).items() for p in ("--conf", k, v)]
     code, out, err = run("round", "--studies", studies, "--json", *conf)
     assert code == 0, err
     summary = json.loads(out)

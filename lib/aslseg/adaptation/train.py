@@ -22,6 +22,7 @@ from aslseg.cases.prepare import automatic_patch
 from aslseg.cases.prepared import Prepared
 from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
 from aslseg.compute.device import bfloat16_pays, choose_device
+from aslseg.compute.hardware import resolved
 from aslseg.compute.schedules import polynomial
 from aslseg.compute.weights import save_weights
 from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
@@ -342,6 +343,6 @@ def _metadata(
 
 def adapter_patch(cases: Sequence[Prepared], settings: Settings) -> tuple[int, ...]:
     """Training patch: as the SSL model's, but of at most 64 x 64 x 32 voxels."""
-    most = min(settings.patch_voxels, PATCH_VOXELS)
+    most = min(resolved(settings).patch_voxels, PATCH_VOXELS)
     limited = settings.model_copy(update={"patch_voxels": most})
     return automatic_patch([c.image.shape for c in cases], limited)

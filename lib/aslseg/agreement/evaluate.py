@@ -12,7 +12,8 @@ import numpy as np
 from aslseg.agreement.measures import score
 from aslseg.errors import AslsegError, BadLabelError, NotEnoughCasesError
 from aslseg.types import Labels, ProgressCallback, Volume, no_progress
-from aslseg.volume.io import AFFINE_TOLERANCE_MM, case_id, extension, read_image
+from aslseg.volume.io import case_id, extension, read_image
+from aslseg.volume.placement import AFFINE_TOLERANCE_MM
 
 logger = logging.getLogger(__name__)
 

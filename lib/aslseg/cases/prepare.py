@@ -14,8 +14,9 @@ import numpy as np
 
 from aslseg.cases.prepared import Prepared
 from aslseg.cases.studies import Case
+from aslseg.compute.hardware import resolved
 from aslseg.errors import BadImageError, BadLabelError
-from aslseg.files import atomic_file, sha256
+from aslseg.files import FileHashes, atomic_file
 from aslseg.settings import Settings
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
@@ -39,8 +40,7 @@ def working_spacing(volumes: Iterable[Volume], settings: Settings) -> Spacing:
     if settings.spacing == "native":
         return None
     if settings.spacing != "auto":
-        x, y, z = (float(v) for v in settings.spacing.split(","))
-        return x, y, z
+        return settings.spacing
     grids = [Grid.of(v, None) for v in volumes]
     spacing = np.median([g.spacing for g in grids], axis=0)
     extent = np.median([np.multiply(g.spacing, g.shape) for g in grids], axis=0)
@@ -61,15 +61,15 @@ class PreparedStore:
     """Prepared cases on disk, found again by the content of their files and the preparation settings.
 
     Args:
-        folder: Cache folder (``Places.cache``).
+        folder: Cache folder (:attr:`aslseg.settings.Paths.cache`).
         settings: Window, labels and size limit.
-        spacing: Working spacing.
+        spacing: Working spacing in mm along x, y, z; None keeps that of the scans.
+        hashes: Shared by the stores of a round, so that each file is hashed once.
     """
 
-    def __init__(self, folder: Path, settings: Settings, spacing: Spacing) -> None:
-        self.folder = folder
-        self.settings = settings
-        self.spacing = spacing
+    def __init__(self, folder: Path, settings: Settings, spacing: Spacing, hashes: FileHashes | None = None) -> None:
+        self.folder, self.settings, self.spacing = folder, settings, spacing
+        self.hashes = hashes or FileHashes()
 
     def load(self, case: Case) -> Prepared:
         """The case on the working grid; the image is a read-only memory map.
@@ -77,10 +77,9 @@ class PreparedStore:
         Raises:
             BadImageError, BadLabelError: As the readers.
         """
-        keys = ("modality", "window_low", "window_high", "labels", "nested")
-        chosen = {k: getattr(self.settings, k) for k in keys}
-        label_hash = sha256(case.label) if case.label else ""
-        text = json.dumps([sha256(case.image), label_hash, self.spacing, chosen], sort_keys=True)
+        chosen = self.settings.model_dump(include={"modality", "window_low", "window_high", "labels", "nested"})
+        image_hash, label_hash = self.hashes(case.image), self.hashes(case.label) if case.label else ""
+        text = json.dumps([image_hash, label_hash, self.spacing, chosen], sort_keys=True)
         entry = self.folder / f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         files = [entry.with_name(f"{entry.name}.{part}.npy") for part in ("label", "image")]
         wanted = files if case.label else files[1:]
@@ -99,6 +98,8 @@ class PreparedStore:
             np.load(files[1], mmap_mode="r"),
             grid,
             np.load(files[0], mmap_mode="r") if case.label else None,
+            image_hash=image_hash,
+            label_hash=label_hash,
         )
 
     def load_all(self, cases: Iterable[Case]) -> tuple[list[Prepared], dict[str, str]]:
@@ -139,10 +140,11 @@ def automatic_patch(shapes: Iterable[tuple[int, ...]], settings: Settings) -> tu
     Never below (32, 32, 16): a deepest level of a single voxel leaves batch norm two values to normalise.
     """
     if settings.patch != "auto":
-        size = [max(16, round(float(v) / 16) * 16) for v in settings.patch.split(",")]
+        size = [max(16, round(n / 16) * 16) for n in settings.patch]
     else:
         size = [max(16, math.ceil(n / 16) * 16) for n in np.median(list(shapes), axis=0)]
-        while math.prod(size) > settings.patch_voxels and max(size) > 16:
+        most = resolved(settings).patch_voxels
+        while math.prod(size) > most and max(size) > 16:
             size[int(np.argmax(size))] -= 16
     i, j, k = size
     return max(i, 32), max(j, 32), k

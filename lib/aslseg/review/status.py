@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from aslseg.errors import LedgerError
-from aslseg.models.published import find_published
+from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
+from aslseg.models.published import Published, find_published
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.progress import read_progress
 from aslseg.settings import Paths, Settings
@@ -38,7 +39,7 @@ def collect(
     return {
         "labels": list(settings.label_set.names),
         "progress": progress,
-        "models": [_model(kind, find_published(paths, kind)) for kind in ("ssl", "sam", "adapter")],
+        "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
         "rounds": [
             {"round": r.number, "state": r.state, "opened": r.opened, "closed": r.closed, "error": r.error}
@@ -56,7 +57,7 @@ def collect(
     }
 
 
-def _model(kind: str, entry: Any) -> dict[str, Any]:
+def _model(kind: ModelKind, entry: Published | None) -> dict[str, Any]:
     if entry is None:
         return {"kind": kind, "published": False}
     return {

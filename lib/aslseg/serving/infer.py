@@ -16,10 +16,10 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from aslseg.cases.studies import ORIGINAL
 from aslseg.errors import AslsegError, NoModelError
-from aslseg.models.loaded import Kind
+from aslseg.models.kinds import ModelKind
 from aslseg.serving.cascade_cache import CachedScan, CascadeCache
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.labels import read_drawing
+from aslseg.serving.labels import decode_label
 from aslseg.serving.params import InferenceParams, validate_params
 from aslseg.serving.results import write_result
 from aslseg.types import Labels, Volume
@@ -90,7 +90,7 @@ class MaskTask(InferTask):
         description: Shown to annotators.
     """
 
-    def __init__(self, scans: CascadeCache, kind: Kind, needs: tuple[Kind, ...], description: str) -> None:
+    def __init__(self, scans: CascadeCache, kind: ModelKind, needs: tuple[ModelKind, ...], description: str) -> None:
         labels = scans.models.settings.label_set.values
         super().__init__(InferType.SEGMENTATION, labels, 3, description)
         self.scans, self.kind, self.needs = scans, kind, needs
@@ -190,7 +190,7 @@ class AdapterTask(MaskTask):
         labels = self.scans.models.settings.label_set
         scan = self.scans.open(path, times)
         shape = np.broadcast_to(np.float32(0), scan.grid.native_shape)
-        drawn = read_drawing(request.label_file, Volume(shape, scan.grid.affine), labels)
+        drawn = decode_label(request.label_file, Volume(shape, scan.grid.affine), None, labels)
         start = time.perf_counter()
         working = labels.regions(scan.grid.label_to_working(drawn, labels))
         regions = self.scans.adapt(scan, working)

@@ -39,6 +39,7 @@ from aslseg.volume.io import (
     require_free_disk,
     write_label,
 )
+from aslseg.volume.untrusted import Limits, check_untrusted
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         case = safe_name(image_id or case_id(source), "image id")
         if extension(source) is None:
             raise BadImageError(f"{source.name}: expected one of {', '.join(IMAGE_EXTENSIONS)}")
-        read_image(source, self.settings.max_voxels)
+        check_untrusted(source, Limits(self.settings.max_upload_voxels))
         require_free_disk(self.root, self.settings.min_free_gb)
         name = f"{case}{extension(source)}"
         with self._changed():

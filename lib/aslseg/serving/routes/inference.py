@@ -18,6 +18,7 @@ from aslseg.serving.infer import InferenceRequest, scan_path
 from aslseg.serving.mask_encoding import gzipped_bytes
 from aslseg.serving.params import InferenceParams, parse_json, validate_params
 from aslseg.serving.routes.uploads import save_label_upload, save_upload, upload_extension
+from aslseg.volume.untrusted import Limits, check_untrusted
 
 if TYPE_CHECKING:
     from aslseg.serving.app import ServedApp
@@ -84,6 +85,9 @@ def add_routes(router: APIRouter, app: ServedApp) -> None:
         if len(files) != 1:
             raise RefusedError("expected one volume in a file of its own; DICOM goes through a PACS", 422)
         upload_extension(files[0])
+        with tempfile.TemporaryDirectory(prefix="aslseg-upload-") as folder:
+            check_untrusted(save_upload(files[0], Path(folder), "image"), Limits(app.settings.max_upload_voxels))
+        files[0].file.seek(0)
         return session.create_session(background_tasks, False, expiry, files)
 
 
@@ -94,7 +98,9 @@ def _scan(
     if session_id:
         return _session_image(app, session_id), None
     if file is not None:
-        return save_upload(file, folder, "image"), None
+        path = save_upload(file, folder, "image")
+        check_untrusted(path, Limits(app.settings.max_upload_voxels))
+        return path, None
     if not image:
         raise RefusedError("expected an image id, a file or a session_id, got none of them")
     return scan_path(app.datastore(), image), image

@@ -8,9 +8,8 @@ from pathlib import Path
 from fastapi import UploadFile
 
 from aslseg.serving.http_errors import RefusedError
+from aslseg.serving.labels import RAW
 from aslseg.volume.io import IMAGE_EXTENSIONS, extension
-
-RAW = ".bin"
 
 
 def upload_extension(upload: UploadFile) -> str:
