@@ -102,6 +102,7 @@ def train(
     if kind not in ("ssl", "sam", "adapter"):
         raise typer.BadParameter(f"expected ssl, sam or adapter, got {kind!r}")
     settings = _ready(conf)
+    _require_no_round(studies, settings)
     from aslseg.rounds.run import train_stage
 
     with _leading(settings) as leading:
@@ -121,6 +122,7 @@ def round_(
 ) -> None:
     """Run a round: train, predict, rank, promote, retrain, publish. Continues an interrupted one where it stopped."""
     settings = _ready(conf)
+    _require_no_round(studies, settings)
     from aslseg.rounds.run import run_round
 
     summaries = []
@@ -226,8 +228,14 @@ def serve(
     conf: Conf = None,
 ) -> None:
     """Start MONAI Label with this app; further arguments go to `monailabel start_server`."""
-    _ready(conf)
+    settings = _ready(conf)
     from aslseg.resources import prepare_app_dir
+    from aslseg.serving.exposure import require_safe_exposure
+
+    require_safe_exposure(host, settings)
+    # glibc keeps freed blocks of up to 32 MB for the next layer instead of asking the kernel for new pages
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(64 << 20))
 
     command = [
         sys.executable,
@@ -244,6 +252,19 @@ def serve(
         command += ["--conf", key, value]
     sys.stdout.flush()
     os.execv(sys.executable, [*command, *context.args])  # noqa: S606 - our own interpreter
+
+
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Who will log in: letters, digits, '.', '_' and '-'.")],
+    role: Annotated[str, typer.Option(help="annotator, reviewer or admin.")] = "annotator",
+) -> None:
+    """Make a token: print it, and the line for the file of the setting token_file, which holds only its hash."""
+    from aslseg.serving.tokens import new_token_line
+
+    secret, line = new_token_line(name, role)
+    typer.echo(f"token of {name}, shown only now: {secret}", err=True)
+    typer.echo(line)
 
 
 @ledger_app.command("list")
@@ -334,6 +355,16 @@ def _ready(conf: list[str] | None) -> Settings:
     if settings.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     return settings
+
+
+def _require_no_round(studies: Path, settings: Settings) -> None:
+    """Refuse before torch is imported, which takes seconds. The round takes the lock again by itself."""
+    from aslseg.rounds.lock import round_lock
+    from aslseg.settings import Paths
+
+    if "LOCAL_RANK" not in os.environ and studies.is_dir():
+        with round_lock(Paths(settings, studies).home):
+            pass
 
 
 @contextmanager
