@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import codecs
+import errno
 import hashlib
 import json
 import os
@@ -96,7 +96,11 @@ def read_text(path: Path) -> str:
     UTF-8, else Windows-1252, the encoding of Excel's ``.csv`` in Western Europe.
     """
     raw = path.read_bytes()
-    for mark, encoding in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
         if raw.startswith(mark):
             return raw.decode(encoding, "replace")
     for encoding, zeros in (("utf-16-le", raw[1:32:2]), ("utf-16-be", raw[:32:2])):

@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from aslseg.settings import Settings
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 from aslseg.volume.intensity import normalise
-from aslseg.volume.io import read_image, read_label
+from aslseg.volume.io import read_header, read_image, read_label
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ class PreparedStore:
                 label = read_label(case.label, volume, self.settings.label_set, self.settings.max_voxels)
                 save_array(files[0], grid.label_to_working(label, self.settings.label_set))
             save_array(files[1], image)
-        grid = Grid.of(volume or _header(case.image), self.spacing)
+        grid = Grid.of(volume or read_header(case.image), self.spacing)
         return Prepared(
             case.id,
             case.patient,
@@ -118,19 +117,6 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """Write a ``.npy`` file to be memory-mapped, atomically."""
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.ascontiguousarray(array))
-
-
-def _header(path: Path) -> Volume:
-    """Shape and affine only; the voxels stay on disk."""
-    import nibabel as nib
-
-    if path.name.endswith((".nii", ".nii.gz")):
-        image: Any = nib.load(path)
-        shape = image.shape
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        return Volume(np.broadcast_to(np.float32(0), shape), np.asarray(image.affine, np.float64))
-    return read_image(path)
 
 
 def automatic_patch(shapes: Iterable[tuple[int, ...]], settings: Settings) -> tuple[int, int, int]:

@@ -265,3 +265,9 @@ def test_threads_lose_nothing(store: StudiesDatastore, folder: Path) -> None:
     [t.join() for t in threads]
     found = {k for n in range(3) for k in open_store(folder).get_image_info(f"case{n}")}
     assert {f"t{t}-{n}" for t in range(4) for n in range(25)} <= found
+
+
+def test_a_segmentation_among_the_scans_is_never_handed_out(folder: Path) -> None:
+    for name in ("case0_seg.nii.gz", "other.seg.nrrd"):
+        (folder / name).write_bytes((folder / "case0.nii.gz").read_bytes())
+    assert sorted(open_store(folder).list_images()) == ["case0", "case1", "case2"]
