@@ -222,7 +222,7 @@ def serve(
 ) -> None:
     """Start MONAI Label with this app; further arguments go to `monailabel start_server`."""
     _ready(conf)
-    from aslseg.settings import APP_DIR
+    from aslseg.resources import prepare_app_dir
 
     command = [
         sys.executable,
@@ -230,7 +230,7 @@ def serve(
         "monailabel.main",
         "start_server",
         "--app",
-        str(APP_DIR),
+        str(prepare_app_dir()),
         "--studies",
         studies,
     ]

@@ -1,4 +1,4 @@
-"""Every error a user can meet: what was expected, what came, what to do."""
+"""Every error that a user can meet. A message says what was expected, what came and what to do."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class TrainingDivergedError(AslsegError):
 
 
 class RoundRunningError(AslsegError):
-    """Another round holds the studies folder."""
+    """Another round is running on the studies folder."""
 
 
 class NotEnoughMemoryError(AslsegError):
-    """A prediction that does not fit into memory whatever is tried."""
+    """A prediction does not fit into memory, whatever its batch and window size."""
 
 
 class DiskFullError(AslsegError, OSError):

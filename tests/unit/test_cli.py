@@ -55,11 +55,11 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 
 def test_info_says_where_settings_come_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASLSEG_SEED", "7")
-    code, out, _ = run("info", "--json", "--conf", "promote_threshold", "0.8,tumour=0.5", "--conf=labels=liver")
+    code, out, _ = run("info", "--json", "--conf", "promote_threshold", "0.8,liver=0.5", "--conf=labels=liver")
     assert code == 0
     shown = json.loads(out)
     assert set(shown) >= {"versions", "settings", "ssl_methods", "recipes", "models"}
-    assert shown["settings"]["promote_threshold"] == {"value": "0.8,tumour=0.5", "source": "conf"}
+    assert shown["settings"]["promote_threshold"] == {"value": "0.8,liver=0.5", "source": "conf"}
     assert shown["settings"]["labels"] == {"value": "liver", "source": "conf"}
     assert shown["settings"]["seed"] == {"value": 7, "source": "environment"}
     network = "vnet" if torch.cuda.is_available() else "vnet_small"

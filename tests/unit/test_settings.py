@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from aslseg.compute.hardware import resolved
 from aslseg.errors import BadSettingsError
-from aslseg.settings import APP_DIR, GROUPS, PLATFORM_KEYS, Paths, Settings, load_settings, relevant
+from aslseg.resources import app_dir
+from aslseg.settings import GROUPS, PLATFORM_KEYS, Paths, Settings, load_settings, relevant
 from aslseg.settings.model import SECTIONS
 from aslseg.settings.paths import require_writable
 from aslseg.settings.sources import REMOVED, RENAMED, RENAMED_VALUES
@@ -157,7 +158,7 @@ def test_paths_of_a_folder(tmp_path):
 
 def test_paths_of_two_folders_of_one_name_differ(tmp_path):
     settings = Settings()
-    assert Paths(settings, tmp_path / "a" / "x").models.parent == APP_DIR / "model"
+    assert Paths(settings, tmp_path / "a" / "x").models.parent == app_dir() / "model"
     assert Paths(settings, tmp_path / "a" / "x").models != Paths(settings, tmp_path / "b" / "x").models
     assert Paths(settings, tmp_path / "a" / "x").models == Paths(settings, tmp_path / "b" / ".." / "a" / "x").models
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from aslseg.files import atomic_file, sha256, write_json
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
-from aslseg.settings import APP_DIR, Paths, Settings
+from aslseg.resources import app_dir
+from aslseg.settings import Paths, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def list_published(settings: Settings, studies: Path | None = None) -> list[dict
     if studies or settings.model_dir:
         folders = [Paths(settings, studies or settings.model_dir).models]
     else:
-        folders = sorted(p.parent for p in (APP_DIR / "model").glob("*/manifest.json"))
+        folders = sorted(p.parent for p in (app_dir() / "model").glob("*/manifest.json"))
     found = []
     for folder in folders:
         paths = Paths(settings, folder)

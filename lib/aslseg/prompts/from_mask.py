@@ -1,4 +1,4 @@
-"""Prompts for SAM from the SSL model's mask (docs/science.md §3.1)."""
+"""Prompts for SAM from the SSL model's mask (docs/science.md §1.2)."""
 
 from __future__ import annotations
 

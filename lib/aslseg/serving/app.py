@@ -18,6 +18,7 @@ from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import processes
 from monailabel.utils.sessions import SessionInfo, Sessions
 
+from aslseg import __version__
 from aslseg.errors import AslsegError, BadSettingsError
 from aslseg.models.kinds import PUBLISHED_KINDS
 from aslseg.models.published import find_published
@@ -32,8 +33,6 @@ from aslseg.settings import Paths, load_settings
 from aslseg.settings.paths import require_writable
 
 logger = logging.getLogger(__name__)
-
-VERSION = "0.1.0"
 
 
 class ServedApp(MONAILabelApp):
@@ -65,7 +64,7 @@ class ServedApp(MONAILabelApp):
                 dict(conf or {}),
                 name="ASLseg",
                 description="Semi-supervised segmentation with SAM in the loop. Research use only",
-                version=VERSION,
+                version=__version__,
                 labels=list(self.settings.label_set.names),
             )
         except AslsegError as error:

@@ -5,7 +5,7 @@ Imports no torch, so that ``aslseg --help`` and MONAI Label's constructors stay 
 
 from aslseg.settings.groups import GROUPS, relevant
 from aslseg.settings.model import ResolvedSettings, Settings
-from aslseg.settings.paths import APP_DIR, Paths
+from aslseg.settings.paths import Paths
 from aslseg.settings.sources import PLATFORM_KEYS, load_settings
 
-__all__ = ["APP_DIR", "GROUPS", "PLATFORM_KEYS", "Paths", "ResolvedSettings", "Settings", "load_settings", "relevant"]
+__all__ = ["GROUPS", "PLATFORM_KEYS", "Paths", "ResolvedSettings", "Settings", "load_settings", "relevant"]

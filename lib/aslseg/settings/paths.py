@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from pathlib import Path
 
 from aslseg.errors import BadSettingsError
+from aslseg.resources import app_dir
 from aslseg.settings.model import Settings
-
-APP_DIR = Path(os.environ.get("ASLSEG_APP_DIR", Path(__file__).resolve().parents[3] / "apps" / "aslseg"))
 
 
 class Paths:
@@ -32,7 +30,7 @@ class Paths:
         self.studies = None if remote else Path(text).resolve()
         name = text.split("//")[-1].split("/")[0].replace(":", "-") if remote else Path(text).resolve().name
         key = f"{name}-{hashlib.sha256((text if remote else str(self.studies)).encode()).hexdigest()[:8]}"
-        own = APP_DIR / "model" / key
+        own = app_dir() / "model" / key
         self.models = Path(settings.model_dir) if settings.model_dir else own
         if settings.home:
             self.home = Path(settings.home)

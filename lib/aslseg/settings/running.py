@@ -155,8 +155,7 @@ class MachineSettings(Section):
     )
     model_dir: str = setting(
         "",
-        "Folder of the published models, which servers may share; empty: apps/aslseg/model has one for each studies "
-        "folder",
+        "Folder of the published models, which servers may share; empty: one per studies folder, below the app's own",
         unit="folder",
         example="/data/models",
         common=True,

@@ -170,7 +170,7 @@ class SAMSettings(Section):
     )
     sam_base: str = setting(
         "",
-        "SAM that a checkpoint of CFR was trained from; such a checkpoint holds nothing but LoRA and the decoder",
+        "SAM that a checkpoint of CFR was trained from; it holds only LoRA, prompt encoder and mask decoder",
         unit="file",
         example="sam_vit_b_01ec64.pth",
     )
