@@ -470,3 +470,9 @@ def test_a_label_that_was_copied_over_is_noticed_at_the_next_start(folder: Path,
     assert "not saved through the server" in info["note"]
     assert info["sha256"] == sha256(path)
     assert "user" not in info
+
+
+def test_a_segmentation_among_the_scans_is_never_handed_out(folder: Path) -> None:
+    for name in ("case0_seg.nii.gz", "other.seg.nrrd"):
+        (folder / name).write_bytes((folder / "case0.nii.gz").read_bytes())
+    assert sorted(open_store(folder).list_images()) == ["case0", "case1", "case2"]
