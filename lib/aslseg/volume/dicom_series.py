@@ -25,7 +25,7 @@ from pydicom.errors import InvalidDicomError
 
 from aslseg.errors import BadImageError
 from aslseg.types import Volume
-from aslseg.volume.io import LPS_TO_RAS
+from aslseg.volume.io import LPS_TO_RAS, write_image
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +217,14 @@ def read_stack(ordered: Stack, max_voxels: float = 1.6e9) -> Volume:
     return Volume(out, ordered.affine)
 
 
+def write_volume(path: Path, volume: Volume) -> None:
+    """Write a volume that was read from DICOM as NIfTI, atomically and without rounding any voxel."""
+    whole = np.iinfo(np.int16)
+    array = volume.array
+    fits = array.min() >= whole.min and array.max() <= whole.max and bool((array == np.rint(array)).all())
+    write_image(path, volume, np.int16 if fits else np.float32)
+
+
 def _frames(path: Path) -> np.ndarray:
     """Rescaled intensities of a file, (frame, row, column)."""
     import SimpleITK as sitk  # noqa: N813 - the library's own abbreviation
@@ -345,7 +353,7 @@ def _require_even(positions: np.ndarray, normal: np.ndarray) -> None:
     if sideways > TOLERANCE_MM:
         degrees = math.degrees(math.atan2(sideways, float(along[-1])))
         raise BadImageError(
-            f"its slices are shifted against each other by up to {sideways:.1f} mm (gantry tilt, {degrees:.1f} degrees), "
+            f"its slices are shifted sideways by up to {sideways:.1f} mm (gantry tilt, {degrees:.1f} degrees), "
             "and a straight stack of them would misplace voxels; convert it with dcm2niix, which straightens a tilted "
             "series, and use that NIfTI file"
         )
