@@ -26,6 +26,7 @@ ORDER = [
     "review",
     "serving",
     "console",
+    "commands",
     "cli",
 ]
 BASE = {"settings", "types", "errors", "registry", "files", "__init__"}

@@ -91,7 +91,8 @@ class SeriesCache:
             came = len(list(new.iterdir()))
             if came < expected:
                 raise RefusedError(
-                    f"the PACS sent {came} of the {expected} images of this series; nothing was kept. Open it again", 502
+                    f"the PACS sent {came} of the {expected} images of this series; nothing was kept. Open it again",
+                    502,
                 )
             self._record(uid).unlink(missing_ok=True)
             if folder.exists():
@@ -172,4 +173,3 @@ class SeriesCache:
             return dict(json.loads(self._record(uid).read_text()))
         except (OSError, ValueError, TypeError):
             return {}
-

@@ -93,7 +93,7 @@ def test_a_full_disk_while_fetching_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError, match="free some space"):
         open_store(Pacs(slices), tmp_path).get_image_uri(uid)
     del slices[5].save_as
-    assert not [p for p in (tmp_path / "dicom").rglob("*.dcm")]
+    assert not list((tmp_path / "dicom").rglob("*.dcm"))
     assert slices_served(open_store(Pacs(slices), tmp_path), uid) == 12
 
 

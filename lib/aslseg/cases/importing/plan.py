@@ -82,7 +82,7 @@ def make_plan(
     if not source.is_dir():
         raise NotEnoughCasesError(f"{source}: no such folder; give the folder that holds the scans")
     if paths.studies is None:
-        raise BadSettingsError(f"{paths.home}: scans are imported into a folder, not into a DICOMweb address")
+        raise BadSettingsError("the second argument is a DICOMweb address; expected the folder to import into")
     if source.resolve() == paths.studies:
         raise BadSettingsError(f"{source}: this is the studies folder itself; import from another folder")
     mapping = parse_map(options.mapping, settings.label_set)
@@ -98,9 +98,7 @@ def make_plan(
     values = _survey(pairs, chosen.passed_over, report) if not questions else Counter()
     files = {label.name for pair in pairs for label in pair.labels}
     meaning, open_questions = understand(values, files, found.names, mapping, settings.label_set)
-    return Plan(
-        source, layout.title, pairs, meaning, chosen.passed_over, questions + open_questions, pseudonyms
-    )
+    return Plan(source, layout.title, pairs, meaning, chosen.passed_over, questions + open_questions, pseudonyms)
 
 
 def choose_layout(source: Path, name: str) -> Layout:
@@ -118,7 +116,9 @@ def choose_layout(source: Path, name: str) -> Layout:
         if layout.recognise(source):
             return layout
     titles = "; ".join(LAYOUTS.get(each).title for each in LAYOUTS)
-    raise NotEnoughCasesError(f"{source}: scans in a known layout were expected here, and none was found. Known: {titles}")
+    raise NotEnoughCasesError(
+        f"{source}: scans in a known layout were expected here, and none was found. Known: {titles}"
+    )
 
 
 def _chosen(pairs: Iterable[Pair], source: Path, options: Options) -> Iterator[Pair]:
@@ -174,7 +174,10 @@ def _ambiguous(pairs: Iterable[Pair], source: Path) -> Iterator[Question]:
         if len(maps) > 1:
             files = [label.path for label in maps]
             yield Question(
-                f"{pair.case} has {len(maps)} label maps: {_listed(files, source)}", "--labels", "", _pattern(files, source)
+                f"{pair.case} has {len(maps)} label maps: {_listed(files, source)}",
+                "--labels",
+                "",
+                _pattern(files, source),
             )
             return
 
@@ -187,7 +190,7 @@ def _listed(files: list[Path], source: Path) -> str:
 def _pattern(files: list[Path], source: Path) -> str:
     """A glob that takes the first of the files and leaves the others."""
     names = [p.relative_to(source).as_posix() for p in files]
-    shared = os.path.commonprefix(names)
+    shared = os.path.commonprefix(names)  # noqa: RUF071 - of the text, not of the folders
     start = max(shared.rfind(c) for c in "_-/") if shared else -1
     return f"'*{names[0][start:]}'" if start > 0 else f"'{names[0]}'"
 

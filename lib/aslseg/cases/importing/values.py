@@ -5,12 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 
 from aslseg.errors import BadLabelError, BadSettingsError
-from aslseg.registry import suggest
 from aslseg.types import Labels
 from aslseg.volume.io import read_image
 
@@ -76,7 +76,11 @@ def parse_map(items: Iterable[str], labels: Labels) -> dict[str, int]:
 
 
 def understand(
-    values: Mapping[int, int], files: Iterable[str], names: Mapping[int, str], mapping: Mapping[str, int], labels: Labels
+    values: Mapping[int, int],
+    files: Iterable[str],
+    names: Mapping[int, str],
+    mapping: Mapping[str, int],
+    labels: Labels,
 ) -> tuple[Meaning, list[Question]]:
     """Give every value and every named file its label, or ask.
 
@@ -144,20 +148,19 @@ def _distinct(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _about_value(value: int, name: str, count: int, labels: Labels) -> Question:
-    wanted = ", ".join(f"{v} {n}" for n, v in labels.values.items())
-    called = f", called {name!r}" if name else ""
-    hint = f" ({suggest(folded(name), list(labels.names))})" if name else ""
+    called = f", called {name!r}," if name else ""
     files = "1 label file" if count == 1 else f"{count} label files"
-    text = f"value {value}{called}, in {files}, is none of the labels {wanted}{hint}"
     key = name if name and "=" not in name else str(value)
-    return Question(text, "--map", f"{key}=", f"'{key}={_example(name, labels)}' for one of them, or '{key}=0' for none")
+    return _question(f"value {value}{called} in {files}", key, name, labels)
 
 
 def _about_name(name: str, labels: Labels) -> Question:
-    text = f"{name!r}, a file of one label, is none of the labels {', '.join(labels.names)}"
-    example = f"'{name}={_example(name, labels)}' for one of them, or '{name}=0' for none"
-    return Question(text, "--map", f"{name}=", example)
+    return _question(f"{name!r}, by which a label file is called,", name, name, labels)
 
 
-def _example(name: str, labels: Labels) -> str:
-    return labels.names[-1] if name else str(labels.values[labels.names[0]])
+def _question(subject: str, key: str, name: str, labels: Labels) -> Question:
+    wanted = ", ".join(f"{v} {n}" for n, v in labels.values.items())
+    close = get_close_matches(folded(name), labels.names, n=1, cutoff=0.5) if name else []
+    target = close[0] if close else labels.names[0]
+    example = f"'{key}={target}' if it is the {target}, '{key}=0' to leave it out"
+    return Question(f"{subject} is none of the labels ({wanted})", "--map", f"{key}=", example)

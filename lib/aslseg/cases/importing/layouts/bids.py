@@ -40,7 +40,9 @@ class Bids:
         for path in labels:
             names.update(_names(path))
         used = {label.path for pair in pairs for label in pair.labels}
-        return Found(pairs, names, [f"{p.name}: a label, but no scan has its entities" for p in labels if p not in used])
+        return Found(
+            pairs, names, [f"{p.name}: a label, but no scan has its entities" for p in labels if p not in used]
+        )
 
 
 def _entities(path: Path) -> dict[str, str]:

@@ -45,7 +45,7 @@ def label_names(path: Path) -> dict[int, str]:
         pairs = [(int(k), str(v)) if k.lstrip("-").isdigit() else (int(v), k) for k, v in named.items()]
     except (ValueError, AttributeError, TypeError) as error:
         raise BadSettingsError(
-            f"{path}: expected labels as {{\"liver\": 1}} or {{\"1\": \"liver\"}} ({error}); correct the file, or "
+            f'{path}: expected labels as {{"liver": 1}} or {{"1": "liver"}} ({error}); correct the file, or '
             "remove it and write --map VALUE=LABEL"
         ) from None
     return {value: name for value, name in pairs if value != 0 and name.casefold() != "background"}

@@ -54,7 +54,9 @@ def _no_scan(series: Series) -> str:
     if series.localizer:
         return "a localizer"
     if not series.slices:
-        return f"{series.modality or 'its'} objects without images in space; segmentations are imported from NIfTI files"
+        return (
+            f"{series.modality or 'its'} objects without images in space; segmentations are imported from NIfTI files"
+        )
     if len(series.slices) + series.unplaced < MIN_SLICES:
         return f"{len(series.slices)} images; a volume has at least {MIN_SLICES}"
     return ""
