@@ -1,10 +1,13 @@
-"""The left-atrium benchmark of the SSL papers (science.md §4, §5): train with few labels, score on held-out scans.
+"""The left-atrium benchmark of the SSL papers (docs/science.md §4, §5): train with few labels, score on held-out scans.
 
 Protocol: the first N names of the list are labelled, the rest unlabelled; patches of 112 x 112 x 80; at test a sliding
 window with stride 18/18/4, mean of the softmax outputs, the last iterate, no post-processing. Dice, Jaccard, HD95
 (pooled) and ASD (prediction to truth) in voxels; a second column keeps the largest component. ``--scale half`` is the
 CPU version: scans averaged 2 x 2 x 2, patches of 64 x 64 x 32 (half of the protocol's, on multiples of 16 as V-Net
 needs), stride 9/9/2, 8 filters, scored at half resolution.
+
+The optimiser is this project's, not the papers': SGD with Nesterov's momentum (theirs is plain) and gradients of a norm
+of at most 10 (theirs are not limited). So are the augmentation and the choice of patches (docs/science.md §4, §5).
 
     python benchmarks/bench_la.py --scale half --labelled 8 --method bcp --held-out 16 --out work/bench/bcp8
     python benchmarks/bench_la.py --scale half --method bcp_mt --init work/bench/sup8/model.pt --out work/bench/more8

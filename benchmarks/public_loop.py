@@ -1,6 +1,6 @@
 """A training step of SSL methods as their public code does it, to measure ours against (bench_ssl.py).
 
-Float32, the default memory format, batches from a DataLoader; written from the equations of science.md §4.
+Float32, the default memory format, batches from a DataLoader; written from the equations of docs/science.md §4.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PublicPatches(Dataset):
 
 
 class PublicLoop:
-    """A training step as the public code of a method does it (science.md §4)."""
+    """A training step as the public code of a method does it (docs/science.md §4)."""
 
     def __init__(
         self, method: str, cases: tuple[list, list], settings: Settings, patch: tuple[int, ...], workers: int

@@ -24,6 +24,7 @@ from aslseg.agreement.evaluate import METRICS, evaluate_folders
 from aslseg.agreement.measures import compare, dice
 from aslseg.files import write_json
 from aslseg.models.cascade import Cascade
+from aslseg.models.kinds import ModelKind
 from aslseg.rounds.run import run_round
 from aslseg.settings import Settings, load_settings
 from aslseg.types import Labels
@@ -95,14 +96,17 @@ def scans(folder: Path) -> dict[str, Path]:
 def _score_round(experiment: Experiment, settings: Settings, summary: dict[str, Any], number: int) -> dict[str, Any]:
     """Masks of every stage for the held-out and the unlabelled scans, against the truth."""
     labels = settings.label_set
-    cascade = Cascade.load({k: Path(v) for k, v in summary["models"].items()}, settings)
+    files = {stage: Path(path) for stage, path in summary["models"].items()}
+    retrained = Cascade.load({ModelKind.SSL: files.pop("retrained")}, settings)
+    cascade = Cascade.load({ModelKind(stage): path for stage, path in files.items()}, settings)
     unlabelled = {c: p for c, p in scans(experiment.out / "studies").items() if c in summary["agreement"]}
     truth = experiment.out / "truth"
     cases = []
     for group, chosen in (("heldout", scans(experiment.out / "heldout")), ("unlabelled", unlabelled)):
         for case, path in chosen.items():
             image = read_image(path)
-            masks = cascade.masks(image)
+            masks = {kind.value: mask for kind, mask in cascade.masks(image).items()}
+            masks["retrained"] = retrained.masks(image)[ModelKind.SSL]
             for stage, mask in masks.items():
                 write_label(experiment.out / f"round{number}" / group / stage / f"{case}.nii.gz", mask, image.affine)
             if not (truth / f"{case}.nii.gz").exists():
@@ -119,7 +123,7 @@ def _score_round(experiment: Experiment, settings: Settings, summary: dict[str, 
             experiment.out / f"round{number}" / "heldout" / stage, truth, labels, unit="voxel", regions=True
         )["summary"]
         for stage in STAGES
-        if stage in cascade.stages
+        if stage in summary["models"]
     }
     return {"heldout": scored, "cases": cases, "selection": _selection(cases, summary)}
 

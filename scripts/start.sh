@@ -50,8 +50,8 @@ esac
 
 echo "Server:   http://$host:$port   (3D Slicer: module MONAI Label, this address)"
 echo "Progress: http://$host:$port/aslseg/"
-# Putting threads to sleep between two layers and waking them costs a click a quarter of its time (docs/results.md), so
-# they wait awake, a tenth of a millisecond at most: two processes on the same cores hardly disturb each other then.
+# Threads that sleep between two layers make a click slower (docs/lab/2026-11-25-clicks.md), so they spin, for a tenth of
+# a millisecond at most, which hardly disturbs a second process on the same cores.
 if [ -z "$waits" ] && [ "$(uname -s)" = Linux ]; then
     export OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"
 fi

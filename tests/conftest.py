@@ -1,4 +1,4 @@
-"""Real servers for the tests in server/, security/ and browser/. Nothing here is loaded until a test asks for it."""
+"""Real servers for the tests in server/, security/ and browser/, and how tests are shared out between workers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 300
+
+
+SHARED_SERVERS = {"starting": "trained", "trained": "trained", "untrained": "untrained"}  # fixture to xdist group
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share out tests between the workers of pytest-xdist.
+
+    All tests of a file run in one worker, so that the file's fixtures are made once; so do all tests on a server that
+    stays up for the session. These come first, because training that server's models takes longest.
+    """
+    groups = {}
+    for item in items:
+        used = [SHARED_SERVERS[name] for name in getattr(item, "fixturenames", ()) if name in SHARED_SERVERS]
+        groups[item] = used[0] if used else ""
+        item.add_marker(pytest.mark.xdist_group(groups[item] or str(item.path)))
+    items.sort(key=lambda item: (not groups[item], item.get_closest_marker("slow") is None))
 
 
 def free_port() -> int:

@@ -67,13 +67,13 @@ def make_tiny(promote: bool = True) -> None:
     """For the rest of this process: fewer batch-norm batches, one thread, and, as networks of six steps never
     look right, every mask that agrees counts as plausible."""
     from aslseg.agreement.verdict import Verdict
-    from aslseg.rounds.recipes import aslseg
+    from aslseg.rounds import promotion
     from aslseg.ssl import engine
 
     torch.set_num_threads(1)
     engine.STATISTICS_BATCHES = 2
     if promote:
-        aslseg.judge = lambda *_: Verdict(True)  # type: ignore[assignment]
+        promotion.judge = lambda *_: Verdict(True)  # type: ignore[assignment]
 
 
 def label_hashes(studies: Path) -> dict[str, str]:

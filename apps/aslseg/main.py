@@ -9,6 +9,7 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
+from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
 from aslseg.rounds.ledger import Ledger
 from aslseg.serving import app, work
@@ -28,17 +29,17 @@ class Aslseg(app.ServedApp, MONAILabelApp):
         scans = CascadeCache(Models(self.settings, self.paths))
         desk = ClickSessions(scans.models)
         return {
-            "ssl": MaskTask(scans, "ssl", ("ssl",), "Automatic mask of the semi-supervised network"),
+            "ssl": MaskTask(scans, ModelKind.SSL, (ModelKind.SSL,), "Automatic mask of the semi-supervised network"),
             "aslseg": CascadeTask(
                 scans,
-                "adapter",
-                ("ssl", "adapter"),
+                ModelKind.ADAPTER,
+                (ModelKind.SSL, ModelKind.ADAPTER),
                 "Automatic mask, redrawn by SAM and refined by the adaptation network",
             ),
             "adapter": AdapterTask(
                 scans,
-                "adapter",
-                ("ssl", "adapter"),
+                ModelKind.ADAPTER,
+                (ModelKind.SSL, ModelKind.ADAPTER),
                 "Adaptation network on SAM's mask, or on the mask sent along",
             ),
             "sam": ClickTask(scans, desk, "Click in and outside a structure, or draw a box around it; whole object"),

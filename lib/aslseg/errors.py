@@ -1,4 +1,4 @@
-"""Every error a user can meet: what was expected, what came, what to do."""
+"""Every error that a user can meet. A message says what was expected, what came and what to do."""
 
 from __future__ import annotations
 
@@ -40,15 +40,19 @@ class TrainingDivergedError(AslsegError):
 
 
 class RoundRunningError(AslsegError):
-    """Another round holds the studies folder."""
+    """Another round is running on the studies folder."""
 
 
 class NotEnoughMemoryError(AslsegError):
-    """A prediction that does not fit into memory whatever is tried."""
+    """A prediction does not fit into memory, whatever its batch and window size."""
 
 
-class DiskFullError(AslsegError):
-    """Less free disk than the step needs; nothing was written."""
+class DiskFullError(AslsegError, OSError):
+    """The disk is full, or has less free space than a step needs; what was there before is untouched."""
+
+
+class FileWriteError(AslsegError, OSError):
+    """A file cannot be written, for another reason than a full disk; what was there before is untouched."""
 
 
 class LedgerError(AslsegError):

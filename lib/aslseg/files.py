@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aslseg.errors import DiskFullError, FileWriteError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_BYTES = 1_000_000
+"""Free bytes below which a writer that gives no error number is taken to have met a full disk."""
 # the umask can only be read by setting it, which two threads must not do at once
 _UMASK = threading.Lock()
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of writing a file into errors that say what to do.
+
+    Raises:
+        DiskFullError: The disk or the quota is full. Writers in C++ (torch.save, safetensors) hide the error number;
+            theirs is recognised by the space that is left.
+        FileWriteError: Any other error of the operating system.
+    """
+    try:
+        yield
+    except (DiskFullError, FileWriteError):
+        raise
+    except OSError as error:
+        if error.errno in FULL:
+            raise DiskFullError(f"disk full while writing {path}; free some space and run again") from error
+        reason = error.strerror or str(error) or type(error).__name__
+        raise FileWriteError(f"{path} cannot be written ({reason}); check the disk and its permissions") from error
+    except Exception as error:
+        if path.parent.is_dir() and shutil.disk_usage(path.parent).free < FULL_BYTES:
+            raise DiskFullError(f"disk full while writing {path}; free some space and run again") from error
+        raise
 
 
 @contextmanager
@@ -22,36 +55,69 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     The folder is made if missing. On any failure the temporary file is removed and ``path`` is as before.
     The temporary name keeps the extension and starts with a dot, so that a datastore does not list it.
+
+    Raises:
+        DiskFullError, FileWriteError: As :func:`write_errors`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.name
-    suffix = name[name.index(".", 1) :] if "." in name[1:] else ""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=suffix)
-    os.close(handle)
+    temporary: Path | None = None
     try:
-        yield Path(temporary)
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        # mkstemp is private to the user; a studies folder is often shared by a group
-        with _UMASK:
-            umask = os.umask(0o077)
-            os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            suffix = path.name[path.name.index(".", 1) :] if "." in path.name[1:] else ""
+            handle, created = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=suffix)
+            os.close(handle)
+            temporary = Path(created)
+            yield temporary
+            _fsync(temporary)
+            # mkstemp is private to the user; a studies folder is often shared by a group
+            with _UMASK:
+                umask = os.umask(0o077)
+                os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+            _fsync(path.parent)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_text(path: Path) -> str:
+    """Text of a small file that people edit, in the encoding in which Excel, Notepad or another editor saved it.
+
+    A byte order mark decides; without one the text is UTF-16 where every other byte of its first line is zero, else
+    UTF-8, else Windows-1252, the encoding of Excel's ``.csv`` in Western Europe.
+    """
+    raw = path.read_bytes()
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if raw.startswith(mark):
+            return raw.decode(encoding, "replace")
+    for encoding, zeros in (("utf-16-le", raw[1:32:2]), ("utf-16-be", raw[:32:2])):
+        if zeros and not any(zeros):
+            return raw.decode(encoding, "replace")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("cp1252", "replace")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
+    """Write JSON atomically.
+
+    Raises:
+        DiskFullError, FileWriteError: As :func:`write_errors`.
+    """
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
@@ -60,3 +126,42 @@ def sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What changes when a file is written again: times of the last changes (ns), size in bytes, inode."""
+
+    mtime_ns: int
+    ctime_ns: int
+    size: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp | None:
+        """The stamp of a file; None if it does not exist."""
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            return None
+        return cls(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
+
+
+class FileHashes:
+    """SHA-256 of files, each read once as long as its :class:`FileStamp` stays the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[FileStamp | None, str]] = {}
+
+    def __call__(self, path: Path) -> str:
+        """Hex SHA-256 of a file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
+        # before reading, so that a change meanwhile is seen the next time
+        stamp = FileStamp.of(path)
+        kept = self._known.get(path)
+        if kept is None or kept[0] != stamp:
+            kept = self._known[path] = (stamp, sha256(path))
+        return kept[1]

@@ -1,4 +1,4 @@
-"""The nouns that pass between the stages.
+"""What passes between the stages: labels, volumes and progress callbacks.
 
 Conventions: arrays are indexed (i, j, k) as nibabel gives them; world coordinates are RAS millimetres; a class
 map holds 0 for background and 1..N in the order of the ``labels`` setting.
@@ -6,23 +6,65 @@ map holds 0 for background and 1..N in the order of the ``labels`` setting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-# report(done, total, **numbers to show); raises to stop the work
+from aslseg.registry import suggest
+
+# called with (done, total, **numbers to show); may raise to stop the work
 ProgressCallback = Callable[..., None]
 
 
 def no_progress(done: int, total: int, **shown: Any) -> None:
-    """A report that nobody reads."""
+    """A progress callback that does nothing."""
+
+
+# Parameters of the clients' requests (serving/params.py). A label's name is a parameter too, which holds its clicks.
+_CLIENT_WORDS = """
+background bundle_path client_id description device foreground gpus image image_path label label_info label_path
+label_prompt label_tag logging model model_filename network path point_labels points reset_state restore_label_idx
+result_compress result_dtype result_extension result_write_to_file roi save_label session slice timeout train_ds undo
+use_ssl val_ds whole
+"""
+RESERVED_NAMES = frozenset(_CLIENT_WORDS.split())
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Label names from ``liver,tumour``.
+
+    Raises:
+        ValueError: None at all, names that differ in nothing but case, or a word of the clients' requests.
+    """
+    names = tuple(n.strip() for n in text.split(",") if n.strip())
+    if not names or len({n.lower() for n in names}) != len(names):
+        raise ValueError(f"labels: expected different names separated by commas, got {text!r}")
+    for name in names:
+        if name.lower() in RESERVED_NAMES or name.startswith("_"):
+            raise ValueError(f"labels: {name!r} has a meaning of its own in the clients; choose another name")
+    return names
+
+
+def parse_nesting(text: str) -> tuple[tuple[str, str], ...]:
+    """(child, parent) pairs from ``tumour:liver,cyst:liver``.
+
+    Raises:
+        ValueError: A part is no pair.
+    """
+    pairs = []
+    for part in (p for p in text.split(",") if p.strip()):
+        child, _, parent = (s.strip() for s in part.partition(":"))
+        if not child or not parent:
+            raise ValueError(f"nested: expected child:parent, got {part!r}")
+        pairs.append((child, parent))
+    return tuple(pairs)
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Label names in the order of their values, and which lies inside which.
+    """Label names in the order of their values, and which label lies inside which.
 
     A *region* is a label with everything nested in it: a tumour is part of its liver. SAM and the adaptation
     network work on regions (independent sigmoids); the SSL network works on exclusive classes (softmax).
@@ -36,29 +78,35 @@ class Labels:
     parents: tuple[int | None, ...]
 
     @classmethod
-    def parse(cls, names: str, nested: str = "") -> Labels:
-        """From the settings ``labels`` and ``nested``.
+    def of(cls, names: Sequence[str], nested: Iterable[tuple[str, str]] = ()) -> Labels:
+        """From names and (child, parent) pairs.
 
         Raises:
-            ValueError: Empty, repeated or reserved names, or a nesting that goes in a circle.
+            ValueError: A pair with an unknown label, a label with two parents, or a parent that is listed after its
+                child.
         """
-        listed = tuple(n.strip() for n in names.split(",") if n.strip())
-        if not listed or len(set(listed)) != len(listed):
-            raise ValueError(f"labels: expected different names separated by commas, got {names!r}")
-        reserved = {"background", "label", "image", "model", "roi", "device", "foreground", "slice"}
-        for name in listed:
-            if name.lower() in reserved:
-                raise ValueError(f"labels: {name!r} has a meaning of its own in the clients; choose another name")
+        listed = list(names)
         parents: list[int | None] = [None] * len(listed)
-        for pair in (p for p in nested.split(",") if p.strip()):
-            child, colon, parent = (s.strip() for s in pair.partition(":"))
-            if not colon:
-                raise ValueError(f"nested: expected child:parent, got {pair!r}")
-            if child in listed and parent in listed:
-                if listed.index(parent) >= listed.index(child):
-                    raise ValueError(f"nested: list {parent!r} before {child!r} in labels")
-                parents[listed.index(child)] = listed.index(parent)
-        return cls(listed, tuple(parents))
+        for pair in nested:
+            for name in pair:
+                if name not in listed:
+                    raise ValueError(f"nested: unknown label {name!r}; {suggest(name, listed)}")
+            child, parent = map(listed.index, pair)
+            if parent >= child:
+                raise ValueError(f"nested: list {pair[1]!r} before {pair[0]!r} in labels")
+            if parents[child] not in (None, parent):
+                raise ValueError(f"nested: {pair[0]!r} has two parents; give the innermost one")
+            parents[child] = parent
+        return cls(tuple(listed), tuple(parents))
+
+    @classmethod
+    def parse(cls, names: str, nested: str = "") -> Labels:
+        """From text as in the settings ``labels`` (``liver,tumour``) and ``nested`` (``tumour:liver``).
+
+        Raises:
+            ValueError: As :func:`parse_names`, :func:`parse_nesting` and :meth:`of`.
+        """
+        return cls.of(parse_names(names), parse_nesting(nested))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -102,7 +150,7 @@ class Labels:
         A later (inner) label wins over an earlier one where both reach 0.5.
 
         Args:
-            regions: One for each label; looked at one after the other, so that large ones need not exist at once.
+            regions: One for each label, read one after the other, so that large ones need not be in memory at once.
         """
         out: np.ndarray | None = None
         for value, region in zip(self.values.values(), regions, strict=True):
@@ -119,10 +167,12 @@ class Volume:
     Attributes:
         array: (i, j, k); float32 for scans, uint8 for labels.
         affine: 4 x 4, voxel index to RAS millimetres.
+        notes: What was unusual about its header and how it was understood.
     """
 
     array: np.ndarray
     affine: np.ndarray
+    notes: tuple[str, ...] = ()
 
     @property
     def spacing(self) -> tuple[float, float, float]:

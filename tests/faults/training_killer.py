@@ -32,7 +32,7 @@ def tiny_case(seed: int, labelled: bool = True) -> Prepared:
 def tiny_settings() -> Settings:
     """Mean Teacher, so that there are two networks to bring back."""
     return Settings(
-        labels="blob", network="unet", patch="32,32,16", batch_labelled=1, batch_unlabelled=1, memory_gb=0.01
+        labels="blob", network="unet", patch="32,32,16", batch_labelled=1, batch_unlabelled=1, training_memory_gb=0.01
     )
 
 

@@ -1,11 +1,19 @@
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from aslseg.compute.hardware import resolved
 from aslseg.errors import BadSettingsError
-from aslseg.settings import APP_DIR, GROUPS, PLATFORM_KEYS, Paths, Settings, load_settings, relevant
+from aslseg.resources import app_dir
+from aslseg.settings import GROUPS, PLATFORM_KEYS, Paths, Settings, load_settings, relevant
+from aslseg.settings.model import SECTIONS
+from aslseg.settings.paths import require_writable
+from aslseg.settings.sources import REMOVED, RENAMED, RENAMED_VALUES
+from aslseg.types import RESERVED_NAMES
 
 NO_FILE = Path("/nonexistent/.env")
 
@@ -19,7 +27,10 @@ def test_defaults_are_valid_and_described():
     assert set(origin.values()) == {"default"}
     for name, field in Settings.model_fields.items():
         assert field.description, name
-        assert "example" in field.json_schema_extra, name
+        example = field.json_schema_extra["example"]
+        assert example, name
+        if name not in ("nested", "promote_threshold"):
+            load({name: example})
     assert settings.label_set.names == ("liver", "tumour")
 
 
@@ -27,7 +38,7 @@ def test_conf_over_environment_over_dotenv(tmp_path):
     (tmp_path / ".env").write_text("ASLSEG_SEED=1\nASLSEG_THREADS=1\nASLSEG_LABELS=atrium\nOTHER=1\n")
     env = {"ASLSEG_SEED": "2", "ASLSEG_THREADS": "2", "PATH": "/bin"}
     settings, origin = load({"seed": "3"}, env, tmp_path / ".env")
-    assert (settings.seed, settings.threads, settings.labels) == (3, 2, "atrium")
+    assert (settings.seed, settings.threads, settings.labels) == (3, 2, ("atrium",))
     assert (origin["seed"], origin["threads"], origin["labels"], origin["home"]) == (
         "conf",
         "environment",
@@ -74,9 +85,29 @@ def test_app_folder_is_no_setting():
         ({"sam_prompts": "box+points"}, "did you mean 'point'"),
         ({"spacing": "1,2"}, "three positive numbers"),
         ({"spacing": "1,2,x"}, "three positive numbers"),
-        ({"patch": "0,16,16"}, "three positive numbers"),
+        ({"patch": "0,16,16"}, "three positive whole numbers"),
         ({"window_low": "300"}, "must lie below window_high"),
+        ({"spacing": "1,nan,2"}, "three positive numbers x,y,z, got '1,nan,2'"),
+        ({"spacing": "1,inf,2"}, "three positive numbers"),
+        ({"patch": "native"}, "patch: expected auto or three positive whole numbers x,y,z, got 'native'"),
+        ({"patch": "40.5,32,32"}, "whole numbers"),
+        ({"device": "foo"}, "device: expected auto, cpu, cuda or cuda:N, got 'foo'"),
+        ({"device": "cuda:"}, "device: expected"),
+        ({"sam_prompts": ""}, "expected one or more of box, point, mask"),
+        ({"window_low": "nan"}, "window_low: .*finite"),
+        ({"click_seconds": "inf"}, "click_seconds: .*finite"),
+        ({"patch_voxels": "nan"}, "patch_voxels: .*finite"),
+        ({"seed": str(2**40)}, "seed: .*less than or equal"),
+        ({"ssl_iterations": "many"}, "ssl_iterations: Input should be 'auto', or a valid integer.*got 'many'"),
+        ({"ssl_iterations": "0"}, "ssl_iterations: .*greater than 0"),
         ({"labels": "a,a"}, "different names"),
+        ({"labels": "Liver,liver"}, "different names"),
+        ({"labels": "liver,points"}, "'points' has a meaning of its own in the clients"),
+        ({"nested": "tumor:liver"}, r"nested: unknown label 'tumor'; did you mean 'tumour'\?"),
+        ({"nested": "tumour:liver,cyst:liver"}, "nested: unknown label 'cyst'"),
+        ({"promote_threshold": "0.9,tumor=0.6"}, r"unknown label 'tumor'; did you mean 'tumour'\?"),
+        ({"promote_threshold": "0.9,0.8"}, "two numbers for all labels"),
+        ({"promote_threshold": "0.9,liver=0.8,liver=0.7"}, "two numbers for liver"),
         ({"labels": ""}, "different names"),
         ({"promote_threshold": "much"}, "'much' is not a number"),
         ({"promote_threshold": "1.2"}, r"outside 0\.\.1"),
@@ -106,7 +137,7 @@ def test_settings_are_frozen():
         ("0.8", {"liver": 0.8, "tumour": 0.8}),
         ("0.9,tumour=0.7", {"liver": 0.9, "tumour": 0.7}),
         ("tumour=0.5, 0.6", {"liver": 0.6, "tumour": 0.5}),
-        ("0,spleen=1", {"liver": 0.0, "tumour": 0.0}),
+        ("liver=0.5", {"liver": 0.5, "tumour": 0.9}),
     ],
 )
 def test_thresholds_by_label(text, expected):
@@ -127,7 +158,7 @@ def test_paths_of_a_folder(tmp_path):
 
 def test_paths_of_two_folders_of_one_name_differ(tmp_path):
     settings = Settings()
-    assert Paths(settings, tmp_path / "a" / "x").models.parent == APP_DIR / "model"
+    assert Paths(settings, tmp_path / "a" / "x").models.parent == app_dir() / "model"
     assert Paths(settings, tmp_path / "a" / "x").models != Paths(settings, tmp_path / "b" / "x").models
     assert Paths(settings, tmp_path / "a" / "x").models == Paths(settings, tmp_path / "b" / ".." / "a" / "x").models
 
@@ -154,7 +185,7 @@ def test_a_step_depends_on_its_settings_and_on_no_other() -> None:
 
     base = seen()
     assert seen(sam_iterations=5, gate_tolerance=0.5, threads=3, home="/x", adapter_iterations=1) == base
-    assert seen(click_seconds=3, embed_cases=0, use_ssl=False, grow_iou=0.1, positive_points=2, sam_base="/b") == base
+    assert seen(click_seconds=3, embed_cases=0, use_ssl=False, box_margin=2, sam_base="/b") == base
     for changed in (
         {"learning_rate": 0.5},
         {"flips": True},
@@ -164,3 +195,111 @@ def test_a_step_depends_on_its_settings_and_on_no_other() -> None:
         {"patch": "32,32,32"},
     ):
         assert seen(**changed) != base
+
+
+def test_defaults_for_other_labels_are_passed_over() -> None:
+    settings, _ = load({"labels": "atrium"})
+    assert settings.label_set.parents == (None,)
+    assert settings.thresholds == {"atrium": 0.9}
+
+
+def test_a_label_spelt_nearly_as_in_a_default_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    load({"labels": "liver,tumor"})
+    assert "labels has 'tumor', not the 'tumour'" in caplog.text
+    caplog.clear()
+    load({"labels": "liver,tumor", "nested": "tumor:liver", "promote_threshold": "0.9,tumor=0.7"})
+    load({"labels": "atrium"})
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("labels", "a,b", ("a", "b")),
+        ("nested", "tumour:liver", (("tumour", "liver"),)),
+        ("nested", "", ()),
+        ("spacing", "native", "native"),
+        ("spacing", "1.5,1.5,2", (1.5, 1.5, 2.0)),
+        ("spacing", "0.123456789,1,1", (0.123456789, 1.0, 1.0)),
+        ("patch", "112,112,80", (112, 112, 80)),
+        ("sam_prompts", "mask+box", ("mask", "box")),
+    ],
+)
+def test_text_is_parsed_once_and_written_back_as_it_was(name: str, text: str, value: object) -> None:
+    settings = load({name: text})[0]
+    assert getattr(settings, name) == value
+    assert settings.model_dump()[name] == text
+    assert Settings(**settings.model_dump()) == settings
+
+
+def test_labels_may_have_no_name_that_clients_use_otherwise() -> None:
+    from aslseg.serving import params
+
+    words = {*params.PROMPTS, *params.RESULT, *params.OTHER, *params.CLICKS, *params.REFUSED}
+    assert words <= RESERVED_NAMES
+
+
+def test_old_names_are_read_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    settings, origin = load({"memory_gb": "3", "sam_train": "adapter"}, {"ASLSEG_GROW_IOU": "0.1"})
+    assert (settings.training_memory_gb, settings.sam_train) == (3, "med2d_adapter")
+    assert origin["training_memory_gb"] == "conf"
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [
+        "setting grow_iou in environment has no effect: its value is always 0.5 now",
+        "setting memory_gb in conf has a new name: training_memory_gb",
+        "sam_train = adapter in conf has a new name: sam_train = med2d_adapter",
+    ]
+
+
+def test_the_new_name_wins_over_the_old_one() -> None:
+    assert load({"training_memory_gb": "3", "memory_gb": "2"})[0].training_memory_gb == 3
+    assert load({"memory_gb": "2"}, {"ASLSEG_TRAINING_MEMORY_GB": "3"})[0].training_memory_gb == 2
+
+
+def test_every_old_name_leads_to_a_setting_there_is() -> None:
+    assert not (set(RENAMED) | set(REMOVED)) & set(Settings.model_fields)
+    assert set(RENAMED.values()) <= set(Settings.model_fields)
+    for (name, _), value in RENAMED_VALUES.items():
+        load({name: value})
+
+
+def test_steps_of_version_0_1_are_found_again() -> None:
+    """Their inputs, written down by version 0.1 with its defaults."""
+    common = {
+        **{"labels": "liver,tumour", "nested": "tumour:liver", "modality": "ct", "seed": 1337},
+        **{"window_low": -160.0, "window_high": 240.0, "patch": "auto", "patch_voxels": 200000.0},
+    }
+    ssl = {
+        **{"ssl_method": "bcp_mt", "network": "vnet_small", "batch_labelled": 2, "batch_unlabelled": 2},
+        **{"accumulate": 1, "learning_rate": 0.01, "schedule": "poly", "consistency": "auto", "ema_decay": 0.99},
+        **{"flips": False, "compile": False},
+    }
+    sam = {
+        **{"flips": False, "sam_kind": "auto", "sam_image_size": 0, "sam_iterations": 300, "sam_batch": 8},
+        **{"sam_learning_rate": 0.0002, "sam_train": "adapter", "sam_lora_rank": 4, "sam_canvas": 0},
+    }
+    prompts = {
+        **{"sam_zoom": 5, "sam_prompts": "box+point+mask", "box_margin": 3.0, "min_component": 9},
+        **{"positive_points": 1, "negative_points": 0},
+    }
+    adapter = {"adapter_iterations": 600, "adapter_learning_rate": 0.002}
+    settings = resolved(Settings(device="cpu", sam_train="med2d_adapter"))
+    for groups, expected in (
+        (("ssl",), common | ssl),
+        (("predict",), common | {"overlap": 0.5, "flips": False}),
+        (("sam", "prompts"), common | sam | prompts),
+        (("adapter", "prompts"), common | adapter | prompts),
+    ):
+        # as text, since 5 and 5.0 give different hashes
+        assert json.dumps(relevant(settings, *groups), sort_keys=True) == json.dumps(expected, sort_keys=True)
+
+
+def test_folders_that_cannot_be_written_to_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    require_writable(Settings(home=str(tmp_path / "a" / "b")), "home", "model_dir")
+    for name in ("home", "model_dir"):
+        with pytest.raises(BadSettingsError, match=f"{name}: cannot write to .*file/x .*give a folder"):
+            require_writable(Settings(**{name: str(tmp_path / "file" / "x")}), "home", "model_dir")
+
+
+def test_every_setting_belongs_to_one_section() -> None:
+    assert [name for section in SECTIONS for name in section.model_fields] == list(Settings.model_fields)

@@ -14,11 +14,6 @@ def test_parse():
     assert len(labels) == 3
 
 
-def test_nesting_of_unknown_labels_is_ignored():
-    assert Labels.parse("atrium", "tumour:liver").parents == (None,)
-    assert Labels.parse("tumour", "tumour:liver").parents == (None,)
-
-
 @pytest.mark.parametrize(
     ("names", "nested", "message"),
     [
@@ -27,6 +22,13 @@ def test_nesting_of_unknown_labels_is_ignored():
         ("a,a", "", "different names"),
         ("liver,background", "", "meaning of its own"),
         ("Image", "", "meaning of its own"),
+        ("liver,points", "", "'points' has a meaning of its own"),
+        ("_hidden", "", "meaning of its own"),
+        ("Liver,liver", "", "different names"),
+        ("atrium", "tumour:liver", "unknown label 'tumour'"),
+        ("liver,tumour", "tumor:liver", r"unknown label 'tumor'; did you mean 'tumour'\?"),
+        ("a,b", "b:", "expected child:parent"),
+        ("a,b,c", "c:a,c:b", "'c' has two parents"),
         ("a,b", "ab", "expected child:parent"),
         ("tumour,liver", "tumour:liver", "list 'liver' before 'tumour'"),
         ("a", "a:a", "before"),

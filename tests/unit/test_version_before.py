@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 import recorded_clicks as recorded
-from aslseg.models.published import KINDS, find_published
+from aslseg.models.kinds import PUBLISHED_KINDS
+from aslseg.models.published import find_published
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.masks import roll_back, verify_label_files
 from aslseg.rounds.run import run_round, train_stage
 from aslseg.settings import Paths, Settings, load_settings
+from aslseg.settings.sources import REMOVED, RENAMED
 from aslseg.ssl import networks
 from tiny_rounds import label_hashes, make_tiny, published_hashes, tiny_network
 
@@ -71,11 +73,11 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Left]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """What :func:`tiny_rounds.make_tiny` changes, for one test."""
-    from aslseg.rounds.recipes import aslseg
+    from aslseg.rounds import promotion
     from aslseg.ssl import engine
 
     monkeypatch.setattr(engine, "STATISTICS_BATCHES", engine.STATISTICS_BATCHES)
-    monkeypatch.setattr(aslseg, "judge", aslseg.judge)
+    monkeypatch.setattr(promotion, "judge", promotion.judge)
     make_tiny()
 
 
@@ -87,8 +89,10 @@ def contents(folder: Path, pattern: str = "*.npy") -> dict[str, tuple[int, bytes
 def test_every_setting_is_read_under_its_old_name(left: Left) -> None:
     lines = (left.root / "settings.env").read_text().splitlines()
     _, origin = load_settings({}, env={}, dotenv=left.root / "settings.env")
-    assert len(lines) == 68
-    assert sum(o == ".env" for o in origin.values()) == len(lines)
+    names = [line.split("=")[0].removeprefix("ASLSEG_").lower() for line in lines]
+    assert len(names) == 68
+    read = {RENAMED.get(name, name) for name in names} - set(REMOVED)
+    assert {name for name, source in origin.items() if source == ".env"} == read
     assert (left.settings.ssl_iterations, left.settings.network) == (200, "unet")
     assert left.settings.thresholds == {"liver": 0.0, "tumour": 0.0}
 
@@ -115,7 +119,7 @@ def test_a_round_of_the_version_before_is_rolled_back(left: Left) -> None:
 
 @pytest.mark.parametrize("model", ["ssl", "adapter", "aslseg", "sam"])
 def test_published_models_load_and_predict_the_same(left: Left, model: str) -> None:
-    models = {kind: find_published(left.paths, kind, check=True) for kind in KINDS}
+    models = {kind: find_published(left.paths, kind, check=True) for kind in PUBLISHED_KINDS}
     assert {kind: m.sha256 for kind, m in models.items() if m is not None} == EXPECTED["models"]
     params = {"foreground": [[16, 16, 8]], "label": "liver"} if model == "sam" else {}
     mask, _ = recorded.ask(left.app(), {"model": model, "image": CASE, "client": "ann", "params": params})
@@ -166,6 +170,17 @@ def test_the_next_round_goes_on_from_it(left: Left) -> None:
     assert verify_label_files(left.paths) == []
     # and the round before is still there to go back to
     roll_back(left.paths, 2)
+    assert label_hashes(left.studies) == EXPECTED["labels"]
+    assert published_hashes(left.settings, left.studies) == EXPECTED["models"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_every_step_of_a_round_that_was_rolled_back_is_found_again(left: Left) -> None:
+    roll_back(left.paths, 1)
+    summary = run_round(left.studies, left.settings)
+    # the round starts from what round 1 started from, so that nothing needs computing but ranking and writing
+    assert set(summary["measured"]) <= {"prepare", "rank", "promote", "publish", "originals"}
+    assert summary["promoted"] == EXPECTED["promoted"]
     assert label_hashes(left.studies) == EXPECTED["labels"]
     assert published_hashes(left.settings, left.studies) == EXPECTED["models"]
 

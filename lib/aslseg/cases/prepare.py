@@ -1,4 +1,4 @@
-"""Cases on the working grid, computed once and kept as memory-mapped arrays."""
+"""Cases brought to the working grid once, and kept as memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import logging
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from aslseg.cases.prepared import Prepared
 from aslseg.cases.studies import Case
+from aslseg.compute.hardware import resolved
 from aslseg.errors import BadImageError, BadLabelError
-from aslseg.files import atomic_file, sha256
+from aslseg.files import FileHashes, atomic_file
 from aslseg.settings import Settings
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 from aslseg.volume.intensity import normalise
-from aslseg.volume.io import read_image, read_label
+from aslseg.volume.io import read_header, read_image, read_label
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ def working_spacing(volumes: Iterable[Volume], settings: Settings) -> Spacing:
     if settings.spacing == "native":
         return None
     if settings.spacing != "auto":
-        x, y, z = (float(v) for v in settings.spacing.split(","))
-        return x, y, z
+        return settings.spacing
     grids = [Grid.of(v, None) for v in volumes]
     spacing = np.median([g.spacing for g in grids], axis=0)
     extent = np.median([np.multiply(g.spacing, g.shape) for g in grids], axis=0)
@@ -52,24 +51,24 @@ def working_spacing(volumes: Iterable[Volume], settings: Settings) -> Spacing:
 
 
 def prepare(volume: Volume, settings: Settings, spacing: Spacing) -> tuple[np.ndarray, Grid]:
-    """One scan to the working grid: (i, j, k) float32 in 0..1, and the way back."""
+    """Bring one scan to the working grid: (i, j, k) float32 in 0..1, and the grid."""
     grid = Grid.of(volume, spacing)
     return grid.to_working(normalise(volume.array, settings)), grid
 
 
 class PreparedStore:
-    """Prepared cases on disk, found again by the content of their files and the preparation settings.
+    """Prepared cases on disk, found again by the hashes of their files and the settings of the preparation.
 
     Args:
-        folder: Cache folder (``Places.cache``).
+        folder: Cache folder (:attr:`aslseg.settings.Paths.cache`).
         settings: Window, labels and size limit.
-        spacing: Working spacing.
+        spacing: Working spacing in mm along x, y, z; None keeps that of the scans.
+        hashes: Shared by the stores of a round, so that each file is hashed once.
     """
 
-    def __init__(self, folder: Path, settings: Settings, spacing: Spacing) -> None:
-        self.folder = folder
-        self.settings = settings
-        self.spacing = spacing
+    def __init__(self, folder: Path, settings: Settings, spacing: Spacing, hashes: FileHashes | None = None) -> None:
+        self.folder, self.settings, self.spacing = folder, settings, spacing
+        self.hashes = hashes or FileHashes()
 
     def load(self, case: Case) -> Prepared:
         """The case on the working grid; the image is a read-only memory map.
@@ -77,10 +76,9 @@ class PreparedStore:
         Raises:
             BadImageError, BadLabelError: As the readers.
         """
-        keys = ("modality", "window_low", "window_high", "labels", "nested")
-        chosen = {k: getattr(self.settings, k) for k in keys}
-        label_hash = sha256(case.label) if case.label else ""
-        text = json.dumps([sha256(case.image), label_hash, self.spacing, chosen], sort_keys=True)
+        chosen = self.settings.model_dump(include={"modality", "window_low", "window_high", "labels", "nested"})
+        image_hash, label_hash = self.hashes(case.image), self.hashes(case.label) if case.label else ""
+        text = json.dumps([image_hash, label_hash, self.spacing, chosen], sort_keys=True)
         entry = self.folder / f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         files = [entry.with_name(f"{entry.name}.{part}.npy") for part in ("label", "image")]
         wanted = files if case.label else files[1:]
@@ -92,13 +90,15 @@ class PreparedStore:
                 label = read_label(case.label, volume, self.settings.label_set, self.settings.max_voxels)
                 save_array(files[0], grid.label_to_working(label, self.settings.label_set))
             save_array(files[1], image)
-        grid = Grid.of(volume or _header(case.image), self.spacing)
+        grid = Grid.of(volume or read_header(case.image), self.spacing)
         return Prepared(
             case.id,
             case.patient,
             np.load(files[1], mmap_mode="r"),
             grid,
             np.load(files[0], mmap_mode="r") if case.label else None,
+            image_hash=image_hash,
+            label_hash=label_hash,
         )
 
     def load_all(self, cases: Iterable[Case]) -> tuple[list[Prepared], dict[str, str]]:
@@ -119,19 +119,6 @@ def save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, np.ascontiguousarray(array))
 
 
-def _header(path: Path) -> Volume:
-    """Shape and affine only; the voxels stay on disk."""
-    import nibabel as nib
-
-    if path.name.endswith((".nii", ".nii.gz")):
-        image: Any = nib.load(path)
-        shape = image.shape
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        return Volume(np.broadcast_to(np.float32(0), shape), np.asarray(image.affine, np.float64))
-    return read_image(path)
-
-
 def automatic_patch(shapes: Iterable[tuple[int, ...]], settings: Settings) -> tuple[int, int, int]:
     """Training patch in voxels of the working grid, each axis a multiple of 16.
 
@@ -139,10 +126,11 @@ def automatic_patch(shapes: Iterable[tuple[int, ...]], settings: Settings) -> tu
     Never below (32, 32, 16): a deepest level of a single voxel leaves batch norm two values to normalise.
     """
     if settings.patch != "auto":
-        size = [max(16, round(float(v) / 16) * 16) for v in settings.patch.split(",")]
+        size = [max(16, round(n / 16) * 16) for n in settings.patch]
     else:
         size = [max(16, math.ceil(n / 16) * 16) for n in np.median(list(shapes), axis=0)]
-        while math.prod(size) > settings.patch_voxels and max(size) > 16:
+        most = resolved(settings).patch_voxels
+        while math.prod(size) > most and max(size) > 16:
             size[int(np.argmax(size))] -= 16
     i, j, k = size
     return max(i, 32), max(j, 32), k

@@ -25,7 +25,7 @@ def random_geometry(shape: torch.Size, generator: torch.Generator, flips: bool =
         shape: (B, C, i, j, k).
         generator: Source of randomness (CPU).
         flips: Also flip along i and j, each with probability 0.5. Scans have canonical axes: for most anatomy a
-            mirrored patient is one that does not exist (docs/results.md has what that costs).
+            mirrored patient does not exist.
     """
     batch, size = shape[0], shape[2:]
     u = torch.rand(batch, 5, generator=generator) * 2 - 1

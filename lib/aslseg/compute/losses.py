@@ -10,7 +10,7 @@ EPSILON = 1e-5
 
 
 def segmentation_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Half cross-entropy, half Dice (science.md §1.2, l_sup; the form of the UA-MT lineage).
+    """Half cross-entropy, half Dice (docs/science.md §1.2, l_sup; the form of the UA-MT lineage).
 
     Dice = 1 - (2 sum(w p y) + e) / (sum(w p^2) + sum(w y) + e), summed over the batch, averaged over the
     foreground classes.
@@ -50,7 +50,7 @@ def dice_loss(
 
 
 def region_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Half cross-entropy, half Dice over one region of copy-pasted patches (BCP; science.md §4).
+    """Half cross-entropy, half Dice over one region of copy-pasted patches (BCP; docs/science.md §4).
 
     The region is where the weight is not 0. CE = sum(w ce) / sum(w), so that a small region counts as much as a large
     one. Dice = 1 - (2 sum(w p y) + e) / (sum(w p) + sum(w y) + e) of every patch and class, background included,
@@ -87,7 +87,7 @@ def consistency_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def certain_consistency_loss(student_logits: Tensor, teacher_logits: Tensor, certain: Tensor) -> Tensor:
-    """Sum of M (p - q)^2 over voxels and classes / (C sum(M) + 1e-16) (UA-MT; science.md §4).
+    """Sum of M (p - q)^2 over voxels and classes / (C sum(M) + 1e-16) (UA-MT; docs/science.md §4).
 
     The 2 of the paper's denominator 2 sum(M) is its number of classes: the sum in the numerator runs over both
     channels, that of M over voxels. With C in its place, M = 1 everywhere gives :func:`consistency_loss`.
@@ -107,12 +107,12 @@ def predictive_entropy(p: Tensor) -> Tensor:
 
 
 def foreground_fraction(logits: Tensor) -> Tensor:
-    """Part of the voxels whose largest logit is not the background's, to notice collapse (science.md §6.3 d)."""
+    """Fraction of the voxels whose largest logit is not the background's, to notice collapse (docs/science.md §6.3)."""
     logits = logits.detach()
     return (logits[:, 1:].amax(1) > logits[:, 0]).float().mean()
 
 
 def clipped_noise(like: Tensor, generator: torch.Generator, sigma: float = 0.1, limit: float = 0.2) -> Tensor:
-    """Gaussian input noise of the Mean Teacher, clipped (science.md §4: eta = clip(0.1 e, +-0.2))."""
+    """Gaussian input noise of the Mean Teacher, clipped (docs/science.md §4: eta = clip(0.1 e, +-0.2))."""
     noise = torch.randn(like.shape, generator=generator, device=generator.device)
     return (sigma * noise).clamp(-limit, limit).to(like.device)

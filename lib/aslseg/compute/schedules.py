@@ -1,4 +1,4 @@
-"""Schedules over the training, as functions of the part done (0..1), and the EMA of the teacher."""
+"""Schedules over the training, as functions of the fraction done (0..1), and the EMA of the teacher."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def sigmoid_ramp(fraction: float) -> float:
-    """exp(-5 (1 - t)^2), the ramp-up of the consistency weight (Laine & Aila; science.md §4)."""
+    """exp(-5 (1 - t)^2), the ramp-up of the consistency weight (Laine & Aila; docs/science.md §4)."""
     t = min(max(fraction, 0.0), 1.0)
     return math.exp(-5 * (1 - t) ** 2)
 
@@ -31,7 +31,7 @@ SCHEDULES = {"poly": polynomial, "milestones": milestones}
 def ema_update(teacher: nn.Module, student: nn.Module, step: int, decay: float) -> None:
     """teacher = a teacher + (1 - a) student with a = min(1 - 1 / (step + 1), decay), parameters only.
 
-    Batch-norm statistics are the teacher's own, gathered in its passes in training mode (science.md §4).
+    Batch-norm statistics are the teacher's own, from its passes in training mode (docs/science.md §4).
     """
     alpha = min(1 - 1 / (step + 1), decay)
     old: list[torch.Tensor] = list(teacher.parameters())

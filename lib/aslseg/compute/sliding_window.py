@@ -1,6 +1,6 @@
-"""Sliding windows over a volume, finished slab by slab, so that the memory they need does not grow with its length.
+"""Sliding windows over a volume, finished slab by slab, so that memory does not grow with the volume's length.
 
-Windows lie and weigh as MONAI's ``sliding_window_inference`` has them: its results are these results.
+Positions and weights of the windows are those of MONAI's ``sliding_window_inference``, and so are the results.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Blend = Literal["gaussian", "constant"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How windows go through the network.
+    """How the network processes windows.
 
     Attributes:
-        device: Where they do.
-        window: Their size in voxels (i, j, k), each a multiple of 16.
-        batch: How many at once.
+        device: Device of the network.
+        window: Size of a window in voxels (i, j, k), each a multiple of 16.
+        batch: Windows processed at once.
     """
 
     device: torch.device
@@ -41,10 +41,7 @@ class Plan:
 
     @property
     def least(self) -> int:
-        """Least batch to give to the network: for a batch of one on a CPU torch does without oneDNN.
-
-        Its own convolution is about four times as slow (vnet_small, windows of 64 x 64 x 48, one AVX2 core).
-        """
+        """Smallest batch to give to the network: on a CPU, torch is slower without oneDNN, as for a batch of one."""
         return 2 if self.device.type == "cpu" else 1
 
     def __str__(self) -> str:
@@ -91,15 +88,15 @@ def slabs(
 ) -> Iterator[tuple[Where, Tensor]]:
     """Blended predictions of a volume in finished slabs across its longest axis, in order.
 
-    No more than the slab that windows are being added to is held: (classes + 1) float32 for each voxel of the volume's
-    cross-section times a window's length.
+    Only one slab is in memory: (classes + 1) float32 values for each voxel of the volume's cross-section times a
+    window's length.
 
     Args:
         image: (i, j, k), or (C, i, j, k); shorter than a window it is surrounded by zeros.
         network: Windows (B, C, i, j, k) float32 on the plan's device to what is blended (B, classes, i, j, k).
-        classes: Channels of the network's answer.
+        classes: Channels of the network's output.
         plan: Window, batch and device.
-        overlap: Part of a window that its neighbour shares.
+        overlap: Fraction of a window's edge that its neighbour shares.
         blend: Weights that fall off from a window's middle, or the same weight everywhere.
 
     Yields:

@@ -1,4 +1,4 @@
-"""Model files: safetensors with JSON metadata, written atomically, hashed; nothing is ever unpickled."""
+"""Model files: safetensors with JSON metadata, written atomically; reading one executes nothing in it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a model file, without torch.
 
     Raises:
-        BadWeightsError: Not a safetensors file of ours.
+        BadWeightsError: The file does not exist or is no ASLseg model file.
     """
     try:
         with path.open("rb") as file:
@@ -54,7 +54,7 @@ def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     """Read a model file.
 
     Raises:
-        BadWeightsError: Damaged, or a model of another kind.
+        BadWeightsError: The file is damaged, or holds a model of another kind.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -1,82 +1,199 @@
-"""A scan through the trained stages, ssl -> sam -> adapter or ssl and canvas (CFR), and back to its own grid."""
+"""The chain of trained models, ssl -> sam -> adapter, and CFR's canvas model beside it.
+
+:func:`compute` is the one place that knows what a model is given and what comes out. A round keeps the results on disk
+(:mod:`aslseg.rounds.pipeline`), the server keeps them in memory (:mod:`aslseg.serving.cascade_cache`), and
+:class:`Cascade` segments files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aslseg.adaptation import predict as adaptation
-from aslseg.cases.prepare import prepare
+from aslseg.cases.prepare import Spacing, prepare
 from aslseg.errors import BadImageError, NoModelError
-from aslseg.models.published import KINDS, find_published
+from aslseg.models.files import ModelSet
+from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
+from aslseg.models.loaded import load_model
+from aslseg.models.published import find_published
 from aslseg.sam.cfr import canvas
-from aslseg.sam.modeling import build
 from aslseg.sam.predictor.predict import redraw
 from aslseg.settings import Paths, Settings
-from aslseg.ssl import predict as ssl
 from aslseg.types import ProgressCallback, Volume, no_progress
+from aslseg.volume.geometry import Grid
 from aslseg.volume.io import case_id, extension, read_image, write_label
+
+NEEDS: Mapping[ModelKind, tuple[ModelKind, ...]] = {
+    ModelKind.SSL: (),
+    ModelKind.SAM: (ModelKind.SSL,),
+    ModelKind.ADAPTER: (ModelKind.SAM, ModelKind.SSL),
+    ModelKind.CANVAS: (),
+}
+"""The stages whose regions a stage works on."""
+
+
+@dataclass(frozen=True)
+class CascadeInput:
+    """A scan as the stages are given it.
+
+    Attributes:
+        image: (i, j, k) float32 in 0..1 on the working grid.
+        grid: Between the working grid and the scan's own.
+        load_native: Reads the scan on its own grid; only called by a stage that needs finer voxels than ``image`` has.
+    """
+
+    image: np.ndarray
+    grid: Grid
+    load_native: Callable[[], Volume]
+
+    @classmethod
+    def from_volume(
+        cls,
+        volume: Volume,
+        settings: Settings,
+        spacing: Spacing,
+        load_native: Callable[[], Volume] | None = None,
+    ) -> CascadeInput:
+        """Bring a scan to the working grid.
+
+        Args:
+            volume: The scan.
+            settings: Intensity window.
+            spacing: Working spacing in mm along x, y, z; None keeps the scan's own.
+            load_native: Reads the scan again; without it the volume itself is kept.
+        """
+        image, grid = prepare(volume, settings, spacing)
+        return cls(image, grid, load_native or (lambda: volume))
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage makes of a scan.
+
+    Attributes:
+        regions: Region probabilities (N, i, j, k) float32 on the working grid.
+        notes: What was given up for lack of memory, for people.
+    """
+
+    regions: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+def compute(
+    kind: ModelKind, model: Any, given: CascadeInput, before: Mapping[ModelKind, np.ndarray], settings: Settings
+) -> StageOutput:
+    """Run one stage on one scan.
+
+    Args:
+        kind: The stage.
+        model: Its loaded model (:func:`aslseg.models.loaded.load_model`).
+        given: The scan.
+        before: Region probabilities (N, i, j, k) of the stages in ``NEEDS[kind]``.
+        settings: Labels and prompts.
+
+    Raises:
+        NotEnoughMemoryError: The scan does not fit into memory, even in small windows.
+    """
+    if kind == ModelKind.SSL:
+        found = model.run(given.image, regions=True)
+        return StageOutput(found.values, found.notes)
+    if kind == ModelKind.SAM:
+        return StageOutput(redraw(model, given.image, before[ModelKind.SSL], settings))
+    if kind == ModelKind.ADAPTER:
+        return StageOutput(model.predict(given.image, before[ModelKind.SAM], before[ModelKind.SSL]))
+    probabilities = canvas.predict(model, given.image, settings)
+    return StageOutput(settings.label_set.region_probabilities(probabilities))
+
+
+def compute_chain(
+    kind: ModelKind,
+    get_model: Callable[[ModelKind], Any],
+    given: CascadeInput,
+    settings: Settings,
+    known: MutableMapping[ModelKind, StageOutput],
+    seconds: MutableMapping[str, float] | None = None,
+) -> StageOutput:
+    """Run a stage and, first, those that it needs and that are not known yet.
+
+    Args:
+        kind: The last stage.
+        get_model: Gives the loaded model of a kind; called only for stages that are computed.
+        given: The scan.
+        settings: Labels and prompts.
+        known: Results so far; what is computed is added.
+        seconds: Gets the seconds of each stage that was computed.
+    """
+    if kind not in known:
+        before = {need: compute_chain(need, get_model, given, settings, known, seconds).regions for need in NEEDS[kind]}
+        model, started = get_model(kind), time.perf_counter()
+        known[kind] = compute(kind, model, given, before, settings)
+        if seconds is not None:
+            seconds[kind.value] = time.perf_counter() - started
+    return known[kind]
 
 
 @dataclass(frozen=True)
 class Cascade:
-    """Loaded models of the stages; each stage may be missing, but needs the ones before it.
+    """Loaded models that work together, to segment scans with.
 
     Attributes:
-        models: Stage name (``ssl``, ``sam``, ``adapter``, ``canvas``, ``retrained``) to loaded model.
+        models: Kind to loaded model. The SSL model is among them, and of each other kind what it needs.
         settings: Labels, window and prompts.
     """
 
-    models: Mapping[str, Any]
+    models: Mapping[ModelKind, Any]
     settings: Settings
 
     @classmethod
-    def load(cls, paths: Mapping[str, Path], settings: Settings) -> Cascade:
-        """Load model files by stage name.
+    def load(cls, files: Mapping[ModelKind, Path], settings: Settings) -> Cascade:
+        """Load model files by kind.
 
         Raises:
-            BadWeightsError: As the loaders.
+            BadWeightsError: A file is damaged, of another kind, or made for other labels.
         """
-        loaders = {"ssl": ssl.load, "sam": build.load, "adapter": adaptation.load, "canvas": canvas.load}
-        loaders["retrained"] = ssl.load
-        return cls({stage: loaders[stage](path, settings) for stage, path in paths.items()}, settings)
+        return cls({kind: load_model(kind, path, settings) for kind, path in files.items()}, settings)
 
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the loaded stages."""
-        return tuple(self.models)
+    @classmethod
+    def published(cls, kind: ModelKind, paths: Paths, settings: Settings) -> Cascade:
+        """Load the published model of a kind and those that it needs.
 
-    def regions(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """Region probabilities of every stage on the working grid.
-
-        Args:
-            image: (i, j, k) float32 in 0..1.
-
-        Returns:
-            Stage to (N, i, j, k) float32.
+        Raises:
+            NoModelError: One of them is not published.
+            BadWeightsError: As :meth:`load`.
         """
-        out = {}
-        for stage in ("ssl", "retrained"):
-            if stage in self.models:
-                out[stage] = self.models[stage].regions(image)
-        if "sam" in self.models:
-            out["sam"] = redraw(self.models["sam"], image, out["ssl"], self.settings)
-        if "adapter" in self.models:
-            out["adapter"] = self.models["adapter"].predict(image, out["sam"], out["ssl"])
-        if "canvas" in self.models:
-            drawn = canvas.predict(self.models["canvas"], image, self.settings)
-            out["canvas"] = self.settings.label_set.region_probabilities(drawn)
-        return {stage: out[stage] for stage in self.models}
+        return cls.load(published_files(paths, kind), settings)
 
-    def masks(self, volume: Volume) -> dict[str, np.ndarray]:
-        """Class maps of every stage on the scan's own grid, uint8 (i, j, k)."""
-        first = self.models["ssl"]
-        image, grid = prepare(volume, self.settings, first.spacing)
-        return {s: grid.regions_to_native(r, self.settings.label_set) for s, r in self.regions(image).items()}
+    def outputs(self, given: CascadeInput) -> dict[ModelKind, StageOutput]:
+        """The results of all stages on a scan."""
+        known: dict[ModelKind, StageOutput] = {}
+        for kind in self.models:
+            compute_chain(kind, self.models.__getitem__, given, self.settings, known)
+        return known
+
+    def masks(self, volume: Volume) -> dict[ModelKind, np.ndarray]:
+        """Class maps (i, j, k) uint8 of all stages on the scan's own grid."""
+        given = CascadeInput.from_volume(volume, self.settings, self.models[ModelKind.SSL].spacing)
+        labels = self.settings.label_set
+        return {kind: given.grid.regions_to_native(out.regions, labels) for kind, out in self.outputs(given).items()}
+
+
+def published_files(paths: Paths, kind: ModelKind) -> ModelSet:
+    """The published model of a kind and those that it needs, their hashes checked.
+
+    Raises:
+        NoModelError: One of them is not published, or its file is damaged.
+    """
+    needed = [k for k in PUBLISHED_KINDS if k == kind or k in NEEDS[kind]]
+    found = {k: find_published(paths, k, check=True) for k in needed}
+    for k, entry in found.items():
+        if entry is None:
+            raise NoModelError(f"no {k} model is published in {paths.models}; run `aslseg round` first")
+    return ModelSet({k: entry.path for k, entry in found.items() if entry})
 
 
 def segment_files(
@@ -85,12 +202,13 @@ def segment_files(
     """Segment a scan, or a folder of scans, with the published models.
 
     Args:
-        model: ``ssl``, ``sam`` (its redrawing of the SSL mask), ``adapter`` or ``aslseg`` (all in turn).
+        model: ``ssl``, ``sam`` (which redraws the SSL mask), ``adapter`` or ``aslseg`` (all of them, one after the
+            other).
         source: Image file or folder.
         target: Label file, or the folder for ``<id>.nii.gz``.
         paths: Where the models are published.
         settings: Labels, window and prompts.
-        report: Told after each scan.
+        report: Called with (done, total) after each scan.
 
     Returns:
         Case to written file, and case to the reason why it was skipped.
@@ -98,12 +216,8 @@ def segment_files(
     Raises:
         NoModelError: A model that is needed is not published.
     """
-    kinds = KINDS[: KINDS.index("adapter" if model == "aslseg" else model) + 1]
-    found = {kind: find_published(paths, kind, check=True) for kind in kinds}
-    for kind, entry in found.items():
-        if entry is None:
-            raise NoModelError(f"no {kind} model is published in {paths.models}; run `aslseg round` first")
-    cascade = Cascade.load({kind: entry.path for kind, entry in found.items() if entry}, settings)
+    kind = ModelKind.ADAPTER if model == "aslseg" else ModelKind(model)
+    cascade = Cascade.published(kind, paths, settings)
     scans = sorted(p for p in source.iterdir() if extension(p)) if source.is_dir() else [source]
     single = not source.is_dir() and extension(target) is not None
     written, skipped = {}, {}
@@ -111,7 +225,7 @@ def segment_files(
         out = target if single else target / f"{case_id(scan)}.nii.gz"
         try:
             volume = read_image(scan, settings.max_voxels)
-            write_label(out, cascade.masks(volume)[kinds[-1]], volume.affine)
+            write_label(out, cascade.masks(volume)[kind], volume.affine)
             written[case_id(scan)] = str(out)
         except BadImageError as error:
             skipped[case_id(scan)] = str(error)

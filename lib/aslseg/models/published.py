@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from aslseg.files import atomic_file, sha256, write_json
-from aslseg.settings import APP_DIR, Paths, Settings
+from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
+from aslseg.resources import app_dir
+from aslseg.settings import Paths, Settings
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("ssl", "sam", "adapter")
 KEEP_FILES = 3
 
 
@@ -24,17 +25,17 @@ class Published:
     """A published model.
 
     Attributes:
-        kind: ``ssl``, ``sam`` or ``adapter``.
+        kind: What it is.
         path: Its file.
-        sha256: Of the file.
+        sha256: Hash of the file.
         date: UTC, ISO 8601.
         validation_dice: Mean over labels on the human validation cases when it was published; None without any.
-        validation_cases: How many these were.
-        round: Round that made it; None for a single training.
+        validation_cases: Number of these cases.
+        round: Round that trained it; None for a single training.
         trained_on: Ids of the cases it was trained on.
     """
 
-    kind: str
+    kind: ModelKind
     path: Path
     sha256: str
     date: str
@@ -45,7 +46,7 @@ class Published:
 
 
 def manifest(paths: Paths) -> dict[str, dict[str, Any]]:
-    """Kind to what the manifest says of it; empty if nothing is published."""
+    """Kind to its entry in the manifest; empty if nothing is published or the manifest cannot be read."""
     try:
         return dict(json.loads((paths.models / "manifest.json").read_text())["models"])
     except FileNotFoundError:
@@ -56,24 +57,24 @@ def manifest(paths: Paths) -> dict[str, dict[str, Any]]:
 
 
 def put_manifest(paths: Paths, models: dict[str, dict[str, Any]]) -> None:
-    """Replace the manifest: from this moment on these models are served."""
+    """Replace the manifest; from then on these models are served."""
     write_json(paths.models / "manifest.json", {"models": models})
 
 
-def find_published(paths: Paths, kind: str, check: bool = False) -> Published | None:
+def find_published(paths: Paths, kind: ModelKind, check: bool = False) -> Published | None:
     """The published model of a kind, or None.
 
     Args:
-        paths: Where the models lie.
-        kind: ``ssl``, ``sam`` or ``adapter``.
-        check: Recompute the file's hash, not only its size.
+        paths: Where the models are published.
+        kind: One of :data:`aslseg.models.kinds.PUBLISHED_KINDS`.
+        check: Recompute the file's hash instead of comparing its size alone.
     """
     entry = manifest(paths).get(kind)
     if entry is None:
         return None
     path = paths.models / str(entry["file"])
     if not path.is_file() or path.stat().st_size != entry["bytes"] or (check and sha256(path) != entry["sha256"]):
-        logger.warning("%s is missing or damaged; run `aslseg round` to make it again", path)
+        logger.warning("%s is missing or damaged; run `aslseg round` to train it again", path)
         return None
     return Published(
         kind,
@@ -89,9 +90,9 @@ def find_published(paths: Paths, kind: str, check: bool = False) -> Published | 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that wants to be published, with its Dice and that of the published one on the same cases."""
+    """A model that may be published, with its Dice and that of the published model on the same cases."""
 
-    kind: str
+    kind: ModelKind
     path: Path
     dice: float | None
     published_dice: float | None
@@ -102,8 +103,8 @@ class Candidate:
 def gate(candidate: Candidate, current: Published | None, tolerance: float) -> tuple[bool, str]:
     """Whether a candidate is published, and the reason in words.
 
-    Equal is good enough: with the same Dice the newer model has seen more. Without validation cases only a first
-    model is published.
+    With equal Dice the candidate is published, because it was trained on more cases. Without validation cases only a
+    first model is published.
     """
     c = candidate
     if current is None:
@@ -122,10 +123,10 @@ def gate(candidate: Candidate, current: Published | None, tolerance: float) -> t
 
 
 def stage_files(paths: Paths, chosen: list[Candidate], number: int | None) -> dict[str, dict[str, Any]]:
-    """Copy the candidates' files to their hash names; nothing is served differently yet.
+    """Copy the candidates' files to names made of their hashes; the manifest stays as it is.
 
     Returns:
-        The manifest that would serve them, for :func:`put_manifest`.
+        The manifest that serves them, for :func:`put_manifest`.
     """
     models = manifest(paths)
     for candidate in chosen:
@@ -152,7 +153,7 @@ def stage_files(paths: Paths, chosen: list[Candidate], number: int | None) -> di
 def prune(paths: Paths) -> None:
     """Delete model files that are neither served nor among the newest three of their kind."""
     served = {m["file"] for m in manifest(paths).values()}
-    for kind in KINDS:
+    for kind in PUBLISHED_KINDS:
         files = sorted(paths.models.glob(f"{kind}-*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
         for path in files[KEEP_FILES:]:
             if path.name not in served:
@@ -160,16 +161,16 @@ def prune(paths: Paths) -> None:
 
 
 def list_published(settings: Settings, studies: Path | None = None) -> list[dict[str, Any]]:
-    """All published models, or those of one studies folder, for people."""
+    """All published models, or those of one studies folder, as plain values for ``aslseg info``."""
     if studies or settings.model_dir:
         folders = [Paths(settings, studies or settings.model_dir).models]
     else:
-        folders = sorted(p.parent for p in (APP_DIR / "model").glob("*/manifest.json"))
+        folders = sorted(p.parent for p in (app_dir() / "model").glob("*/manifest.json"))
     found = []
     for folder in folders:
         paths = Paths(settings, folder)
         paths.models = folder
-        for kind in KINDS:
+        for kind in PUBLISHED_KINDS:
             model = find_published(paths, kind)
             if model:
                 shown = {k: v for k, v in asdict(model).items() if k != "trained_on"}

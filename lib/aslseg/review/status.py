@@ -1,4 +1,4 @@
-"""What the server is doing and has decided, as one dictionary of plain values."""
+"""The server's current work and past decisions, as one dictionary of plain values."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from aslseg.errors import LedgerError
-from aslseg.models.published import find_published
+from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
+from aslseg.models.published import Published, find_published
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.progress import read_progress
 from aslseg.settings import Paths, Settings
 
 MOST = 50
+"""Entries of each list."""
 
 
 def collect(
     settings: Settings, paths: Paths, store: dict[str, Any], errors: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Current round, published models, ranking, promotions and the last errors.
+    """Collect the current round, published models, ranking, promotions and the last errors.
 
     Args:
         settings: Labels and thresholds.
@@ -25,20 +27,20 @@ def collect(
         store: Counts of the datastore (``total``, ``completed``, ``label_tags``).
         errors: Failed training tasks, each with ``model``, ``time`` and its last ``lines``.
     """
-    ledger, trouble = Ledger(paths.ledger), list(errors)
+    ledger, failures = Ledger(paths.ledger), list(errors)
     progress = read_progress(paths.home / "progress.json")
     if progress.get("error"):
-        trouble.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
+        failures.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
     try:
         scores, promotions = ledger.scores(), ledger.promotions(active_only=False)
         rounds = ledger.rounds()
     except LedgerError as error:
         scores, promotions, rounds = [], [], []
-        trouble.append({"model": "ledger", "time": None, "lines": [str(error)]})
+        failures.append({"model": "ledger", "time": None, "lines": [str(error)]})
     return {
         "labels": list(settings.label_set.names),
         "progress": progress,
-        "models": [_model(kind, find_published(paths, kind)) for kind in ("ssl", "sam", "adapter")],
+        "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
         "rounds": [
             {"round": r.number, "state": r.state, "opened": r.opened, "closed": r.closed, "error": r.error}
@@ -52,11 +54,11 @@ def collect(
             {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
             for p in reversed(promotions)
         ][:MOST],
-        "errors": trouble[-MOST:],
+        "errors": failures[-MOST:],
     }
 
 
-def _model(kind: str, entry: Any) -> dict[str, Any]:
+def _model(kind: ModelKind, entry: Published | None) -> dict[str, Any]:
     if entry is None:
         return {"kind": kind, "published": False}
     return {

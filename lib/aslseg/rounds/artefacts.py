@@ -1,7 +1,8 @@
-"""Content-addressed artefacts: a step whose frozen inputs were seen before is not computed again.
+"""Results of steps on disk, found again by the step's inputs, so that the same step is not computed twice.
 
-A folder is named by its step and the hash of all its inputs, and holds them as ``inputs.json``. Its files appear
-atomically when complete, so that whatever exists after a kill is right, and what does not is computed.
+A folder is named by its step and the hash of all inputs of the step, and holds these as ``inputs.json``. Its files
+appear atomically when they are complete, so that the files that exist after a kill are right and only the missing ones
+are computed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class ArtefactStore:
     """The artefact folders of a studies folder.
 
     Args:
-        root: ``Places.rounds / "steps"``.
+        root: Where the folders are made.
     """
 
     def __init__(self, root: Path) -> None:
@@ -69,19 +70,19 @@ class ArtefactStore:
 class CachedProbabilities:
     """Region probabilities of cases, each computed when first asked for and kept on disk.
 
-    Kept as 8-bit numbers: 0.5 lies between two of them, so that masks are what they were.
+    They are stored as 8-bit numbers; 0.5 lies between two of these, so that masks do not change.
 
     Args:
-        folder: From :meth:`Steps.folder`.
-        make: Case to region probabilities (R, i, j, k) float32 on its working grid.
-        content: Case id to a hash of its image; another scan under the same id is another entry.
+        folder: From :meth:`ArtefactStore.folder`.
+        make: Case to region probabilities (R, i, j, k) float32 on its working grid. Another scan under the same id,
+            which has another hash, is another entry.
     """
 
-    def __init__(self, folder: Path, make: Callable[[Prepared], np.ndarray], content: Callable[[str], str]) -> None:
-        self.folder, self.make, self.content = folder, make, content
+    def __init__(self, folder: Path, make: Callable[[Prepared], np.ndarray]) -> None:
+        self.folder, self.make = folder, make
 
     def __call__(self, case: Prepared) -> np.ndarray:
-        path = self.folder / f"{case.id}-{self.content(case.id)[:12]}.npz"
+        path = self._path(case)
         kept = self._read(path)
         if kept is None:
             kept = np.rint(np.clip(self.make(case), 0, 1) * 255).astype(np.uint8)
@@ -91,7 +92,10 @@ class CachedProbabilities:
 
     def has(self, case: Prepared) -> bool:
         """Whether it is on disk already."""
-        return (self.folder / f"{case.id}-{self.content(case.id)[:12]}.npz").exists()
+        return self._path(case).exists()
+
+    def _path(self, case: Prepared) -> Path:
+        return self.folder / f"{case.id}-{case.image_hash[:12]}.npz"
 
     @staticmethod
     def _read(path: Path) -> np.ndarray | None:

@@ -1,25 +1,27 @@
-"""The stages of a round over its frozen cases: training and prediction steps, each found again by its inputs."""
+"""Training and prediction over the cases of a round, each step found again by its inputs."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aslseg.adaptation import predict as adapter_predict
 from aslseg.adaptation import train as adapter_train
 from aslseg.agreement import measures
 from aslseg.agreement.verdict import Reference, reference
 from aslseg.cases.prepare import PreparedStore, Spacing, save_array
 from aslseg.cases.prepared import Prepared
 from aslseg.cases.studies import PSEUDO
-from aslseg.errors import AslsegError, BadWeightsError
-from aslseg.files import sha256
+from aslseg.compute.hardware import resolved
+from aslseg.errors import BadWeightsError
+from aslseg.models.cascade import NEEDS, CascadeInput, compute
+from aslseg.models.files import ModelSet
+from aslseg.models.kinds import ModelKind
+from aslseg.models.loaded import load_model
 from aslseg.rounds.artefacts import ArtefactStore, CachedProbabilities
 from aslseg.rounds.cases import RoundCases
 from aslseg.rounds.ledger import Ledger
@@ -27,20 +29,41 @@ from aslseg.rounds.masks import MaskStore
 from aslseg.rounds.progress import Progress
 from aslseg.sam.cfr import canvas
 from aslseg.sam.modeling import build as sam_build
-from aslseg.sam.predictor import predict as sam_predict
 from aslseg.sam.training import finetune
 from aslseg.settings import Paths, Settings, relevant
 from aslseg.ssl import engine
-from aslseg.ssl import predict as ssl_predict
 from aslseg.types import ProgressCallback
 from aslseg.volume.io import read_image, require_free_disk
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class PredictionStep:
+    """How the predictions of a kind of model are named on disk; another name would not find those made before.
+
+    Attributes:
+        name: First part of the folder's name.
+        output: Key of this folder among the inputs of later steps.
+        settings: Groups of settings that the result depends on.
+        single: Settings beside the groups that it depends on.
+    """
+
+    name: str
+    output: str
+    settings: tuple[str, ...] = ()
+    single: tuple[str, ...] = ()
+
+
+PREDICTION_STEPS = {
+    ModelKind.SSL: PredictionStep("predict", "regions", ("predict",)),
+    ModelKind.SAM: PredictionStep("redraw", "redrawn", ("prompts",)),
+    ModelKind.ADAPTER: PredictionStep("refine", "refined", ("predict",)),
+    ModelKind.CANVAS: PredictionStep("draw", "drawn", single=("sam_canvas",)),
+}
 
 
 @dataclass(frozen=True)
 class Promoted:
-    """A promoted case: on the working grid, and the hashes that say what it is."""
+    """A promoted case on the working grid, and the hashes of what it was made from."""
 
     case: Prepared
     image: str
@@ -57,11 +80,12 @@ class RoundPipeline:
     """Everything a recipe can do with the cases of a round.
 
     Args:
-        paths: Where things lie.
+        paths: Where ledger, models and artefacts are.
         settings: Frozen for the round.
         ledger: Of the studies folder.
-        team: The round's cases.
-        progress: Told how far each stage is.
+        cases: The round's cases.
+        progress: Shows how far each stage is.
+        number: The round; None for a single training or a ranking.
         opened: The ledger's event that opened the round; None where there is no round.
     """
 
@@ -70,14 +94,15 @@ class RoundPipeline:
         paths: Paths,
         settings: Settings,
         ledger: Ledger,
-        team: RoundCases,
+        cases: RoundCases,
         progress: Progress,
+        number: int | None = None,
         opened: int | None = None,
     ) -> None:
-        self.paths, self.settings, self.ledger = paths, settings, ledger
-        self.team, self.progress, self.opened = team, progress, opened
+        self.paths, self.settings, self.ledger = paths, resolved(settings), ledger
+        self.cases, self.progress, self.number, self.opened = cases, progress, number, opened
         self.labels = settings.label_set
-        self.steps = ArtefactStore(paths.rounds / "steps")
+        self.artefacts = ArtefactStore(paths.rounds / "steps")
         self.masks = MaskStore(paths.home)
 
     # training
@@ -85,32 +110,32 @@ class RoundPipeline:
     def train_ssl(self, promoted: Sequence[Promoted], report: ProgressCallback) -> Path:
         """The SSL model for a set of promoted cases.
 
-        Without any it starts from random weights; with some it goes on from the model without, never from an earlier
-        retrained one, so that a bad promotion leaves no trace once it is gone.
+        Without any, training starts from random weights. With some, it starts from the model that was trained without
+        any, never from an earlier retrained one, so that a bad promotion has no effect once it is withdrawn.
         """
-        s, team = self.settings, self.team
+        s, cases = self.settings, self.cases
         init = self.train_ssl([], report) if promoted else None
         iterations = s.retrain_iterations if promoted else s.ssl_iterations
         inputs = {
             "human": self._human(),
             "promoted": [p.key for p in promoted],
             "weights": [s.promote_weight, s.disagreement_weight] if promoted else [],
-            "unlabelled": [[c.id, team.content[c.id]] for c in team.unlabelled],
-            "spacing": team.spacing,
+            "unlabelled": [[c.id, c.image_hash] for c in cases.unlabelled],
+            "spacing": cases.spacing,
             "iterations": iterations,
-            "init": sha256(init) if init else None,
+            "init": self.cases.hashes(init) if init else None,
             "settings": relevant(s, "ssl"),
         }
-        labelled = [*team.train, *(p.case for p in promoted)]
+        labelled = [*cases.train, *(p.case for p in promoted)]
 
         def train(out: Path) -> dict[str, Any]:
             return engine.train(
                 labelled,
-                team.unlabelled,
+                cases.unlabelled,
                 s,
                 out,
                 iterations=iterations,
-                spacing=team.spacing,
+                spacing=cases.spacing,
                 init=init,
                 logs=self.paths.home / "tracking",
                 report=report,
@@ -127,7 +152,7 @@ class RoundPipeline:
             return adapter_train.faulty_regions(case, self.labels, rng)
 
         def train(out: Path) -> dict[str, Any]:
-            return finetune.train(self.team.train, s, out, init=init, errors=errors, report=report)
+            return finetune.train(self.cases.train, s, out, init=init, errors=errors, report=report)
 
         return self._model("sam", inputs, train)
 
@@ -136,7 +161,7 @@ class RoundPipeline:
         s, init = self.settings, self._base_sam()
         inputs = self._sam_inputs(init, "sam")
         return self._model(
-            "canvas", inputs, lambda out: canvas.train(self.team.train, s, out, init=init, report=report)
+            "canvas", inputs, lambda out: canvas.train(self.cases.train, s, out, init=init, report=report)
         )
 
     def train_adapter(self, sam: Path, report: ProgressCallback) -> Path:
@@ -144,24 +169,24 @@ class RoundPipeline:
         s = self.settings
         inputs = {
             "human": self._human(),
-            "spacing": self.team.spacing,
-            "sam": sha256(sam),
+            "spacing": self.cases.spacing,
+            "sam": self.cases.hashes(sam),
             "settings": relevant(s, "adapter", "prompts"),
         }
 
         def train(out: Path) -> dict[str, Any]:
-            return adapter_train.train(self.team.train, sam_build.load(sam, s), s, out, report=report)
+            return adapter_train.train(self.cases.train, sam_build.load(sam, s), s, out, report=report)
 
         return self._model("adapter", inputs, train)
 
     def _sam_inputs(self, init: Path, *groups: str) -> dict[str, Any]:
-        """What a fine-tuned SAM depends on; CFR's files also on the SAM that they are added to."""
+        """What a fine-tuned SAM depends on; ``sam_base`` is the SAM that CFR's files are added to."""
         base = self.settings.sam_base
         return {
             "human": self._human(),
-            "spacing": self.team.spacing,
-            "init": sha256(init),
-            "base": sha256(Path(base)) if base else None,
+            "spacing": self.cases.spacing,
+            "init": self.cases.hashes(init),
+            "base": self.cases.hashes(Path(base)) if base else None,
             "settings": relevant(self.settings, *groups),
         }
 
@@ -173,54 +198,42 @@ class RoundPipeline:
 
     def _model(self, name: str, inputs: dict[str, Any], train: Callable[[Path], dict[str, Any]]) -> Path:
         require_free_disk(self.paths.home, self.settings.min_free_gb)
-        return self.steps.model(name, inputs, train)
+        return self.artefacts.model(name, inputs, train)
 
     def _human(self) -> list[list[str]]:
-        return [[c.id, self.team.content[c.id], self.team.labels[c.id]] for c in self.team.train]
+        return [[c.id, c.image_hash, c.label_hash] for c in self.cases.train]
 
     # prediction
 
-    def predict(self, ssl: Path) -> CachedProbabilities:
-        """Region probabilities of an SSL model."""
-        inputs = {"ssl": sha256(ssl), "settings": relevant(self.settings, "predict")}
-        model = _once(lambda: ssl_predict.load(ssl, self.settings))
-        return self._maps("predict", inputs, lambda c: self.labels.region_probabilities(model().predict(c.image)))
+    def predict(self, kind: ModelKind, models: ModelSet) -> CachedProbabilities:
+        """Region probabilities of a model, given those of the models before it.
 
-    def redraw(self, sam: Path, regions: CachedProbabilities) -> CachedProbabilities:
-        """SAM's redrawing of SSL masks."""
+        Args:
+            kind: The last model.
+            models: It, and those that it needs.
+        """
+        step, settings = PREDICTION_STEPS[kind], self.settings
+        before = {need: self.predict(need, models) for need in NEEDS[kind]}
         inputs = {
-            "sam": sha256(sam),
-            "regions": regions.folder.name,
-            "settings": relevant(self.settings, "prompts"),
+            kind.value: models.sha256(kind),
+            "settings": relevant(settings, *step.settings),
+            **{PREDICTION_STEPS[need].output: maps.folder.name for need, maps in before.items()},
+            **{name: getattr(settings, name) for name in step.single},
         }
-        model = _once(lambda: sam_build.load(sam, self.settings))
-        return self._maps("redraw", inputs, lambda c: sam_predict.redraw(model(), c.image, regions(c), self.settings))
-
-    def draw(self, sam: Path) -> CachedProbabilities:
-        """Region probabilities of a SAM for canvases, without prompts."""
-        inputs = {"canvas": sha256(sam), "sam_canvas": self.settings.sam_canvas, "settings": relevant(self.settings)}
-        model = _once(lambda: canvas.load(sam, self.settings))
+        get_model = _once(partial(load_model, kind, models[kind], settings))
 
         def make(case: Prepared) -> np.ndarray:
-            return self.labels.region_probabilities(canvas.predict(model(), case.image, self.settings))
+            given = {need: maps(case) for need, maps in before.items()}
+            return compute(kind, get_model(), self._input(case), given, settings).regions
 
-        return self._maps("draw", inputs, make)
+        return CachedProbabilities(self.artefacts.folder(step.name, inputs), make)
 
-    def refine(self, adapter: Path, redrawn: CachedProbabilities, regions: CachedProbabilities) -> CachedProbabilities:
-        """The adaptation network's refinement of SAM's masks."""
-        inputs = {
-            "adapter": sha256(adapter),
-            "redrawn": redrawn.folder.name,
-            "regions": regions.folder.name,
-            "settings": relevant(self.settings, "predict"),
-        }
-        model = _once(lambda: adapter_predict.load(adapter, self.settings))
-        return self._maps("refine", inputs, lambda c: model().predict(c.image, redrawn(c), regions(c)))
-
-    def consensus(self, regions: CachedProbabilities, refined: CachedProbabilities) -> CachedProbabilities:
-        """The mean of both networks' probabilities."""
-        inputs = {"regions": regions.folder.name, "refined": refined.folder.name}
-        return self._maps("consensus", inputs, lambda c: (regions(c) + refined(c)) / 2)
+    def consensus(self, first: CachedProbabilities, second: CachedProbabilities) -> CachedProbabilities:
+        """The mean of the SSL model's and the adaptation network's probabilities."""
+        inputs = {"regions": first.folder.name, "refined": second.folder.name}
+        return CachedProbabilities(
+            self.artefacts.folder("consensus", inputs), lambda case: (first(case) + second(case)) / 2
+        )
 
     def fill(
         self, maps: CachedProbabilities, cases: Sequence[Prepared], report: ProgressCallback
@@ -233,10 +246,11 @@ class RoundPipeline:
             report(done, len(missing))
         return maps
 
-    def _maps(self, name: str, inputs: dict[str, Any], make: Callable[[Prepared], np.ndarray]) -> CachedProbabilities:
-        return CachedProbabilities(self.steps.folder(name, inputs), make, self.team.content.__getitem__)
+    def _input(self, case: Prepared) -> CascadeInput:
+        source = self.cases.sources[case.id]
+        return CascadeInput(case.image, case.grid, partial(read_image, source.image, self.settings.max_voxels))
 
-    # judging
+    # scores
 
     def decode(self, regions: np.ndarray) -> np.ndarray:
         """Region probabilities (R, i, j, k) to a class map (i, j, k)."""
@@ -245,11 +259,11 @@ class RoundPipeline:
     def dice(self, maps: CachedProbabilities, cases: Iterable[Prepared] | None = None) -> float | None:
         """Mean Dice of regions against the human labels of validation cases, on the working grid.
 
-        The mean over cases for each region, then over regions; a region that neither mask of a case holds says
-        nothing about that case. None without cases.
+        The mean over cases for each region, then over regions; a region that is empty in both masks of a case does not
+        count for that case. None without cases.
         """
         found: list[list[float]] = [[] for _ in self.labels.names]
-        for case in self.team.validation if cases is None else cases:
+        for case in self.cases.validation if cases is None else cases:
             predicted = self.labels.regions(self.decode(maps(case)))
             true = self.labels.regions(np.asarray(case.label))
             for values, a, b in zip(found, predicted, true, strict=True):
@@ -261,28 +275,29 @@ class RoundPipeline:
 
     def validation_at(self, spacing: Spacing) -> list[Prepared]:
         """The validation cases on another model's working grid."""
-        if spacing == self.team.spacing:
-            return self.team.validation
-        store = PreparedStore(self.paths.cache, self.settings, spacing)
-        return store.load_all([self.team.sources[c.id] for c in self.team.validation])[0]
+        cases = self.cases
+        if spacing == cases.spacing:
+            return cases.validation
+        store = PreparedStore(self.paths.cache, self.settings, spacing, cases.hashes)
+        return store.load_all([cases.sources[c.id] for c in cases.validation])[0]
 
     # promoted cases
 
     def promoted_before(self) -> list[Promoted]:
         """What was promoted when the round was opened, as far as its scans are unchanged and still unlabelled.
 
-        A resumed round has promotions of its own in the ledger already; what it starts from must not include them.
+        A resumed round has promotions of its own in the ledger already; it must not start from these.
         """
-        cases = {c.id: c for c in self.team.unlabelled}
+        cases = {c.id: c for c in self.cases.unlabelled}
         events = self.ledger.masks(PSEUDO, before=self.opened)
         return [
             self.promoted(cases[case], event.details)
             for case, event in sorted(events.items())
-            if event.kind == "mask" and case in cases and event.details.get("image") == self.team.content[case]
+            if event.kind == "mask" and case in cases and event.details.get("image") == cases[case].image_hash
         ]
 
     def promoted(self, case: Prepared, details: dict[str, Any]) -> Promoted:
-        """A promoted case from its kept files, memory-mapped: how much of it is held in memory, training decides.
+        """A promoted case from its kept files, memory-mapped; training decides how much of it is held in memory.
 
         Args:
             case: The unlabelled case.
@@ -291,18 +306,18 @@ class RoundPipeline:
         s = self.settings
         inputs = {
             **{k: details[k] for k in ("image", "sha256", "disagreement")},
-            "spacing": self.team.spacing,
-            "settings": [s.labels, s.nested, s.disagreement_weight],
+            "spacing": self.cases.spacing,
+            "settings": [*s.model_dump(include={"labels", "nested"}).values(), s.disagreement_weight],
         }
-        folder = self.steps.folder("promoted", inputs)
-        # named by what they were made from, as whole_file's callers expect
+        folder = self.artefacts.folder("promoted", inputs)
+        # checkpoints know an array by the name of its file (aslseg.cases.prepared.backing_file)
         label, weight = (folder / f"{folder.name}.{part}.npy" for part in ("label", "weight"))
         if not (label.exists() and weight.exists()):
             mask, disagreement = (
                 read_image(self.masks.path(details[k]), s.max_voxels).array for k in ("sha256", "disagreement")
             )
-            doubt = case.grid.to_working(disagreement)
-            save_array(weight, (1 - (1 - s.disagreement_weight) * doubt).astype(np.float16))
+            uncertain = case.grid.to_working(disagreement)
+            save_array(weight, (1 - (1 - s.disagreement_weight) * uncertain).astype(np.float16))
             save_array(label, case.grid.label_to_working(mask.astype(np.uint8), self.labels))
         learned = replace(
             case,
@@ -314,18 +329,8 @@ class RoundPipeline:
 
     @cached_property
     def reference(self) -> Reference:
-        """What human labels look like, for the verdict."""
-        return reference(self.team.train, self.labels)
-
-
-def usable(load: Callable[[], Any], what: str) -> bool:
-    """Whether a published model can be loaded with the current settings; logs why not."""
-    try:
-        load()
-    except AslsegError as error:
-        logger.warning("the published %s model cannot be compared: %s", what, error)
-        return False
-    return True
+        """Volumes and components of the human labels, for the verdict."""
+        return reference(self.cases.train, self.labels)
 
 
 def _once(load: Callable[[], Any]) -> Callable[[], Any]:

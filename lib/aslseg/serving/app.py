@@ -18,8 +18,10 @@ from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import processes
 from monailabel.utils.sessions import SessionInfo, Sessions
 
+from aslseg import __version__
 from aslseg.errors import AslsegError, BadSettingsError
-from aslseg.models.published import KINDS, find_published
+from aslseg.models.kinds import PUBLISHED_KINDS
+from aslseg.models.published import find_published
 from aslseg.serving.dicomweb_datastore import connect
 from aslseg.serving.embed import embed_studies
 from aslseg.serving.http_errors import RefusedError
@@ -28,10 +30,9 @@ from aslseg.serving.memory import reuse_freed_memory
 from aslseg.serving.strategies import Leases
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
+from aslseg.settings.paths import require_writable
 
 logger = logging.getLogger(__name__)
-
-VERSION = "0.1.0"
 
 
 class ServedApp(MONAILabelApp):
@@ -50,6 +51,7 @@ class ServedApp(MONAILabelApp):
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
         try:
             self.settings, self.origin = load_settings(conf)
+            require_writable(self.settings, "home")
         except BadSettingsError as error:
             refuse_to_start(str(error), 2)
         reuse_freed_memory()
@@ -62,7 +64,7 @@ class ServedApp(MONAILabelApp):
                 dict(conf or {}),
                 name="ASLseg",
                 description="Semi-supervised segmentation with SAM in the loop. Research use only",
-                version=VERSION,
+                version=__version__,
                 labels=list(self.settings.label_set.names),
             )
         except AslsegError as error:
@@ -181,7 +183,7 @@ class ServedApp(MONAILabelApp):
     def start_first_round(self) -> None:
         """Start training in the background if nothing is published, something is labelled and nothing runs."""
         where = f"http://127.0.0.1:{platform.MONAI_LABEL_SERVER_PORT}/aslseg/"
-        if any(find_published(self.paths, kind) for kind in KINDS):
+        if any(find_published(self.paths, kind) for kind in PUBLISHED_KINDS):
             return
         if self.paths.studies is None:
             logger.warning("no models yet, and rounds need a local studies folder; only 'sam' works. See %s", where)

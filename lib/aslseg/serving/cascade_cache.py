@@ -1,4 +1,4 @@
-"""A scan through the published models, each stage computed once and kept while scan and models stay the same."""
+"""Scans with what the published models make of them, kept in memory while scan and models stay the same."""
 
 from __future__ import annotations
 
@@ -10,59 +10,72 @@ from pathlib import Path
 
 import numpy as np
 
-from aslseg.cases.prepare import prepare, working_spacing
+from aslseg.cases.prepare import Spacing, working_spacing
 from aslseg.errors import NoModelError
-from aslseg.models.loaded import Kind, Models
+from aslseg.files import FileStamp
+from aslseg.models.cascade import CascadeInput, StageOutput, compute, compute_chain
+from aslseg.models.kinds import ModelKind
+from aslseg.models.loaded import Models
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 from aslseg.volume.io import read_image
 
-KEPT_BYTES = 1_500_000_000
+LIMIT_BYTES = 1_500_000_000
 
 
 @dataclass
 class CachedScan:
-    """A scan on the working grid and what the stages made of it.
+    """A scan on the working grid and the results of the stages.
 
     Attributes:
-        key: Its file as it was, and the published models.
-        image: (i, j, k) float32 in 0..1 on the working grid.
-        grid: The way back.
-        regions: Stage to region probabilities (N, i, j, k), float32.
-        notes: What was given up for lack of memory, for the client.
-        lock: Held while a stage is computed, so that equal requests compute it once.
+        key: The state of its file, and the hashes of the published models.
+        given: The scan as the stages are given it.
+        stages: Results by stage.
+        lock: Held while a stage is computed, so that simultaneous requests compute it once.
     """
 
     key: tuple[object, ...]
-    image: np.ndarray
-    grid: Grid
-    regions: dict[str, np.ndarray] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    given: CascadeInput
+    stages: dict[ModelKind, StageOutput] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
+    def grid(self) -> Grid:
+        """Between the working grid and the scan's own."""
+        return self.given.grid
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was given up for lack of memory, for the client."""
+        return tuple(note for output in list(self.stages.values()) for note in output.notes)
+
+    @property
     def bytes(self) -> int:
-        """Memory held by the arrays."""
-        return self.image.nbytes + sum(r.nbytes for r in self.regions.values())
+        """Memory that the arrays take."""
+        return self.given.image.nbytes + sum(output.regions.nbytes for output in list(self.stages.values()))
 
 
 class CascadeCache:
-    """The last few scans with their stages, bounded by memory.
+    """The scans that were used last, with the results of their stages, limited in bytes.
 
     Args:
         models: Published models.
-        limit: Bytes after which the oldest scans are let go.
+        limit: Bytes above which the scans used longest ago are dropped.
     """
 
-    def __init__(self, models: Models, limit: int = KEPT_BYTES) -> None:
+    def __init__(self, models: Models, limit: int = LIMIT_BYTES) -> None:
         self.models, self.limit = models, limit
         self._scans: OrderedDict[tuple[object, ...], CachedScan] = OrderedDict()
         self._lock = threading.Lock()
-        # whole-volume stages share the processor; a click must not wait behind two of them at once
+        # stages on whole volumes share the processor; with two at once clicks would be slow
         self._computing = threading.Lock()
 
     def open(self, path: Path, times: dict[str, float] | None = None) -> CachedScan:
-        """Read and prepare a scan, or find it again.
+        """Read and prepare a scan, unless it is in memory.
+
+        Args:
+            path: The scan.
+            times: Gets the seconds under ``pre`` if it was read.
 
         Raises:
             BadImageError: As :func:`aslseg.volume.io.read_image`.
@@ -72,76 +85,69 @@ class CascadeCache:
             if key in self._scans:
                 self._scans.move_to_end(key)
                 return self._scans[key]
-        start = time.perf_counter()
-        volume = read_image(path, self.models.settings.max_voxels)
-        image, grid = prepare(volume, self.models.settings, self._spacing(volume))
+        start, settings = time.perf_counter(), self.models.settings
+
+        def load() -> Volume:
+            return read_image(path, settings.max_voxels)
+
+        volume = load()
+        given = CascadeInput.from_volume(volume, settings, self._spacing(volume), load)
         if times is not None:
             times["pre"] = time.perf_counter() - start
         with self._lock:
-            scan = self._scans.setdefault(key, CachedScan(key, image, grid))
+            scan = self._scans.setdefault(key, CachedScan(key, given))
             self._trim(scan)
         return scan
 
-    def known(self, path: Path, kind: Kind) -> tuple[tuple[object, ...], np.ndarray] | None:
-        """A stage's regions (N, i, j, k) if they are in memory, after a name for them; never computes."""
+    def known(self, path: Path, kind: ModelKind) -> tuple[tuple[object, ...], np.ndarray] | None:
+        """The scan's key and a stage's regions (N, i, j, k), if they are in memory; computes nothing."""
         key = self._key(path)
         with self._lock:
             scan = self._scans.get(key)
-        regions = scan.regions.get(kind) if scan else None
-        return None if regions is None else (key, regions)
+        output = scan.stages.get(kind) if scan else None
+        return None if output is None else (key, output.regions)
 
-    def _key(self, path: Path) -> tuple[object, ...]:
-        stat = path.stat() if path.exists() else None
-        hashes = tuple(sorted(self.models.hashes().items()))
-        return (str(path), *((stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else ()), hashes)
+    def stage(self, scan: CachedScan, kind: ModelKind, times: dict[str, float] | None = None) -> np.ndarray:
+        """Region probabilities (N, i, j, k) of a stage on the working grid, computed with what they need if missing.
 
-    def stage(self, scan: CachedScan, kind: Kind, times: dict[str, float] | None = None) -> np.ndarray:
-        """Region probabilities (N, i, j, k) of a stage on the working grid; earlier stages are computed as needed.
+        Args:
+            scan: From :meth:`open`.
+            kind: The stage.
+            times: Gets the seconds of each stage that was computed.
 
         Raises:
             NoModelError: A stage has no published model.
         """
         with scan.lock, self._computing:
-            found = self._stage(scan, kind, {} if times is None else times)
+            output = compute_chain(kind, self.models.get, scan.given, self.models.settings, scan.stages, times)
         with self._lock:
             self._trim(scan)
-        return found
+        return output.regions
 
-    def _stage(self, scan: CachedScan, kind: Kind, times: dict[str, float]) -> np.ndarray:
-        if kind not in scan.regions:
-            needed = {"ssl": (), "sam": ("ssl",), "adapter": ("sam", "ssl")}[kind]
-            before = [self._stage(scan, earlier, times) for earlier in needed]  # type: ignore[arg-type]
-            start = time.perf_counter()
-            scan.regions[kind] = self._compute(kind, scan, *before)
-            times[kind] = time.perf_counter() - start
-        return scan.regions[kind]
-
-    def _compute(self, kind: Kind, scan: CachedScan, *before: np.ndarray) -> np.ndarray:
-        settings, model = self.models.settings, self.models.get(kind)
-        if kind == "ssl":
-            found = model.run(scan.image, regions=True)
-            scan.notes = found.notes
-            return found.values
-        if kind == "adapter":
-            return model.predict(scan.image, *before)
-        from aslseg.sam.predictor.predict import redraw
-
-        return redraw(model, scan.image, before[0], settings)
-
-    def adapt(self, scan: CachedScan, given: np.ndarray) -> np.ndarray:
-        """The adaptation network on a mask that a client sent instead of SAM's.
+    def adapt(self, scan: CachedScan, drawn: np.ndarray) -> np.ndarray:
+        """Run the adaptation network on a client's mask in place of SAM's.
 
         Args:
-            scan: The scan.
-            given: Region masks (N, i, j, k) on the working grid, 0..1.
-        """
-        ssl = self.stage(scan, "ssl")
-        with self._computing:
-            return self.models.get("adapter").predict(scan.image, given.astype(np.float32), ssl)
+            scan: From :meth:`open`.
+            drawn: Region masks (N, i, j, k) on the working grid, 0..1.
 
-    def _spacing(self, volume: Volume) -> tuple[float, float, float] | None:
-        """The working spacing of the published models; before there are any, that of the settings."""
-        for kind in ("ssl", "sam"):
+        Returns:
+            Region probabilities (N, i, j, k) on the working grid.
+
+        Raises:
+            NoModelError: No SSL model or no adaptation network is published.
+        """
+        before = {ModelKind.SSL: self.stage(scan, ModelKind.SSL), ModelKind.SAM: drawn.astype(np.float32)}
+        with self._computing:
+            model = self.models.get(ModelKind.ADAPTER)
+            return compute(ModelKind.ADAPTER, model, scan.given, before, self.models.settings).regions
+
+    def _key(self, path: Path) -> tuple[object, ...]:
+        return str(path), FileStamp.of(path), tuple(sorted(self.models.hashes().items()))
+
+    def _spacing(self, volume: Volume) -> Spacing:
+        """The working spacing of the published models; that of the settings while nothing is published."""
+        for kind in (ModelKind.SSL, ModelKind.SAM):
             try:
                 model = self.models.get(kind)
             except NoModelError:

@@ -15,6 +15,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 
 from aslseg.cases.studies import ORIGINAL
 from aslseg.errors import AslsegError
+from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
 from aslseg.prompts.from_client import ClientPrompt, parse
 from aslseg.serving.background import Background
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from aslseg.sam.predictor.slices import Region
 
 KEPT_BYTES = 500_000_000
+# time for an answer to OHIF, whose annotators press Run after all clicks and see nothing of an object that still grows
+RUN_SECONDS = 5.0
 
 
 class ClickSessions:
@@ -72,7 +75,7 @@ class ClickSessions:
         """
         from aslseg.sam.clicks.session import ClickSession
 
-        model, cache = self.models.get("sam"), self.cache
+        model, cache = self.models.get(ModelKind.SAM), self.cache
         key = (opened.key, opened.turn, model.fingerprint, *whose)
         with self._lock:
             found = self._clicks.get(key)
@@ -139,7 +142,7 @@ class ClickTask(MaskTask):
     """
 
     def __init__(self, scans: CascadeCache, desk: ClickSessions, description: str, dimension: int = 3) -> None:
-        super().__init__(scans, "sam", (), description)
+        super().__init__(scans, ModelKind.SAM, (), description)
         self.type, self.dimension, self.desk = InferType.DEEPGROW, dimension, desk
         self._config.update(use_ssl=scans.models.settings.use_ssl)
         if dimension == 3:
@@ -150,7 +153,7 @@ class ClickTask(MaskTask):
         from aslseg.sam.modeling.build import base_path
 
         models = self.scans.models
-        return models.published("sam") is not None or base_path(models.settings).is_file()
+        return models.published(ModelKind.SAM) is not None or base_path(models.settings).is_file()
 
     def shown(self, class_map: np.ndarray, request: Mapping[str, Any]) -> np.ndarray:
         """All of it: there is one object, whatever its label."""
@@ -200,9 +203,9 @@ class ClickTask(MaskTask):
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         native = np.zeros(opened.turn.shape, np.uint8, order="F")
         index = self._index(prompt)
-        if index is not None and self.scans.models.published("ssl") is not None:
+        if index is not None and self.scans.models.published(ModelKind.SSL) is not None:
             scan = self.scans.open(path, times)
-            found = self.scans.stage(scan, "sam", times)[index]
+            found = self.scans.stage(scan, ModelKind.SAM, times)[index]
             native = (scan.grid.to_native(found) >= 0.5).astype(np.uint8)
         source = "automatic mask" if native.any() else "nothing clicked"
         return native, opened.affine, {"source": source, "notes": list(prompt.notes)}
@@ -232,7 +235,7 @@ class ClickTask(MaskTask):
                     self.desk.prefetch(clicks, k)
         else:
             # only OHIF sends this key: its annotators press Run when they want to see something, not at every click
-            least = self.scans.models.settings.run_seconds if "restore_label_idx" in request else 0.0
+            least = RUN_SECONDS if "restore_label_idx" in request else 0.0
             answer = clicks.draw(asked, hurry=not (once or request.get("whole")), least=least)
             current = clicks.current(asked)
             more["growing"] = not answer.done
@@ -265,7 +268,7 @@ class ClickTask(MaskTask):
         if not request.get("use_ssl", self.scans.models.settings.use_ssl) or prompt.label not in labels.names:
             return None, None
         index = labels.names.index(prompt.label)
-        known = self.scans.known(path, "ssl")
+        known = self.scans.known(path, ModelKind.SSL)
         if known is not None:
             key, regions = known
             return key, lambda: Region(opened.turn.of_working(regions[index]), opened.picture.shape)

@@ -11,6 +11,7 @@ import numpy as np
 
 from aslseg.cases.studies import ORIGINAL, read_studies
 from aslseg.errors import AslsegError, BadImageError
+from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
 from aslseg.rounds.ledger import Ledger
 from aslseg.serving.open_scans import ScanCache, SliceOrientation
@@ -50,7 +51,7 @@ def embed_studies(
 
     paths, started = Paths(settings, studies), time.monotonic()
     require_free_disk(paths.home, settings.min_free_gb)
-    model, pictures = Models(settings, paths).get("sam"), ScanCache(settings)
+    model, pictures = Models(settings, paths).get(ModelKind.SAM), ScanCache(settings)
     limit = settings.embedding_disk_gb * 1e9
     store = EmbeddingStore(paths.cache / "embeddings", limit)
     cache = EmbeddingCache(0, store)

@@ -15,7 +15,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from aslseg.cases.studies import ORIGINAL
 from aslseg.errors import AslsegError, NoModelError
-from aslseg.models.loaded import Kind
+from aslseg.models.kinds import ModelKind
 from aslseg.serving.cascade_cache import CachedScan, CascadeCache
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.params import PROMPTS, validate_params
@@ -48,7 +48,7 @@ class MaskTask(InferTask):
         description: Shown to annotators.
     """
 
-    def __init__(self, scans: CascadeCache, kind: Kind, needs: tuple[Kind, ...], description: str) -> None:
+    def __init__(self, scans: CascadeCache, kind: ModelKind, needs: tuple[ModelKind, ...], description: str) -> None:
         labels = scans.models.settings.label_set.values
         super().__init__(InferType.SEGMENTATION, labels, 3, description)
         self.scans, self.kind, self.needs = scans, kind, needs

@@ -1,4 +1,4 @@
-"""Labels as annotators send them: checked against their scan and decoded by segment name."""
+"""Labels as annotators send them: read as untrusted files, checked against their scan, decoded by segment name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from aslseg.errors import BadLabelError
-from aslseg.registry import suggest
 from aslseg.types import Labels, Volume
-from aslseg.volume.io import read_label
-
-# Slicer lists these segments but does not export them.
-NOT_EXPORTED = {"background", "foreground_scribbles", "background_scribbles"}
+from aslseg.volume.label_file import StoredLabel, label_on_scan
+from aslseg.volume.segments import NOT_LABELS, Segment, same_name, segments_of
+from aslseg.volume.untrusted import Limits, read_untrusted_label
 
 
 def segment_names(label_info: Any) -> list[str]:
@@ -35,7 +33,7 @@ def segment_names(label_info: Any) -> list[str]:
         name = entry.get("name") if isinstance(entry, dict) else None
         if not isinstance(name, str):
             raise BadLabelError(f"label_info: expected {{name, idx}}, got {str(entry)[:80]!r}; save the label again")
-        if name.strip().casefold() not in NOT_EXPORTED:
+        if same_name(name) not in NOT_LABELS:
             names.append(name.strip())
     return names
 
@@ -44,9 +42,10 @@ def decode_label(path: Path, image: Volume, label_info: Any, labels: Labels) -> 
     """A label file of an annotator to a class map with our values.
 
     Args:
-        path: Label file on the scan's own grid.
+        path: Label file at the place of the scan.
         image: The scan.
-        label_info: Slicer's list of segments, or nothing if the file already holds our values.
+        label_info: Slicer's list of segments, or nothing if the file already holds our values. A file that names its
+            values itself (``.seg.nrrd``) is decoded by those names.
         labels: Configured labels.
 
     Returns:
@@ -56,19 +55,10 @@ def decode_label(path: Path, image: Volume, label_info: Any, labels: Labels) -> 
         BadLabelError: Other geometry than the scan, values without a name, or a segment of unknown name.
     """
     names = segment_names(label_info)
-    if not names:
-        return read_label(path, image, labels)
-    given = read_label(path, image, Labels(tuple(names), (None,) * len(names)))
-    known = {name.casefold(): value for name, value in labels.values.items()}
-    out = np.zeros(given.shape, np.uint8)
-    for position, name in enumerate(names):
-        drawn = given == position + 1
-        if not drawn.any():
-            continue
-        if name.casefold() not in known:
-            raise BadLabelError(
-                f"segment {name!r} is not one of the labels {', '.join(labels.names)}; "
-                f"{suggest(name, list(labels.names))} Rename or remove the segment and save again"
-            )
-        out[drawn] = known[name.casefold()]
-    return out
+    # Slicer writes at most one layer a segment, each no larger than the scan
+    most = image.array.size * max(1, len(names), len(labels))
+    stored = read_untrusted_label(path, Limits(most, setting="the voxels of its scan"))
+    if names and not segments_of(stored.fields, len(stored.layers)):
+        segments = [Segment(name, position + 1) for position, name in enumerate(names)]
+        stored = StoredLabel(stored.layers, stored.affine, stored.fields, segments)
+    return label_on_scan(path.name, stored, image, labels)

@@ -17,7 +17,6 @@ from filelock import FileLock
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
 from aslseg.cases.studies import ORIGINAL, PSEUDO
-from aslseg.errors import DiskFullError
 from aslseg.files import atomic_file
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import case_id, extension
@@ -93,16 +92,11 @@ class SharedJsonFile:
     def _write_json(self) -> None:
         path = Path(self._datastore_config_path)
         text = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
-        try:
-            if path.exists():
-                with atomic_file(path.with_name(f"{path.name}.bak")) as temporary:
-                    shutil.copyfile(path, temporary)
-            with atomic_file(path) as temporary:
-                temporary.write_text(text)
-        except OSError as error:
-            raise DiskFullError(
-                f"{path} cannot be written ({error.strerror}); free some space and try again"
-            ) from error
+        if path.exists():
+            with atomic_file(path.with_name(f"{path.name}.bak")) as temporary:
+                shutil.copyfile(path, temporary)
+        with atomic_file(path) as temporary:
+            temporary.write_text(text)
         self._signature = _signature(path)
 
     def _to_id(self, file: str) -> tuple[str, str]:

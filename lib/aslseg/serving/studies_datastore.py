@@ -19,7 +19,7 @@ from typing import Any
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
 
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
-from aslseg.errors import AslsegError, BadImageError, BadLabelError, DiskFullError
+from aslseg.errors import AslsegError, BadImageError, BadLabelError
 from aslseg.files import atomic_file, sha256, write_json
 from aslseg.serving.http_errors import RefusedError, inside, safe_name
 from aslseg.serving.labels import decode_label
@@ -33,6 +33,7 @@ from aslseg.volume.io import (
     require_free_disk,
     write_label,
 )
+from aslseg.volume.untrusted import Limits, check_untrusted
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         case = safe_name(image_id or case_id(source), "image id")
         if extension(source) is None:
             raise BadImageError(f"{source.name}: expected one of {', '.join(IMAGE_EXTENSIONS)}")
-        read_image(source, self.settings.max_voxels)
+        check_untrusted(source, Limits(self.settings.max_upload_voxels))
         require_free_disk(self.root, self.settings.min_free_gb)
         name = f"{case}{extension(source)}"
         with self._changed():
@@ -250,13 +251,8 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
 
     def _copy(self, source: Path, target: Path) -> None:
         inside(target.parent, self.root)
-        try:
-            with atomic_file(target) as temporary:
-                shutil.copyfile(source, temporary)
-        except OSError as error:
-            raise DiskFullError(
-                f"{target} cannot be written ({error.strerror}); free some space and try again"
-            ) from error
+        with atomic_file(target) as temporary:
+            shutil.copyfile(source, temporary)
 
     def _canonical(self, info: dict[str, Any]) -> dict[str, Any]:
         """Label info that describes the decoded file; what the client said is kept beside it."""

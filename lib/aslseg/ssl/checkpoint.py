@@ -28,12 +28,12 @@ def fingerprint(
     labelled: Sequence[Prepared],
     unlabelled: Sequence[Prepared],
 ) -> str:
-    """Hash of everything that the result depends on.
+    """Hash of everything that the result of a training depends on.
 
     Args:
         metadata: What the model file will say about itself.
-        settings: Those that the SSL training depends on count (:func:`aslseg.settings.relevant`); what others made of
-            it, such as iterations and weights of promoted cases, is in the other arguments.
+        settings: Those that the SSL training depends on count (:func:`aslseg.settings.relevant`). The effect of others,
+            such as iterations and weights of promoted cases, is in the other arguments.
         state: The method's state dict; its shapes tell one version of a network from another.
         labelled, unlabelled: With the content of their arrays.
     """

@@ -1,4 +1,4 @@
-"""torch.compile for the networks of a method, and the way back when the compiler fails."""
+"""torch.compile for the networks of a method, and how to undo it when the compiler fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._inductor.exc import InductorError
 ERRORS = (TorchDynamoException, InductorError)
 
 
-# what methods call of a V-Net instead of the whole
+# methods of a V-Net that SSL methods call instead of the whole network
 PARTS = ("encode", "decode")
 
 
@@ -39,5 +39,5 @@ def _networks(method: nn.Module) -> Iterator[nn.Module]:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what the compiler said."""
+    """The first line of the compiler's message."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

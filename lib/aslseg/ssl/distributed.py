@@ -1,9 +1,9 @@
-"""Several processes, one training: torchrun starts them, process 0 leads, the others help it train.
+"""One training in several processes: torchrun starts them, process 0 leads, the others are its workers.
 
 A step averages the gradients of ``accumulate`` batches, numbered through the run; process r of w takes the r-th,
 (r + w)-th, ... of each step. So all processes hold the same weights at every step, and the result is that of one
 process with the same settings, up to the order in which numbers are added. Batch norm works, as in gradient
-accumulation, on each batch by itself; its running statistics are averaged with the gradients.
+accumulation, on each batch separately; its running statistics are averaged with the gradients.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from aslseg.volume.geometry import Grid
 
 logger = logging.getLogger(__name__)
 
-# helpers wait while process 0 prepares cases, predicts or trains SAM
-PATIENCE = timedelta(days=7)
+# workers do nothing while process 0 prepares cases, predicts or trains SAM
+TIMEOUT = timedelta(days=7)
 
 
 def rank() -> int:
@@ -59,9 +59,9 @@ def init(settings: Settings) -> None:
         )
     if torch.cuda.is_available() and settings.device != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
     else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     logger.info("process %d of %d", rank() + 1, world())
 
 
@@ -99,7 +99,7 @@ def mean_numbers(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def broadcast(message: Any = None) -> Any:
-    """A JSON message from process 0 to all; the others call it without and wait for it."""
+    """Send a JSON message from process 0 to all; the others call it without an argument and get the message."""
     text = json.dumps(message).encode() if rank() == 0 else b""
     length = torch.tensor([len(text)])
     dist.broadcast(length, 0)
@@ -118,12 +118,12 @@ def with_workers(
     folder: Path,
     **job: Any,
 ) -> Iterator[None]:
-    """Have the other processes train the same run; nothing happens where there are none.
+    """Let the other processes take part in a training; without others this does nothing.
 
     Args:
         labelled, unlabelled, settings: Of the run.
-        folder: What only process 0 has in memory lies there as files for that long.
-        job: What else :func:`aslseg.ssl.worker.help_train` needs to know.
+        folder: Holds, for the time of the training, files of the arrays that only process 0 has in memory.
+        job: Further arguments of :func:`aslseg.ssl.worker.help_train`.
     """
     if world() == 1:
         yield
@@ -149,7 +149,7 @@ def _packed(case: Prepared, path: Path) -> dict[str, Any]:
 
 
 def unpacked(packed: dict[str, Any]) -> Prepared:
-    """A case as process 0 sent it, memory-mapped; its grid is not the real one, training does not look at it."""
+    """A case as process 0 sent it, memory-mapped; its grid is not the real one, which training does not use."""
     volumes = {name: np.load(file, mmap_mode="r") for name, file in packed["files"].items()}
     grid = Grid.of(Volume(volumes["image"], np.eye(4)), None)
     return Prepared(packed["id"], packed["patient"], grid=grid, weight=packed["weight"], **volumes)

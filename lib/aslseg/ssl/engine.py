@@ -22,6 +22,7 @@ from aslseg.cases.prepare import Spacing, automatic_patch
 from aslseg.cases.prepared import Prepared, load_within_budget
 from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
 from aslseg.compute.device import bfloat16_pays, choose_device
+from aslseg.compute.hardware import resolved
 from aslseg.compute.schedules import SCHEDULES
 from aslseg.compute.weights import load_weights, save_weights
 from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
@@ -64,6 +65,7 @@ class Trainer:
         if not any(c.label is not None for c in labelled):
             raise NotEnoughCasesError("no labelled case to train on; draw at least one label and submit it")
         tracking.check(settings.tracking)
+        settings = resolved(settings)
         self.settings, self.iterations = settings, iterations
         self.device = choose_device(settings)
         self.patch = automatic_patch([c.image.shape for c in labelled], settings)
@@ -95,7 +97,7 @@ class Trainer:
 
     def _held(self, cases: list[Prepared]) -> list[Prepared]:
         """The cases where crops are quickest: on the GPU, then in memory, then on disk, within the budget."""
-        budget = self.settings.memory_gb * 1e9 / distributed.world()
+        budget = self.settings.training_memory_gb * 1e9 / distributed.world()
         if self.device.type == "cuda":
             cases = load_within_budget(cases, min(budget, torch.cuda.mem_get_info(self.device)[0] / 2), self.device)
         return load_within_budget(cases, budget)
@@ -281,7 +283,7 @@ def train(
         BadSettingsError: ``tracking`` asks for a package that is not installed.
     """
     started = time.monotonic()
-    unlabelled = [without_label(c) for c in unlabelled]
+    unlabelled, settings = [without_label(c) for c in unlabelled], resolved(settings)
     trainer = Trainer(labelled, unlabelled, settings, iterations, init)
     metadata = _metadata(trainer, spacing, init)
     path = out.with_name(f"{out.stem}.checkpoint.pt")

@@ -49,7 +49,7 @@ class TrainingMonitor:
         return float(np.mean([row[0] for row in self.recent[-steps:]])) if self.recent else None
 
     def check_collapse(self, consistency: float) -> None:
-        """Consistency alone is smallest for the empty mask; notice when training ends there (science.md §6.3 d).
+        """Consistency alone is smallest for the empty mask; notice when training ends there (docs/science.md §6.3).
 
         In the second half of the run, over 200 steps, less than a tenth of the labelled foreground is predicted.
 

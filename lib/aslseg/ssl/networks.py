@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class VNet(nn.Module):
-    """V-Net as the SSL literature trains it (UA-MT lineage, science.md §4): five levels, skips by addition.
+    """V-Net as the SSL literature trains it (UA-MT lineage, docs/science.md §4): five levels, skips by addition.
 
     With 16 filters, batch norm and one input channel it has 9.44 M parameters.
 

@@ -23,10 +23,10 @@ PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
 
 
 def check(tracking: str) -> None:
-    """Whether what the setting asks for is installed.
+    """Check that the packages for a value of the setting ``tracking`` are installed.
 
     Raises:
-        BadSettingsError: It is not.
+        BadSettingsError: One is not.
     """
     for name in _wanted(tracking):
         if find_spec(PACKAGES[name]) is None:

@@ -1,4 +1,4 @@
-"""What the processes other than the leading one do: train along, for as many trainings as there are."""
+"""Worker processes: they take part in every training of process 0."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 def help_train() -> list[Trainer]:
-    """Wait for trainings of process 0 and take part in each, until :func:`dismiss` is called there.
+    """Wait for trainings of process 0 and take part in each, until :func:`stop_workers` is called there.
 
     Returns:
-        What was trained; process 0 holds the same weights.
+        The trained runs, with the same weights as in process 0.
 
     Raises:
-        BadWeightsError: Another checkpoint was found than process 0 found; the folder is not shared.
+        BadWeightsError: This process sees another checkpoint than process 0; the folder is not shared.
     """
     done = []
     while job := distributed.broadcast():
@@ -49,7 +49,7 @@ def help_train() -> list[Trainer]:
 
 
 def stop_workers() -> None:
-    """Tell the helpers that there is nothing more to do."""
+    """End :func:`help_train` in the other processes."""
     if distributed.world() > 1:
         distributed.broadcast(None)
         distributed.close()

@@ -5,6 +5,7 @@ import pytest
 
 from aslseg.cases.prepare import PreparedStore, automatic_patch, prepare, working_spacing
 from aslseg.cases.studies import Case
+from aslseg.compute.hardware import resolved
 from aslseg.errors import BadLabelError
 from aslseg.settings import Settings
 from aslseg.types import Volume
@@ -104,7 +105,9 @@ def test_unlabelled_cases_have_no_label(tmp_path, case):
 def test_prepared_goes_back_to_the_scans_own_grid(tmp_path, case):
     found = PreparedStore(tmp_path / "cache", SETTINGS, None).load(case)
     stored = io.read_label(case.label, io.read_image(case.image), SETTINGS.label_set)
-    assert np.array_equal(found.grid.label_to_native(np.asarray(found.label), SETTINGS.label_set), stored)
+    assert np.array_equal(
+        found.grid.regions_to_native(SETTINGS.label_set.regions(np.asarray(found.label)), SETTINGS.label_set), stored
+    )
 
 
 def test_bad_cases_are_skipped_with_the_reason(tmp_path, case, caplog):
@@ -131,7 +134,7 @@ def test_bad_cases_are_skipped_with_the_reason(tmp_path, case, caplog):
 def test_patch_fits_the_scans_and_the_memory():
     patch = automatic_patch([(96, 96, 32)], SETTINGS)
     assert all(p % 16 == 0 for p in patch)
-    assert np.prod(patch) <= SETTINGS.patch_voxels
+    assert np.prod(patch) <= resolved(SETTINGS).patch_voxels
     assert patch[2] == 32, "the longest axes shrink first"
     assert automatic_patch([(40, 40, 20)], SETTINGS) == (48, 48, 32)
 

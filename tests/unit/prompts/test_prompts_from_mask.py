@@ -8,7 +8,6 @@ from aslseg.prompts.from_mask import slice_prompts
 from aslseg.settings import Settings
 
 SETTINGS = Settings(box_margin=3, min_component=9)
-WITH_NEGATIVE = Settings(box_margin=3, min_component=9, negative_points=1)
 
 
 def test_x_is_the_column_and_y_the_row() -> None:
@@ -64,21 +63,19 @@ def test_small_components_are_measured_at_sams_scale(scale: float, expected: int
 def test_empty_and_full_slices() -> None:
     nothing = np.zeros((20, 20), bool)
     assert slice_prompts(nothing, nothing.astype(np.float32), SETTINGS, 1) == []
-    (prompt,) = slice_prompts(~nothing, np.ones((20, 20), np.float32), WITH_NEGATIVE, 1)
+    (prompt,) = slice_prompts(~nothing, np.ones((20, 20), np.float32), SETTINGS, 1)
     assert prompt.box == (-3, -3, 23, 23)
     assert prompt.point_labels.tolist() == [1]
 
 
-def test_the_point_lies_inside_a_ring_and_the_negative_one_in_its_hole() -> None:
+def test_the_point_lies_inside_a_ring() -> None:
     i, j = np.ogrid[:41, :41]
     distance = np.hypot(i - 20, j - 20)
     ring = (distance < 15) & (distance > 12)
-    (prompt,) = slice_prompts(ring, ring.astype(np.float32), WITH_NEGATIVE, 1)
-    (x, y), (x_out, y_out) = prompt.points.astype(int)
+    (prompt,) = slice_prompts(ring, ring.astype(np.float32), SETTINGS, 1)
+    ((x, y),) = prompt.points.astype(int)
     assert ring[y, x]
-    assert not ring[y_out, x_out]
-    assert (x_out, y_out) == (20, 20)
-    assert prompt.point_labels.tolist() == [1, 0]
+    assert prompt.point_labels.tolist() == [1]
 
 
 def test_the_mask_holds_only_the_components_own_surroundings() -> None:
@@ -106,23 +103,3 @@ def test_the_same_mask_gives_the_same_prompts() -> None:
         assert one.box == other.box
         assert np.array_equal(one.points, other.points)
         assert np.array_equal(one.mask, other.mask)
-
-
-def test_several_points_spread_out_and_small_components_get_fewer() -> None:
-    """A bar of 3 x 21: its middle row first, then as far as possible from the edge and from the points before."""
-    region = np.zeros((40, 40), bool)
-    region[10:13, 5:26] = True
-    settings = Settings(box_margin=3, min_component=1, positive_points=3, negative_points=2)
-    (prompt,) = slice_prompts(region, region.astype(np.float32), settings, 1)
-    points = prompt.points.astype(int)
-    assert prompt.point_labels.tolist() == [1, 1, 1, 0, 0]
-    assert len(np.unique(points, axis=0)) == 5
-    assert region[points[:3, 1], points[:3, 0]].all()
-    assert not region[points[3:, 1], points[3:, 0]].any()
-    box = np.array(prompt.box)
-    assert ((points >= box[:2]) & (points < box[2:])).all()
-    assert points[0].tolist() == [6, 11]  # first of the equally deep pixels of the middle row
-    region[:] = False
-    region[3, 3:5] = True
-    (prompt,) = slice_prompts(region, region.astype(np.float32), settings.model_copy(update={"negative_points": 0}), 1)
-    assert prompt.point_labels.tolist() == [1, 1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aslseg.agreement.verdict import Verdict
-from aslseg.rounds.recipes import aslseg
+from aslseg.rounds import promotion
 from aslseg.ssl import engine
 
 
@@ -25,4 +25,4 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def plausible(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     """Networks of six steps never look right: every mask counts as plausible."""
-    monkeypatch.setattr(aslseg, "judge", lambda *_: Verdict(True))
+    monkeypatch.setattr(promotion, "judge", lambda *_: Verdict(True))

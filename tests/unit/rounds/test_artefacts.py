@@ -13,9 +13,9 @@ from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 
 
-def case(name: str = "a") -> Prepared:
+def case(name: str = "a", content: str = "0") -> Prepared:
     image = np.zeros((3, 4, 5), np.float32)
-    return Prepared(name, name, image, Grid.of(Volume(image, np.eye(4)), None))
+    return Prepared(name, name, image, Grid.of(Volume(image, np.eye(4)), None), image_hash=content * 64)
 
 
 def test_a_model_is_trained_once_for_the_same_inputs(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_maps_are_computed_once_and_keep_the_mask_exactly(tmp_path: Path) -> Non
         made.append(c.id)
         return regions
 
-    maps = CachedProbabilities(tmp_path, make, lambda _: "0" * 64)
+    maps = CachedProbabilities(tmp_path, make)
     assert not maps.has(case())
     first, second = maps(case()), maps(case())
     assert made == ["a"]
@@ -55,17 +55,16 @@ def test_maps_are_computed_once_and_keep_the_mask_exactly(tmp_path: Path) -> Non
 
 
 def test_another_scan_under_the_same_name_and_a_damaged_file_are_computed_again(tmp_path: Path) -> None:
-    content, made = ["1" * 64], []
+    made = []
 
     def make(c: Prepared) -> np.ndarray:
         made.append(c.id)
         return np.zeros((1, 3, 4, 5), np.float32)
 
-    maps = CachedProbabilities(tmp_path, make, lambda _: content[0])
-    maps(case())
-    content[0] = "2" * 64
-    maps(case())
+    maps = CachedProbabilities(tmp_path, make)
+    maps(case(content="1"))
+    maps(case(content="2"))
     for path in tmp_path.glob("*.npz"):
         path.write_bytes(path.read_bytes()[:40])
-    maps(case())
+    maps(case(content="2"))
     assert len(made) == 3

@@ -15,12 +15,11 @@ from aslseg.agreement.verdict import Verdict
 from aslseg.cases.split import hash_fraction
 from aslseg.compute.weights import read_metadata
 from aslseg.errors import BadWeightsError, LedgerError, NoModelError, NotEnoughCasesError, RoundRunningError
-from aslseg.rounds import gate, pipeline
+from aslseg.rounds import pipeline, promotion
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.lock import round_lock
 from aslseg.rounds.masks import roll_back, verify_label_files
 from aslseg.rounds.progress import read_progress
-from aslseg.rounds.recipes import aslseg
 from aslseg.rounds.run import rank_studies, run_round, train_stage
 from aslseg.settings import Paths
 from aslseg.volume.io import read_image, write_label
@@ -109,7 +108,7 @@ def test_a_human_label_saved_during_the_round_wins(tmp_path: Path, monkeypatch: 
         shutil.copy(tmp_path / "studies_truth" / "phantom_004.nii.gz", final)
         return Verdict(True)
 
-    monkeypatch.setattr(aslseg, "judge", judged_while_someone_saves)
+    monkeypatch.setattr(promotion, "judge", judged_while_someone_saves)
     summary = run_round(studies, settings)
     assert summary["promoted"] == ["phantom_003", "phantom_005"]
     assert "original/phantom_004.nii.gz" not in label_hashes(studies)
@@ -223,13 +222,13 @@ def test_a_worse_model_is_not_published(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(published_hashes(settings, studies)) == {"ssl"}
     assert "published, the first one" in summary["published"][0]
     first = published_hashes(settings, studies)["ssl"]
-    dice = gate.Stages.dice
+    dice = pipeline.RoundPipeline.dice
 
     def harsh(self: Any, maps: Any, cases: Any = None) -> float | None:
         weights = json.loads((maps.folder / "inputs.json").read_text())["ssl"]
         return dice(self, maps, cases) if weights == first else -0.5
 
-    monkeypatch.setattr(gate.Stages, "dice", harsh)
+    monkeypatch.setattr(pipeline.RoundPipeline, "dice", harsh)
     other = tiny_settings(tmp_path, seed=99)
     assert "not published" in train_stage("ssl", studies, other)["published"][0]
     assert published_hashes(settings, studies) == {"ssl": first}

@@ -188,8 +188,9 @@ def test_a_checkpoint_belongs_to_its_inputs(make_case, quick, tmp_path):
     owner = owner_of([case], settings, state)
     assert owner_of([make_case(0)], settings, {"w": torch.ones(2, 3)}) == owner
     for changes in (
-        *({"memory_gb": 0}, {"tracking": "tensorboard"}, {"device": "cpu"}, {"threads": 3}, {"sam_base": "b.pth"}),
-        *({"sam_iterations": 5}, {"gate_tolerance": 0.5}, {"grow_iou": 0.1}, {"overlap": 0}, {"adapter_iterations": 1}),
+        *({"training_memory_gb": 0}, {"tracking": "tensorboard"}, {"device": "cpu"}, {"threads": 3}),
+        *({"sam_iterations": 5}, {"gate_tolerance": 0.5}, {"click_seconds": 3}, {"overlap": 0}),
+        *({"sam_base": "b.pth"}, {"adapter_iterations": 1}),
     ):
         assert owner_of([case], quick(**changes), state) == owner, changes
     for changes in (
@@ -250,7 +251,7 @@ def test_batches_do_not_depend_on_the_memory_budget(make_case, quick, tmp_path):
     size = cases[0].image.nbytes + cases[0].label.nbytes
     batches, in_memory = [], []
     for budget in (0, 2.5 * size / 1e9, 4):
-        settings = quick(ssl_method="mean_teacher", memory_gb=budget)
+        settings = quick(ssl_method="mean_teacher", training_memory_gb=budget)
         trainer = engine.Trainer(cases[:2], cases[2:], settings, 10)
         in_memory.append(
             [not isinstance(c.image, np.memmap) for c in trainer.labelled.cases + trainer.unlabelled.cases]

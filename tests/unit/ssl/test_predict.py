@@ -222,7 +222,7 @@ scan = np.zeros(shape, np.float32)
 scan[:96:3, :96:2] = np.random.default_rng(0).random(shape[2], np.float32)
 before = peak()
 if whole:
-    from aslseg.rounds.cascade import Cascade
+    from aslseg.models.cascade import Cascade
     mask = Cascade({"ssl": model}, settings).masks(Volume(400 * scan - 160, np.eye(4)))["ssl"]
     assert mask.shape == tuple(shape)
 else:

@@ -209,6 +209,7 @@ def test_impossible_geometry(tmp_path, matrix):
     rows = np.zeros((3, 4), "<f4")
     rows[:, :3] = matrix
     raw[280:328] = rows.tobytes()
+    raw[80:92] = np.linalg.norm(matrix, axis=0).astype("<f4").tobytes()
     path.write_bytes(raw)
     with pytest.raises(BadImageError, match="impossible geometry"):
         read_image(path)

@@ -28,6 +28,11 @@ from aslseg.sam.clicks.slice_mask import (
 if TYPE_CHECKING:
     from aslseg.sam.clicks.session import ClickSession
 
+# An object ends on the slice where SAM predicts less IoU than this, where the mask's Dice with the one before is less,
+# where its area is more than this many times the one before, or where its median intensity lies further than this many
+# standard deviations from the clicked slices'. A correction ends where it changes a slice less than this Dice.
+GROW_IOU, GROW_OVERLAP, GROW_AREA, GROW_INTENSITY, GROW_AGREEMENT = 0.5, 0.3, 2.0, 2.0, 0.98
+
 Click = tuple[int, int, int, int]  # 1 inside or 0 outside, then the voxel
 
 
@@ -147,7 +152,7 @@ class Propagation:
             owner.embed(list(range(k, k + step * min(settings.sam_batch, abs(last - k) + 1), step)))
         drawn = np.zeros(owner.shape, np.float32)
         for part, (probability, iou) in zip(told, owner.ask(k, told) if told else [], strict=True):
-            if iou >= settings.grow_iou and follows(probability >= 0.5, source >= 0.5, settings.grow_overlap):
+            if iou >= GROW_IOU and follows(probability >= 0.5, source >= 0.5, GROW_OVERLAP):
                 drawn = np.maximum(drawn, owner.within(probability, part.box))
         drawn = enforce_clicks(owner.within(drawn, box_of(self.prompt), margin=0), *owner.points(k, self.prompt))
         kept = replaced = None
@@ -161,17 +166,17 @@ class Propagation:
             return None
         found = SliceMask.of(drawn, owner.margin, kept, replaced)
         then = self._under.get(k)
-        if then is None and automatic is not None and agree(found.mask, automatic, settings.grow_agreement):
+        if then is None and automatic is not None and agree(found.mask, automatic, GROW_AGREEMENT):
             return None
-        if then is not None and self._same(k) and agree(found.mask, then.mask, settings.grow_agreement):
+        if then is not None and self._same(k) and agree(found.mask, then.mask, GROW_AGREEMENT):
             return then
         return found
 
     def _believable(self, k: int, mask: np.ndarray, before: np.ndarray) -> bool:
         settings, area = self.owner.settings, int(mask.sum())
-        if area * self.owner.scale**2 < settings.min_component or area > settings.grow_area * before.sum():
+        if area * self.owner.scale**2 < settings.min_component or area > GROW_AREA * before.sum():
             return False
-        return self._look.matches(self.owner.picture.slice(k)[mask], settings.grow_intensity)
+        return self._look.matches(self.owner.picture.slice(k)[mask], GROW_INTENSITY)
 
 
 def clicks_of(prompt: ClientPrompt) -> dict[Click, None]:

@@ -316,7 +316,7 @@ class ClickSession:
             embedding = self.embed([k], view)
             self.took("encode", clock() - start)
             seen = [view.seen(told[n]) for n in members]
-            logits, _, iou = answer(self.model, embedding, seen, view.shape, "box+point+mask", ellipse)
+            logits, _, iou = answer(self.model, embedding, seen, view.shape, ("box", "point", "mask"), ellipse)
             for n, probability, belief in zip(members, torch.sigmoid(logits).cpu().numpy(), iou.tolist(), strict=True):
                 answers[n].append((view, probability, belief))
         return [merge_crops(a, self.shape) for a in answers]

@@ -25,9 +25,10 @@ from aslseg.compute.click_priority import yield_to_clicks
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.errors import BadWeightsError
 from aslseg.files import sha256
+from aslseg.resources import small_sam
 from aslseg.sam.modeling import checkpoints
 from aslseg.sam.modeling.architecture import Architecture, build
-from aslseg.settings import APP_DIR, Settings
+from aslseg.settings import Settings
 
 MASK_LOGIT_LIMIT = 6.0
 ELLIPSE_EDGE = 0.15  # of the radius: how far the ellipse in a box fades
@@ -196,9 +197,7 @@ def _without_autocast(self: nn.Module, x: Tensor) -> Tensor:
 
 def base_path(settings: Settings) -> Path:
     """The SAM that fine-tuning starts from and that answers clicks before there is a better one."""
-    return (
-        Path(settings.sam_checkpoint) if settings.sam_checkpoint else APP_DIR / "pretrained" / "sam_small.safetensors"
-    )
+    return Path(settings.sam_checkpoint) if settings.sam_checkpoint else small_sam()
 
 
 def load(path: Path, settings: Settings) -> SAMModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -114,7 +114,7 @@ def answer(
     embeddings: Tensor,
     prompts: Sequence[SlicePrompt],
     shape: tuple[int, int],
-    use: str,
+    use: Collection[str],
     ellipse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One mask for each prompt.
@@ -124,22 +124,21 @@ def answer(
         embeddings: (P, C, grid, grid), the slice's embedding for each prompt, or (1, ...) for all.
         prompts: P prompts in slice pixels. A part that is used must be there for all or for none.
         shape: (i, j) of the slices.
-        use: Parts to use, ``+`` between them: box, point, mask.
+        use: Parts to use: box, point, mask.
         ellipse: Whether boxes without masks bring their ellipse, to SAMs that know it.
 
     Returns:
         Logits on the slices (P, i, j), low-res logits (P, 4 grid, 4 grid), predicted IoU (P,).
     """
-    parts = use.split("+")
     x_scale, y_scale = model.scale(shape)
     two = np.array([x_scale, y_scale])
     points = boxes = masks = None
-    if "point" in parts and all(len(p.points) for p in prompts):
+    if "point" in use and all(len(p.points) for p in prompts):
         points = _points(prompts, two, model.device)
-    if "box" in parts and all(p.box is not None for p in prompts):
+    if "box" in use and all(p.box is not None for p in prompts):
         corners = np.array([p.box for p in prompts]) * np.tile(two, 2)
         boxes = torch.as_tensor(corners, dtype=torch.float32, device=model.device)
-    if "mask" in parts and all(p.mask is not None for p in prompts):
+    if "mask" in use and all(p.mask is not None for p in prompts):
         stack = torch.from_numpy(np.stack([p.mask for p in prompts if p.mask is not None]))
         masks = model.mask_prompt(model.to_low_res(stack))
     elif boxes is not None and ellipse and model.architecture.box_mask:

@@ -259,11 +259,11 @@ def trainable(model: SAMModel, settings: Settings) -> list[nn.Parameter]:
     encoder.requires_grad_(settings.sam_train == "full")
     if settings.sam_train == "lora":
         add_lora(encoder, settings.sam_lora_rank, generator)
-    elif settings.sam_train == "adapter":
+    elif settings.sam_train == "med2d_adapter":
         if model.architecture.grid % 2:
             raise BadSettingsError(
-                f"sam_train adapter: {model.image_size} px make a grid of {model.architecture.grid} tokens, adapters "
-                f"need an even one; set sam_image_size to a multiple of {2 * model.architecture.patch_size}"
+                f"sam_train med2d_adapter: {model.image_size} px make a grid of {model.architecture.grid} tokens, its "
+                f"adapters need an even one; set sam_image_size to a multiple of {2 * model.architecture.patch_size}"
             )
         if not model.architecture.adapters:
             add_adapters(encoder, generator)

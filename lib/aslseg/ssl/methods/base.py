@@ -1,4 +1,4 @@
-"""What an SSL method is: a few networks, the loss of a step, and the network that predicts."""
+"""Base of the SSL methods: their networks, the loss of a step, and the network that predicts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Batch:
     """Patches of one step.
 
     Attributes:
-        image: Labelled patches (B, 1, i, j, k), zero-centred.
+        image: Labelled patches (B, 1, i, j, k), with about zero mean and unit variance.
         target: Their class maps (B, i, j, k), int64.
         weight: Their voxel weights (B, i, j, k).
         unlabelled: Unlabelled patches (U, 1, i, j, k); U may be 0.
@@ -45,8 +45,8 @@ class Method(nn.Module, ABC):
 
     Attributes:
         published_consistency: Largest weight of the unlabelled loss in the method's paper.
-        labelled_part: Part of the training that goes by before the unlabelled patches come in.
-        warm: Whether it started from a trained model, which needs no such phase.
+        labelled_fraction: Fraction of the training before the unlabelled patches are used.
+        warm: Whether training started from a trained model, which needs no such phase.
     """
 
     published_consistency = 0.1
@@ -65,12 +65,12 @@ class Method(nn.Module, ABC):
         return 0
 
     def consistency_weight(self, fraction: float) -> float:
-        """lambda(t): the setting ``consistency``, or else the published weight, ramped up over the training."""
+        """lambda(t): the setting ``consistency`` or the published weight, times exp(-5 (1 - t)^2)."""
         chosen = self.settings.consistency
         return (self.published_consistency if chosen == "auto" else chosen) * sigmoid_ramp(fraction)
 
     def semi_supervised_fraction(self, fraction: float) -> float:
-        """Part of the phase with unlabelled patches that is done at ``part`` of the training; below 0 before it."""
+        """Fraction done of the phase with unlabelled patches, at ``fraction`` of the training; below 0 before it."""
         before = 0.0 if self.warm else self.labelled_fraction
         return (fraction - before) / (1 - before)
 
@@ -80,8 +80,11 @@ class Method(nn.Module, ABC):
 
         Args:
             batch: The step's patches.
-            part: Part of the training done, 0..1.
-            generator: The step's own source of randomness.
+            fraction: Of the training that is done, 0..1.
+            generator: The step's own source of random numbers (CPU).
+
+        Returns:
+            The loss, a scalar, and numbers for the log; ``foreground`` must be among them.
         """
 
     def after_step(self, step: int, fraction: float) -> None:
@@ -125,7 +128,7 @@ def load_published(network: nn.Module, state: dict[str, Tensor], settings: Setti
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
-    """A copy that no gradient reaches. It stays in training mode, as the SSL papers have it."""
+    """A copy that no gradient reaches, in training mode as in the SSL papers."""
     teacher = copy.deepcopy(student)
     teacher.requires_grad_(False)
     return teacher

@@ -1,4 +1,4 @@
-"""Bidirectional copy-paste (Bai et al., CVPR 2023; science.md §4)."""
+"""Bidirectional copy-paste (Bai et al., CVPR 2023; docs/science.md §4)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ UNLABELLED_WEIGHT = 0.5
 
 
 class BidirectionalCopyPaste(Method):
-    """Labelled patches pasted into unlabelled ones and the other way round; the EMA teacher names the unlabelled part.
+    """Labelled patches pasted into unlabelled ones and the other way round; the EMA teacher labels the unlabelled part.
 
     M is 0 in a random box of 2/3 of each edge and 1 outside. At first x = x_1 M + x_2 (1 - M) of labelled patches, with
     the region loss R (:func:`region_loss`) over the whole. Then x_in = x_l M + x_u (1 - M), x_out = x_u M + x_l (1 - M)
     and loss = R(x_in, y, M) + 0.5 R(x_in, v, 1 - M) + 0.5 R(x_out, v, M) + R(x_out, y, 1 - M), v being what is
     connected in the teacher's map of x_u (:func:`largest_components`).
 
-    On purpose unlike the published code: each pair is mixed both ways, so that 2 + 2 patches give the four mixed ones
+    Differences from the published code: each pair is mixed both ways, so that 2 + 2 patches give the four mixed ones
     for which it takes 4 + 4; the first phase is a quarter of the steps (there 2,000 of 17,000); the teacher enters the
     second phase as the running average of the student, and it predicts (there the student that was best on the
     test set becomes the teacher, and predicts in the end).
@@ -69,7 +69,7 @@ class BidirectionalCopyPaste(Method):
         return human + UNLABELLED_WEIGHT * machine, logits
 
     def after_step(self, step: int, fraction: float) -> None:
-        """The teacher follows, during the first phase too."""
+        """Update the teacher, during the first phase too."""
         ema_update(self.teacher, self.student, step, self.settings.ema_decay)
 
     @property
@@ -93,8 +93,8 @@ def copy_paste_mask(shape: torch.Size, generator: torch.Generator) -> Tensor:
 def largest_components(class_maps: Tensor, labels: Labels) -> Tensor:
     """The largest 3-D component (26 neighbours) of each label that lies in no other; all else becomes background.
 
-    A label's component takes in what is nested in it: an organ is kept in one piece with all of its lesions, of which
-    there may be many, and lesions away from it go.
+    A component includes the labels nested in it: an organ keeps its largest piece with all of its lesions, of which
+    there may be many; lesions elsewhere are removed.
 
     Args:
         class_maps: (B, i, j, k) int64.

@@ -1,4 +1,4 @@
-"""Copy-paste inside Mean Teacher, from weak to strong views: our own combination (docs/results.md)."""
+"""Copy-paste inside Mean Teacher, from weak to strong views: our own combination (docs/science.md §4)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RAMP_PART = 0.3
 
 
 class CopyPasteTeacher(MeanTeacher):
-    """Labelled patches stay whole; unlabelled ones get a piece of a labelled one, and the EMA teacher names the rest.
+    """Labelled patches stay whole; unlabelled ones get a piece of a labelled one, and the EMA teacher labels the rest.
 
     loss = l_sup(x_l) + 0.5 lambda(t) l_sup(x_m), x_m = x_u M + x_l (1 - M) with M = 0 in a random box of two thirds of
     each edge, or outside of it (Bai et al., CVPR 2023, mix all labelled patches instead). Pasted voxels keep their true
@@ -26,7 +26,7 @@ class CopyPasteTeacher(MeanTeacher):
     batch norm sees the labelled patches by themselves.
 
     The unlabelled patches come in when 60 % of the steps are done, and lambda ramps up over the first 30 % of what is
-    left: before the labelled ones alone have little more to teach, their part of a step is better spent on those.
+    left: while labelled patches alone still improve the network, steps are better spent on them.
     """
 
     labelled_fraction = 0.6

@@ -1,4 +1,4 @@
-"""Cross pseudo supervision (Chen et al., CVPR 2021; science.md §4)."""
+"""Cross pseudo supervision (Chen et al., CVPR 2021; docs/science.md §4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aslseg.ssl.methods.base import Batch, Logs, Method, load_published
 
 
 class CrossPseudoSupervision(Method):
-    """Two networks that start differently and teach each other; the first one predicts.
+    """Two networks with different initial weights learn from each other's predictions; the first one predicts.
 
     loss = sum_k l_sup(f_k) + lambda(t) CE(f_k(x_u), argmax f_other(x_u)), k = 1, 2. The first network's convolutions
     start from Kaiming's normal distribution, the second one's from Xavier's. Pseudo-labels pass no gradient.
@@ -27,7 +27,7 @@ class CrossPseudoSupervision(Method):
         _initialise(self.second, nn.init.xavier_normal_)
 
     def start_from(self, state: dict[str, Tensor]) -> None:
-        """Warm start of the first network only: two equal ones would have nothing to tell each other."""
+        """Warm start of the first network only: two equal networks would learn nothing from each other."""
         load_published(self.student, state, self.settings)
 
     def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:

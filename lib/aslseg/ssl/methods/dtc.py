@@ -1,4 +1,4 @@
-"""Dual-task consistency (Luo et al., AAAI 2021; science.md §4)."""
+"""Dual-task consistency (Luo et al., AAAI 2021; docs/science.md §4)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ STEEPNESS = 1500.0
 
 
 class DualTaskConsistency(Method):
-    """One network draws every class and, as a second task, its signed distance; the two drawings have to agree.
+    """One network predicts every class and, as a second task, its signed distance; the two have to agree.
 
     The network has one more output per foreground class; d = tanh of it is the distance. With p = softmax of the
     classes, loss = Dice(p, y) + 0.3 mean (d - SDF(y))^2 + lambda(t) mean (sigmoid(-1500 d) - p_fg)^2, the first two
     terms over labelled patches, the last over all, lambda up to 1. With one foreground class softmax is the sigmoid
     of the logits' difference, and this is the paper's binary loss. There is no cross-entropy: the published code
-    works it out but leaves it out of the sum.
+    computes one and does not add it.
     """
 
     published_consistency = 1.0

@@ -1,4 +1,4 @@
-"""Mutual consistency, MC-Net+ (Wu et al., Medical Image Analysis 2022; science.md §4)."""
+"""Mutual consistency, MC-Net+ (Wu et al., Medical Image Analysis 2022; docs/science.md §4)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TEMPERATURE = 0.1
 
 
 class MutualConsistency(Method):
-    """One V-Net encoder, three decoders that up-sample differently and have to agree with each other's firm opinions.
+    """One V-Net encoder and three decoders that up-sample differently; each has to agree with the sharpened others.
 
     loss = 0.5 sum_d Dice(p_d, y) + lambda(t) sum_(d != e) mean (p_d - sharp(p_e))^2, the first over labelled patches,
     the second over all, lambda up to 1, sharp(p) = p^(1/T) normalised over the classes with T = 0.1. As in the
     published code, gradients flow through both sides, the Dice has plain (not squared) denominators, and
-    cross-entropy is left out of the sum.
+    cross-entropy is not added.
 
     The first decoder predicts; with the encoder it is an ordinary V-Net, and that is what is published.
 
@@ -45,7 +45,7 @@ class MutualConsistency(Method):
         self.others = nn.ModuleList(self.student.decoder_with(up) for up in ("trilinear", "nearest"))
 
     def start_from(self, state: dict[str, Tensor]) -> None:
-        """Warm start; the other decoders take over what they share with the first, all but the up-sampling."""
+        """Warm start; the other decoders get the first one's weights, apart from the up-sampling."""
         load_published(self.student, state, self.settings)
         shared = {name: tensor for name, tensor in state.items() if name.startswith(("decoder.", "head."))}
         for decoder in self.others:
@@ -57,10 +57,10 @@ class MutualConsistency(Method):
         features = self.student.encode(torch.cat([batch.image, batch.unlabelled]))
         logits = [decode(features).float() for decode in (self.student.decode, *self.others)]
         p = [one.softmax(1) for one in logits]
-        firm = [sharpened(one) for one in logits]
+        sharp = [sharpened(one) for one in logits]
         dice = [dice_loss(one[:labelled], batch.target, batch.weight, squared=False, epsilon=1e-8) for one in p]
         supervised = SUPERVISED_WEIGHT * torch.stack(dice).sum()
-        pairs = [(p[d] - firm[e]).square().mean() for d, e in permutations(range(len(p)), 2)]
+        pairs = [(p[d] - sharp[e]).square().mean() for d, e in permutations(range(len(p)), 2)]
         consistency = torch.stack(pairs).sum()
         logs = {
             "supervised": supervised.item(),

@@ -1,4 +1,4 @@
-"""Mean Teacher (Tarvainen & Valpola 2017) as the SSL segmentation literature trains it (science.md §4)."""
+"""Mean Teacher (Tarvainen & Valpola 2017) as the SSL segmentation literature trains it (docs/science.md §4)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MeanTeacher(Method):
         return self.teacher(patches + clipped_noise(patches, generator))
 
     def after_step(self, step: int, fraction: float) -> None:
-        """The teacher follows the student."""
+        """Update the teacher."""
         ema_update(self.teacher, self.student, step, self.settings.ema_decay)
 
     @property

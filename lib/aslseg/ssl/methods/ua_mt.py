@@ -1,4 +1,4 @@
-"""Uncertainty-aware Mean Teacher (Yu et al., MICCAI 2019; science.md §4)."""
+"""Uncertainty-aware Mean Teacher (Yu et al., MICCAI 2019; docs/science.md §4)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
     """Mean Teacher that learns only from voxels on which its teacher is certain.
 
     Eight noisy passes of the teacher (input noise and dropout) give p = their mean softmax and u = -sum_c p_c ln p_c. A
-    voxel counts where u < H(t) = (0.75 + 0.25 ramp(t)) ln C, C classes with the background: ln C is the entropy of
-    knowing nothing, ln 2 in the paper. What the student agrees with is a ninth pass.
+    voxel counts where u < H(t) = (0.75 + 0.25 ramp(t)) ln C with C classes, the background included: ln C is the
+    largest possible entropy, ln 2 in the paper. The student is compared with a ninth pass.
 
     The passes run one after another into a running mean, so that they need the memory of one.
     """

@@ -10,9 +10,10 @@ import torch
 from segment_anything import SamPredictor
 from skimage.transform import resize
 
+from aslseg.resources import small_sam
 from aslseg.sam.modeling.architecture import SMALL, Architecture, build
 from aslseg.sam.modeling.build import MASK_LOGIT_LIMIT, SAMModel, base_path, ellipses, load
-from aslseg.settings import APP_DIR, Settings
+from aslseg.settings import Settings
 
 
 def test_small_sam_is_small() -> None:
@@ -182,5 +183,5 @@ def test_sam_med2d_takes_the_nearest_pixel(tiny: SAMModel) -> None:
 
 
 def test_base_path_is_the_setting_or_the_one_that_ships() -> None:
-    assert base_path(Settings()) == APP_DIR / "pretrained" / "sam_small.safetensors"
+    assert base_path(Settings()) == small_sam()
     assert base_path(Settings(sam_checkpoint="/x/sam.pth")) == Path("/x/sam.pth")

@@ -23,7 +23,7 @@ TINY = Architecture(64, 8, 32, 2, 2, 4, (1,), 32, 64)
 GAUSSIAN = ".positional_encoding_gaussian_matrix"
 
 
-@pytest.mark.parametrize("part", ["full", "decoder", "adapter", "lora"])
+@pytest.mark.parametrize("part", ["full", "decoder", "med2d_adapter", "lora"])
 def test_loss_falls_and_the_file_says_what_it_is(
     part: str, ball_case: Callable[..., Prepared], tiny_file: Path, tmp_path: Path, settings: Settings
 ) -> None:
@@ -57,7 +57,7 @@ def test_loss_falls_and_the_file_says_what_it_is(
     }.get(part, set())
     assert decoder - moved <= {k for k in decoder if "not_a_point" in k}
     assert {k.split("blocks.")[1][2:9] for k in after if k not in before} == (
-        {"Adapter"} if part == "adapter" else set()
+        {"Adapter"} if part == "med2d_adapter" else set()
     )
 
 
@@ -65,7 +65,7 @@ def test_loss_falls_and_the_file_says_what_it_is(
     ("part", "wanted"),
     [
         ("decoder", ()),
-        ("adapter", (".Adapter.",)),
+        ("med2d_adapter", (".Adapter.",)),
         ("lora", (".a_q", ".b_q", ".a_v", ".b_v")),
         ("full", ("image_encoder",)),
     ],
@@ -81,7 +81,7 @@ def test_exactly_the_right_parameters_train(
     inside = sum(p.numel() for k, p in named.items() if k in expected and k.startswith("image_encoder"))
     if part == "lora":
         assert inside == 2 * 4 * 2 * 32
-    if part == "adapter":
+    if part == "med2d_adapter":
         assert inside == 2 * (2 * 32 + 2 * 32 * 8 + 32 * 32 * 9 + 32 * 32 * 16)
 
 
@@ -89,7 +89,7 @@ def test_adapters_of_the_file_are_trained_on(
     ball_case: Callable[..., Prepared], tiny_file: Path, tmp_path: Path, settings: Settings
 ) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    settings = settings.model_copy(update={"sam_train": "adapter", "sam_iterations": 2})
+    settings = settings.model_copy(update={"sam_train": "med2d_adapter", "sam_iterations": 2})
     train([ball_case()], settings, first, init=tiny_file)
     train([ball_case()], settings, second, init=first)
     before, after = (load_weights(p, "sam")[0] for p in (first, second))
@@ -103,7 +103,7 @@ def test_adapters_need_an_even_grid(tiny: SAMModel, settings: Settings) -> None:
     odd = replace(TINY, image_size=72)
     model = SAMModel(build(odd), odd)
     with pytest.raises(BadSettingsError, match=r"72 px make a grid of 9.*multiple of 16"):
-        finetune.trainable(model, settings.model_copy(update={"sam_train": "adapter"}))
+        finetune.trainable(model, settings.model_copy(update={"sam_train": "med2d_adapter"}))
 
 
 def test_with_the_encoder_frozen_each_slice_is_encoded_once(

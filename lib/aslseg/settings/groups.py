@@ -1,0 +1,45 @@
+"""Which settings a step's result depends on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aslseg.settings.model import Settings
+
+_SAM = {name for name in Settings.model_fields if name.startswith("sam_")}
+_SAM_PROMPTS = {"sam_prompts", "sam_zoom", "box_margin", "min_component"}
+_SAM_FILES = {"sam_checkpoint", "sam_base"}
+
+# Settings that only some steps see; all others (labels, windows, seed, whatever is added) count for every step.
+# Iterations, spacing and the SAM file are given to the steps that use them as numbers and hashes.
+GROUPS = {
+    "ssl": {"ssl_method", "network", "batch_labelled", "batch_unlabelled", "accumulate", "learning_rate", "schedule"}
+    | {"compile", "consistency", "ema_decay", "flips"},
+    "predict": {"overlap", "flips"},
+    "sam": (_SAM - _SAM_PROMPTS - _SAM_FILES) | {"flips"},
+    "prompts": _SAM_PROMPTS,
+    "adapter": {name for name in Settings.model_fields if name.startswith("adapter_")},
+    "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}
+    | {"disagreement_weight", "gate_tolerance", "first_round", "ssl_iterations", "retrain_iterations", "spacing"}
+    | {"max_working_voxels", "max_voxels", "max_upload_voxels"},
+    "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "prefetch_slices"}
+    | {name for name in Settings.model_fields if name.startswith("embed")},
+    "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "training_memory_gb", "tracking"} | _SAM_FILES,
+}
+
+
+def relevant(settings: Settings, *groups: str) -> dict[str, Any]:
+    """The settings that a step depends on: its groups and everything that belongs to no group.
+
+    Steps are found again by the hash of this, so names and words stay those of version 0.1, with the values of
+    settings that have become constants since.
+    """
+    left_out = set().union(*(names for group, names in GROUPS.items() if group not in groups))
+    for group in groups:
+        left_out -= GROUPS[group]
+    values = settings.model_dump(exclude=left_out | GROUPS["machine"])
+    if values.get("sam_train") == "med2d_adapter":
+        values["sam_train"] = "adapter"
+    if "prompts" in groups:
+        values |= {"positive_points": 1, "negative_points": 0}
+    return values

@@ -1,0 +1,165 @@
+"""Settings of the server, of rounds and of the machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from aslseg.registry import RECIPES
+from aslseg.settings.base import Section, setting
+from aslseg.settings.values import DeviceName, LabelThresholds, Thresholds, registered
+
+# torch's generators are seeded with this number times about a million, plus the step, which must fit into 64 bits
+LARGEST_SEED = 2**32 - 1
+
+
+class ClickSettings(Section):
+    """Clicks."""
+
+    use_ssl: bool = setting(
+        True,
+        "Whether clicks repair the automatic mask of the SSL network where there is one, or start from nothing",
+        example="false",
+        common=True,
+    )
+    first_click_seconds: float = setting(
+        0.5,
+        "Time after which the server answers the first click on an object with the slices done so far; the rest "
+        "follows in later answers",
+        unit="s",
+        example="2",
+        ge=0,
+    )
+    click_seconds: float = setting(
+        0.08,
+        "Time after which the server answers every further click on an object with the slices done so far",
+        unit="s",
+        example="1",
+        ge=0,
+    )
+    prefetch_slices: int = setting(
+        8,
+        "Slices on each side of a click that SAM's image encoder processes in the background",
+        unit="slices",
+        example="16",
+        ge=0,
+    )
+    embedding_memory_mb: float = setting(500, "Memory for SAM's image embeddings", unit="MB", example="2000", ge=0)
+    embedding_disk_gb: float = setting(
+        5, "Disk space for SAM's image embeddings; 0: none are stored", unit="GB", example="20", ge=0
+    )
+    embed_cases: int = setting(
+        0,
+        "Scans whose SAM embeddings are computed after a round, in the order in which annotators will get them",
+        unit="scans",
+        example="10",
+        ge=0,
+    )
+
+
+class RoundSettings(Section):
+    """Rounds."""
+
+    recipe: Annotated[str, registered(RECIPES)] = setting(
+        "aslseg",
+        "Steps of a round: aslseg (SSL, SAM and adaptation network), or cfr (SAM on stitched slices)",
+        example="cfr",
+        common=True,
+    )
+    validation_fraction: float = setting(
+        0.2,
+        "Fraction of the labelled patients that nothing is trained on; they decide whether a new model is published",
+        example="0.3",
+        common=True,
+        ge=0,
+        lt=1,
+    )
+    promote_threshold: LabelThresholds = setting(
+        Thresholds(0.9, (("tumour", 0.7),)),
+        "Least agreement of SSL and adaptation network at which a machine mask is promoted to train on: a number for "
+        "all labels, then exceptions label=number",
+        unit="Dice",
+        example="0.85,tumour=0.6",
+        common=True,
+    )
+    promote_fraction: float = setting(
+        0.5,
+        "Largest fraction of the unlabelled scans that one round promotes",
+        example="0.3",
+        common=True,
+        ge=0,
+        le=1,
+    )
+    promote_weight: float = setting(
+        0.5, "Weight of a promoted scan in the training loss; a scan labelled by a human has 1", example="1", ge=0, le=1
+    )
+    disagreement_weight: float = setting(
+        0.3,
+        "Weight, within a promoted scan, of voxels on which SSL and adaptation network disagree; the others have 1",
+        example="0",
+        ge=0,
+        le=1,
+    )
+    gate_tolerance: float = setting(
+        0.0,
+        "By how much a new model's validation Dice may be lower than the published one's for it to be published",
+        unit="Dice",
+        example="0.005",
+        ge=0,
+        le=1,
+    )
+    first_round: bool = setting(
+        True,
+        "Whether the server starts a round by itself when it has labels and no published model",
+        example="false",
+        common=True,
+    )
+
+
+class MachineSettings(Section):
+    """Machine and folders."""
+
+    device: DeviceName = setting(
+        "auto",
+        "Where networks are computed: cpu, cuda, cuda:N for the GPU with that number, or auto, a GPU if there is one",
+        example="cuda:1",
+        common=True,
+    )
+    training_memory_gb: float = setting(
+        4.0,
+        "Memory for prepared scans during training; further scans are read from disk",
+        unit="GB",
+        example="16",
+        common=True,
+        ge=0,
+    )
+    compile: bool = setting(
+        False,
+        "Whether the SSL networks are compiled for training (torch.compile); needs a C++ compiler",
+        example="true",
+    )
+    tracking: Literal["none", "tensorboard", "mlflow", "tensorboard+mlflow"] = setting(
+        "none",
+        "Program whose files the training curves are written to, in the folder tracking in home",
+        example="tensorboard",
+    )
+    threads: int = setting(0, "CPU threads; 0: all cores", unit="threads", example="4", common=True, ge=0)
+    seed: int = setting(
+        1337, "Seed of every random generator of a training", example="1", common=True, ge=0, le=LARGEST_SEED
+    )
+    home: str = setting(
+        "",
+        "Folder for the ledger, the files of rounds and caches; empty: .aslseg in the studies folder",
+        unit="folder",
+        example="/data/aslseg",
+        common=True,
+    )
+    model_dir: str = setting(
+        "",
+        "Folder of the published models, which servers may share; empty: one per studies folder, below the app's own",
+        unit="folder",
+        example="/data/models",
+        common=True,
+    )
+    min_free_gb: float = setting(
+        1.0, "Least free disk space; with less, nothing is written", unit="GB", example="10", ge=0
+    )
