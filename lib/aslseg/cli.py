@@ -1,4 +1,4 @@
-"""The command line: ``aslseg info | phantom | train | infer | embed | round | rank | ledger | evaluate | serve``.
+"""The command line: ``aslseg import``, ``aslseg round`` and the others; ``aslseg --help`` lists them.
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments or settings. Heavy modules are imported by the commands that need
 them, so that ``aslseg --help`` is quick and threads can be set before torch starts them.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from aslseg import console
+from aslseg.commands.importing import import_folder
 from aslseg.errors import AslsegError, BadSettingsError
 
 if TYPE_CHECKING:
@@ -31,12 +32,21 @@ app = typer.Typer(
 )
 ledger_app = typer.Typer(no_args_is_help=True, help="The decisions of rounds: list them, check them, undo them.")
 app.add_typer(ledger_app, name="ledger")
+app.command("import")(import_folder)
 
 Conf = Annotated[
     list[str] | None,
     typer.Option("--conf", metavar="KEY VALUE", help="A setting, as for monailabel; KEY=VALUE works too. Repeatable."),
 ]
-Studies = Annotated[Path, typer.Option("--studies", help="Folder with the scans (MONAI Label studies folder).")]
+Studies = Annotated[
+    Path,
+    typer.Option(
+        "--studies",
+        parser=console.studies_folder,
+        metavar="FOLDER",
+        help="Folder with the scans (MONAI Label studies folder).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -248,7 +258,7 @@ def serve(
         studies,
     ]
     command += ["--host", host, "--port", str(port)]
-    for key, value in _pairs(conf).items():
+    for key, value in console.conf_pairs(conf).items():
         command += ["--conf", key, value]
     sys.stdout.flush()
     os.execv(sys.executable, [*command, *context.args])  # noqa: S606 - our own interpreter
@@ -331,20 +341,10 @@ def _ledger(studies: Path, conf: list[str] | None) -> Any:
     return Ledger(Paths(_settings(conf)[0], studies).ledger)
 
 
-def _pairs(conf: list[str] | None) -> dict[str, str]:
-    pairs = {}
-    for item in conf or ():
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise BadSettingsError(f"--conf {item}: expected a key and a value")
-        pairs[key] = value
-    return pairs
-
-
 def _settings(conf: list[str] | None) -> tuple[Settings, dict[str, str]]:
     from aslseg.settings import load_settings
 
-    return load_settings(_pairs(conf))
+    return load_settings(console.conf_pairs(conf))
 
 
 def _ready(conf: list[str] | None) -> Settings:

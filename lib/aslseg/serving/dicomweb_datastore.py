@@ -19,14 +19,15 @@ from dicomweb_client import DICOMwebClient
 from dicomweb_client.session_utils import create_session_from_user_pass
 from monailabel.config import settings as platform
 from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
-from monailabel.datastore.local import LocalDatastore
+from monailabel.datastore.local import ImageLabelModel, LocalDatastore
 from requests import RequestException
 
 from aslseg.cases.studies import FINAL, PSEUDO
 from aslseg.serving.http_errors import RefusedError, safe_name
 from aslseg.serving.kept_files import KeptFiles
 from aslseg.serving.labels import decode_label
-from aslseg.serving.shared_json import SharedJsonFile
+from aslseg.serving.series_cache import SeriesCache
+from aslseg.serving.shared_json import SharedJsonFile, new_entry
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import read_image, write_label
 
@@ -59,7 +60,7 @@ def connect(url: str, settings: Settings, paths: Paths) -> DicomWebDatastore:
     Args:
         url: DICOMweb root, e.g. ``http://127.0.0.1:8042/dicom-web``.
         settings: ``modality`` decides which series are listed, unless MONAI Label's own filter was set.
-        paths: Fetched series are kept under ``home``.
+        paths: Fetched series are kept under ``home``, which lies in ``model_dir`` where that is set.
     """
     find_converter()
     name, password = platform.MONAI_LABEL_DICOMWEB_USERNAME, platform.MONAI_LABEL_DICOMWEB_PASSWORD
@@ -98,6 +99,7 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
         self._ask_again = 0.0
         by_frame = platform.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME
         super().__init__(client, listed, cache, by_frame, convert_to_nifti=True)
+        self._series = SeriesCache(Path(self._datastore_path), client, by_frame, settings.max_voxels)
 
     def status(self) -> dict[str, Any]:
         """Counts; zeros while the PACS does not answer, so that the server stays up."""
@@ -110,12 +112,27 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
         return {"total": 0, "completed": 0, "label_tags": {}}
 
     def get_image_uri(self, image_id: str) -> str:
+        """The NIfTI file of a series, with all the images that the PACS has.
+
+        Raises:
+            RefusedError: The PACS does not give the series.
+            BadImageError: Its slices are not one even stack.
+        """
+        uid = _uid(image_id)
         with self._answering():
-            return super().get_image_uri(_uid(image_id))
+            path = self._series.volume(uid)
+            known = self._datastore.objects.get(uid)
+            if known is None or "SeriesInstanceUID" not in known.image.info:
+                self._enter(uid, path)
+        return str(path)
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
+        """The file of a label; a DICOM SEG is fetched first."""
+        tag = safe_name(label_tag, "label tag")
         with self._answering():
-            return super().get_label_uri(_uid(label_id), safe_name(label_tag, "label tag"), image_id)
+            if tag == FINAL:
+                self._fetch_label(_uid(label_id))
+            return super().get_label_uri(_uid(label_id), tag, image_id)
 
     def save_label(
         self,
@@ -177,6 +194,23 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Keep a series that was fetched from the PACS."""
         return super().add_image(_uid(image_id), image_filename, image_info)
+
+    def _enter(self, uid: str, path: Path) -> None:
+        """List a fetched series with what the PACS says about it; its labels stay."""
+        info = self._dicom_info(uid)
+        with self._exclusive():
+            self._init_from_datastore_file()
+            entry = self._datastore.objects.get(uid) or ImageLabelModel(image=new_entry(uid, path.name), labels={})
+            entry.image.info.update(info)
+            self._datastore.objects[uid] = entry
+            self._update_datastore_file(lock=False)
+
+    def _fetch_label(self, uid: str) -> None:
+        folder = Path(self._datastore.label_path(FINAL)) / uid
+        with self._series.lock(uid):
+            if not (folder.is_dir() and any(folder.iterdir())):
+                study = str(self._series.study(uid)["0020000D"]["Value"][0])
+                self._series.fetch(uid, study, folder)
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
