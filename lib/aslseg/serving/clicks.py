@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,15 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 from aslseg.cases.studies import ORIGINAL
 from aslseg.compute.byte_lru import ByteLRU
 from aslseg.errors import AslsegError
+from aslseg.files import FileStamp
 from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
 from aslseg.prompts.from_client import ClientPrompt, parse
 from aslseg.serving.background import Background
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.infer import MaskTask
-from aslseg.serving.open_scans import OpenScan, ScanCache, file_key
+from aslseg.serving.infer import InferenceRequest, MaskTask
+from aslseg.serving.open_scans import OpenScan, ScanCache
 from aslseg.volume.io import read_image
 
 if TYPE_CHECKING:
@@ -97,10 +98,11 @@ class ClickSessions:
         if not isinstance(case, str) or studies is None:
             return None
         label = studies / "labels" / ORIGINAL / f"{case}.nii.gz"
-        key = file_key(label)
+        stamp = FileStamp.of(label)
         # a mask older than the scan was made for another one
-        if len(key) == 1 or path.stat().st_mtime_ns > label.stat().st_mtime_ns:
+        if stamp is None or path.stat().st_mtime_ns > stamp.mtime_ns:
             return None
+        key = (str(label), stamp)
         found = self._stored.get(key)
         if found is None:
             try:
@@ -156,29 +158,29 @@ class ClickTask(MaskTask):
         models = self.scans.models
         return models.published(ModelKind.SAM) is not None or base_path(models.settings).is_file()
 
-    def shown(self, class_map: np.ndarray, request: Mapping[str, Any]) -> np.ndarray:
+    def shown(self, class_map: np.ndarray, request: InferenceRequest) -> np.ndarray:
         """The whole map: it holds one object, whatever its label."""
         return class_map
 
-    def result_labels(self, request: Mapping[str, Any]) -> dict[str, int]:
+    def result_labels(self, request: InferenceRequest) -> dict[str, int]:
         """The one object, under the name that the client gave."""
         return {self._label(request) or self.scans.models.settings.label_set.names[0]: 1}
 
-    def _label(self, request: Mapping[str, Any]) -> str | None:
+    def _label(self, request: InferenceRequest) -> str | None:
         """The label that is clicked: by its name, or as vista3d's class prompt."""
-        if request.get("label"):
-            return str(request["label"])
-        names, classes = self.scans.models.settings.label_set.names, request.get("label_prompt") or [0]
+        if request.params.label:
+            return request.params.label
+        names, classes = self.scans.models.settings.label_set.names, request.params.label_prompt or [0]
         return names[int(classes[0]) - 1] if 1 <= int(classes[0]) <= len(names) else None
 
-    def _prompt(self, request: Mapping[str, Any], shape: tuple[int, int, int]) -> ClientPrompt:
+    def _prompt(self, request: InferenceRequest, shape: tuple[int, int, int]) -> ClientPrompt:
         """The prompt of a client with its label.
 
         Raises:
             BadPromptError: As :func:`aslseg.prompts.from_client.parse`.
             RefusedError: The same clicks are foreground and background.
         """
-        prompt = replace(parse(request, shape), label=self._label(request))
+        prompt = replace(parse(request.params.prompts, shape), label=self._label(request))
         if len(prompt.foreground) and np.array_equal(prompt.foreground, prompt.background):
             raise RefusedError(
                 "the same clicks came as foreground and as background; in OHIF choose the object's row again (not "
@@ -187,7 +189,7 @@ class ClickTask(MaskTask):
         return prompt
 
     def mask(
-        self, path: Path, request: Mapping[str, Any], times: dict[str, float]
+        self, path: Path, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """As :meth:`aslseg.serving.infer.MaskTask.mask`; without clicks the automatic mask redrawn by SAM."""
         with self.sessions.background.click():
@@ -212,15 +214,15 @@ class ClickTask(MaskTask):
         return native, opened.affine, {"source": source, "notes": list(prompt.notes)}
 
     def _clicked(
-        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: Mapping[str, Any], times: dict[str, float]
+        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         start = time.perf_counter()
         origin, automatic = self._automatic_mask(path, opened, prompt, request)
-        owner = (prompt.label, request.get("client", ""), self.dimension, origin)
+        owner = (prompt.label, request.client, self.dimension, origin)
         session = self.sessions.session(opened, automatic, owner)
         asked = opened.orientation.prompt(prompt)
-        if request.get("undo"):
-            asked = session.without_last(asked, int(request["undo"]))
+        if request.params.undo:
+            asked = session.without_last(asked, request.params.undo)
         native = np.zeros(opened.orientation.shape, np.uint8, order="F")
         out = opened.orientation.view(native)
         more: dict[str, Any] = {"source": "clicks", "notes": list(prompt.notes), "repaired": origin is not None}
@@ -239,14 +241,14 @@ class ClickTask(MaskTask):
         return native, opened.affine, more
 
     def _draw_slice(
-        self, session: ClickSession, prompt: ClientPrompt, request: Mapping[str, Any], out: np.ndarray
+        self, session: ClickSession, prompt: ClientPrompt, request: InferenceRequest, out: np.ndarray
     ) -> int | None:
         """Draw the slice that the prompt is about into ``out``; returns it, or None without a prompt."""
         found = session.on_slice(prompt)
         if found is None:
             return None
         k, out[..., found[0]] = found
-        if not _once(request):
+        if not request.temporary:
             self.sessions.prefetch(session, k)
         return k
 
@@ -254,14 +256,14 @@ class ClickTask(MaskTask):
         self,
         session: ClickSession,
         prompt: ClientPrompt,
-        request: Mapping[str, Any],
+        request: InferenceRequest,
         out: np.ndarray,
         opened: OpenScan,
     ) -> dict[str, Any]:
         """Draw as much of the object into ``out`` as there is time for; the rest is drawn in the background."""
         # only OHIF sends this key
-        min_seconds = RUN_SECONDS if "restore_label_idx" in request else 0.0
-        whole = _once(request) or bool(request.get("whole"))
+        min_seconds = RUN_SECONDS if request.params.restore_label_idx is not None else 0.0
+        whole = request.temporary or bool(request.params.whole)
         grown = session.draw(prompt, time_limited=not whole, min_seconds=min_seconds)
         growing = not grown.done
         for k in grown.slices():
@@ -269,14 +271,14 @@ class ClickTask(MaskTask):
             if mask is not None:
                 out[..., k] = mask
         current = session.current_slice(prompt)
-        if current is not None and not _once(request):
+        if current is not None and not request.temporary:
             self.sessions.prefetch(session, current)
         if growing:  # added last: the newest job comes first
             self.sessions.background.add(lambda: not grown.cancelled and grown.advance(), grown)
         return {"growing": growing, "stopped": _stops(grown, opened)}
 
     def _automatic_mask(
-        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: Mapping[str, Any]
+        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: InferenceRequest
     ) -> tuple[object, Callable[[], AutomaticMask] | None]:
         """A key for the automatic mask of the clicked label, and a function that returns it; None without one.
 
@@ -286,14 +288,17 @@ class ClickTask(MaskTask):
         from aslseg.sam.clicks.automatic_mask import AutomaticMask
 
         labels = self.scans.models.settings.label_set
-        if not request.get("use_ssl", self.scans.models.settings.use_ssl) or prompt.label not in labels.names:
+        wanted = request.params.use_ssl
+        if wanted is None:
+            wanted = self.scans.models.settings.use_ssl
+        if not wanted or prompt.label not in labels.names:
             return None, None
         index, orientation = labels.names.index(prompt.label), opened.orientation
         known = self.scans.known(path, ModelKind.SSL)
         if known is not None:
             key, regions = known
             return key, lambda: AutomaticMask(orientation.of_working(regions[index]), opened.source.shape)
-        stored = self.sessions.stored(path, request.get("case"), opened)
+        stored = self.sessions.stored(path, request.case, opened)
         if stored is None:
             return None, None
         name, array = stored
@@ -309,11 +314,6 @@ class ClickTask(MaskTask):
         if prompt.label in names:
             return names.index(prompt.label)
         return 0 if len(names) == 1 else None
-
-
-def _once(request: Mapping[str, Any]) -> bool:
-    """Whether the scan came with the request: it has another name the next time, so that nothing is drawn ahead."""
-    return bool(request.get("once"))
 
 
 def _stops(grown: Propagation, opened: OpenScan) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from aslseg.compute.byte_lru import ByteLRU
 from aslseg.errors import BadImageError
+from aslseg.files import FileStamp
 from aslseg.prompts.from_client import ClientPrompt
 from aslseg.sam.predictor.slices import SliceSource
 from aslseg.settings import Settings
@@ -145,7 +146,7 @@ class ScanCache:
         Raises:
             BadImageError: As :func:`aslseg.volume.io.read_image`, or the file changed while it was read.
         """
-        key = file_key(path)
+        key = (str(path), FileStamp.of(path))
         with self._lock:
             found = self._find(key, native)
         if found is None:
@@ -168,7 +169,7 @@ class ScanCache:
 
     def _load(self, path: Path, key: tuple[object, ...], native: bool) -> OpenScan:
         volume = read_image(path, self.settings.max_voxels)
-        if file_key(path) != key:
+        if (str(path), FileStamp.of(path)) != key:
             raise BadImageError(f"{path.name}: changed on disk while it was read; try again")
         window = window_of(volume.array, self.settings)
         with self._lock:
@@ -178,9 +179,3 @@ class ScanCache:
             found = self._find(key, native)
         assert found is not None  # noqa: S101 - the newest entry of a ByteLRU stays
         return found
-
-
-def file_key(path: Path) -> tuple[object, ...]:
-    """A file as it is now; another file under its name has another key."""
-    stat = path.stat() if path.exists() else None
-    return (str(path), *((stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_ctime_ns) if stat else ()))

@@ -19,7 +19,8 @@ from aslseg.sam.modeling.build import SAMModel
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.clicks import ClickSessions, ClickTask
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.infer import SessionUpload, Upload, answer
+from aslseg.serving.infer import InferenceRequest, answer, scan_path
+from aslseg.serving.params import MAX_POINTS, validate_params
 from aslseg.settings import Paths, Settings
 from aslseg.volume.geometry import Grid
 from aslseg.volume.io import read_image
@@ -48,10 +49,19 @@ class Served:
         """As a datastore's."""
         return str(self.folder / f"{case}.nii")
 
-    def ask(self, image: str, model: str = "sam", **params: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Mask (i, j, k) and what else is told."""
-        request = {"foreground": [MIDDLE], "result_extension": ".nii.gz", **params}
-        told = answer(self.tasks, {**request, "model": model, "image": image}, self)  # type: ignore[arg-type]
+    def ask(
+        self, image: str | Path, model: str = "sam", client: str = "", temporary: bool = False, **params: Any
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Mask (i, j, k) and the rest of the reply.
+
+        Args:
+            image: Id of a scan, or the path of an uploaded one.
+            temporary: The upload is for this request only.
+        """
+        given = validate_params({"foreground": [MIDDLE], "result_extension": ".nii.gz", **params})
+        path, case = (image, None) if isinstance(image, Path) else (scan_path(self, image), image)  # type: ignore[arg-type]
+        request = InferenceRequest(model, path, given, case, client=client, temporary=temporary)
+        told = answer(self.tasks, request, self)  # type: ignore[arg-type]
         mask = np.asarray(nib.load(told["file"]).dataobj)
         Path(told["file"]).unlink()
         return mask, told["params"]
@@ -77,12 +87,12 @@ def test_clicks_on_an_upload_are_answered_within_the_request(
     ahead: list[object] = []
     monkeypatch.setattr(served.sessions.background, "add", lambda step, owner: ahead.append(owner))
     path = ball(tmp_path / "upload.nii")
-    mask, told = served.ask(Upload(path))
+    mask, told = served.ask(path, temporary=True)
     assert told["growing"] is False
     assert mask.any((0, 1)).sum() == 15
-    served.ask(Upload(path), "sam_2d", slice=10)
+    served.ask(path, "sam_2d", temporary=True, slice=10)
     assert not ahead, "nothing is encoded ahead"
-    served.ask(SessionUpload(path), "sam_2d", foreground=[[20, 16, 10]])
+    served.ask(path, "sam_2d", foreground=[[20, 16, 10]])
     assert ahead, "as it is for a scan that stays"
 
 
@@ -103,7 +113,7 @@ def test_slices_around_the_clicked_one_are_encoded_ahead(served: Served, tmp_pat
 
 def test_a_client_cannot_say_that_a_scan_is_an_upload(served: Served, tmp_path: Path) -> None:
     ball(tmp_path / "kept.nii")
-    assert served.ask("kept", once=True)[1]["growing"] is True
+    assert served.ask("kept", once=True)[1]["growing"] is True, "an unknown parameter"
 
 
 @pytest.mark.parametrize("model", ["sam", "sam_2d"])
@@ -112,7 +122,7 @@ def test_a_scan_that_is_deleted_while_its_object_grows(
 ) -> None:
     path = ball(tmp_path / "session.nii")
     with served.sessions.background.click(), caplog.at_level(logging.WARNING):
-        _, told = served.ask(SessionUpload(path), model)
+        _, told = served.ask(path, model)
         assert told.get("growing", True)
         path.unlink()
     before = served.sam.encoded
@@ -135,13 +145,13 @@ def test_a_scan_that_is_overwritten_while_its_object_grows(served: Served, tmp_p
 
 
 @pytest.mark.parametrize("model", ["sam", "sam_2d"])
-def test_ten_thousand_different_clicks_again_and_again(served: Served, tmp_path: Path, model: str) -> None:
+def test_a_thousand_different_clicks_again_and_again(served: Served, tmp_path: Path, model: str) -> None:
     ball(tmp_path / "case.nii")
-    voxels = [list(v) for v in np.ndindex(*SHAPE)][: 2 * 10_000]
+    voxels = [list(v) for v in np.ndindex(*SHAPE)][: 2 * MAX_POINTS]
     spent = []
-    for count in (9_999, 10_000):
+    for count in (MAX_POINTS - 1, MAX_POINTS):
         begun = time.process_time()
-        mask, _ = served.ask("case", model, foreground=voxels[:count], background=voxels[10_000:], slice=10)
+        mask, _ = served.ask("case", model, foreground=voxels[:count], background=voxels[MAX_POINTS:], slice=10)
         spent.append(time.process_time() - begun)
         assert mask[0, 0, 10] == 1
     assert max(spent) < 5
