@@ -1,4 +1,4 @@
-"""The command line: ``aslseg info | phantom | train | infer | embed | round | rank | ledger | evaluate | serve``.
+"""The command line: ``aslseg import``, ``aslseg round`` and the others; ``aslseg --help`` lists them.
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments or settings. Heavy modules are imported by the commands that need
 them, so that ``aslseg --help`` is quick and threads can be set before torch starts them.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from aslseg import console
+from aslseg.commands.importing import import_folder
 from aslseg.errors import AslsegError, BadSettingsError
 
 if TYPE_CHECKING:
@@ -31,12 +32,21 @@ app = typer.Typer(
 )
 ledger_app = typer.Typer(no_args_is_help=True, help="The decisions of rounds: list them, check them, undo them.")
 app.add_typer(ledger_app, name="ledger")
+app.command("import")(import_folder)
 
 Conf = Annotated[
     list[str] | None,
     typer.Option("--conf", metavar="KEY VALUE", help="A setting, as for monailabel; KEY=VALUE works too. Repeatable."),
 ]
-Studies = Annotated[Path, typer.Option("--studies", help="Folder with the scans (MONAI Label studies folder).")]
+Studies = Annotated[
+    Path,
+    typer.Option(
+        "--studies",
+        parser=console.studies_folder,
+        metavar="FOLDER",
+        help="Folder with the scans (MONAI Label studies folder).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -102,6 +112,7 @@ def train(
     if kind not in ("ssl", "sam", "adapter"):
         raise typer.BadParameter(f"expected ssl, sam or adapter, got {kind!r}")
     settings = _ready(conf)
+    _require_no_round(studies, settings)
     from aslseg.rounds.run import train_stage
 
     with _leading(settings) as leading:
@@ -121,6 +132,7 @@ def round_(
 ) -> None:
     """Run a round: train, predict, rank, promote, retrain, publish. Continues an interrupted one where it stopped."""
     settings = _ready(conf)
+    _require_no_round(studies, settings)
     from aslseg.rounds.run import run_round
 
     summaries = []
@@ -226,8 +238,14 @@ def serve(
     conf: Conf = None,
 ) -> None:
     """Start MONAI Label with this app; further arguments go to `monailabel start_server`."""
-    _ready(conf)
+    settings = _ready(conf)
     from aslseg.resources import prepare_app_dir
+    from aslseg.serving.exposure import require_safe_exposure
+
+    require_safe_exposure(host, settings)
+    # glibc keeps freed blocks of up to 32 MB for the next layer instead of asking the kernel for new pages
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(64 << 20))
 
     command = [
         sys.executable,
@@ -240,10 +258,23 @@ def serve(
         studies,
     ]
     command += ["--host", host, "--port", str(port)]
-    for key, value in _pairs(conf).items():
+    for key, value in console.conf_pairs(conf).items():
         command += ["--conf", key, value]
     sys.stdout.flush()
     os.execv(sys.executable, [*command, *context.args])  # noqa: S606 - our own interpreter
+
+
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Who will log in: letters, digits, '.', '_' and '-'.")],
+    role: Annotated[str, typer.Option(help="annotator, reviewer or admin.")] = "annotator",
+) -> None:
+    """Make a token: print it, and the line for the file of the setting token_file, which holds only its hash."""
+    from aslseg.serving.tokens import new_token_line
+
+    secret, line = new_token_line(name, role)
+    typer.echo(f"token of {name}, shown only now: {secret}", err=True)
+    typer.echo(line)
 
 
 @ledger_app.command("list")
@@ -310,20 +341,10 @@ def _ledger(studies: Path, conf: list[str] | None) -> Any:
     return Ledger(Paths(_settings(conf)[0], studies).ledger)
 
 
-def _pairs(conf: list[str] | None) -> dict[str, str]:
-    pairs = {}
-    for item in conf or ():
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise BadSettingsError(f"--conf {item}: expected a key and a value")
-        pairs[key] = value
-    return pairs
-
-
 def _settings(conf: list[str] | None) -> tuple[Settings, dict[str, str]]:
     from aslseg.settings import load_settings
 
-    return load_settings(_pairs(conf))
+    return load_settings(console.conf_pairs(conf))
 
 
 def _ready(conf: list[str] | None) -> Settings:
@@ -334,6 +355,16 @@ def _ready(conf: list[str] | None) -> Settings:
     if settings.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     return settings
+
+
+def _require_no_round(studies: Path, settings: Settings) -> None:
+    """Refuse before torch is imported, which takes seconds. The round takes the lock again by itself."""
+    from aslseg.rounds.lock import round_lock
+    from aslseg.settings import Paths
+
+    if "LOCAL_RANK" not in os.environ and studies.is_dir():
+        with round_lock(Paths(settings, studies).home):
+            pass
 
 
 @contextmanager

@@ -8,7 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from aslseg.errors import BadSettingsError
 
 if TYPE_CHECKING:
     from aslseg.rounds.ledger import Promotion, RoundRow
@@ -38,6 +41,36 @@ def joined(arguments: list[str]) -> list[str]:
             key = rest.pop(0)
             out.append(f"{key}={rest.pop(0)}" if "=" not in key and rest else key)
     return out
+
+
+def conf_pairs(conf: list[str] | None) -> dict[str, str]:
+    """``--conf`` arguments as setting and value.
+
+    Raises:
+        BadSettingsError: An argument without ``=``.
+    """
+    pairs = {}
+    for item in conf or ():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise BadSettingsError(f"--conf {item}: expected a key and a value")
+        pairs[key] = value
+    return pairs
+
+
+def studies_folder(text: str) -> Path:
+    """The value of a ``--studies`` that must be a folder.
+
+    Raises:
+        BadSettingsError: It is a DICOMweb address.
+    """
+    if text.startswith(("http://", "https://")):
+        raise BadSettingsError(
+            f"--studies {text}: a DICOMweb address, but this command reads labelled scans from a folder. Start "
+            f"the server on the address (aslseg serve --studies {text}), and train on a folder of exported scans "
+            "(docs/dicom.md)"
+        )
+    return Path(text)
 
 
 def versions() -> dict[str, str]:

@@ -264,7 +264,7 @@ def test_corrupt_is_deterministic_and_keeps_the_nesting(blob: np.ndarray, pictur
 
 
 def tumours(seed: int) -> np.ndarray:
-    """Lesions of the sizes of science.md §6.1 (lognormal, median 10.5 mm), 64 x 64 x 16 voxels of 2 x 2 x 5 mm."""
+    """Lesions of the sizes of docs/science.md §6.1 (lognormal, median 10.5 mm), 64 x 64 x 16 voxels of 2 x 2 x 5 mm."""
     rng = np.random.default_rng(seed)
     shape, spacing = (64, 64, 16), np.array([2.0, 2.0, 5.0])
     mm = np.indices(shape).reshape(3, -1).T * spacing
