@@ -22,7 +22,6 @@ from aslseg.errors import AslsegError, BadSettingsError
 
 if TYPE_CHECKING:
     from aslseg.settings import Settings
-    from aslseg.types import ProgressCallback
 
 app = typer.Typer(
     add_completion=False,
@@ -96,7 +95,7 @@ def phantom(
     """Make a studies folder of synthetic abdominal CTs; the truth of the unlabelled ones goes to OUT_truth."""
     from aslseg.volume.phantom import write_studies
 
-    with _progress() as report:
+    with console.progress() as report:
         result = write_studies(out, cases, labelled, seed, overwrite=overwrite, report=report)
     _show(result, as_json)
 
@@ -118,7 +117,7 @@ def train(
     with _leading(settings) as leading:
         if not leading:
             return
-        with _progress() as report:
+        with console.progress() as report:
             summary = train_stage(kind, studies, settings, report)
     _show(summary, as_json)
 
@@ -138,7 +137,7 @@ def round_(
     summaries = []
     with _leading(settings) as leading:
         for _ in range(rounds if leading else 0):
-            with _progress() as report:
+            with console.progress() as report:
                 summaries.append(run_round(studies, settings, report))
             if not as_json:
                 _show(console.brief(summaries[-1]), False)
@@ -154,7 +153,7 @@ def rank(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     settings = _ready(conf)
     from aslseg.rounds.run import rank_studies
 
-    with _progress() as report:
+    with console.progress() as report:
         scores = rank_studies(studies, settings, report)
     if as_json:
         return _show(scores, True)
@@ -176,7 +175,7 @@ def embed(
     settings = _ready(conf)
     from aslseg.serving.embed import embed_studies
 
-    with _progress() as report:
+    with console.progress() as report:
         summary = embed_studies(studies, settings, cases, report)
     _show(summary, as_json)
 
@@ -197,7 +196,7 @@ def infer(
     from aslseg.models.cascade import segment_files
     from aslseg.settings import Paths
 
-    with _progress() as report:
+    with console.progress() as report:
         written, skipped = segment_files(model, input_, output, Paths(settings, studies), settings, report)
     _show({"written": written, "skipped": skipped}, as_json)
     if skipped or not written:
@@ -219,7 +218,7 @@ def evaluate(
     settings = _ready(conf)
     from aslseg.agreement.evaluate import evaluate_folders, to_markdown
 
-    with _progress() as report:
+    with console.progress() as report:
         result = evaluate_folders(pred, truth, settings.label_set, unit, regions, report)  # type: ignore[arg-type]
     if as_json:
         return _show(result, True)
@@ -288,14 +287,8 @@ def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> N
         return _show({"rounds": [asdict(r) for r in rounds], "promotions": [asdict(p) for p in promotions]}, True)
     if console.on_terminal(sys.stdout) and rounds:
         return console.print_ledger(rounds, promotions)
-    for r in rounds:
-        ours = [p for p in promotions if p.round == r.number]
-        end = f", {r.error}" if r.error and r.state == "open" else ""
-        typer.echo(f"round {r.number}: {r.state}, opened {r.opened}, {len(ours)} promoted{end}")
-        for p in ours:
-            typer.echo(f"  {p.case}: {p.status}, agreement {console.short(p.agreement)}, mask {p.sha256[:12]}")
-    if not rounds:
-        typer.echo("no rounds yet")
+    for line in console.ledger_lines(rounds, promotions):
+        typer.echo(line)
 
 
 @ledger_app.command("rollback")
@@ -388,16 +381,6 @@ def _leading(settings: Settings) -> Iterator[bool]:
 def _show(content: Any, as_json: bool) -> None:
     for line in [json.dumps(content, indent=2, default=str)] if as_json else console.lines(content):
         typer.echo(line)
-
-
-@contextmanager
-def _progress() -> Iterator[ProgressCallback]:
-    """A callback that shows progress on stderr: a bar on a terminal, or now and then a line in a log."""
-    if console.on_terminal(sys.stderr):
-        with console.progress_bar() as report:
-            yield report
-    else:
-        yield console.PlainProgress(lambda text: typer.echo(text, err=True))
 
 
 def main() -> NoReturn:
