@@ -21,10 +21,12 @@ from aslseg.models.loaded import Models
 from aslseg.prompts.from_client import parse
 from aslseg.registry import suggest
 from aslseg.rounds import run
+from aslseg.sam.clicks.automatic_mask import AutomaticMask
 from aslseg.sam.clicks.session import ClickSession
 from aslseg.sam.modeling import build
 from aslseg.sam.predictor.embeddings import EmbeddingCache
-from aslseg.sam.predictor.slices import Region, SliceSource
+from aslseg.sam.predictor.slice_predictor import SlicePredictor
+from aslseg.sam.predictor.slices import SliceSource
 from aslseg.serving.open_scans import SliceOrientation
 from aslseg.settings import Paths, Settings
 from aslseg.types import ProgressCallback, Volume, no_progress
@@ -110,7 +112,7 @@ class Clicks:
 
     Args:
         volume: The scan.
-        settings: Modality, intensity window and what stops a growing object.
+        settings: Modality, intensity window and prompts.
         studies: Studies folder whose published SAM answers. Without one, or while none is published, it is the SAM of
             the setting ``sam_checkpoint``, or the small one that comes with the package.
         automatic_mask: (i, j, k) bool or probabilities of the object, which clicks then repair.
@@ -133,15 +135,15 @@ class Clicks:
             raise BadLabelError(f"automatic_mask: expected the scan's shape {shape}, got {automatic_mask.shape}")
         self._orientation = SliceOrientation.of(shape, volume.affine, native=False)
         slices = SliceSource(self._orientation.view(volume.array), window_of(volume.array, settings))
-        region = None
+        automatic = None
         if automatic_mask is not None:
-            region = Region(self._orientation.view(automatic_mask.astype(np.float32)), slices.shape)
+            automatic = AutomaticMask(self._orientation.view(automatic_mask.astype(np.float32)), slices.shape)
         if studies is None:
             sam = build.load(build.base_path(settings), settings)
         else:
             sam = Models(settings, Paths(settings, studies)).get(ModelKind.SAM)
         cache = EmbeddingCache(settings.embedding_memory_mb * 1e6)
-        self._session = ClickSession(sam, slices, settings, region, cache)
+        self._session = ClickSession(SlicePredictor(sam, slices, settings, cache), automatic)
 
     def segment(self, inside: Voxels = (), outside: Voxels = (), box: Sequence[float] | None = None) -> np.ndarray:
         """The object that all clicks so far describe.

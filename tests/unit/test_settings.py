@@ -303,3 +303,11 @@ def test_folders_that_cannot_be_written_to_are_named(tmp_path: Path) -> None:
 
 def test_every_setting_belongs_to_one_section() -> None:
     assert [name for section in SECTIONS for name in section.model_fields] == list(Settings.model_fields)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+def test_a_dotenv_file_in_any_encoding(tmp_path, encoding):
+    (tmp_path / ".env").write_bytes("# für die Leber\r\nASLSEG_LABELS=Läsion\r\n\r\n".encode(encoding))
+    settings, origin = load_settings(env={}, dotenv=tmp_path / ".env")
+    assert settings.label_set.names == ("Läsion",)
+    assert origin["labels"] == ".env"

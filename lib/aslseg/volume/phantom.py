@@ -62,9 +62,6 @@ class Difficulty:
     scanner_shift: float = 0.0
 
 
-EASY = Difficulty(contrast=1.6, noise=0.7, p_hyperdense=0.075, p_rim=0.075)
-
-
 class _Scene:
     """The grid of one scan: coordinates in mm from its centre along RAS axes, and random fields on it."""
 
