@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -359,14 +359,8 @@ def _show(content: Any, as_json: bool) -> None:
         typer.echo(line)
 
 
-@contextmanager
-def _progress() -> Iterator[ProgressCallback]:
-    """A callback that shows progress on stderr: a bar on a terminal, or now and then a line in a log."""
-    if console.on_terminal(sys.stderr):
-        with console.progress_bar() as report:
-            yield report
-    else:
-        yield console.PlainProgress(lambda text: typer.echo(text, err=True))
+def _progress() -> AbstractContextManager[ProgressCallback]:
+    return console.progress(lambda text: typer.echo(text, err=True))
 
 
 def main() -> NoReturn:
