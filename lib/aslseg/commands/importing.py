@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aslseg.console import conf_pairs
+from aslseg import console
 from aslseg.errors import BadSettingsError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def import_folder(
     from aslseg.cases.importing.transfer import transfer
     from aslseg.settings import Paths, load_settings
 
-    settings = load_settings(conf_pairs(conf))[0]
+    settings = load_settings(console.conf_pairs(conf))[0]
     options = Options(layout, only, labels, tuple(mapping or ()), keep_ids, link)
     paths = Paths(settings, studies)
     asks = not yes and not as_json and sys.stdin.isatty()
@@ -62,7 +62,7 @@ def import_folder(
     assert paths.studies is not None  # noqa: S101 - make_plan refuses an address
     if not as_json:
         _show_plan(plan, paths.studies, settings)
-    if asks and not typer.confirm(f"Import {len(plan.pairs)} scans into {paths.studies}?", err=True):
+    if asks and not typer.confirm(f"Import {_scans(len(plan.pairs))} into {paths.studies}?", err=True):
         raise typer.Exit(1)
     with _progress() as report:
         done = transfer(plan, paths.studies, settings, link, report)
@@ -108,24 +108,24 @@ def _asked(question: Question, options: Options, settings: Settings) -> Options:
 
 
 def _show_plan(plan: Plan, studies: Path, settings: Settings) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{plan.source}: {plan.layout}", title_justify="left")
-    for column in ("case", "scan", "label", "patient"):
-        table.add_column(column, overflow="fold")
-    for pair in plan.pairs[:ROWS]:
-        table.add_row(pair.case, _scan(pair, plan.source), _label(pair, plan.source), pair.patient or "-")
-    out = Console(highlight=False, markup=False)
-    out.print(table)
-    if len(plan.pairs) > ROWS:
-        out.print(f"and {len(plan.pairs) - ROWS} more")
+    title = f"{plan.source}: {plan.layout}"
+    rows = [(p.case, _scan(p, plan.source), _label(p, plan.source), p.patient or "-") for p in plan.pairs]
+    if console.on_terminal(sys.stdout):
+        console.print_table(title, ("case", "scan", "label", "patient"), rows[:ROWS])
+    else:
+        typer.echo("\n".join([title, *("  ".join(row) for row in rows[:ROWS])]))
+    if len(rows) > ROWS:
+        typer.echo(f"and {len(rows) - ROWS} more")
     labelled = sum(bool(pair.labels) for pair in plan.pairs)
-    out.print(f"{len(plan.pairs)} scans, {labelled} of them labelled, to {studies}")
+    typer.echo(f"{_scans(len(rows))}, {labelled} of them labelled, to {studies}")
     if labelled:
-        out.print(f"labels: {_meaning(plan, settings)}")
+        typer.echo(f"labels: {_meaning(plan, settings)}")
     for reason in plan.passed_over:
-        out.print(f"passed over: {reason}")
+        typer.echo(f"passed over: {reason}")
+
+
+def _scans(count: int) -> str:
+    return "1 scan" if count == 1 else f"{count} scans"
 
 
 def _scan(pair: Pair, source: Path) -> str:
@@ -151,7 +151,7 @@ def _show_done(done: Sequence[Done]) -> None:
         for note in d.notes:
             typer.echo(f"{d.case}: {note}")
     if scans["unchanged"] == len(done) and not labels["written"] + labels["failed"]:
-        typer.echo(f"nothing to do: all {len(done)} scans are there already")
+        typer.echo(f"nothing to do: {_scans(len(done))} found, and there already")
         return
     typer.echo(f"scans: {_counts(scans)}")
     typer.echo(f"labels: {_counts(labels)}")
@@ -171,18 +171,5 @@ def _summary(plan: Plan, studies: Path, done: Sequence[Done]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _progress() -> Iterator[ProgressCallback]:
-    """A bar on stderr while it is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("")
-
-        def report(done: float, total: float, *, stage: str = "", **_: Any) -> None:
-            bar.update(task, completed=done, total=total, description=stage)
-
-        yield report
+def _progress() -> AbstractContextManager[ProgressCallback]:
+    return console.progress()

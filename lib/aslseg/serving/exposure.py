@@ -19,7 +19,7 @@ def require_safe_exposure(bound: str, settings: Settings) -> None:
         settings: ``token_file`` and ``insecure``.
 
     Raises:
-        BadSettingsError: Not a loopback address, no authentication, and not told that this is wanted.
+        BadSettingsError: Not a loopback address, no authentication, and ``insecure`` is off.
     """
     if settings.insecure or authentication_configured(settings) or _is_loopback(bound):
         return

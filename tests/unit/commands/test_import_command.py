@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aslseg import cli
+from aslseg import cli, console
 from foreign_folders import label, scan
 from synthetic_dicom import make_series, write_series
 
@@ -61,7 +61,14 @@ def test_it_shows_what_it_found_and_a_second_run_has_nothing_to_do(run: Run, sou
     assert "scans: 2 written" in out
     code, out, _ = run(source, "studies", "--map", "255=tumour", "--yes")
     assert code == 0
-    assert "nothing to do: all 2 scans are there already" in out
+    assert "nothing to do: 2 scans found, and there already" in out
+
+
+def test_on_a_terminal_it_draws_a_table(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "on_terminal", lambda stream: stream is sys.stdout)
+    _, out, _ = run(source, "studies", "--map", "255=2", "--yes")
+    assert "│ volume-0" in out
+    assert "segmentation-0.nii.gz" in out
 
 
 def test_json_is_all_that_is_printed(run: Run, source: Path) -> None:

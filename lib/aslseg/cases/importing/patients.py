@@ -11,7 +11,7 @@ import secrets
 from pathlib import Path
 
 from aslseg.errors import BadSettingsError
-from aslseg.files import atomic_file
+from aslseg.files import atomic_file, read_text
 
 FILE = "patients.csv"
 KEY_FILE = "pseudonym.key"
@@ -75,14 +75,9 @@ def read_patients(folder: Path) -> dict[str, str]:
     path = folder / FILE
     if not path.is_file():
         return {}
-    try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
-    except UnicodeDecodeError:
-        rows = [{}]
-    if rows and not {"case", "patient"} <= set(rows[0]):
-        raise BadSettingsError(
-            f"{path}: expected UTF-8 with the columns case,patient[,role], separated by commas; save it like that"
-        )
+    text = read_text(path)
+    separator, columns = _header(path, text)
+    rows = csv.DictReader(text.splitlines()[1:], columns, delimiter=separator)
     return {row["case"]: row["patient"] for row in rows if row.get("case") and row.get("patient")}
 
 
@@ -91,15 +86,31 @@ def add_patient(folder: Path, case: str, patient: str) -> bool:
 
     Returns:
         Whether a line was added.
+
+    Raises:
+        BadSettingsError: As :func:`read_patients`.
     """
     if case in read_patients(folder):
         return False
     path = folder / FILE
-    before = path.read_text(encoding="utf-8-sig") if path.is_file() else "case,patient\n"
-    header = next(csv.reader([before.splitlines()[0]]))
+    before = read_text(path) if path.is_file() else "case,patient\n"
+    separator, columns = _header(path, before)
     line = io.StringIO()
     row = {"case": case, "patient": patient}
-    csv.writer(line, lineterminator="\n").writerow([row.get(column, "") for column in header])
+    writer = csv.writer(line, delimiter=separator, lineterminator="\n")
+    writer.writerow([row.get(column, "") for column in columns])
     with atomic_file(path) as temporary:
-        temporary.write_text(before.rstrip("\n") + "\n" + line.getvalue(), encoding="utf-8")
+        temporary.write_text(before.rstrip() + "\n" + line.getvalue(), encoding="utf-8")
     return True
+
+
+def _header(path: Path, text: str) -> tuple[str, list[str]]:
+    """Separator and columns of a table."""
+    first = text.splitlines()[0] if text.strip() else ""
+    separator = max(",;\t", key=first.count)
+    columns = [c.strip().casefold() for c in next(csv.reader([first], delimiter=separator), [])]
+    if not {"case", "patient"} <= set(columns):
+        raise BadSettingsError(
+            f"{path}: expected the columns case,patient[,role] in its first line, got {first[:80]!r}"
+        )
+    return separator, columns

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ import numpy as np
 from aslseg.errors import BadLabelError, BadSettingsError
 from aslseg.types import Labels
 from aslseg.volume.io import read_image
+from aslseg.volume.segments import same_name
 
 ROUNDING = 0.02  # a label scaled by 255/256 in its header is 0.9961 for 1
 MOST_VALUES = 65536
@@ -51,27 +51,22 @@ class Meaning:
     names: Mapping[str, int] = field(default_factory=dict)
 
 
-def folded(name: str) -> str:
-    """The form in which names are compared: neither case nor Unicode form counts."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
-
-
 def parse_map(items: Iterable[str], labels: Labels) -> dict[str, int]:
     """``255=1``, ``255=liver`` and ``cancer=tumour`` to the value that each stands for.
 
     Raises:
         BadSettingsError: No ``=``, or the right side is neither a label, nor its value, nor 0.
     """
-    known = {folded(n): v for n, v in labels.values.items()} | {str(v): v for v in (0, *labels.values.values())}
+    known = {same_name(n): v for n, v in labels.values.items()} | {str(v): v for v in (0, *labels.values.values())}
     found = {}
     for item in items:
         left, equals, right = item.rpartition("=")
-        if not equals or not left.strip() or folded(right) not in known:
+        if not equals or not left.strip() or same_name(right) not in known:
             wanted = ", ".join(f"{v} or {n}" for n, v in labels.values.items())
             raise BadSettingsError(
                 f"--map {item}: expected VALUE=LABEL or NAME=LABEL, where LABEL is {wanted}, or 0 to leave it out"
             )
-        found[folded(left)] = known[folded(right)]
+        found[same_name(left)] = known[same_name(right)]
     return found
 
 
@@ -91,22 +86,22 @@ def understand(
         mapping: Answers of the user, from :func:`parse_map`.
         labels: Configured labels.
     """
-    own = {folded(n): v for n, v in labels.values.items()}
+    own = {same_name(n): v for n, v in labels.values.items()}
     known, questions = {0: 0}, []
     for value, count in sorted(values.items()):
         name = names.get(value, "")
-        chosen = [mapping[key] for key in (str(value), folded(name)) if key in mapping]
+        chosen = [mapping[key] for key in (str(value), same_name(name)) if key in mapping]
         if chosen:
             known[value] = chosen[0]
-        elif folded(name) in own:
-            known[value] = own[folded(name)]
+        elif same_name(name) in own:
+            known[value] = own[same_name(name)]
         elif not names and value in own.values():
             known[value] = value
         elif value:
             questions.append(_about_value(value, name, count, labels))
     by_name = {}
     for name in sorted(set(files) - {""}):
-        found = mapping.get(folded(name), own.get(folded(name)))
+        found = mapping.get(same_name(name), own.get(same_name(name)))
         if found is None:
             questions.append(_about_name(name, labels))
         else:
@@ -160,7 +155,7 @@ def _about_name(name: str, labels: Labels) -> Question:
 
 def _question(subject: str, key: str, name: str, labels: Labels) -> Question:
     wanted = ", ".join(f"{v} {n}" for n, v in labels.values.items())
-    close = get_close_matches(folded(name), labels.names, n=1, cutoff=0.5) if name else []
+    close = get_close_matches(same_name(name), labels.names, n=1, cutoff=0.5) if name else []
     target = close[0] if close else labels.names[0]
     example = f"'{key}={target}' if it is the {target}, '{key}=0' to leave it out"
     return Question(f"{subject} is none of the labels ({wanted})", "--map", f"{key}=", example)

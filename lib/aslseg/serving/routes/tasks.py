@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter
 from monailabel.endpoints import scoring, train
 from monailabel.utils.async_tasks.task import AsyncTask
+from monailabel.utils.async_tasks.utils import processes
 
 from aslseg.rounds.lock import round_lock
 from aslseg.serving.auth import ADMIN, ANNOTATOR, User
@@ -25,7 +26,7 @@ def add_routes(router: APIRouter, app: ServedApp) -> None:
 
 def _training(router: APIRouter, app: ServedApp) -> None:
     def start_round(model: str, enqueue: bool) -> Any:
-        if not enqueue and app.paths.studies is not None:
+        if not enqueue and not processes("train") and app.paths.studies is not None:
             # the process that trains would import torch before it found the lock taken
             with round_lock(app.paths.home):
                 pass

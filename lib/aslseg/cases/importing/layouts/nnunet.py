@@ -1,6 +1,6 @@
 """nnU-Net: ``imagesTr/case_0000.nii.gz`` with a number for each channel, ``labelsTr/case.nii.gz``.
 
-https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md
+https://github.com/MIC-DKFZ/nnUNet (documentation, dataset format)
 """
 
 from __future__ import annotations

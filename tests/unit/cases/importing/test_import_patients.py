@@ -91,8 +91,15 @@ def test_lines_that_are_there_stay(tmp_path):
     assert (tmp_path / "patients.csv").read_text() == 'patient,case,role\nme,a,validation\n"p, 2",b,\n'
 
 
+def test_a_table_that_excel_wrote_goes_on_as_it_is(tmp_path):
+    (tmp_path / "patients.csv").write_bytes("Case;Patient\r\na;Müller\r\n".encode("cp1252"))
+    assert read_patients(tmp_path) == {"a": "Müller"}
+    add_patient(tmp_path, "b", "p2")
+    assert read_patients(tmp_path) == {"a": "Müller", "b": "p2"}
+
+
 def test_a_table_without_the_columns_is_refused(tmp_path):
-    (tmp_path / "patients.csv").write_text("case;patient\na;b\n")
+    (tmp_path / "patients.csv").write_text("scan;person\na;b\n")
     with pytest.raises(BadSettingsError, match="columns case,patient"):
         read_patients(tmp_path)
 
