@@ -1,4 +1,4 @@
-"""Cases on the working grid, computed once and kept as memory-mapped arrays."""
+"""Cases brought to the working grid once, and kept as memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from aslseg.settings import Settings
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 from aslseg.volume.intensity import normalise
-from aslseg.volume.io import read_image, read_label
+from aslseg.volume.io import read_header, read_image, read_label
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +51,13 @@ def working_spacing(volumes: Iterable[Volume], settings: Settings) -> Spacing:
 
 
 def prepare(volume: Volume, settings: Settings, spacing: Spacing) -> tuple[np.ndarray, Grid]:
-    """One scan to the working grid: (i, j, k) float32 in 0..1, and the way back."""
+    """Bring one scan to the working grid: (i, j, k) float32 in 0..1, and the grid."""
     grid = Grid.of(volume, spacing)
     return grid.to_working(normalise(volume.array, settings)), grid
 
 
 class PreparedStore:
-    """Prepared cases on disk, found again by the content of their files and the preparation settings.
+    """Prepared cases on disk, found again by the hashes of their files and the settings of the preparation.
 
     Args:
         folder: Cache folder (:attr:`aslseg.settings.Paths.cache`).
@@ -91,7 +90,7 @@ class PreparedStore:
                 label = read_label(case.label, volume, self.settings.label_set, self.settings.max_voxels)
                 save_array(files[0], grid.label_to_working(label, self.settings.label_set))
             save_array(files[1], image)
-        grid = Grid.of(volume or _header(case.image), self.spacing)
+        grid = Grid.of(volume or read_header(case.image), self.spacing)
         return Prepared(
             case.id,
             case.patient,
@@ -118,19 +117,6 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """Write a ``.npy`` file to be memory-mapped, atomically."""
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.ascontiguousarray(array))
-
-
-def _header(path: Path) -> Volume:
-    """Shape and affine only; the voxels stay on disk."""
-    import nibabel as nib
-
-    if path.name.endswith((".nii", ".nii.gz")):
-        image: Any = nib.load(path)
-        shape = image.shape
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        return Volume(np.broadcast_to(np.float32(0), shape), np.asarray(image.affine, np.float64))
-    return read_image(path)
 
 
 def automatic_patch(shapes: Iterable[tuple[int, ...]], settings: Settings) -> tuple[int, int, int]:

@@ -1,11 +1,12 @@
-"""What the server is doing and has decided, as one dictionary of plain values."""
+"""The server's current work and past decisions, as one dictionary of plain values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from aslseg.errors import LedgerError
+from aslseg.cases.studies import read_studies
+from aslseg.errors import AslsegError, LedgerError
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published
 from aslseg.rounds.ledger import Ledger
@@ -13,12 +14,13 @@ from aslseg.rounds.progress import read_progress
 from aslseg.settings import Paths, Settings
 
 MOST = 50
+"""Entries of each list."""
 
 
 def collect(
     settings: Settings, paths: Paths, store: dict[str, Any], errors: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Current round, published models, ranking, promotions and the last errors.
+    """Collect the current round, published models, ranking, promotions, files passed over, and the last errors.
 
     Args:
         settings: Labels and thresholds.
@@ -26,21 +28,22 @@ def collect(
         store: Counts of the datastore (``total``, ``completed``, ``label_tags``).
         errors: Failed training tasks, each with ``model``, ``time`` and its last ``lines``.
     """
-    ledger, trouble = Ledger(paths.ledger), list(errors)
+    ledger, failures = Ledger(paths.ledger), list(errors)
     progress = read_progress(paths.home / "progress.json")
     if progress.get("error"):
-        trouble.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
+        failures.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
     try:
         scores, promotions = ledger.scores(), ledger.promotions(active_only=False)
         rounds = ledger.rounds()
     except LedgerError as error:
         scores, promotions, rounds = [], [], []
-        trouble.append({"model": "ledger", "time": None, "lines": [str(error)]})
+        failures.append({"model": "ledger", "time": None, "lines": [str(error)]})
     return {
         "labels": list(settings.label_set.names),
         "progress": progress,
         "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
+        "problems": _problems(paths),
         "rounds": [
             {"round": r.number, "state": r.state, "opened": r.opened, "closed": r.closed, "error": r.error}
             for r in reversed(rounds)
@@ -53,8 +56,18 @@ def collect(
             {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
             for p in reversed(promotions)
         ][:MOST],
-        "errors": trouble[-MOST:],
+        "errors": failures[-MOST:],
     }
+
+
+def _problems(paths: Paths) -> list[str]:
+    """What the studies folder holds that is passed over, or why it cannot be listed."""
+    if paths.studies is None:
+        return []
+    try:
+        return list(read_studies(paths.studies).problems)
+    except AslsegError as error:
+        return [str(error)]
 
 
 def _model(kind: ModelKind, entry: Published | None) -> dict[str, Any]:
