@@ -8,46 +8,25 @@ from pydantic import model_validator
 
 from aslseg.registry import suggest
 from aslseg.settings.running import ClickSettings, MachineSettings, RoundSettings
-<<<<<<< HEAD
+from aslseg.settings.server import ServerSettings
 from aslseg.settings.training import AdapterSettings, DataSettings, NestedSettings, SAMSettings, SSLSettings
 from aslseg.types import Labels
 
 SECTIONS = (
-    DataSettings,
-    SSLSettings,
-    NestedSettings,
-    SAMSettings,
-    AdapterSettings,
-    ClickSettings,
-    RoundSettings,
-    MachineSettings,
-=======
-from aslseg.settings.server import ServerSettings
-from aslseg.settings.training import AdapterSettings, DataSettings, SAMSettings, SSLSettings
-from aslseg.types import Labels
-
-SECTIONS = (
-    *(DataSettings, SSLSettings, SAMSettings, AdapterSettings),
+    *(DataSettings, SSLSettings, NestedSettings, SAMSettings, AdapterSettings),
     *(ClickSettings, RoundSettings, ServerSettings, MachineSettings),
->>>>>>> main
 )
 
 
 # pydantic takes the fields of the last base first
 class Settings(
     MachineSettings,
-<<<<<<< HEAD
-=======
     ServerSettings,
->>>>>>> main
     RoundSettings,
     ClickSettings,
     AdapterSettings,
     SAMSettings,
-<<<<<<< HEAD
     NestedSettings,
-=======
->>>>>>> main
     SSLSettings,
     DataSettings,
 ):
