@@ -52,13 +52,9 @@ def _channel(depth: Tensor) -> Tensor:
 
 
 class NestedBatches(Batches):
-    """Batches of the second stage; its first label is the parent. Images and depths are two channels.
+    """Batches of the second stage; its first label is the parent. Images and depths are two channels."""
 
-    The network has instance norm: the contrast of lesions differs from patient to patient, and what batch norm takes as
-    the average of a few patients does not fit the next one.
-    """
-
-    network: Mapping[str, Any] = MappingProxyType({"channels": 2, "norm": "instance"})
+    network: Mapping[str, Any] = MappingProxyType({"channels": 2})
 
     def sampler(self, labelled: Sequence[Prepared], patch: tuple[int, int, int]) -> PatchSampler:
         """Draws labelled patches, and learns what the labelled lesions look like."""

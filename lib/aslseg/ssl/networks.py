@@ -1,6 +1,6 @@
 """Networks of the SSL model: the SSL papers' V-Net, a small one for CPUs, and MONAI's by name.
 
-Every factory takes (classes, patch), of ours also (channels, norm), and returns a module from (B, channels, i, j, k) to
+Every factory takes (classes, patch, channels) and returns a module from (B, channels, i, j, k) to
 logits (B, classes, i, j, k) for i, j, k multiples of 16.
 """
 
@@ -135,28 +135,27 @@ def _convolutions(count: int, inputs: int, outputs: int, norm: str) -> nn.Sequen
     return nn.Sequential(*layers)
 
 
-def vnet(classes: int, patch: Sequence[int], channels: int = 1, norm: str = "batch") -> nn.Module:
+def vnet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
     """The papers' V-Net: 16 filters, batch norm."""
-    return VNet(classes, norm=norm, channels=channels)
+    return VNet(classes, channels=channels)
 
 
-def vnet_small(classes: int, patch: Sequence[int], channels: int = 1, norm: str = "batch") -> nn.Module:
+def vnet_small(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
     """V-Net with 8 filters (2.4 M parameters), quick enough to train on a CPU overnight; no dropout before its head."""
-    return VNet(classes, filters=8, norm=norm, head_dropout=0.0, channels=channels)
+    return VNet(classes, filters=8, head_dropout=0.0, channels=channels)
 
 
-def unet(classes: int, patch: Sequence[int], channels: int = 1, norm: str = "instance") -> nn.Module:
+def unet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
     """MONAI's residual U-Net, 16 to 256 channels."""
-    return UNet(3, channels, classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2, norm=norm)
+    return UNet(3, channels, classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2)
 
 
-def segresnet(classes: int, patch: Sequence[int], channels: int = 1, norm: str = "group") -> nn.Module:
+def segresnet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
     """MONAI's SegResNet, 16 filters."""
-    layer = ("group", {"num_groups": 8}) if norm == "group" else norm
-    return SegResNet(3, 16, channels, classes, norm=layer)
+    return SegResNet(3, 16, channels, classes)
 
 
-def dynunet(classes: int, patch: Sequence[int], channels: int = 1, norm: str = "instance") -> nn.Module:
+def dynunet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
     """MONAI's DynUNet with nnU-Net's plain layout; axes that reach four voxels are no longer halved."""
     from monai.networks.nets import DynUNet
 
@@ -167,4 +166,4 @@ def dynunet(classes: int, patch: Sequence[int], channels: int = 1, norm: str = "
         size = [n // s for n, s in zip(size, stride, strict=True)]
         kernels.append([3, 3, 3])
         strides.append(stride)
-    return DynUNet(3, channels, classes, kernels, strides, strides[1:], filters=(16, 32, 64, 128, 160), norm_name=norm)
+    return DynUNet(3, channels, classes, kernels, strides, strides[1:], filters=(16, 32, 64, 128, 160))
