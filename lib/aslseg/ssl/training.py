@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aslseg.cases.prepare import Spacing, save_array
-from aslseg.cases.prepared import Prepared, arrays
+from aslseg.cases.prepared import Prepared, arrays, backing_file
 from aslseg.compute.hardware import resolved
 from aslseg.compute.weights import load_weights, save_weights
 from aslseg.files import sha256
@@ -152,7 +153,9 @@ def _train_first(run: _Run, out: Path, steps: int, total: int) -> dict[str, Any]
     labels = run.settings.label_set
 
     def merged(case: Prepared) -> Prepared:
-        return case if case.label is None else replace(case, label=nested.merged(np.asarray(case.label), labels))
+        if case.label is None:
+            return case
+        return _kept(replace(case, label=nested.merged(np.asarray(case.label), labels)), _folder(out))
 
     return run.stage(
         out,
@@ -169,7 +172,7 @@ def _train_first(run: _Run, out: Path, steps: int, total: int) -> dict[str, Any]
 def _train_second(
     run: _Run, out: Path, branch: Branch, geometry: Geometry, first: Any, steps: int, report: ProgressCallback
 ) -> dict[str, Any]:
-    folder = out.with_name(f"{out.stem}.views")
+    folder = _folder(out)
     value = nested.top_level(run.settings.label_set).index(branch.parent) + 1
     labelled = [
         _kept(nested.view_case(c, np.isin(c.label, branch.values), branch, geometry), folder)
@@ -196,10 +199,17 @@ def _train_second(
     )
 
 
+def _folder(out: Path) -> Path:
+    """Where the arrays lie that a stage is trained on."""
+    return out.with_name(f"{out.stem}.cases")
+
+
 def _kept(case: Prepared, folder: Path) -> Prepared:
-    """A view on disk, memory-mapped as other prepared cases are; files are named by their content."""
+    """A case with what is in memory of it on disk, mapped as other prepared cases are; named by its content."""
     mapped = {}
     for name, array in arrays(case).items():
+        if backing_file(array) is not None:
+            continue
         digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:16]
         path = folder / f"{case.id}-{digest}.{name}.npy"
         if not path.exists():
@@ -228,11 +238,7 @@ def _join(
     save_weights(run.out, state, whole)
     for path in files:
         path.unlink()
-        views = path.with_name(f"{path.stem}.views")
-        for file in views.glob("*.npy"):
-            file.unlink()
-        if views.exists():
-            views.rmdir()
+        shutil.rmtree(_folder(path), ignore_errors=True)
 
 
 def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
