@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
-from aslseg.cases.studies import ORIGINAL, PSEUDO
+from aslseg.cases.studies import ORIGINAL, PSEUDO, without_segmentations
 from aslseg.files import atomic_file
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import case_id, extension
@@ -112,7 +112,7 @@ class SharedJsonFile:
             tags = {f.name: listed(f) for f in (root / "labels").iterdir() if f.is_dir() and f.name[0] != "."}
             before = self._datastore.objects
             objects = {}
-            for case, name in images.items():
+            for case, name in without_segmentations(images).items():
                 old = before.get(case)
                 image = old.image if old and case + old.image.ext == name else new_entry(case, name)
                 kept = old.labels if old else {}

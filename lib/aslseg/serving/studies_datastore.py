@@ -11,14 +11,14 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
 
-from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO, segmentations
+from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.errors import AslsegError, BadImageError, BadLabelError
 from aslseg.files import atomic_file, sha256, write_json
 from aslseg.serving.http_errors import RefusedError, inside, safe_name
@@ -81,14 +81,6 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         watched = [self.root, labels, self.paths.home / "original", Path(self._datastore_config_path)]
         watched += sorted(f for f in labels.iterdir() if f.is_dir())
         return tuple(p.stat().st_mtime_ns if p.exists() else 0 for p in watched)
-
-    def _list_files(self, path: str, patterns: Sequence[str]) -> dict[str, str]:
-        """What lies in a folder; a segmentation among the scans is never handed out as one."""
-        found: dict[str, str] = super()._list_files(path, patterns)
-        if Path(path) != self.root:
-            return found
-        passed_over = segmentations(map(Path, found))
-        return {name: file for name, file in found.items() if Path(name) not in passed_over}
 
     def refresh(self) -> None:
         self._seen = None
