@@ -1,27 +1,28 @@
-"""The command line: ``aslseg info | phantom | train | infer | embed | round | rank | ledger | evaluate | serve``.
+"""The command line: ``aslseg import``, ``aslseg round`` and the others; ``aslseg --help`` lists them.
 
-Exit codes: 0 done, 1 failed, 2 wrong arguments or settings. Heavy imports wait until a command needs them, so that
-``aslseg --help`` is quick and thread settings can be made before torch starts its threads.
+Exit codes: 0 done, 1 failed, 2 wrong arguments or settings. Heavy modules are imported by the commands that need
+them, so that ``aslseg --help`` is quick and threads can be set before torch starts them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from aslseg import console
+from aslseg.commands.importing import import_folder
+from aslseg.commands.ledger import ledger_app
+from aslseg.commands.options import Conf, Json, Studies, read_settings, show
 from aslseg.errors import AslsegError, BadSettingsError
 
 if TYPE_CHECKING:
     from aslseg.settings import Settings
-    from aslseg.types import ProgressCallback
 
 app = typer.Typer(
     add_completion=False,
@@ -29,15 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Semi-supervised segmentation with SAM in the loop, as a MONAI Label app. Research use only.",
 )
-ledger_app = typer.Typer(no_args_is_help=True, help="What rounds decided: list it, check it, take it back.")
 app.add_typer(ledger_app, name="ledger")
-
-Conf = Annotated[
-    list[str] | None,
-    typer.Option("--conf", metavar="KEY VALUE", help="A setting, as for monailabel; KEY=VALUE works too. Repeatable."),
-]
-Studies = Annotated[Path, typer.Option("--studies", help="Folder with the scans (MONAI Label studies folder).")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+app.command("import")(import_folder)
 
 
 @app.command()
@@ -48,11 +42,11 @@ def info(
     conf: Conf = None,
 ) -> None:
     """Versions, settings and where they come from, plug-ins, published models."""
-    settings, origin = _settings(conf)
+    settings, origin = read_settings(conf)
     if sam_checkpoint is not None:
         from aslseg.sam.modeling.checkpoints import describe
 
-        return _show(describe(sam_checkpoint, settings), as_json)
+        return show(describe(sam_checkpoint, settings), as_json)
     from aslseg.compute.hardware import resolved
     from aslseg.models.published import list_published
     from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS
@@ -61,18 +55,17 @@ def info(
     shown = {
         k: {"value": v, "source": origin[k]} | ({"used": used[k]} if used[k] != v else {}) for k, v in given.items()
     }
-
-    _show(
-        {
-            "versions": console.versions(),
-            "settings": shown,
-            "ssl_methods": sorted(SSL_METHODS),
-            "networks": sorted(NETWORKS),
-            "recipes": sorted(RECIPES),
-            "models": list_published(settings, studies),
-        },
-        as_json,
-    )
+    found = {
+        "versions": console.versions(),
+        "settings": shown,
+        "ssl_methods": sorted(SSL_METHODS),
+        "networks": sorted(NETWORKS),
+        "recipes": sorted(RECIPES),
+        "models": list_published(settings, studies),
+    }
+    if as_json or not console.on_terminal(sys.stdout):
+        return show(found, as_json)
+    console.print_info(found)
 
 
 @app.command()
@@ -87,9 +80,9 @@ def phantom(
     """Make a studies folder of synthetic abdominal CTs; the truth of the unlabelled ones goes to OUT_truth."""
     from aslseg.volume.phantom import write_studies
 
-    with _shown() as report:
+    with console.progress() as report:
         result = write_studies(out, cases, labelled, seed, overwrite=overwrite, report=report)
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
@@ -99,18 +92,19 @@ def train(
     conf: Conf = None,
     as_json: Json = False,
 ) -> None:
-    """Train one model, with what it is built on; it is published if it is not worse than the published one."""
+    """Train one model, with those it needs; it is published if it validates no worse than the published one."""
     if kind not in ("ssl", "sam", "adapter"):
         raise typer.BadParameter(f"expected ssl, sam or adapter, got {kind!r}")
     settings = _ready(conf)
+    _require_no_round(studies, settings)
     from aslseg.rounds.run import train_stage
 
     with _leading(settings) as leading:
         if not leading:
             return
-        with _shown() as report:
+        with console.progress() as report:
             summary = train_stage(kind, studies, settings, report)
-    _show(summary, as_json)
+    show(summary, as_json)
 
 
 @app.command("round")
@@ -120,21 +114,22 @@ def round_(
     conf: Conf = None,
     as_json: Json = False,
 ) -> None:
-    """Run a round: train, predict, rank, promote, retrain, publish. Goes on where an interrupted one stopped."""
+    """Run a round: train, predict, rank, promote, retrain, publish. Continues an interrupted one where it stopped."""
     settings = _ready(conf)
+    _require_no_round(studies, settings)
     from aslseg.rounds.run import run_round
 
     summaries = []
     with _leading(settings) as leading:
         for _ in range(rounds if leading else 0):
-            with _shown() as report:
+            with console.progress() as report:
                 summaries.append(run_round(studies, settings, report))
             if not as_json:
-                _show(console.brief(summaries[-1]), False)
+                show(console.brief(summaries[-1]), False)
     if not leading:
         return
     if as_json:
-        _show(summaries[0] if rounds == 1 else summaries, True)
+        show(summaries[0] if rounds == 1 else summaries, True)
 
 
 @app.command()
@@ -143,10 +138,13 @@ def rank(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     settings = _ready(conf)
     from aslseg.rounds.run import rank_studies
 
-    with _shown() as report:
+    with console.progress() as report:
         scores = rank_studies(studies, settings, report)
     if as_json:
-        return _show(scores, True)
+        return show(scores, True)
+    if console.on_terminal(sys.stdout):
+        rows = ((case, f"{agreement:.4f}") for case, agreement in scores.items())
+        return console.print_table("Lowest agreement first", ("scan", "agreement"), rows)
     for case, agreement in scores.items():
         typer.echo(f"{agreement:.4f}  {case}")
 
@@ -158,13 +156,13 @@ def embed(
     conf: Conf = None,
     as_json: Json = False,
 ) -> None:
-    """Encode the scans that annotators will get next, so that their first clicks find everything ready."""
+    """Encode the scans that annotators will get next, so that their first clicks need not wait for the encoder."""
     settings = _ready(conf)
     from aslseg.serving.embed import embed_studies
 
-    with _shown() as report:
+    with console.progress() as report:
         summary = embed_studies(studies, settings, cases, report)
-    _show(summary, as_json)
+    show(summary, as_json)
 
 
 @app.command()
@@ -176,16 +174,16 @@ def infer(
     conf: Conf = None,
     as_json: Json = False,
 ) -> None:
-    """Segment scans with the published models. A bad file is skipped with its reason; exit code 1 if any was."""
+    """Segment scans with the published models. A bad file is skipped with its reason, and the exit code is 1."""
     if model not in ("ssl", "sam", "adapter", "aslseg"):
         raise typer.BadParameter(f"expected ssl, sam, adapter or aslseg, got {model!r}", param_hint="--model")
     settings = _ready(conf)
     from aslseg.models.cascade import segment_files
     from aslseg.settings import Paths
 
-    with _shown() as report:
+    with console.progress() as report:
         written, skipped = segment_files(model, input_, output, Paths(settings, studies), settings, report)
-    _show({"written": written, "skipped": skipped}, as_json)
+    show({"written": written, "skipped": skipped}, as_json)
     if skipped or not written:
         raise typer.Exit(1)
 
@@ -205,11 +203,14 @@ def evaluate(
     settings = _ready(conf)
     from aslseg.agreement.evaluate import evaluate_folders, to_markdown
 
-    with _shown() as report:
+    with console.progress() as report:
         result = evaluate_folders(pred, truth, settings.label_set, unit, regions, report)  # type: ignore[arg-type]
     if as_json:
-        return _show(result, True)
-    typer.echo(to_markdown(result))
+        return show(result, True)
+    text = to_markdown(result)
+    if console.on_terminal(sys.stdout):
+        return console.print_markdown(text)
+    typer.echo(text)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -221,8 +222,14 @@ def serve(
     conf: Conf = None,
 ) -> None:
     """Start MONAI Label with this app; further arguments go to `monailabel start_server`."""
-    _ready(conf)
+    settings = _ready(conf)
     from aslseg.resources import prepare_app_dir
+    from aslseg.serving.exposure import require_safe_exposure
+
+    require_safe_exposure(host, settings)
+    # glibc keeps freed blocks of up to 32 MB for the next layer instead of asking the kernel for new pages
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(64 << 20))
 
     command = [
         sys.executable,
@@ -235,94 +242,28 @@ def serve(
         studies,
     ]
     command += ["--host", host, "--port", str(port)]
-    for key, value in _pairs(conf).items():
+    for key, value in console.conf_pairs(conf).items():
         command += ["--conf", key, value]
     sys.stdout.flush()
     os.execv(sys.executable, [*command, *context.args])  # noqa: S606 - our own interpreter
 
 
-@ledger_app.command("list")
-def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
-    """Rounds and promotions, with what became of them."""
-    from dataclasses import asdict
-
-    ledger = _ledger(studies, conf)
-    rounds, promotions = ledger.rounds(), ledger.promotions(active_only=False)
-    if as_json:
-        return _show({"rounds": [asdict(r) for r in rounds], "promotions": [asdict(p) for p in promotions]}, True)
-    for r in rounds:
-        ours = [p for p in promotions if p.round == r.number]
-        end = f", {r.error}" if r.error and r.state == "open" else ""
-        typer.echo(f"round {r.number}: {r.state}, opened {r.opened}, {len(ours)} promoted{end}")
-        for p in ours:
-            agreement = ", ".join(f"{k} {'-' if v is None else f'{v:.4f}'}" for k, v in p.agreement.items())
-            typer.echo(f"  {p.case}: {p.status}, agreement {agreement}, mask {p.sha256[:12]}")
-    if not rounds:
-        typer.echo("no rounds yet")
-
-
-@ledger_app.command("rollback")
-def ledger_rollback(
-    studies: Studies,
-    number: Annotated[int, typer.Option("--round", help="Undo this round and all later ones.")],
-    conf: Conf = None,
-    as_json: Json = False,
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Who will log in: letters, digits, '.', '_' and '-'.")],
+    role: Annotated[str, typer.Option(help="annotator, reviewer or admin.")] = "annotator",
 ) -> None:
-    """Put labels and published models back to what they were before a round; human labels stay."""
-    settings = _settings(conf)[0]
-    from aslseg.rounds.masks import roll_back
-    from aslseg.settings import Paths
+    """Make a token: print it, and the line for the file of the setting token_file, which holds only its hash."""
+    from aslseg.serving.tokens import new_token_line
 
-    lines = roll_back(Paths(settings, studies), number)
-    if as_json:
-        return _show({"round": number, "done": lines}, True)
-    for line in lines:
-        typer.echo(line)
-
-
-@ledger_app.command("verify")
-def ledger_verify(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
-    """Check the ledger's hash chain, and that label files are what it says; exit code 1 if not."""
-    settings = _settings(conf)[0]
-    from aslseg.rounds.masks import verify_label_files
-    from aslseg.settings import Paths
-
-    problems = verify_label_files(Paths(settings, studies))
-    if as_json:
-        _show({"ok": not problems, "problems": problems}, True)
-    else:
-        for problem in problems or ["the ledger and all label files are as they were written"]:
-            typer.echo(problem)
-    if problems:
-        raise typer.Exit(1)
-
-
-def _ledger(studies: Path, conf: list[str] | None) -> Any:
-    from aslseg.rounds.ledger import Ledger
-    from aslseg.settings import Paths
-
-    return Ledger(Paths(_settings(conf)[0], studies).ledger)
-
-
-def _pairs(conf: list[str] | None) -> dict[str, str]:
-    pairs = {}
-    for item in conf or ():
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise BadSettingsError(f"--conf {item}: expected a key and a value")
-        pairs[key] = value
-    return pairs
-
-
-def _settings(conf: list[str] | None) -> tuple[Settings, dict[str, str]]:
-    from aslseg.settings import load_settings
-
-    return load_settings(_pairs(conf))
+    secret, line = new_token_line(name, role)
+    typer.echo(f"token of {name}, shown only now: {secret}", err=True)
+    typer.echo(line)
 
 
 def _ready(conf: list[str] | None) -> Settings:
-    """The settings, with the environment that torch's threads want to find when they start."""
-    settings = _settings(conf)[0]
+    """The settings; sets the environment variables that torch's threads read when they start."""
+    settings = read_settings(conf)[0]
     # OpenMP threads that spin while they wait starve each other as soon as two processes share a machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if settings.threads:
@@ -330,9 +271,19 @@ def _ready(conf: list[str] | None) -> Settings:
     return settings
 
 
+def _require_no_round(studies: Path, settings: Settings) -> None:
+    """Refuse before torch is imported, which takes seconds. The round takes the lock again by itself."""
+    from aslseg.rounds.lock import round_lock
+    from aslseg.settings import Paths
+
+    if "LOCAL_RANK" not in os.environ and studies.is_dir():
+        with round_lock(Paths(settings, studies).home):
+            pass
+
+
 @contextmanager
 def _leading(settings: Settings) -> Iterator[bool]:
-    """Whether this process does the work; the others that torchrun started first help it until it is done."""
+    """Whether this process does the work; the other processes that torchrun started train with it until it is done."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
         yield True
         return
@@ -344,31 +295,8 @@ def _leading(settings: Settings) -> Iterator[bool]:
         yield False
         return
     yield True
-    # not after an error: torchrun ends the others, which may be waiting in the middle of a step
+    # not after an error: torchrun then ends the other processes, which may be in the middle of a step
     worker.stop_workers()
-
-
-def _show(content: Any, as_json: bool) -> None:
-    for line in [json.dumps(content, indent=2, default=str)] if as_json else console.lines(content):
-        typer.echo(line)
-
-
-@contextmanager
-def _shown() -> Iterator[ProgressCallback]:
-    """A report function that keeps one line on the terminal, or now and then prints one to a log; on stderr."""
-    terminal = sys.stderr.isatty()
-    line = console.ProgressLine(every=0.2 if terminal else 15.0)
-
-    def report(done: float, total: float, **shown: Any) -> None:
-        text = line(done, total, **shown)
-        if text:
-            typer.echo(f"\r\033[K{text}" if terminal else text, err=True, nl=not terminal)
-
-    try:
-        yield report
-    finally:
-        if terminal:
-            typer.echo("", err=True)
 
 
 def main() -> NoReturn:

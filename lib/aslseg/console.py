@@ -1,12 +1,21 @@
-"""What the command line says and understands, as plain functions; only :mod:`aslseg.cli` prints."""
+"""Arguments, text, tables and progress of the command line."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from aslseg.errors import BadSettingsError
+
+if TYPE_CHECKING:
+    from aslseg.rounds.ledger import Promotion, RoundRow
+    from aslseg.types import ProgressCallback
 
 PACKAGES = (
     "aslseg",
@@ -21,7 +30,7 @@ PACKAGES = (
 
 
 def joined(arguments: list[str]) -> list[str]:
-    """``--conf KEY VALUE``, as monailabel has it, to ``--conf KEY=VALUE``; what follows ``--`` stays as it is."""
+    """Join ``--conf KEY VALUE``, as monailabel has it, to ``--conf KEY=VALUE``; arguments after ``--`` are kept."""
     out, rest = [], list(arguments)
     while rest:
         item = rest.pop(0)
@@ -32,6 +41,36 @@ def joined(arguments: list[str]) -> list[str]:
             key = rest.pop(0)
             out.append(f"{key}={rest.pop(0)}" if "=" not in key and rest else key)
     return out
+
+
+def conf_pairs(conf: list[str] | None) -> dict[str, str]:
+    """``--conf`` arguments as setting and value.
+
+    Raises:
+        BadSettingsError: An argument without ``=``.
+    """
+    pairs = {}
+    for item in conf or ():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise BadSettingsError(f"--conf {item}: expected a key and a value")
+        pairs[key] = value
+    return pairs
+
+
+def studies_folder(text: str) -> Path:
+    """The value of a ``--studies`` that must be a folder.
+
+    Raises:
+        BadSettingsError: It is a DICOMweb address.
+    """
+    if text.startswith(("http://", "https://")):
+        raise BadSettingsError(
+            f"--studies {text}: a DICOMweb address, but this command reads labelled scans from a folder. Start "
+            f"the server on the address (aslseg serve --studies {text}), and train on a folder of exported scans "
+            "(docs/dicom.md)"
+        )
+    return Path(text)
 
 
 def versions() -> dict[str, str]:
@@ -47,6 +86,8 @@ def versions() -> dict[str, str]:
 
 def short(value: Any) -> str:
     """A value in a line of text."""
+    if value is None:
+        return "-"
     if isinstance(value, dict):
         return ", ".join(f"{k} {short(v)}" for k, v in value.items())
     return f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -64,38 +105,146 @@ def lines(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A round's summary without what only programs read."""
+    """A round's summary without the parts that only programs read."""
     lowest = sorted(summary["agreement"].items(), key=lambda pair: (pair[1], pair[0]))[:5]
     shown = {k: v for k, v in summary.items() if k not in ("agreement", "measured", "models")}
     return shown | {"lowest agreement": dict(lowest)}
 
 
-class ProgressLine:
-    """Turns reports into a line of text, not too often.
+def on_terminal(stream: TextIO) -> bool:
+    """Whether a person looks at a stream; otherwise its text is written to a file, a pipe or a log."""
+    return stream.isatty()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Draw a table on the terminal.
 
     Args:
+        title: Above the table.
+        columns: Their headings.
+        rows: Values of each row.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(escape(short(value)) for value in row))
+    Console().print(table)
+
+
+def print_info(found: Mapping[str, Any]) -> None:
+    """Draw the tables of ``aslseg info`` on the terminal."""
+    print_table("Versions", ("package", "version"), found["versions"].items())
+    settings = ((name, s["value"], s.get("used", ""), s["source"]) for name, s in found["settings"].items())
+    print_table("Settings", ("setting", "value", "used here", "source"), settings)
+    plugins = ((kind, ", ".join(found[kind])) for kind in ("ssl_methods", "networks", "recipes"))
+    print_table("Plug-ins", ("kind", "names"), plugins)
+    columns = ("kind", "round", "date", "validation_dice", "cases", "path")
+    models = ([model[column] for column in columns] for model in found["models"])
+    print_table("Published models", columns, models)
+
+
+def ledger_lines(rounds: Sequence[RoundRow], promotions: Sequence[Promotion]) -> Iterator[str]:
+    """Rounds, each with its promotions, as text."""
+    for r in rounds:
+        ours = [p for p in promotions if p.round == r.number]
+        end = f", {r.error}" if r.error and r.state == "open" else ""
+        yield f"round {r.number}: {r.state}, opened {r.opened}, {len(ours)} promoted{end}"
+        for p in ours:
+            yield f"  {p.case}: {p.status}, agreement {short(p.agreement)}, mask {p.sha256[:12]}"
+    if not rounds:
+        yield "no rounds yet"
+
+
+def print_ledger(rounds: Sequence[RoundRow], promotions: Sequence[Promotion]) -> None:
+    """Draw the tables of ``aslseg ledger list`` on the terminal."""
+    promoted = Counter(p.round for p in promotions)
+    print_table(
+        "Rounds",
+        ("round", "state", "opened", "promoted", "error"),
+        ((r.number, r.state, r.opened, promoted[r.number], r.error or "") for r in rounds),
+    )
+    print_table(
+        "Promotions",
+        ("round", "scan", "state", "agreement", "mask"),
+        ((p.round, p.case, p.status, short(p.agreement), p.sha256[:12]) for p in promotions),
+    )
+
+
+def print_markdown(text: str) -> None:
+    """Draw Markdown, tables included, on the terminal."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))
+
+
+@contextmanager
+def progress() -> Iterator[ProgressCallback]:
+    """A callback that shows progress on stderr: a bar on a terminal, or now and then a line in a log."""
+    if on_terminal(sys.stderr):
+        with progress_bar() as report:
+            yield report
+    else:
+        yield PlainProgress(lambda text: sys.stderr.write(f"{text}\n"))
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressCallback]:
+    """Give a callback that keeps a progress bar with stage, numbers and time left on the terminal (stderr)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    columns = (
+        TextColumn("{task.fields[stage]}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[numbers]}", markup=False),
+        TextColumn("{task.fields[left]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=1, stage="", numbers="", left="")
+        started = time.monotonic()
+
+        def report(done: float, total: float, *, stage: str = "", eta: float | None = None, **numbers: Any) -> None:
+            left = _time_left(done, total, time.monotonic() - started, eta)
+            text = "  ".join(_numbers(numbers))
+            bar.update(task, completed=done, total=total or None, stage=stage, numbers=text, left=left)
+
+        yield report
+
+
+class PlainProgress:
+    """A callback that writes lines of text about progress, for logs.
+
+    Args:
+        write: Takes a line.
         every: Seconds between two lines of one stage; a new stage always gives one.
     """
 
-    def __init__(self, every: float) -> None:
-        self.every, self.started = every, time.monotonic()
+    def __init__(self, write: Callable[[str], object], every: float = 15.0) -> None:
+        self.write, self.every, self.started = write, every, time.monotonic()
         self._stage, self._last = "", -every
 
-    def __call__(
-        self, done: float, total: float, *, stage: str = "", eta: float | None = None, **numbers: Any
-    ) -> str | None:
+    def __call__(self, done: float, total: float, *, stage: str = "", eta: float | None = None, **numbers: Any) -> None:
         now = time.monotonic() - self.started
         finished = not stage and done >= total
         if now - self._last < self.every and stage == self._stage and not finished:
-            return None
+            return
         self._stage, self._last = stage, now
-        if eta is None and done:
-            eta = now / done * (total - done)
-        parts = [
-            f"{done / total:4.0%}" if total else "",
-            stage,
-            *(f"{k} {short(v)}" for k, v in numbers.items()),
-        ]
-        if eta is not None:
-            parts.append(f"{int(eta) // 60}:{int(eta) % 60:02d} left")
-        return "  ".join(p for p in parts if p)
+        percent = f"{done / total:4.0%}" if total else ""
+        texts = (percent, stage, *_numbers(numbers), _time_left(done, total, now, eta))
+        self.write("  ".join(text for text in texts if text))
+
+
+def _numbers(numbers: Mapping[str, Any]) -> list[str]:
+    return [f"{name} {short(value)}" for name, value in numbers.items()]
+
+
+def _time_left(done: float, total: float, elapsed: float, eta: float | None) -> str:
+    """Minutes and seconds left: as estimated by the work itself, else in proportion to what is done."""
+    if eta is None and done:
+        eta = elapsed / done * (total - done)
+    return "" if eta is None else f"{int(eta) // 60}:{int(eta) % 60:02d} left"

@@ -75,3 +75,19 @@ NETWORKS = Registry(
 )
 
 RECIPES = Registry("recipe", {"aslseg": "aslseg.rounds.recipes.aslseg:aslseg", "cfr": "aslseg.rounds.recipes.cfr:cfr"})
+
+# in the order in which they are tried: the first that recognises a folder is taken
+LAYOUTS = Registry(
+    "layout",
+    {
+        "nnunet": "aslseg.cases.importing.layouts.nnunet:NnUNet",
+        "msd": "aslseg.cases.importing.layouts.decathlon:Decathlon",
+        "bids": "aslseg.cases.importing.layouts.bids:Bids",
+        "dicom": "aslseg.cases.importing.layouts.dicom:Dicom",
+        "lits": "aslseg.cases.importing.layouts.lits:LiTS",
+        "two_folders": "aslseg.cases.importing.layouts.two_folders:TwoFolders",
+        "case_folders": "aslseg.cases.importing.layouts.case_folders:CaseFolders",
+        "beside": "aslseg.cases.importing.layouts.beside:Beside",
+        "flat": "aslseg.cases.importing.layouts.flat:Flat",
+    },
+)

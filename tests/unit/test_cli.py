@@ -1,4 +1,4 @@
-"""The command line: quick help, exit codes, one message instead of a traceback, JSON on stdout only."""
+"""The command line: help without torch, exit codes, one message instead of a traceback, JSON on stdout only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,18 +38,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return call
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_imports_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['aslseg', '--help']; import aslseg.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
     )
     code += "assert 'torch' not in sys.modules and 'monai' not in sys.modules"
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        times.append(time.monotonic() - started)
-    # half a second on a machine that is not busy with the other tests
-    assert min(times) < 1.5
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_info_says_where_settings_come_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,11 +173,43 @@ def test_serve_hands_over_to_monailabel(run: Run, tmp_path: Path, monkeypatch: p
     assert len(started) == 1
 
 
-def test_progress_line_is_not_too_frequent() -> None:
-    line = console.ProgressLine(every=3600)
-    assert "ssl" in str(line(1, 10, stage="ssl", eta=65, loss=0.25))
-    assert line(2, 10, stage="ssl", eta=60) is None
-    assert str(line(3, 10, stage="sam", eta=61.0, loss=0.5)) == " 30%  sam  loss 0.5000  1:01 left"
+def test_progress_in_a_log_is_not_too_frequent() -> None:
+    written: list[str] = []
+    report = console.PlainProgress(written.append, every=3600)
+    report(1, 10, stage="ssl", eta=65, loss=0.25)
+    report(2, 10, stage="ssl", eta=60)
+    report(3, 10, stage="sam", eta=61.0, loss=0.5)
+    assert written == [" 10%  ssl  loss 0.2500  1:05 left", " 30%  sam  loss 0.5000  1:01 left"]
+
+
+def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "on_terminal", lambda _: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    with console.progress() as report:
+        report(1, 4, stage="[predict]", eta=61.0, loss=0.5)
+    err = capsys.readouterr().err
+    assert all(text in err for text in ("[predict]", "25%", "loss 0.5000", "1:01 left"))
+
+
+def test_a_terminal_gets_tables(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    studies, settings = tiny_studies(tmp_path, cases=1, labelled=1), tiny_settings(tmp_path)
+    ledger = Ledger(Paths(settings, studies).ledger)
+    ledger.open_round({})
+    kept = {"sha256": "ab" * 32, "agreement": {"liver": 0.91, "tumour": None}, "threshold": {}, "models": {}}
+    ledger.append([Entry("mask", 1, "phantom_000", "aslseg_pseudo", kept)])
+    plain = run("ledger", "list", "--studies", studies)[1]
+    assert "phantom_000: active, agreement liver 0.9100, tumour -, mask abababababab" in plain
+    monkeypatch.setattr(console, "on_terminal", lambda _: True)
+    for arguments, expected in (
+        (("ledger", "list", "--studies", studies), ("Rounds", "open", "Promotions", "liver 0.9100, tumour -")),
+        (("info", "--conf", "labels", "liver"), ("Settings", "labels", "liver", "conf", "mean_teacher")),
+    ):
+        code, out, _ = run(*arguments)
+        assert code == 0
+        assert all(text in out for text in expected)
+        assert "─" in out or "━" in out
+    assert json.loads(run("ledger", "list", "--studies", studies, "--json")[1])["rounds"][0]["state"] == "open"
 
 
 def test_joined_leaves_other_arguments_alone() -> None:

@@ -27,6 +27,7 @@ ORDER = [
     "serving",
     "api",
     "console",
+    "commands",
     "cli",
 ]
 BASE = {"settings", "types", "errors", "registry", "resources", "files", "__init__"}

@@ -6,10 +6,13 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 - the library's own abbreviation
 from scipy import ndimage
 
+from aslseg.compute.bounding_box import bounding_box
+
 Spacing = tuple[float, float, float]
 Box = tuple[slice, slice, slice]
 
-FAR = 1e4  # mm; "no border anywhere"
+FAR = 1e4
+"""Distance in mm that stands for a missing border."""
 
 
 def signed_distance(mask: np.ndarray, spacing: Spacing) -> np.ndarray:
@@ -51,12 +54,12 @@ def components(mask: np.ndarray, spacing: Spacing) -> tuple[np.ndarray, np.ndarr
 
 def box_of(mask: np.ndarray, margin: float, spacing: Spacing) -> Box:
     """Bounding box of a mask that is not empty, dilated by ``margin`` mm and clipped."""
-    found = []
-    for axis, step in enumerate(spacing):
-        where = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        extra = int(np.ceil(margin / step))
-        found.append(slice(max(0, int(where[0]) - extra), int(where[-1]) + 1 + extra))
-    return found[0], found[1], found[2]
+    tight = bounding_box(mask)
+    if tight is None:
+        raise ValueError("expected a mask that is not empty; there is no box around nothing")
+    extra = [int(np.ceil(margin / step)) for step in spacing]
+    i, j, k = (slice(max(0, s.start - e), s.stop + e) for s, e in zip(tight, extra, strict=True))
+    return i, j, k
 
 
 def box_around(centre: np.ndarray, radius: float, shape: tuple[int, ...], spacing: Spacing) -> Box:

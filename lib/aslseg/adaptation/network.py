@@ -1,4 +1,4 @@
-"""The adaptation network: a small U-Net that corrects the logits of its inputs instead of drawing from nothing."""
+"""The adaptation network: a small U-Net that corrects the logits of its inputs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class AdaptationNetwork(nn.Module):
     """z = U([x, s, p]) + kappa_s clip(logit s) + kappa_p clip(logit p), per region (gated residual).
 
     The last layer of U starts at zero and both kappas at 0.1, so that an untrained network decides as the mean of
-    SAM's and the SSL model's logits. In trials a start at 0.5 learned worse than one at 0 or 0.1: where an input is
-    surely wrong, U first has to outweigh it.
+    SAM's and the SSL model's logits. Larger kappas are harder to learn from: where an input is wrong with certainty, U
+    has to outweigh it first.
 
     Args:
         regions: R, the number of regions.
@@ -55,7 +55,7 @@ class AdaptationNetwork(nn.Module):
         self.kappa = nn.Parameter(torch.full((2, regions), KAPPA))
 
     def prior(self, inputs: Tensor) -> Tensor:
-        """The part of the logits that comes straight from the inputs, (B, R, i, j, k) float32."""
+        """The term of the logits that comes directly from the inputs, (B, R, i, j, k) float32."""
         given = torch.logit(inputs[:, 1:].float(), eps=1e-3).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
         gated = given.unflatten(1, (2, self.regions)) * self.kappa.float()[None, :, :, None, None, None]
         return gated.sum(1)

@@ -11,18 +11,21 @@ from torch import Tensor, nn
 
 from aslseg.adaptation.network import AdaptationNetwork
 from aslseg.compute.augment import centre
+from aslseg.compute.bounding_box import bounding_box
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.compute.sliding_window import plans, slabs
 from aslseg.compute.weights import load_weights
 from aslseg.errors import BadWeightsError
 from aslseg.settings import Settings
 
-FOREGROUND = 0.3  # probability from which on a voxel of an input counts as something to look at
-MARGIN = 12  # voxels around it
+FOREGROUND = 0.3
+"""Probability from which a voxel of an input counts as foreground."""
+MARGIN = 12
+"""Voxels around the foreground that are predicted, too."""
 
 
 class AdapterModel:
-    """A trained adaptation network with what is needed to use it.
+    """A trained adaptation network, ready to predict.
 
     Attributes:
         metadata: As stored by :func:`aslseg.adaptation.train.train`.
@@ -39,7 +42,7 @@ class AdapterModel:
     def predict(self, image: np.ndarray, sam_regions: np.ndarray, ssl_regions: np.ndarray) -> np.ndarray:
         """Refined region probabilities of a volume on the working grid.
 
-        Only a box around what either input found is looked at; outside it everything is 0. NaN in an input counts
+        Only a box around the foreground of both inputs is predicted; everything outside is 0. NaN in an input counts
         as 0.
 
         Args:
@@ -60,9 +63,8 @@ class AdapterModel:
         box = self._box(sam_regions, ssl_regions)
         if box is None:
             return out
-        parts = [image[None, *box], sam_regions[:, *box], ssl_regions[:, *box]]
-        inputs = np.nan_to_num(np.concatenate(parts).astype(np.float32), posinf=1, neginf=0).clip(0, 1)
-        inputs[:1] = centre(torch.from_numpy(inputs[:1])).numpy()
+        crops = [image[None, *box], sam_regions[:, *box], ssl_regions[:, *box]]
+        inputs = np.nan_to_num(np.concatenate(crops).astype(np.float32), posinf=1, neginf=0).clip(0, 1)
         i, j, k = self.metadata["patch"]
         plan = next(plans(self.device, (i, j, k)))
         refined = out[:, *box]
@@ -73,12 +75,12 @@ class AdapterModel:
     def _box(self, *inputs: np.ndarray) -> tuple[slice, ...] | None:
         """Foreground of the inputs with a margin, at least as large as a window where the volume is."""
         found = np.any([(regions >= FOREGROUND).any(0) for regions in inputs], axis=0)
-        if not found.any():
+        tight = bounding_box(found)
+        if tight is None:
             return None
         box = []
-        for axis, window in enumerate(self.metadata["patch"]):
-            where = np.flatnonzero(found.any(axis=tuple(a for a in range(3) if a != axis)))
-            low, high = int(where[0]) - MARGIN, int(where[-1]) + 1 + MARGIN
+        for axis, (window, around) in enumerate(zip(self.metadata["patch"], tight, strict=True)):
+            low, high = around.start - MARGIN, around.stop + MARGIN
             short = max(window - (high - low), 0)
             low, high = low - short // 2, high + short - short // 2
             size = found.shape[axis]
@@ -87,9 +89,14 @@ class AdapterModel:
             box.append(slice(max(low + shift, 0), min(high + shift, size)))
         return tuple(box)
 
-    def _logits(self, window: Tensor) -> Tensor:
+    def _logits(self, windows: Tensor) -> Tensor:
+        """Logits (B, R, i, j, k) of windows (B, 1 + 2R, i, j, k) in 0..1.
+
+        The image is centred here, after small volumes were padded with 0, so that the padding is air as in training.
+        """
+        windows = torch.cat([centre(windows[:, :1]), windows[:, 1:]], 1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network(window)
+            return self.network(windows)
 
 
 def load(path: Path, settings: Settings) -> AdapterModel:

@@ -1,11 +1,12 @@
-"""Errors that an SSL network or SAM makes, put into true masks so that the adaptation network can learn to undo them.
+"""Synthetic segmentation errors: true masks changed as an SSL network or SAM would get them wrong.
 
 Every operator is a pure function ``(mask, image, spacing, rng, severity) -> mask``: mask (i, j, k) bool, image
 (i, j, k) float32 in 0..1 or None, spacing in mm along i, j, k, severity 0..1. It returns a new mask and never fails on
-an empty or a full one. Lengths are millimetres and are limited by the size of the object, so that one severity gives
-a liver (large) a Dice of about .85 and its tumours (small) one of about .6, as segmentation networks do.
+an empty or a full one. Lengths are in millimetres and limited by the size of the object, because networks segment small
+objects worse than large ones. With severity 0 an operator changes nothing.
 
-The idea is ASLseg's (Chen et al., arXiv 2312.07969, stage III); the paper does not list its operators, these are ours.
+The adaptation network learns to undo these errors (ASLseg, Chen et al., arXiv 2312.07969, stage III). The paper does
+not list its operators; these are our own.
 """
 
 from __future__ import annotations
@@ -31,8 +32,16 @@ from aslseg.types import Labels
 
 Operator = Callable[[np.ndarray, np.ndarray | None, Spacing, np.random.Generator, float], np.ndarray]
 
-CONTEXT = 30.0  # mm around a region in which errors are made
-MOST_PARTS = 24  # components treated one by one; a label with more is mostly specks
+CONTEXT = 30.0
+"""Millimetres around a region in which errors are made."""
+MOST_COMPONENTS = 24
+"""The largest components, which are treated one by one; a label with more consists mostly of specks."""
+UNCHANGED_PROBABILITY = 0.07
+"""How often :func:`corrupt_region` leaves a region as it is, so that good masks are learned to be left alone."""
+EMPTY_PROBABILITY = 0.03
+"""How often, at severity 0.5 and above, it removes the region altogether."""
+SHIFT_VOXELS, SHIFT_SCALE = 3, 0.15
+"""Largest translation, in finest voxel edges, and largest relative change of size."""
 
 
 class Error(NamedTuple):
@@ -40,20 +49,6 @@ class Error(NamedTuple):
 
     apply: Operator
     probability: float
-
-
-def identity(
-    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
-) -> np.ndarray:
-    """The true mask: teaches to leave good masks alone."""
-    return mask.copy()
-
-
-def empty(
-    mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
-) -> np.ndarray:
-    """Nothing found at all."""
-    return np.zeros_like(mask)
 
 
 def miss(
@@ -68,7 +63,7 @@ def miss(
 def add_false_lesion(
     mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
 ) -> np.ndarray:
-    """False lesions: one to three rough ellipsoids of the size of the true parts, 5 to 40 mm away from them."""
+    """False lesions: one to three rough ellipsoids of the size of the true components, 5 to 40 mm away from these."""
     out = mask.copy()
     if severity <= 0:
         return out
@@ -88,10 +83,10 @@ def add_false_lesion(
     return out
 
 
-def fp_image(
+def add_similar_object(
     mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
 ) -> np.ndarray:
-    """A plausible false object: a connected piece, near or touching, that is as bright as the true one.
+    """A plausible false object: a connected piece, near the true one or touching it, that is as bright.
 
     Without an image or without an object nothing changes.
     """
@@ -120,10 +115,10 @@ def fp_image(
 def offset_border(
     mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
 ) -> np.ndarray:
-    """Each part too large or too small by one distance: phi <= b, b uniform in +-severity * min(6 mm, 0.6 r)."""
+    """Each component too large or too small by one distance: phi <= b, b uniform in +-severity * min(6 mm, 0.6 r)."""
     parts, radii = components(mask, spacing)
     out = mask.copy()
-    for number in np.argsort(-radii)[:MOST_PARTS]:
+    for number in np.argsort(-radii)[:MOST_COMPONENTS]:
         most = severity * min(6.0, 0.6 * radii[number])
         b = rng.uniform(-most, most)
         box = box_of(parts == number + 1, most + max(spacing), spacing)
@@ -151,7 +146,7 @@ def rough(
 def cut(
     mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
 ) -> np.ndarray:
-    """A part found only partly: up to 60 % of one component gone, behind a plane, within a ball, or as holes."""
+    """A component found only partly: up to 60 % of it missing, behind a plane, within a ball, or as holes."""
     out = mask.copy()
     parts, radii = components(mask, spacing)
     if severity <= 0 or not radii.size:
@@ -177,7 +172,7 @@ def cut(
 def merge(
     mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
 ) -> np.ndarray:
-    """Neighbouring parts run together: closing with a radius of up to 6 mm."""
+    """Neighbouring components merged: closing with a radius of up to 6 mm."""
     out = mask.copy()
     if severity <= 0 or not mask.any() or mask.all():
         return out
@@ -191,7 +186,7 @@ def merge(
 def leak(
     mask: np.ndarray, image: np.ndarray | None, spacing: Spacing, rng: np.random.Generator, severity: float
 ) -> np.ndarray:
-    """The mask runs over its border where the neighbour is as bright; without an image nothing changes."""
+    """The mask leaks over its border where the neighbour is as bright; without an image nothing changes."""
     out = mask.copy()
     steps = int(np.ceil(6 * severity))
     surface = mask & ~ndimage.binary_erosion(mask, border_value=1)
@@ -214,12 +209,14 @@ def shift(
     out = np.zeros_like(mask)
     if severity <= 0 or not mask.any() or mask.all():
         return mask.copy()
-    box = box_of(mask, 4 * max(spacing), spacing)
-    part = mask[box].astype(np.float32)
     _, radii = components(mask, spacing)
-    most = min(3 * min(spacing), 0.5 * float(radii.max()))
+    most = min(SHIFT_VOXELS * min(spacing), 0.5 * float(radii.max()))
+    # room for what moves: scaling moves no voxel by more than this share of the object's extent
+    extent = max((s.stop - s.start) * w for s, w in zip(box_of(mask, 0, spacing), spacing, strict=True))
+    box = box_of(mask, most + SHIFT_SCALE * extent + max(spacing), spacing)
+    part = mask[box].astype(np.float32)
     move = rng.uniform(-1, 1, 3) * severity * most / np.array(spacing)
-    scale = 1 + rng.uniform(-0.15, 0.15, 3) * severity
+    scale = 1 + rng.uniform(-SHIFT_SCALE, SHIFT_SCALE, 3) * severity
     centre = np.argwhere(part).mean(0)
     moved = ndimage.affine_transform(part, 1 / scale, centre - (centre + move) / scale, order=1, mode="nearest")
     out[box] = moved >= 0.5
@@ -234,35 +231,33 @@ def drop_slices(
     found = np.flatnonzero(mask.any(axis=(0, 1)))
     if found.size < 3:
         return out
-    fate = rng.random(found.size)
-    for k in found[fate < 0.1 * severity]:
+    chance = rng.random(found.size)
+    for k in found[chance < 0.1 * severity]:
         out[:, :, k] = False
-    for k in found[1:][fate[1:] > 1 - 0.1 * severity]:
+    for k in found[1:][chance[1:] > 1 - 0.1 * severity]:
         out[:, :, k] = mask[:, :, k - 1]
     if rng.random() < 0.5 * severity:
         out[:, :, [found[0], found[-1]]] = False
     return out
 
 
-# In the order in which errors arise: what was found, how far it reaches, where its border runs.
-OPERATORS: dict[str, Error] = {
-    "miss": Error(miss, 1.0),
-    "fp_blob": Error(add_false_lesion, 0.5),
-    "fp_image": Error(fp_image, 0.4),
-    "merge": Error(merge, 0.15),
-    "leak": Error(leak, 0.2),
-    "shift": Error(shift, 0.35),
-    "over_under": Error(offset_border, 0.8),
-    "cut": Error(cut, 0.4),
-    "rough": Error(rough, 0.8),
-    "slicedrop": Error(drop_slices, 0.2),
-    "empty": Error(empty, 0.03),
-    "identity": Error(identity, 0.07),
-}
+# the order is that in which errors arise: which objects are found, how far they reach, where the border runs
+OPERATORS = (
+    Error(miss, 1.0),
+    Error(add_false_lesion, 0.5),
+    Error(add_similar_object, 0.4),
+    Error(merge, 0.15),
+    Error(leak, 0.2),
+    Error(shift, 0.35),
+    Error(offset_border, 0.8),
+    Error(cut, 0.4),
+    Error(rough, 0.8),
+    Error(drop_slices, 0.2),
+)
 
 
 def soften(mask: np.ndarray, spacing: Spacing, rng: np.random.Generator) -> np.ndarray:
-    """A mask as a network would give it, (i, j, k) float32 in 0..1; 0 far from it. See :func:`soft_pair`."""
+    """A mask as a network's probabilities, (i, j, k) float32 in 0..1, 0 far from it. See :func:`soft_pair`."""
     return soft_pair(mask, spacing, rng, 0.0)[0]
 
 
@@ -271,8 +266,8 @@ def soft_pair(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One faulty mask as the SSL model and as SAM would give it: sigmoid((w + b - phi) / tau + n) each.
 
-    w is a smooth field that moves the border by a third of a voxel or so, n a little white noise; both act on the
-    logit, because networks waver near borders and not far from them. tau is 0.3 to 2 of the finest voxel edges.
+    w is a smooth field that moves the border by a fraction of a voxel, n is weak white noise; both act on the logit,
+    because networks are uncertain near borders and not far from them. tau is 0.3 to 2 of the finest voxel edges.
 
     Args:
         mask: (i, j, k) bool.
@@ -303,16 +298,16 @@ def corrupt_region(
 ) -> np.ndarray:
     """One region with one draw of errors; see :func:`corrupt`."""
     often = min(1.0, 2 * severity)
-    fate = rng.random()
-    if fate < OPERATORS["identity"].probability:
+    chance = rng.random()
+    if chance < UNCHANGED_PROBABILITY:
         return mask.copy()
-    if fate > 1 - OPERATORS["empty"].probability * often:
+    if chance > 1 - EMPTY_PROBABILITY * often:
         return np.zeros_like(mask)
     out = mask.copy()
     box = box_of(mask, CONTEXT, spacing) if mask.any() else (slice(None),) * 3
     part, view = out[box], None if image is None else image[box]
-    for name, error in OPERATORS.items():
-        if name not in ("identity", "empty") and rng.random() < error.probability * often:
+    for error in OPERATORS:
+        if rng.random() < error.probability * often:
             part = error.apply(part, view, spacing, rng, severity)
     out[box] = part
     return out
@@ -326,14 +321,14 @@ def corrupt(
     rng: np.random.Generator,
     severity: float,
 ) -> np.ndarray:
-    """True regions as a network would have drawn them.
+    """True regions with errors, as a network would have drawn them.
 
-    Each region gets errors of its own. A child's errors may leave its parent; the parent is then enlarged to hold it,
-    because in the SSL network's softmax a region's probability is never below that of what is nested in it.
+    Each region gets its own errors. Where a nested region leaves its parent, the parent is enlarged, because in the SSL
+    network's softmax a region's probability is never below that of the labels nested in it.
 
     Args:
         regions: (R, i, j, k) bool, the truth.
-        image: (i, j, k) float32 in 0..1, or None: errors that follow the image are then left out.
+        image: (i, j, k) float32 in 0..1; None leaves out the errors that follow the image.
         labels: Names and nesting of the R regions.
         spacing: mm.
         rng: All randomness.
@@ -366,7 +361,7 @@ def calibrate(
 ) -> float:
     """The ``most`` of :func:`draw_severity` at which the median Dice of corrupted masks meets ``target``.
 
-    Meant for matching the errors to those that the SSL model makes in cross-prediction on the labelled cases.
+    It matches the errors to those that the SSL model makes in cross-prediction on the labelled cases.
 
     Args:
         masks: True masks of one region, (i, j, k) bool each.
@@ -376,7 +371,7 @@ def calibrate(
         draws: Corrupted masks per trial.
 
     Returns:
-        0.05 to 1, by bisection to 0.03; an end of that range where the target lies outside.
+        0.05 to 1, by bisection to 0.03; the nearer end of that range if the target lies outside.
     """
     seed = int(rng.integers(2**31))
     low, high = 0.05, 1.0

@@ -34,9 +34,12 @@ from aslseg.types import Labels, ProgressCallback, no_progress
 BATCH = 2
 PATCH_VOXELS = 64 * 64 * 32
 REDRAWS_PER_CASE, MOST_REDRAWS = 3, 24
-REAL_PART = 0.5  # of the samples use a real SAM redraw
-MILD_PART = 0.4  # of the samples are nearly right, so that a good mask is left alone
-FOREGROUND_PART = 0.65
+REDRAWN_FRACTION = 0.5
+"""Share of the samples that use a mask that SAM has drawn."""
+MILD_FRACTION = 0.4
+"""Share of the samples that are nearly right, so that good masks are learned to be left alone."""
+FOREGROUND_FRACTION = 0.65
+"""Share of the patches that hold a foreground voxel near their middle."""
 IMAGE_DROPOUT = 0.2
 BAND, BAND_WEIGHT = 2, 0.5
 KEPT_VOXELS = 4000
@@ -44,7 +47,7 @@ KEPT_VOXELS = 4000
 
 @dataclass(frozen=True)
 class Redraw:
-    """A faulty mask of a case and what SAM makes of it; (R, i, j, k) uint8, probability times 255."""
+    """A faulty mask of a case and SAM's redrawing of it; (R, i, j, k) uint8, probability times 255."""
 
     ssl: np.ndarray
     sam: np.ndarray
@@ -79,8 +82,8 @@ def faulty_regions(case: Prepared, labels: Labels, rng: np.random.Generator) -> 
 def redraw_bank(
     labelled: Sequence[Prepared], sam: SAMModel, settings: Settings, rng: np.random.Generator, report: ProgressCallback
 ) -> list[list[Redraw]]:
-    """Faulty masks of every case redrawn by SAM, made once because SAM is slow; a list per case."""
-    from aslseg.sam.predictor.predict import redraw
+    """Let SAM redraw faulty masks of the cases before training, because SAM is slow; a list per case."""
+    from aslseg.sam.predictor.redraw import redraw
 
     each = max(1, min(REDRAWS_PER_CASE, MOST_REDRAWS // len(labelled)))
     chosen = set(rng.permutation(len(labelled))[:MOST_REDRAWS].tolist())
@@ -101,14 +104,14 @@ def _pack(probabilities: np.ndarray) -> np.ndarray:
 
 
 def _severity(rng: np.random.Generator) -> float:
-    return float(rng.uniform(0, 0.3)) if rng.random() < MILD_PART else draw_severity(rng)
+    return float(rng.uniform(0, 0.3)) if rng.random() < MILD_FRACTION else draw_severity(rng)
 
 
 class Samples:
-    """Draws training patches: half of them with freshly made errors, half from the bank of SAM's redraws.
+    """Draws training patches: half of them with new synthetic errors, half from the bank of SAM's redrawn masks.
 
-    In the former SAM's input is the faulty mask again, drawn a little differently: the SSL model's error is the cause
-    of SAM's, which is prompted with it.
+    In the former, SAM's mask is the faulty mask of the SSL model, drawn slightly differently, because SAM is prompted
+    with that mask and repeats its error.
 
     Args:
         labelled: Cases with a human label.
@@ -129,7 +132,7 @@ class Samples:
         self.foreground = [self._voxels(np.asarray(c.label), rng) for c in self.cases]
 
     def _voxels(self, label: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-        """Some voxels of each region that is present, so that a small one is found as often as a large one."""
+        """Some voxels of each region that is present, so that patches show small regions as often as large ones."""
         found = [np.flatnonzero(region) for region in self.labels.regions(label)]
         return [rng.choice(v, min(v.size, KEPT_VOXELS), replace=False) for v in found if v.size]
 
@@ -140,7 +143,7 @@ class Samples:
         start = self._start(n, rng)
         image = crop(np.asarray(case.image), start, self.patch).astype(np.float32)
         truth = self.labels.regions(crop(np.asarray(case.label), start, self.patch))
-        if self.bank and self.bank[n] and rng.random() < REAL_PART:
+        if self.bank and self.bank[n] and rng.random() < REDRAWN_FRACTION:
             chosen = self.bank[n][int(rng.integers(len(self.bank[n])))]
             sam, ssl = (crop(a, start, self.patch).astype(np.float32) / 255 for a in (chosen.sam, chosen.ssl))
             return Sample(image, truth, sam, ssl)
@@ -148,7 +151,7 @@ class Samples:
 
     def _start(self, n: int, rng: np.random.Generator) -> np.ndarray:
         shape, patch = np.array(self.cases[n].image.shape), np.array(self.patch)
-        if self.foreground[n] and rng.random() < FOREGROUND_PART:
+        if self.foreground[n] and rng.random() < FOREGROUND_FRACTION:
             voxels = self.foreground[n][int(rng.integers(len(self.foreground[n])))]
             voxel = np.array(np.unravel_index(voxels[int(rng.integers(len(voxels)))], shape))
             start = voxel - patch // 2 + rng.integers(-(patch // 4), patch // 4 + 1)
@@ -171,7 +174,7 @@ class Samples:
 
 
 def adaptation_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Half BCE, half Dice, and half the BCE in a band around the true border (science.md §1.2, L_III).
+    """Half BCE, half Dice, and half the BCE in a band around the true border (docs/science.md §1.2, L_III).
 
     The Dice term is summed over the batch, so that a patch without a region does not dominate it. The band holds the
     voxels within two voxels of the border.
@@ -199,9 +202,9 @@ class Trainer:
     """One training run: batches by step number, network, optimiser.
 
     Args:
-        samples: Where patches come from.
+        samples: Draws the patches.
         settings: Learning rate, iterations, seed, device.
-        strides: Of the network.
+        strides: Strides of the network's levels.
     """
 
     def __init__(self, samples: Samples, settings: Settings, strides: Sequence[Sequence[int]]) -> None:
@@ -237,8 +240,8 @@ class Trainer:
     def step(self, step: int) -> None:
         """One optimiser step; its numbers are in ``logs``."""
         for group in self.optimiser.param_groups:
-            part = step / self.settings.adapter_iterations
-            group["lr"] = self.settings.adapter_learning_rate * polynomial(part) * min(1.0, (step + 1) / 20)
+            fraction = step / self.settings.adapter_iterations
+            group["lr"] = self.settings.adapter_learning_rate * polynomial(fraction) * min(1.0, (step + 1) / 20)
         inputs, truth = self.batch(step)
         self.network.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -276,7 +279,7 @@ def train(
     """Train the adaptation network.
 
     Args:
-        labelled: Cases with a human label, on one working spacing; weights are not looked at.
+        labelled: Cases with a human label, on one working spacing; their weights are ignored.
         sam: Fine-tuned SAM, which redraws faulty masks of these cases before training starts; None trains on
             synthetic inputs only.
         settings: ``adapter_iterations``, ``adapter_learning_rate``, ``patch``, ``seed``, ``device``, labels.
@@ -305,7 +308,7 @@ def train(
     engine = Engine(lambda _, number: trainer.step(number))
 
     @engine.on(Events.ITERATION_COMPLETED)
-    def watch(engine: Engine) -> None:
+    def record(engine: Engine) -> None:
         history.append(trainer.logs)
         report(len(history), iterations, loss=float(np.mean([h["loss"] for h in history[-50:]])))
 

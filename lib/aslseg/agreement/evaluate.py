@@ -12,6 +12,7 @@ import numpy as np
 
 from aslseg.agreement.lesions import LesionCounts, count_lesions
 from aslseg.agreement.measures import DISTANCES, score
+from aslseg.compute.bounding_box import bounding_box
 from aslseg.errors import AslsegError, NotEnoughCasesError
 from aslseg.types import Labels, ProgressCallback, no_progress
 from aslseg.volume.io import case_id, extension, read_header, read_label
@@ -33,7 +34,7 @@ def evaluate_folders(
     regions: bool = False,
     report: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
-    """Score every prediction that has a truth of the same file name (without extension).
+    """Score every prediction whose file name, without extension, is that of a true label.
 
     Args:
         pred: Folder of predicted label files.
@@ -41,7 +42,7 @@ def evaluate_folders(
         labels: Names of the values 1..N.
         unit: Unit of the distances.
         regions: Score each label with everything nested in it (liver with its tumours).
-        report: Told after each case.
+        report: Called with (done, total) after each case.
 
     Returns:
         JSON-able: ``cases`` (id to label to what :func:`aslseg.agreement.measures.score` gives, and ``lesions``),
@@ -143,15 +144,8 @@ def _score_pair(pred: Path, truth: Path, labels: Labels, unit: str, regions: boo
 
 
 def _joint_box(a: np.ndarray, b: np.ndarray) -> tuple[slice, ...]:
-    """Bounding box of everything that is foreground in either, so that distances cost what the organ costs."""
-    foreground = (a > 0) | (b > 0)
-    if not foreground.any():
-        return (slice(0, 1),) * a.ndim
-    box = []
-    for axis in range(a.ndim):
-        hit = np.flatnonzero(foreground.any(tuple(n for n in range(a.ndim) if n != axis)))
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
-    return tuple(box)
+    """Bounding box of the foreground of both, so that distances are computed near the organ only."""
+    return bounding_box((a > 0) | (b > 0)) or (slice(0, 1),) * a.ndim
 
 
 def _summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Measures between two masks, with every empty mask handled and said aloud.
+"""Measures between two masks; empty masks are handled and flagged.
 
-The surface of a mask is the mask without its erosion by the 6-neighbourhood; what lies outside the array counts as
+The surface of a mask is the mask without its erosion by the 6-neighbourhood; the outside of the array counts as
 background, so a mask that touches the border has a surface there. Surface distances run from surface voxel centre to
 nearest surface voxel centre. This is medpy's definition, and MONAI's surface distances are the same numbers, so
-MONAI computes them here. The two part at HD95: MONAI's ``HausdorffDistanceMetric`` takes the larger of the two directed
-percentiles, medpy (and the published tables) the percentile of both directions pooled, as does :func:`hd95`.
+MONAI computes them here. For HD95 the two differ: MONAI's ``HausdorffDistanceMetric`` takes the larger of the two
+directed percentiles; medpy (and the published tables) pools both directions first, as :func:`hd95` does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Agreement:
     Attributes:
         per_label: Dice by label name; None where the label is empty in both maps.
         mean: Mean over the labels that are not None; 1 if all are.
-        flags: What was empty where.
+        flags: Which label is empty in which map.
     """
 
     per_label: dict[str, float | None]
@@ -39,7 +39,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float | None:
     """Dice of two masks of one shape, 2 |a and b| / (|a| + |b|); None where both are empty.
 
     Raises:
-        ValueError: Different shapes.
+        ValueError: The shapes differ.
     """
     both, first, second = _counts(np.asarray(a, bool), np.asarray(b, bool), 1)[0]
     return 2 * both / (first + second) if first + second else None
@@ -51,7 +51,7 @@ def compare(a: np.ndarray, b: np.ndarray, labels: Labels) -> Agreement:
     A label that only one map holds has Dice 0; one that neither holds has none. Both are flagged.
 
     Raises:
-        ValueError: Different shapes, or values that are not among 0..N.
+        ValueError: The shapes differ, or values are not among 0..N.
     """
     per_label: dict[str, float | None] = {}
     flags = []
@@ -76,9 +76,9 @@ def surface_distances(a: np.ndarray, b: np.ndarray, spacing: Sequence[float] | N
         From a to b, and from b to a, each a float64 vector.
 
     Raises:
-        ValueError: An empty mask, or different shapes.
+        ValueError: A mask is empty, or the shapes differ.
     """
-    # MONAI brings torch, which a mere Dice does not need
+    # MONAI imports torch, which Dice alone does not need
     from monai.metrics.utils import get_mask_edges, get_surface_distance
 
     if a.shape != b.shape:

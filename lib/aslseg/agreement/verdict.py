@@ -1,8 +1,8 @@
-"""Which machine masks are good enough to learn from.
+"""Which machine masks are good enough to be trained on.
 
-A mask is promoted if the two networks agree on every label and the mask looks like what humans have drawn: its
-volume within a generous range, not in too many pieces. The verdict on a mask never fails, whatever the mask: what
-cannot be judged is not promoted, and the reason is said.
+A mask is promoted if the two networks agree on every label and the mask is similar to the human labels: its volume
+lies within a wide range around theirs, and it has not many more components. A verdict never raises an error: a mask
+that cannot be judged is not promoted, and the verdict gives the reason.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from aslseg.settings import Settings
 from aslseg.types import Labels
 
 SMALLEST_VOLUME, LARGEST_VOLUME = 0.2, 5.0
+"""Times the smallest and the largest human volume."""
 MOST_COMPONENTS, COMPONENTS_FACTOR = 30, 3
+"""Components that are always allowed, and times the most that a human label has."""
 _ANY_NEIGHBOUR = np.ones((3, 3, 3), bool)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What humans have drawn, by label; a label counts with everything nested in it.
+    """Volumes and components of the human labels; each label includes everything nested in it.
 
     Attributes:
-        volumes: Smallest and largest volume in mm³ among the labelled cases that hold the label; a label that none
-            holds is left out.
-        components: Most connected pieces (26-neighbourhood) in one case.
+        volumes: Smallest and largest volume in mm³ among the labelled cases that hold the label; a label that no
+            case holds is left out.
+        components: Most connected components (26-neighbourhood) in one case.
     """
 
     volumes: dict[str, tuple[float, float]]
@@ -40,7 +42,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a mask may be learned from, and if not, every reason."""
+    """Whether a mask may be trained on, and all reasons against it."""
 
     promote: bool
     reasons: tuple[str, ...] = ()
@@ -56,7 +58,7 @@ def reference(labelled: Sequence[Prepared], labels: Labels) -> Reference:
         for name, mask in zip(labels.names, labels.regions(np.asarray(case.label)), strict=True):
             if mask.any():
                 volumes[name].append(float(mask.sum()) * math.prod(case.grid.spacing))
-                components[name] = max(components[name], _pieces(mask))
+                components[name] = max(components[name], _components(mask))
     return Reference({n: (min(v), max(v)) for n, v in volumes.items() if v}, components)
 
 
@@ -68,10 +70,10 @@ def judge(
     settings: Settings,
     shape: tuple[int, ...] | None = None,
 ) -> Verdict:
-    """Judge one machine mask; a total function, monotone in the thresholds.
+    """Judge one machine mask. Never raises; lower thresholds never turn a promotion into a refusal.
 
-    A label that is empty in both networks' masks does not block (the agreement flags it), a mask without any label
-    does.
+    A label that is empty in both networks' masks does not prevent promotion (the agreement flags it); a mask without
+    any label does.
 
     Args:
         agreement: Between the two networks.
@@ -79,19 +81,19 @@ def judge(
         spacing: Its voxel size in mm.
         reference: From the human labels.
         settings: ``promote_threshold``, ``labels``, ``nested``.
-        shape: The scan's shape, if it is to be checked.
+        shape: The scan's shape; None leaves it unchecked.
     """
     labels = settings.label_set
     reasons = _disagreement(agreement, settings.thresholds)
-    odd = _odd(class_map, spacing, len(labels), shape)
-    if not odd:
-        odd = _unlike(np.asarray(class_map).astype(np.uint8), math.prod(spacing), reference, labels)
-    reasons += odd
+    malformed = _malformed(class_map, spacing, len(labels), shape)
+    if not malformed:
+        malformed = _implausible(np.asarray(class_map).astype(np.uint8), math.prod(spacing), reference, labels)
+    reasons += malformed
     return Verdict(not reasons, tuple(reasons))
 
 
 def select(verdicts: Mapping[str, Verdict], agreements: Mapping[str, Agreement], fraction: float) -> list[str]:
-    """The cases to promote: of those with a good verdict the ones that agree best, at most a part of all judged.
+    """The cases to promote: those with a good verdict that agree best, at most a fraction of all judged cases.
 
     Args:
         verdicts: By case id, of all unlabelled cases.
@@ -99,7 +101,7 @@ def select(verdicts: Mapping[str, Verdict], agreements: Mapping[str, Agreement],
         fraction: At most ceil(fraction x number of verdicts) cases are taken.
 
     Returns:
-        Ids, best first; equal agreement goes by id.
+        Ids, best first; ties are ordered by id.
     """
     # 0.1 x 30 is a little more than 3 in floating point
     most = math.ceil(fraction * len(verdicts) - 1e-9)
@@ -120,8 +122,10 @@ def _disagreement(agreement: Agreement, thresholds: Mapping[str, float]) -> list
     return reasons
 
 
-def _odd(class_map: np.ndarray, spacing: Sequence[float], classes: int, shape: tuple[int, ...] | None) -> list[str]:
-    """Why something is no class map at all."""
+def _malformed(
+    class_map: np.ndarray, spacing: Sequence[float], classes: int, shape: tuple[int, ...] | None
+) -> list[str]:
+    """Reasons why an array is no class map."""
     array = np.asarray(class_map)
     if array.dtype.kind not in "buif":
         return [f"mask: voxels of type {array.dtype}"]
@@ -139,8 +143,8 @@ def _odd(class_map: np.ndarray, spacing: Sequence[float], classes: int, shape: t
     return []
 
 
-def _unlike(class_map: np.ndarray, voxel_mm3: float, reference: Reference, labels: Labels) -> list[str]:
-    """In what the mask is unlike everything humans have drawn."""
+def _implausible(class_map: np.ndarray, voxel_mm3: float, reference: Reference, labels: Labels) -> list[str]:
+    """How the mask differs from all human labels."""
     reasons = []
     for name, mask in zip(labels.names, labels.regions(class_map), strict=True):
         if not mask.any():
@@ -153,11 +157,11 @@ def _unlike(class_map: np.ndarray, voxel_mm3: float, reference: Reference, label
         if not low <= volume <= high:
             reasons.append(f"{name}: volume {volume / 1000:.2f} ml outside {low / 1000:.2f}..{high / 1000:.2f} ml")
         most = max(MOST_COMPONENTS, COMPONENTS_FACTOR * reference.components.get(name, 0))
-        pieces = _pieces(mask)
-        if pieces > most:
-            reasons.append(f"{name}: {pieces} pieces, more than {most}")
+        count = _components(mask)
+        if count > most:
+            reasons.append(f"{name}: {count} pieces, more than {most}")
     return reasons
 
 
-def _pieces(mask: np.ndarray) -> int:
+def _components(mask: np.ndarray) -> int:
     return int(ndimage.label(mask, _ANY_NEIGHBOUR)[1])

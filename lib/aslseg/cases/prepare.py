@@ -1,4 +1,4 @@
-"""Cases on the working grid, computed once and kept as memory-mapped arrays."""
+"""Cases brought to the working grid once, and kept as memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def working_spacing(volumes: Iterable[Volume], settings: Settings) -> Spacing:
 
 
 def prepare(volume: Volume, settings: Settings, spacing: Spacing) -> tuple[np.ndarray, Grid]:
-    """One scan to the working grid: (i, j, k) float32 in 0..1, and the way back."""
+    """Bring one scan to the working grid: (i, j, k) float32 in 0..1, and the grid."""
     grid = Grid.of(volume, spacing)
     return grid.to_working(normalise(volume.array, settings)), grid
 
 
 class PreparedStore:
-    """Prepared cases on disk, found again by the content of their files and the preparation settings.
+    """Prepared cases on disk, found again by the hashes of their files and the settings of the preparation.
 
     Args:
         folder: Cache folder (:attr:`aslseg.settings.Paths.cache`).

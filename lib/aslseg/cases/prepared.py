@@ -1,4 +1,4 @@
-"""Prepared cases in memory, or on a GPU, as far as a budget goes; the rest stays memory-mapped."""
+"""Cases on the working grid, and how many of them are held in memory or on a GPU; the others stay memory-mapped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Prepared:
     Attributes:
         id, patient: As in :class:`aslseg.cases.studies.Case`.
         image: (i, j, k) float32 in 0..1.
-        grid: The way back to the scan's own grid.
+        grid: Between the working grid and the scan's own.
         label: (i, j, k) uint8 class map, or None.
         weight: Weight of this case in the loss (1 for human labels).
         voxel_weight: (i, j, k) float16 weights in 0..1, or None for 1 everywhere.
@@ -52,20 +52,20 @@ def arrays(case: Prepared) -> dict[str, np.ndarray]:
 
 
 def backing_file(array: np.ndarray) -> Path | None:
-    """The ``.npy`` file that an array maps from its first to its last element; None for any other array."""
+    """The ``.npy`` file of an array that maps the whole file; None for any other array."""
     if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and str(array.filename).endswith(".npy"):
         return Path(str(array.filename))
     return None
 
 
 def load_within_budget(cases: Sequence[Prepared], budget: float, device: torch.device | None = None) -> list[Prepared]:
-    """The cases, as many as the budget allows copied from disk into memory, or from there to a device as tensors.
+    """Copy cases from disk into memory, or to a device as tensors, as far as the budget allows.
 
-    Values and types stay what they are, so that training does not depend on the budget. A case that no longer fits is
-    passed over; smaller ones behind it may still fit.
+    Values and types do not change, so that training does not depend on the budget. A case that does not fit is left
+    where it is; smaller ones after it may still fit.
 
     Args:
-        cases: In the order of their importance.
+        cases: The most important ones first.
         budget: Bytes. In memory, arrays that are not memory-mapped to begin with count first.
         device: Where to copy to; None is the memory of the CPU.
     """

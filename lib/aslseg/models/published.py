@@ -65,7 +65,7 @@ def find_published(paths: Paths, kind: ModelKind, check: bool = False) -> Publis
     """The published model of a kind, or None.
 
     Args:
-        paths: Where the models lie.
+        paths: Where the models are published.
         kind: One of :data:`aslseg.models.kinds.PUBLISHED_KINDS`.
         check: Recompute the file's hash instead of comparing its size alone.
     """

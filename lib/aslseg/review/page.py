@@ -1,4 +1,4 @@
-"""The status page, rendered on the server; no script, nothing fetched from elsewhere."""
+"""The status page, rendered on the server without scripts and without files from elsewhere."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def _template() -> Template:
 
 
 def render(status: dict[str, Any]) -> str:
-    """HTML of what :func:`aslseg.review.status.collect` found."""
+    """The status from :func:`aslseg.review.status.collect` as HTML."""
     running = status["progress"].get("state") == "running"
     return _template().render(**status, refresh=REFRESH_RUNNING if running else REFRESH_IDLE)
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them: ``45 s``, ``12 min``, ``3 h 20 min``."""
+    """Seconds as text: ``45 s``, ``12 min``, ``3 h 20 min``."""
     if seconds is None:
         return "unknown"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""What the server is doing and has decided, as one dictionary of plain values."""
+"""The server's current work and past decisions, as one dictionary of plain values."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from aslseg.rounds.progress import read_progress
 from aslseg.settings import Paths, Settings
 
 MOST = 50
+"""Entries of each list."""
 
 
 def collect(
     settings: Settings, paths: Paths, store: dict[str, Any], errors: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Current round, published models, ranking, promotions, what is passed over, and the last errors.
+    """Collect the current round, published models, ranking, promotions, files passed over, and the last errors.
 
     Args:
         settings: Labels and thresholds.
@@ -27,16 +28,16 @@ def collect(
         store: Counts of the datastore (``total``, ``completed``, ``label_tags``).
         errors: Failed training tasks, each with ``model``, ``time`` and its last ``lines``.
     """
-    ledger, trouble = Ledger(paths.ledger), list(errors)
+    ledger, failures = Ledger(paths.ledger), list(errors)
     progress = read_progress(paths.home / "progress.json")
     if progress.get("error"):
-        trouble.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
+        failures.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
     try:
         scores, promotions = ledger.scores(), ledger.promotions(active_only=False)
         rounds = ledger.rounds()
     except LedgerError as error:
         scores, promotions, rounds = [], [], []
-        trouble.append({"model": "ledger", "time": None, "lines": [str(error)]})
+        failures.append({"model": "ledger", "time": None, "lines": [str(error)]})
     return {
         "labels": list(settings.label_set.names),
         "progress": progress,
@@ -55,7 +56,7 @@ def collect(
             {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
             for p in reversed(promotions)
         ][:MOST],
-        "errors": trouble[-MOST:],
+        "errors": failures[-MOST:],
     }
 
 

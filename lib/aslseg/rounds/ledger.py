@@ -1,7 +1,7 @@
-"""What every round decided, in one append-only, hash-chained SQLite table; everything else is read from it.
+"""The decisions of all rounds in one append-only, hash-chained SQLite table.
 
-An event is never changed. What is true now (which mask is promoted, which round is open, who validates) is the last
-event about it, so that a rollback is more events, not fewer. Imports no torch.
+An event is never changed. The current state (which mask is promoted, which round is open, who validates) is the last
+event about it, so that a rollback adds events and removes none. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, Literal
 from aslseg.errors import DiskFullError, LedgerError
 
 VERSION = 1
-PATIENCE = 60
-"""Seconds to wait for another process's transaction."""
+BUSY_SECONDS = 60
+"""How long to wait for another process's transaction."""
 SCHEMA = (
     """CREATE TABLE events (
          seq INTEGER PRIMARY KEY, time TEXT NOT NULL, clock INTEGER NOT NULL, kind TEXT NOT NULL, round INTEGER,
@@ -35,15 +35,12 @@ SCHEMA = (
     """CREATE TABLE scores (
          case_id TEXT PRIMARY KEY, round INTEGER, time TEXT NOT NULL, agreement REAL NOT NULL,
          details TEXT NOT NULL)""",
-    # for people with a database browser; the code asks Ledger.promotions()
-    """CREATE VIEW promotions AS SELECT seq, time, round, case_id, json_extract(details, '$.sha256') AS sha256,
-         json_extract(details, '$.agreement') AS agreement, json_extract(details, '$.threshold') AS threshold,
-         json_extract(details, '$.models') AS models
-         FROM events WHERE kind = 'mask' AND tag = 'aslseg_pseudo' AND json_extract(details, '$.restored') IS NULL""",
 )
 COLUMNS = "seq, time, clock, kind, round, case_id, tag, details, previous, hash"
 INSERT = f"INSERT INTO events ({COLUMNS}) VALUES ({', '.join('?' * 10)})"  # noqa: S608 - constants only
 START = "0" * 64
+NO_CLOCK = 0
+"""Value of the column ``clock``, which only events of version 0.1 use; their hashes depend on it."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +63,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class Event(Entry):
-    """An appended event: its place in the chain, UTC time and monotonic clock (ns)."""
+    """An appended event, with its place in the chain and its UTC time."""
 
     seq: int = 0
     time: str = ""
-    clock: int = 0
     previous: str = ""
     hash: str = ""
 
-    def digest(self) -> str:
-        """SHA-256 over everything else, the previous hash included."""
-        content = [self.seq, self.time, self.clock, self.kind, self.round, self.case, self.tag, self.details]
+    def digest(self, clock: int = NO_CLOCK) -> str:
+        """SHA-256 over everything else, the previous hash and the row's ``clock`` included."""
+        content = [self.seq, self.time, clock, self.kind, self.round, self.case, self.tag, self.details]
         text = json.dumps([*content, self.previous], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class RoundRow:
-    """A round as the ledger tells it."""
+    """A round, as its events describe it."""
 
     number: int
     state: Literal["open", "done", "rolled back"]
@@ -110,7 +106,7 @@ class Promotion:
 
 @dataclass(frozen=True)
 class Score:
-    """The current agreement of one scan, ``agreement`` being the mean over its labels."""
+    """The current agreement of one scan; ``agreement`` is the mean over its labels."""
 
     case: str
     round: int | None
@@ -132,7 +128,7 @@ class Ledger:
     # rounds
 
     def open_round(self, details: dict[str, Any]) -> tuple[int, bool]:
-        """Go on with the open round, else open the next one.
+        """Continue the open round, or open the next one.
 
         Returns:
             Its number, and whether it had been opened before.
@@ -173,7 +169,7 @@ class Ledger:
 
         Args:
             tag: ``original`` or ``aslseg_pseudo``.
-            before: Only events before this one count.
+            before: Only events before this one are considered.
         """
         where = "tag = ? AND kind IN ('mask', 'removed') AND seq < ?"
         return {e.case or "": e for e in self._select(where, [tag, 2**62 if before is None else before])}
@@ -190,8 +186,8 @@ class Ledger:
             active = current.seq == e.seq or current.details.get("restored") == e.seq
             status = "active" if active else "rolled back" if e.round in undone else "demoted"
             if active or not active_only:
-                said: dict[str, Any] = {k: e.details[k] for k in ("sha256", "agreement", "threshold", "models")}
-                found.append(Promotion(case=e.case or "", round=e.round or 0, time=e.time, status=status, **said))
+                kept: dict[str, Any] = {k: e.details[k] for k in ("sha256", "agreement", "threshold", "models")}
+                found.append(Promotion(case=e.case or "", round=e.round or 0, time=e.time, status=status, **kept))
         return found
 
     # scores and validation
@@ -214,7 +210,7 @@ class Ledger:
         return [Score(case, number, value, json.loads(details), at) for case, number, value, details, at in rows]
 
     def validation_patients(self) -> set[str]:
-        """Patients that were ever chosen to judge models; they stay chosen."""
+        """Patients that were ever chosen to validate models; they stay chosen."""
         return {e.details["patient"] for e in self.events(kinds=("validation",))}
 
     # the chain
@@ -223,7 +219,7 @@ class Ledger:
         """Append events in one transaction, on disk when this returns.
 
         Raises:
-            LedgerError: The file is damaged, of a newer version, or locked for a minute.
+            LedgerError: The file is damaged, of a newer version, or in use by another process for a minute.
         """
         events = []
         with self._write() as db:
@@ -231,9 +227,9 @@ class Ledger:
             seq, previous = last or (0, START)
             for e in entries:
                 details = json.loads(json.dumps(e.details))
-                event = Event(e.kind, e.round, e.case, e.tag, details, seq + 1, _utc(), time.monotonic_ns(), previous)
+                event = Event(e.kind, e.round, e.case, e.tag, details, seq + 1, _utc(), previous)
                 seq, previous = event.seq, event.digest()
-                about = (seq, event.time, event.clock, e.kind, e.round, e.case, e.tag)
+                about = (seq, event.time, NO_CLOCK, e.kind, e.round, e.case, e.tag)
                 db.execute(INSERT, (*about, json.dumps(details, sort_keys=True), event.previous, previous))
                 events.append(replace(event, hash=previous))
         return events
@@ -254,23 +250,27 @@ class Ledger:
         """Recompute the hash chain.
 
         Returns:
-            None if it holds, else which event breaks it first.
+            None if it is intact, else the first event that breaks it.
         """
         expected, hash_before = 1, START
-        for event in self._select("1", []):
+        for event, clock in self._rows("1", []):
             if event.seq != expected:
                 return f"event {expected} is missing"
-            if event.previous != hash_before or event.digest() != event.hash:
+            if event.previous != hash_before or event.digest(clock) != event.hash:
                 return f"event {event.seq} ({event.kind}, {event.time}) was changed after it was written"
             expected, hash_before = expected + 1, event.hash
         return None
 
     def _select(self, where: str, values: list[Any]) -> Iterator[Event]:
+        return (event for event, _ in self._rows(where, values))
+
+    def _rows(self, where: str, values: list[Any]) -> Iterator[tuple[Event, int]]:
+        """Events with their column ``clock``."""
         with self._read() as db:
             query = f"SELECT {COLUMNS} FROM events WHERE {where} ORDER BY seq"  # noqa: S608 - our own clauses
             for row in db.execute(query, values) if db else ():
                 seq, at, clock, kind, number, case, tag, details, previous, digest = row
-                yield Event(kind, number, case, tag, json.loads(details), seq, at, clock, previous, digest)
+                yield Event(kind, number, case, tag, json.loads(details), seq, at, previous, digest), clock
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection | None]:
@@ -295,9 +295,9 @@ class Ledger:
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        """A connection of this call's own, so that threads share nothing."""
+        """A connection for one call, so that threads share nothing."""
         try:
-            db = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
+            db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             try:
                 _write_ahead(db)
                 db.execute("PRAGMA synchronous = FULL")
@@ -310,8 +310,8 @@ class Ledger:
                 raise DiskFullError(f"disk full while writing {self.path}; free some space and run again") from error
             if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY:
                 raise LedgerError(
-                    f"{self.path} was in use by another process for {PATIENCE} s; nothing was lost or written. Let it "
-                    "finish, or stop it, and try again"
+                    f"{self.path} was in use by another process for {BUSY_SECONDS} s; nothing was lost or written. "
+                    "Let it finish, or stop it, and try again"
                 ) from error
             raise LedgerError(
                 f"{self.path}: {error}; restore the file from a backup, or move it away to start an empty ledger "
@@ -333,8 +333,8 @@ class Ledger:
 
 
 def _write_ahead(db: sqlite3.Connection) -> None:
-    """Turn the write-ahead log on; of two that do so at once SQLite refuses one without waiting."""
-    deadline = time.monotonic() + PATIENCE
+    """Turn the write-ahead log on; of two processes that do so at once, SQLite refuses one without waiting."""
+    deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
             db.execute("PRAGMA journal_mode = WAL")

@@ -1,4 +1,4 @@
-"""One round at a time for a studies folder: an operating-system lock, which dies with its process."""
+"""One round at a time for a studies folder: an operating-system lock, which is released when its process ends."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from aslseg.files import write_json
 
 @contextmanager
 def round_lock(home: Path) -> Iterator[None]:
-    """Hold the studies folder for the length of the block.
+    """Lock the studies folder for the length of the block.
 
     Args:
-        home: ``Places.home``, on a local disk.
+        home: :attr:`aslseg.settings.Paths.home`, on a local disk.
 
     Raises:
-        RoundRunningError: Another process holds it; the message says which and since when.
+        RoundRunningError: Another process has the lock; the message says which one and since when.
     """
     home.mkdir(parents=True, exist_ok=True)
     lock = FileLock(home / "round.lock")
@@ -44,7 +44,7 @@ def round_lock(home: Path) -> Iterator[None]:
 
 
 def owner(home: Path) -> dict[str, Any]:
-    """Who holds the lock, or held it when it was killed: ``pid``, ``host``, ``since``; empty if unknown."""
+    """The process that has the lock, or had it when it was killed: ``pid``, ``host``, ``since``; empty if unknown."""
     try:
         return dict(json.loads((home / "round.owner.json").read_text()))
     except (OSError, ValueError, TypeError):

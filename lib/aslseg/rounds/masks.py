@@ -1,7 +1,7 @@
-"""The machine's label files: the ledger says which mask belongs where, and the files follow.
+"""The machine's label files: the ledger says which mask belongs where, and the files are brought in line.
 
-Every mask a round made is kept once, by its hash, under ``home/masks``. A change is first appended to the ledger and
-then carried out by :func:`settle`, which can be run again after a kill. ``final`` is never touched.
+Every mask that a round made is kept once, by its hash, under ``home/masks``. A change is first appended to the ledger
+and then carried out by :func:`sync_label_files`, which can be run again after a kill. ``final`` is never touched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class MaskStore:
     """Masks by their hash.
 
     Args:
-        home: ``Places.home``.
+        home: :attr:`aslseg.settings.Paths.home`.
     """
 
     def __init__(self, home: Path) -> None:
@@ -41,7 +41,7 @@ class MaskStore:
         return self._name(new)
 
     def import_file(self, path: Path) -> str:
-        """Keep a copy of a label file that we did not make."""
+        """Keep a copy of a label file that no round made; returns its SHA-256."""
         new = self.folder / "new.nii.gz"
         with atomic_file(new) as temporary:
             shutil.copyfile(path, temporary)
@@ -63,7 +63,7 @@ class MaskStore:
             shutil.copyfile(self.path(digest), temporary)
 
     def prune(self, ledger: Ledger) -> None:
-        """Delete masks that neither the current state nor one of the last rounds needs."""
+        """Delete masks that neither the current state nor a rollback of one of the last rounds needs."""
         rounds = [r for r in ledger.rounds() if r.state != "rolled back"]
         first = rounds[-KEEP_ROUNDS].seq if len(rounds) > KEEP_ROUNDS else 0
         needed: set[str] = set()
@@ -94,9 +94,9 @@ def plan_label_changes(
 ) -> list[Entry]:
     """Events that lead from the current masks of a tag to the wanted ones.
 
-    A mask that this round put there already gives none, so that a resumed round records nothing twice. A file that
-    we did not write is kept first, so that a rollback can bring it back. Promotions are made anew each round: a mask
-    that is not wanted any more is removed; an ``original`` stays until there is a newer one.
+    A mask that this round has put there already gives no event, so that a resumed round records nothing twice. A file
+    that no round wrote is kept first, so that a rollback can restore it. Promotions are decided anew in each round: a
+    mask that is no longer wanted is removed; an ``original`` stays until there is a newer one.
 
     Args:
         ledger: Read only.
@@ -128,13 +128,13 @@ def plan_label_changes(
 
 
 def human_labels(root: Path) -> set[str]:
-    """Cases that have a human label at this moment."""
+    """Cases that have a human label now."""
     folder = root / "labels" / FINAL
     return {case_id(p) for p in folder.iterdir() if extension(p)} if folder.is_dir() else set()
 
 
 def sync_label_files(ledger: Ledger, studies: Studies, paths: Paths) -> list[str]:
-    """Make the label files what the ledger says; can be repeated at any time.
+    """Bring the label files in line with the ledger; can be repeated at any time.
 
     Returns:
         What was written or removed, as ``tag/case``.
@@ -144,7 +144,7 @@ def sync_label_files(ledger: Ledger, studies: Studies, paths: Paths) -> list[str
         for case, event in sorted(ledger.masks(tag).items()):
             if case not in studies.images or (case in human and event.kind == "mask"):
                 continue
-            if _settle_one(studies.label_path(tag, case), event, store):
+            if _sync_one(studies.label_path(tag, case), event, store):
                 changed.append(f"{tag}/{case}")
             if tag == ORIGINAL:
                 _sidecar(paths.home / "original" / f"{case}.json", event)
@@ -152,7 +152,7 @@ def sync_label_files(ledger: Ledger, studies: Studies, paths: Paths) -> list[str
 
 
 def verify_label_files(paths: Paths) -> list[str]:
-    """What is not as the ledger says: a broken chain, label files changed or gone; empty if all is well."""
+    """Differences from the ledger: a broken chain, label files changed or missing; empty if there are none."""
     ledger = Ledger(paths.ledger)
     broken = ledger.verify()
     problems = [f"{paths.ledger}: {broken}"] if broken else []
@@ -171,10 +171,10 @@ def verify_label_files(paths: Paths) -> list[str]:
     return problems
 
 
-def _settle_one(path: Path, event: Event, store: MaskStore) -> bool:
+def _sync_one(path: Path, event: Event, store: MaskStore) -> bool:
     digest = sha256(path) if path.exists() else None
     if event.kind == "removed":
-        # somebody else's file under our tag is not ours to delete
+        # a file under our tag that somebody else wrote is not deleted
         ours = digest is not None and digest == event.details.get("was")
         if ours:
             path.unlink()
@@ -186,7 +186,7 @@ def _settle_one(path: Path, event: Event, store: MaskStore) -> bool:
 
 
 def _sidecar(path: Path, event: Event) -> None:
-    """What serving shows beside the mask; MONAI Label's own JSON file is its own to write."""
+    """Write the details that the server shows beside the mask; MONAI Label's own JSON file is left to MONAI Label."""
     if event.kind == "removed" or event.details.get("source") == "found":
         path.unlink(missing_ok=True)
         return
@@ -198,7 +198,7 @@ def _sidecar(path: Path, event: Event) -> None:
 def roll_back(paths: Paths, number: int) -> list[str]:
     """Undo a round and every later one: promoted masks, ``original`` masks and published models.
 
-    Labels are again byte for byte what they were before that round, except where a human has saved one since.
+    Label files become byte for byte what they were before that round, except where a human has saved one since.
 
     Returns:
         Lines that say what was done.
@@ -220,13 +220,13 @@ def roll_back(paths: Paths, number: int) -> list[str]:
         if not undone or rounds[number].state == "rolled back":
             sync_label_files(ledger, studies, paths)
             return [f"round {number} was rolled back before; nothing to do"]
-        # files that a killed round left behind the ledger would not be known as ours below, and stay
+        # a killed round may have left files behind the ledger, which would not be recognised as ours below
         sync_label_files(ledger, studies, paths)
-        entries = [e for tag in (PSEUDO, ORIGINAL) for e in _back(ledger, tag, first, number)]
+        entries = [e for tag in (PSEUDO, ORIGINAL) for e in _restoring_entries(ledger, tag, first, number)]
         published = [e for e in ledger.events(kinds=("published",)) if e.seq > first]
         lines = [f"round {n} rolled back" for n in undone]
         if published:
-            # before the ledger: a rollback that is killed here is simply done again
+            # before the ledger, so that a rollback that is killed here can be repeated
             put_manifest(paths, published[0].details["before"])
             kinds = ", ".join(sorted(published[0].details["before"])) or "none"
             lines.append(f"published models are those from before round {number}: {kinds}")
@@ -238,13 +238,13 @@ def roll_back(paths: Paths, number: int) -> list[str]:
     return lines
 
 
-def _back(ledger: Ledger, tag: str, first: int, number: int) -> list[Entry]:
-    """Events that bring the masks of a tag back to what they were before event ``first``."""
+def _restoring_entries(ledger: Ledger, tag: str, first: int, number: int) -> list[Entry]:
+    """Events that restore the masks of a tag to their state before event ``first``."""
     then, entries = ledger.masks(tag, before=first), []
     for case, now in sorted(ledger.masks(tag).items()):
         old = then.get(case)
         if old is None:
-            # what lay there before our first mask was found and recorded within the round itself
+            # the file that was there before our first mask was recorded within the round itself
             found = [e for e in ledger.events(kinds=("mask",), tag=tag) if e.case == case and e.round is None]
             old = found[0] if found else None
         if old is not None and old.seq == now.seq:

@@ -1,4 +1,4 @@
-"""How far a round is and when it will be done: a small JSON file that any process may read."""
+"""Progress of a round and the time that is left, in a small JSON file that any process may read."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ EVERY_SECONDS = 1.0
 
 
 class Progress:
-    """Stages done and to come, with an ETA from what they cost before and what this machine shows now.
+    """Stages that are done and that follow, with an estimate of the time left.
 
-    The stages' expected seconds (of the last round, or rough guesses) are scaled by how this round compares with them
-    so far. A stage that was reused from an earlier round says nothing about speed and is left out of that.
+    The expected seconds of the stages (of the last round, or rough guesses) are scaled by the ratio of measured to
+    expected seconds so far. A stage whose results were found from an earlier round is left out of this ratio.
 
     Args:
         path: The JSON file, written atomically and at most once a second.
         expected: Stage to expected seconds, in order.
-        report: Told (done, total, stage=..., eta=..., **numbers); done and total count expected seconds.
+        report: Called with (done, total, stage=..., eta=..., **numbers); done and total count expected seconds.
         round_number: Shown with the rest.
     """
 
@@ -41,20 +41,20 @@ class Progress:
         self.seconds: dict[str, float] = {}
         self._started = datetime.now(UTC).isoformat("T", "seconds")
         self._skipped: set[str] = set()
-        self._stage, self._since, self._part, self._written = "", time.monotonic(), 0.0, 0.0
+        self._stage, self._since, self._fraction, self._written = "", time.monotonic(), 0.0, 0.0
         self._round = round_number
 
     @contextmanager
     def stage(self, name: str) -> Iterator[ProgressCallback]:
-        """Enter a stage; gives the report function for its own steps."""
-        self._stage, self._since, self._part = name, time.monotonic(), 0.0
+        """Enter a stage; gives the callback for its own steps."""
+        self._stage, self._since, self._fraction = name, time.monotonic(), 0.0
         calls = 0
 
         def report(done: int, total: int, **shown: Any) -> None:
             nonlocal calls
             calls += 1
-            # a stage may train twice or write after it predicted; what is done stays done
-            self._part = max(self._part, done / max(total, 1))
+            # a stage may train twice or write after it has predicted; progress never goes back
+            self._fraction = max(self._fraction, done / max(total, 1))
             self._show(done, total, shown)
 
         self._show(0, 1, {}, force=True)
@@ -66,7 +66,7 @@ class Progress:
 
     @property
     def measured(self) -> dict[str, float]:
-        """Seconds of the stages that had work to do: what the next round may expect."""
+        """Seconds of the stages that computed something; the next round expects these."""
         return {s: t for s, t in self.seconds.items() if s not in self._skipped}
 
     def finish(self) -> None:
@@ -74,21 +74,25 @@ class Progress:
         self._write({"state": "done", "eta": 0, "done": 1, "total": 1})
 
     def fail(self, message: str) -> None:
-        """The work stopped; the message is for a person."""
+        """The work stopped with an error.
+
+        Args:
+            message: For a person.
+        """
         self._write({"state": "failed", "error": message})
 
     def eta(self) -> float:
-        """Seconds still to go."""
-        usual = sum(self.expected.get(s, 0) for s in self.measured) + self.expected.get(self._stage, 0) * self._part
-        spent = sum(self.measured.values()) + (time.monotonic() - self._since) * bool(self._part)
+        """Seconds that are left."""
+        usual = sum(self.expected.get(s, 0) for s in self.measured) + self.expected.get(self._stage, 0) * self._fraction
+        spent = sum(self.measured.values()) + (time.monotonic() - self._since) * bool(self._fraction)
         rest = sum(e for s, e in self.expected.items() if s not in self.seconds)
-        rest -= self.expected.get(self._stage, 0) * self._part
+        rest -= self.expected.get(self._stage, 0) * self._fraction
         return max(rest, 0) * (spent / usual if usual > 0 and spent > 0 else 1)
 
     def _show(self, done: int, total: int, shown: dict[str, Any], force: bool = False) -> None:
         eta = self.eta()
         whole = sum(self.expected.values())
-        past = sum(self.expected.get(s, 0) for s in self.seconds) + self.expected.get(self._stage, 0) * self._part
+        past = sum(self.expected.get(s, 0) for s in self.seconds) + self.expected.get(self._stage, 0) * self._fraction
         self.report(min(past, whole), whole, stage=self._stage, eta=eta, **shown)
         if force or time.monotonic() - self._written >= EVERY_SECONDS:
             content = {"state": "running", "done": done, "total": total, "eta": round(eta), "numbers": shown}

@@ -276,7 +276,7 @@ def _record_outcome(progress: Progress, ledger: Ledger, number: int | None) -> I
     try:
         yield
     except BaseException as error:
-        # what is written past atomic_file, such as training curves, has no message of its own
+        # files that atomic_file does not write (training curves) give the bare error of the operating system
         full = isinstance(error, OSError) and error.errno in FULL
         message = str(error) or type(error).__name__
         if full:

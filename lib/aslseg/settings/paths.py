@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from pathlib import Path
 
@@ -26,11 +27,14 @@ class Paths:
 
     def __init__(self, settings: Settings, studies: str | Path) -> None:
         text = str(studies)
-        remote = text.startswith(("http://", "https://"))
+        address = re.match(r"(https?):/+", text)
+        remote = address is not None
+        if address:  # pathlib leaves one slash of two
+            text = f"{address[1]}://{text[address.end() :]}"
         self.studies = None if remote else Path(text).resolve()
         name = text.split("//")[-1].split("/")[0].replace(":", "-") if remote else Path(text).resolve().name
         key = f"{name}-{hashlib.sha256((text if remote else str(self.studies)).encode()).hexdigest()[:8]}"
-        own = app_dir() / "model" / key
+        own = (Path(settings.model_dir) if settings.model_dir else app_dir() / "model") / key
         self.models = Path(settings.model_dir) if settings.model_dir else own
         if settings.home:
             self.home = Path(settings.home)

@@ -78,10 +78,6 @@ class Grid:
         """Region probabilities (N, i, j, k) on the working grid to a class map on the scan's grid, uint8."""
         return labels.decode(self.to_native(region) for region in regions)
 
-    def label_to_native(self, class_map: np.ndarray, labels: Labels) -> np.ndarray:
-        """A class map on the working grid to the scan's grid, uint8."""
-        return self.regions_to_native(labels.regions(class_map), labels)
-
 
 def _orientation(affine: np.ndarray) -> np.ndarray:
     """nibabel's orientation array: array axis to (RAS axis, direction)."""

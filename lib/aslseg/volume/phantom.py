@@ -62,9 +62,6 @@ class Difficulty:
     scanner_shift: float = 0.0
 
 
-EASY = Difficulty(contrast=1.6, noise=0.7, p_hyperdense=0.075, p_rim=0.075)
-
-
 class _Scene:
     """The grid of one scan: coordinates in mm from its centre along RAS axes, and random fields on it."""
 
@@ -158,7 +155,7 @@ def write_studies(
         seed: Seed of the set.
         shape, difficulty: As for :func:`make_phantom`.
         overwrite: Replace the two folders, with labels and rounds in them, if all their scans are phantoms.
-        report: Told after each scan.
+        report: Called after each scan.
 
     Returns:
         ``studies`` and ``truth`` (folders), ``labelled`` and ``unlabelled`` (ids), ``seed`` and ``shape``.

@@ -11,6 +11,7 @@ from monai.inferers import sliding_window_inference
 
 from aslseg.adaptation.network import AdaptationNetwork
 from aslseg.adaptation.predict import AdapterModel, load
+from aslseg.adaptation.train import crop
 from aslseg.agreement.measures import dice
 from aslseg.compute.augment import centre
 from aslseg.compute.weights import save_weights
@@ -76,7 +77,6 @@ def test_as_monai_blends_windows_but_never_one_at_a_time(model: AdapterModel, mo
     sam[:, 20:60, 20:50, 10:30] = 0.9
     box = model._box(sam, ssl)
     inputs = torch.from_numpy(np.concatenate([image[None], sam, ssl])[:, *box])[None]
-    inputs[:, :1] = centre(inputs[:, :1])
     with torch.inference_mode():
         logits = sliding_window_inference(inputs, (32, 32, 16), 1, model._logits, model.settings.overlap, "gaussian")
     ask, batches = model._logits, []
@@ -96,6 +96,17 @@ def test_any_size_of_volume(model: AdapterModel, shape: tuple[int, int, int]) ->
     out = model.predict(rng.random(shape, np.float32), given, given)
     assert out.shape == (2, *shape)
     assert np.isfinite(out).all()
+
+
+def test_a_volume_smaller_than_a_window_is_surrounded_by_air_as_in_training(model: AdapterModel) -> None:
+    image, sam, ssl = volume((20, 32, 16))
+    given = np.concatenate([image[None], sam, ssl])
+    padded = crop(given, np.array([-6, 0, 0]), (32, 32, 16))
+    assert not padded[0, :6].any()
+    padded[:1] = centre(torch.from_numpy(padded[:1])).numpy()
+    with torch.inference_mode():
+        expected = torch.sigmoid(model.network(torch.from_numpy(padded)[None].repeat(2, 1, 1, 1, 1)))[0, :, 6:-6]
+    np.testing.assert_allclose(model.predict(image, sam, ssl), expected.numpy(), atol=2e-3)
 
 
 def test_never_nan(model: AdapterModel) -> None:

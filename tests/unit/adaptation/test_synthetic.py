@@ -10,6 +10,7 @@ from aslseg.adaptation import synthetic
 from aslseg.adaptation.geometry_mm import box_of, components, random_field, signed_distance
 from aslseg.adaptation.synthetic import (
     OPERATORS,
+    Error,
     calibrate,
     corrupt,
     corrupt_region,
@@ -24,10 +25,14 @@ SPACING = (2.0, 2.0, 4.0)
 PAIR = Labels.parse("liver,tumour", "tumour:liver")
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_operator_is_a_pure_function_of_its_generator(name: str, blob: np.ndarray, picture: np.ndarray) -> None:
+def name(error: Error) -> str:
+    return error.apply.__name__
+
+
+@pytest.mark.parametrize("error", OPERATORS, ids=name)
+def test_operator_is_a_pure_function_of_its_generator(error: Error, blob: np.ndarray, picture: np.ndarray) -> None:
     before, seen = blob.copy(), picture.copy()
-    apply = OPERATORS[name].apply
+    apply = error.apply
     first = apply(blob, picture, SPACING, np.random.default_rng(4), 0.8)
     again = apply(blob, picture, SPACING, np.random.default_rng(4), 0.8)
     assert first.dtype == bool
@@ -38,23 +43,23 @@ def test_operator_is_a_pure_function_of_its_generator(name: str, blob: np.ndarra
     assert np.array_equal(picture, seen)
 
 
-@pytest.mark.parametrize("name", [n for n in OPERATORS if n != "empty"])
-def test_severity_zero_changes_nothing(name: str, blob: np.ndarray, picture: np.ndarray) -> None:
+@pytest.mark.parametrize("error", OPERATORS, ids=name)
+def test_severity_zero_changes_nothing(error: Error, blob: np.ndarray, picture: np.ndarray) -> None:
     for seed in range(5):
-        out = OPERATORS[name].apply(blob, picture, SPACING, np.random.default_rng(seed), 0.0)
+        out = error.apply(blob, picture, SPACING, np.random.default_rng(seed), 0.0)
         assert np.array_equal(out, blob)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("error", OPERATORS, ids=name)
 @pytest.mark.parametrize("image", [True, False])
-def test_empty_full_and_single_voxel_masks_are_survived(name: str, image: bool) -> None:
+def test_empty_full_and_single_voxel_masks_are_survived(error: Error, image: bool) -> None:
     shape = (12, 10, 6)
     point = np.zeros(shape, bool)
     point[0, 9, 5] = True
     picture = np.random.default_rng(0).random(shape, np.float32) if image else None
     for mask in (np.zeros(shape, bool), np.ones(shape, bool), point):
         for seed in range(4):
-            out = OPERATORS[name].apply(mask, picture, SPACING, np.random.default_rng(seed), 1.0)
+            out = error.apply(mask, picture, SPACING, np.random.default_rng(seed), 1.0)
             assert out.shape == shape
             assert out.dtype == bool
 
@@ -103,7 +108,7 @@ def test_miss_takes_small_components_more_often() -> None:
     assert lost[1] < 12
 
 
-def test_fp_blob_adds_objects_away_from_the_true_one(blob: np.ndarray) -> None:
+def test_false_lesions_add_objects_away_from_the_true_one(blob: np.ndarray) -> None:
     added = 0
     for seed in range(10):
         out = synthetic.add_false_lesion(blob, None, SPACING, np.random.default_rng(seed), 0.7)
@@ -112,18 +117,18 @@ def test_fp_blob_adds_objects_away_from_the_true_one(blob: np.ndarray) -> None:
     assert added == 10
 
 
-def test_fp_image_follows_the_brightness_of_the_object(blob: np.ndarray, picture: np.ndarray) -> None:
+def test_add_similar_object_follows_the_brightness_of_the_object(blob: np.ndarray, picture: np.ndarray) -> None:
     extra = np.zeros_like(blob)
     for seed in range(10):
-        out = synthetic.fp_image(blob, picture, SPACING, np.random.default_rng(seed), 1.0)
+        out = synthetic.add_similar_object(blob, picture, SPACING, np.random.default_rng(seed), 1.0)
         assert (out >= blob).all()
         extra |= out & ~blob
     assert extra.any()
     assert picture[extra].mean() > 0.45  # the surroundings have 0.3
-    assert np.array_equal(synthetic.fp_image(blob, None, SPACING, np.random.default_rng(0), 1.0), blob)
+    assert np.array_equal(synthetic.add_similar_object(blob, None, SPACING, np.random.default_rng(0), 1.0), blob)
 
 
-def test_over_under_grows_or_shrinks_and_nothing_else(blob: np.ndarray) -> None:
+def test_offset_border_grows_or_shrinks_and_nothing_else(blob: np.ndarray) -> None:
     kinds = set()
     for seed in range(20):
         out = synthetic.offset_border(blob, None, SPACING, np.random.default_rng(seed), 1.0)
@@ -133,7 +138,7 @@ def test_over_under_grows_or_shrinks_and_nothing_else(blob: np.ndarray) -> None:
     assert {1, -1} <= kinds
 
 
-def test_over_under_reaches_equally_far_in_millimetres_along_all_axes() -> None:
+def test_offset_border_reaches_equally_far_in_millimetres_along_all_axes() -> None:
     mask = np.zeros((60, 60, 30), bool)
     mask[20:40, 20:40, 10:20] = True  # 40 mm each way
     grown = next(
@@ -198,7 +203,17 @@ def test_shift_moves_by_at_most_three_voxels(blob: np.ndarray) -> None:
         assert 0.5 < out.sum() / blob.sum() < 1.6
 
 
-def test_slicedrop_changes_whole_slices(blob: np.ndarray) -> None:
+def test_shift_does_not_cut_large_objects_flat() -> None:
+    i, j, k = np.mgrid[-75:75, -25:25, -25:25]
+    long = (i / 60) ** 2 + (j / 15) ** 2 + (k / 15) ** 2 <= 1
+    for seed in range(12):
+        out = synthetic.shift(long, None, (1.0, 1.0, 1.0), np.random.default_rng(seed), 1.0)
+        areas = out.sum(axis=(1, 2))
+        # the outermost slices of an ellipsoid, moved and scaled, are small discs
+        assert areas[np.flatnonzero(areas)[[0, -1]]].max() < 0.06 * areas.max()
+
+
+def test_drop_slices_changes_whole_slices(blob: np.ndarray) -> None:
     touched = 0
     for seed in range(10):
         out = synthetic.drop_slices(blob, None, SPACING, np.random.default_rng(seed), 1.0)
@@ -249,7 +264,7 @@ def test_corrupt_is_deterministic_and_keeps_the_nesting(blob: np.ndarray, pictur
 
 
 def tumours(seed: int) -> np.ndarray:
-    """Lesions of the sizes of science.md §6.1 (lognormal, median 10.5 mm), 64 x 64 x 16 voxels of 2 x 2 x 5 mm."""
+    """Lesions of the sizes of docs/science.md §6.1 (lognormal, median 10.5 mm), 64 x 64 x 16 voxels of 2 x 2 x 5 mm."""
     rng = np.random.default_rng(seed)
     shape, spacing = (64, 64, 16), np.array([2.0, 2.0, 5.0])
     mm = np.indices(shape).reshape(3, -1).T * spacing

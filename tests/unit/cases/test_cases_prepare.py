@@ -105,7 +105,9 @@ def test_unlabelled_cases_have_no_label(tmp_path, case):
 def test_prepared_goes_back_to_the_scans_own_grid(tmp_path, case):
     found = PreparedStore(tmp_path / "cache", SETTINGS, None).load(case)
     stored = io.read_label(case.label, io.read_image(case.image), SETTINGS.label_set)
-    assert np.array_equal(found.grid.label_to_native(np.asarray(found.label), SETTINGS.label_set), stored)
+    assert np.array_equal(
+        found.grid.regions_to_native(SETTINGS.label_set.regions(np.asarray(found.label)), SETTINGS.label_set), stored
+    )
 
 
 def test_bad_cases_are_skipped_with_the_reason(tmp_path, case, caplog):

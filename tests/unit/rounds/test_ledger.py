@@ -148,7 +148,7 @@ def test_a_ledger_in_use_for_too_long_says_so(ledger: Ledger, monkeypatch: pytes
     ledger.open_round({})
     other = sqlite3.connect(ledger.path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    monkeypatch.setattr(module, "BUSY_SECONDS", 0.1)
     with pytest.raises(LedgerError, match=r"in use by another process for 0.1 s; nothing was lost.*try again"):
         ledger.append([Entry("note", details={})])
     other.execute("COMMIT")
@@ -175,3 +175,16 @@ def test_importing_the_ledger_imports_no_torch() -> None:
     modules = "aslseg.rounds.ledger, aslseg.models.published, aslseg.rounds.progress, aslseg.cli"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_events_of_version_0_1_with_a_clock_still_verify(ledger: Ledger) -> None:
+    ledger.append([Entry("note", details={"n": 1})])
+    (first,) = ledger.events()
+    old = module.Event("note", details={"n": 2}, seq=2, time=first.time, previous=first.hash)
+    with sqlite3.connect(ledger.path) as db:
+        row = (2, old.time, 123456789, "note", None, None, None, '{"n": 2}', old.previous, old.digest(123456789))
+        db.execute(module.INSERT, row)
+    ledger.append([Entry("note", details={"n": 3})])
+    assert ledger.verify() is None
+    assert [e.details["n"] for e in ledger.events()] == [1, 2, 3]
+    assert old.digest() != old.digest(123456789)

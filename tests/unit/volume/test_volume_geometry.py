@@ -50,7 +50,7 @@ def test_all_48_orientations_there_and_back_exactly(orientation, turn):
     label = (ras * 3).astype(np.uint8)
     native_label = stored(label, orientation, turn).array
     assert np.array_equal(grid.label_to_working(native_label, LABELS), label)
-    assert np.array_equal(grid.label_to_native(label, LABELS), native_label)
+    assert np.array_equal(grid.regions_to_native(LABELS.regions(label), LABELS), native_label)
 
 
 def test_many_regions_of_a_large_scan_are_brought_back_one_by_one():
@@ -123,7 +123,7 @@ def test_labels_stay_nested_and_smooth():
     working = grid.label_to_working(label, LABELS)
     assert working.dtype == np.uint8
     assert set(np.unique(working)) == {0, 1, 2}
-    native = grid.label_to_native(working, LABELS)
+    native = grid.regions_to_native(LABELS.regions(working), LABELS)
     assert native.shape == label.shape
     for region in range(2):
         assert dice(LABELS.regions(native)[region], LABELS.regions(label)[region]) > 0.92

@@ -1,0 +1,116 @@
+"""Who a scan belongs to: pseudonyms for DICOM patients, and the lines of ``patients.csv``."""
+
+from __future__ import annotations
+
+import csv
+import hmac
+import io
+import os
+import re
+import secrets
+from pathlib import Path
+
+from aslseg.errors import BadSettingsError
+from aslseg.files import atomic_file, read_text
+
+FILE = "patients.csv"
+KEY_FILE = "pseudonym.key"
+UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+MAX_NAME = 100
+
+
+class Pseudonyms:
+    """Names in place of DICOM identifiers, the same at every import into one studies folder.
+
+    A keyed hash (HMAC-SHA256): without the key, which stays in the studies folder, nobody can find out an identifier
+    by trying all of them.
+
+    Args:
+        home: Folder of the studies' own files, where the key is kept.
+        keep: Use the identifiers themselves.
+    """
+
+    def __init__(self, home: Path, keep: bool = False) -> None:
+        self._path, self._keep = home / KEY_FILE, keep
+        try:
+            self._key = bytes.fromhex(self._path.read_text().strip())
+        except FileNotFoundError:
+            self._key = secrets.token_bytes(32)
+        except (OSError, ValueError) as error:
+            raise BadSettingsError(
+                f"{self._path}: not readable as a key ({error}); bring back the file, or remove it, which gives known "
+                "patients new pseudonyms"
+            ) from None
+
+    def patient(self, identifier: str) -> str:
+        """The name of a patient."""
+        return safe_name(identifier) if self._keep else f"p{self._digest('patient', identifier)[:10]}"
+
+    def case(self, patient: str, series: str) -> str:
+        """The id of a scan, from the name of its patient and its SeriesInstanceUID."""
+        return f"{patient}_{self._digest('series', series)[:8]}"
+
+    def save(self) -> None:
+        """Keep the key, readable by its owner only."""
+        if not self._path.exists():
+            with atomic_file(self._path) as temporary:
+                temporary.write_text(self._key.hex() + "\n")
+            os.chmod(self._path, 0o600)
+
+    def _digest(self, what: str, identifier: str) -> str:
+        return hmac.new(self._key, f"{what}\0{identifier}".encode(), "sha256").hexdigest()
+
+
+def safe_name(name: str) -> str:
+    """A file name that every client takes: letters, digits, ``.``, ``_`` and ``-``, beginning with one of the first."""
+    return UNSAFE.sub("_", name).strip("._-")[:MAX_NAME]
+
+
+def read_patients(folder: Path) -> dict[str, str]:
+    """Case to patient from the ``patients.csv`` of a folder; empty without the file.
+
+    Raises:
+        BadSettingsError: The file has no columns case and patient.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    text = read_text(path)
+    separator, columns = _header(path, text)
+    rows = csv.DictReader(text.splitlines()[1:], columns, delimiter=separator)
+    return {row["case"]: row["patient"] for row in rows if row.get("case") and row.get("patient")}
+
+
+def add_patient(folder: Path, case: str, patient: str) -> bool:
+    """Add a line to ``patients.csv`` if the case has none; existing lines are never changed.
+
+    Returns:
+        Whether a line was added.
+
+    Raises:
+        BadSettingsError: As :func:`read_patients`.
+    """
+    if case in read_patients(folder):
+        return False
+    path = folder / FILE
+    before = read_text(path) if path.is_file() else "case,patient\n"
+    separator, columns = _header(path, before)
+    line = io.StringIO()
+    row = {"case": case, "patient": patient}
+    writer = csv.writer(line, delimiter=separator, lineterminator="\n")
+    writer.writerow([row.get(column, "") for column in columns])
+    with atomic_file(path) as temporary:
+        temporary.write_text(before.rstrip() + "\n" + line.getvalue(), encoding="utf-8")
+    return True
+
+
+def _header(path: Path, text: str) -> tuple[str, list[str]]:
+    """Separator and columns of a table."""
+    first = text.splitlines()[0] if text.strip() else ""
+    separator = max(",;\t", key=first.count)
+    columns = [c.strip().casefold() for c in next(csv.reader([first], delimiter=separator), [])]
+    if not {"case", "patient"} <= set(columns):
+        raise BadSettingsError(
+            f"{path}: expected the columns case,patient[,role] in its first line, got {first[:80]!r}"
+        )
+    return separator, columns

@@ -1,0 +1,111 @@
+"""Patients keep together, and nobody is named."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from aslseg.cases.importing.patients import Pseudonyms, add_patient, read_patients, safe_name
+from aslseg.cases.importing.plan import Options
+from aslseg.cases.studies import read_studies
+from aslseg.errors import BadSettingsError
+from foreign_folders import scan
+from synthetic_dicom import make_series, write_series
+
+
+def series_of(importing, *patients):
+    for n, patient in enumerate(patients):
+        write_series(importing.source / f"s{n}", make_series(4, PatientID=patient, PatientName="Doe^Jane"))
+
+
+def test_series_of_one_patient_have_one_pseudonym(importing):
+    series_of(importing, "123456", "123456", "7")
+    importing.run()
+    assert len(set(read_patients(importing.studies).values())) == 2
+    assert read_studies(importing.studies).problems == ()
+
+
+def test_neither_name_nor_identifier_is_written(importing, listing):
+    series_of(importing, "ID123456")
+    importing.run()
+    for name, (_, content) in listing(importing.studies).items():
+        for word in ("ID123456", "Doe", "Jane"):
+            assert word not in name
+            assert word.encode() not in content
+
+
+def test_pseudonyms_are_stable_in_a_folder_and_differ_between_folders(tmp_path):
+    first = Pseudonyms(tmp_path / "a")
+    first.save()
+    again, other = Pseudonyms(tmp_path / "a"), Pseudonyms(tmp_path / "b")
+    assert first.patient("1") == again.patient("1") != first.patient("2")
+    assert first.patient("1") != other.patient("1")
+    assert first.case("p", "1.2") != first.case("p", "1.3")
+    assert os.stat(tmp_path / "a" / "pseudonym.key").st_mode & 0o777 == 0o600
+
+
+def test_a_damaged_key_is_refused(tmp_path):
+    (tmp_path / "pseudonym.key").write_text("no key")
+    with pytest.raises(BadSettingsError, match=r"pseudonym\.key"):
+        Pseudonyms(tmp_path)
+
+
+def test_keep_ids_keeps_the_identifier(importing):
+    series_of(importing, "ID 7/3")
+    importing.run(Options(keep_ids=True))
+    ((case, patient),) = read_patients(importing.studies).items()
+    assert patient == "ID_7_3"
+    assert case.startswith("ID_7_3_")
+
+
+def test_without_an_identifier_the_series_of_a_study_are_one_patient(importing):
+    first = make_series(4, PatientID="")
+    second = make_series(4, PatientID="", StudyInstanceUID=first[0].StudyInstanceUID)
+    third = make_series(4, PatientID="")
+    for n, slices in enumerate((first, second, third)):
+        write_series(importing.source / str(n), slices)
+    importing.run()
+    assert len(set(read_patients(importing.studies).values())) == 2
+
+
+def test_subjects_of_bids_are_patients(importing):
+    for session in "ab":
+        name = f"sub-01_ses-{session}_ct.nii.gz"
+        scan(importing.source / "sub-01" / f"ses-{session}" / "ct" / name, ord(session))
+    importing.run()
+    assert read_patients(importing.studies) == {"sub-01_ses-a": "sub-01", "sub-01_ses-b": "sub-01"}
+
+
+def test_patients_csv_of_the_source_comes_along(importing):
+    scan(importing.source / "a 1.nii.gz")
+    (importing.source / "patients.csv").write_text("case,patient,ml\na 1,p7,3\n")
+    importing.run()
+    assert read_patients(importing.studies) == {"a_1": "p7"}
+
+
+def test_lines_that_are_there_stay(tmp_path):
+    (tmp_path / "patients.csv").write_text("patient,case,role\nme,a,validation\n")
+    assert not add_patient(tmp_path, "a", "other")
+    assert add_patient(tmp_path, "b", "p, 2")
+    assert (tmp_path / "patients.csv").read_text() == 'patient,case,role\nme,a,validation\n"p, 2",b,\n'
+
+
+def test_a_table_that_excel_wrote_goes_on_as_it_is(tmp_path):
+    (tmp_path / "patients.csv").write_bytes("Case;Patient\r\na;Müller\r\n".encode("cp1252"))
+    assert read_patients(tmp_path) == {"a": "Müller"}
+    add_patient(tmp_path, "b", "p2")
+    assert read_patients(tmp_path) == {"a": "Müller", "b": "p2"}
+
+
+def test_a_table_without_the_columns_is_refused(tmp_path):
+    (tmp_path / "patients.csv").write_text("scan;person\na;b\n")
+    with pytest.raises(BadSettingsError, match="columns case,patient"):
+        read_patients(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"), [("a b", "a_b"), ("../x", "x"), ("-a.", "a"), ("é1", "1"), ("ok-1.2_3", "ok-1.2_3")]
+)
+def test_safe_names(name, safe):
+    assert safe_name(name) == safe

@@ -1,0 +1,108 @@
+"""What is promoted, by the real verdict; that each file is hashed once; and that nothing goes to the working folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aslseg.cases.studies import ORIGINAL
+from aslseg.errors import LedgerError
+from aslseg.models.cascade import CascadeInput, StageOutput
+from aslseg.models.kinds import ModelKind
+from aslseg.rounds import pipeline, promotion
+from aslseg.rounds.cases import RoundCases
+from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.pipeline import RoundPipeline
+from aslseg.rounds.progress import Progress
+from aslseg.rounds.run import run_round
+from aslseg.settings import Paths, Settings
+from aslseg.volume.io import case_id, read_image
+from tiny_rounds import label_hashes, tiny_settings, tiny_studies
+
+PLAUSIBLE, TOO_LARGE, DISPUTED = "phantom_003", "phantom_004", "phantom_005"
+
+
+@pytest.fixture
+def known_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A studies folder whose networks draw known masks; one too large, and one that SAM and adapter do not find."""
+    studies = tiny_studies(tmp_path)
+    truths = {case_id(p): p for f in (studies / "labels" / "final", tmp_path / "studies_truth") for p in f.iterdir()}
+    scans = {read_image(p).array.tobytes(): case_id(p) for p in studies.glob("*.nii.gz")}
+
+    def compute(kind: ModelKind, model: Any, given: CascadeInput, before: Any, settings: Settings) -> StageOutput:
+        case = scans[given.load_native().array.tobytes()]
+        labels = settings.label_set
+        truth = read_image(truths[case]).array.astype(np.uint8)
+        regions = labels.regions(given.grid.label_to_working(truth, labels)).astype(np.float32)
+        if case == TOO_LARGE:
+            regions[:] = 1
+        if case == DISPUTED and kind != ModelKind.SSL:
+            regions[:] = 0
+        return StageOutput(regions)
+
+    monkeypatch.setattr(pipeline, "compute", compute)
+    return studies
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_verdict_refuses_what_is_unlike_human_labels_or_disputed(
+    known_masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: Counter[str] = Counter()
+    file_digest = hashlib.file_digest
+
+    def counted(file: Any, name: Any) -> Any:
+        hashed[os.path.relpath(file.name, known_masks)] += 1
+        return file_digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    settings = tiny_settings(tmp_path, promote_threshold="0.8", promote_fraction=1)
+    summary = run_round(known_masks, settings)
+    inputs = [*known_masks.glob("*.nii.gz"), *(known_masks / "labels" / "final").glob("*.nii.gz")]
+    assert {os.path.relpath(p, known_masks): 1 for p in inputs}.items() <= dict(hashed).items()
+
+    assert summary["promoted"] == [PLAUSIBLE]
+    scores = {s.case: s for s in Ledger(Paths(settings, known_masks).ledger).scores()}
+    assert scores[PLAUSIBLE].details["reasons"] == []
+    assert not any(scores[c].details["promote"] for c in (TOO_LARGE, DISPUTED))
+    assert scores[TOO_LARGE].agreement == 1
+    assert "volume" in " ".join(scores[TOO_LARGE].details["reasons"])
+    assert "liver: agreement 0.000 below 0.8" in scores[DISPUTED].details["reasons"]
+    assert [k for k in label_hashes(known_masks) if "pseudo" in k] == [f"aslseg_pseudo/{PLAUSIBLE}.nii.gz"]
+    # a refused mask is still shown to annotators
+    assert (known_masks / "labels" / "original" / f"{TOO_LARGE}.nii.gz").exists()
+
+
+def test_a_changed_scan_is_hashed_again(tmp_path: Path) -> None:
+    from aslseg.files import FileHashes
+
+    path, hashes = tmp_path / "scan", FileHashes()
+    path.write_bytes(b"one")
+    first = hashes(path)
+    assert hashes(path) == first == hashlib.sha256(b"one").hexdigest()
+    path.write_bytes(b"two, longer")
+    assert hashes(path) == hashlib.sha256(b"two, longer").hexdigest()
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        hashes(path)
+
+
+@pytest.mark.parametrize("number", [None, 1])
+def test_labels_are_recorded_by_a_round_on_a_studies_folder_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    # a working folder that looks like a studies folder
+    monkeypatch.chdir(tiny_studies(tmp_path, cases=1, labelled=1))
+    settings = tiny_settings(tmp_path)
+    paths = Paths(settings, "https://pacs.example/dicom-web" if number else tmp_path / "studies")
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    found = RoundPipeline(paths, settings, ledger, RoundCases(None), Progress(tmp_path / "p.json", {}), number)
+    with pytest.raises(LedgerError, match="run one with --studies DIR"):
+        promotion.record(found, ORIGINAL, {})
+    assert ledger.events() == []

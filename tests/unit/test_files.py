@@ -1,0 +1,72 @@
+"""Atomic files: a full disk is called a full disk, other errors say what they are, and nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from aslseg.errors import AslsegError, DiskFullError, FileWriteError
+from aslseg.files import FileStamp, atomic_file, write_json
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def failing(path: Path, error: Exception) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    before = path.read_bytes()
+    with pytest.raises(DiskFullError, match=r"disk full while writing .*a\.json; free some space and run again"):
+        failing(path, OSError(number, os.strerror(number)))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_other_errors_say_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileWriteError, match=r"b\.json cannot be written \(Input/output error\)") as caught:
+        failing(tmp_path / "b.json", OSError(errno.EIO, os.strerror(errno.EIO)))
+    assert isinstance(caught.value, AslsegError)
+    assert isinstance(caught.value, OSError)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileWriteError, match=r"cannot be written \((Not a directory|File exists)\)"):
+        write_json(tmp_path / "file" / "c.json", {})
+    with pytest.raises(ValueError, match="ours"):
+        failing(tmp_path / "d.json", ValueError("ours"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_writers_that_hide_the_error_number_are_asked_by_the_space_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def usage(_: Path) -> Usage:
+        # the half-written file is still there when the space is looked at
+        assert [p.name[:5] for p in tmp_path.iterdir()] == [".tmp-"]
+        return Usage(10**12, 10**12, 0)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(DiskFullError, match="disk full while writing"):
+        failing(
+            tmp_path / "model.safetensors", RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos")
+        )
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_stamp_changes_when_a_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    assert FileStamp.of(path) is None
+    write_json(path, 1)
+    first = FileStamp.of(path)
+    assert first == FileStamp.of(path)
+    write_json(path, 2)
+    assert FileStamp.of(path) != first
