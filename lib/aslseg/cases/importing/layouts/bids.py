@@ -47,7 +47,7 @@ class Bids:
 
 def _entities(path: Path) -> dict[str, str]:
     """``sub-01_ses-2_T1w`` to ``{"sub": "01", "ses": "2"}``."""
-    return dict(part.split("-", 1) for part in case_id(path).split("_") if "-" in part)  # type: ignore[misc]
+    return dict(part.split("-", 1) for part in case_id(path).split("_") if "-" in part)
 
 
 def _suffix(path: Path) -> str:
