@@ -49,7 +49,7 @@ from aslseg.sam.clicks.session import ClickSession
 from aslseg.sam.modeling import build
 from aslseg.sam.modeling.architecture import build as random_sam
 from aslseg.sam.modeling.build import SAMModel
-from aslseg.sam.predictor.embeddings import EmbeddingCache
+from aslseg.sam.predictor.slice_predictor import SlicePredictor
 from aslseg.sam.training import finetune
 from aslseg.serving.open_scans import OpenScan, ScanCache
 from aslseg.settings import Settings, load_settings
@@ -143,13 +143,13 @@ def cases(organ: str, data: Path, names: Path | None, folder: Path) -> tuple[lis
 def objects(scan: Case, opened: OpenScan, settings: Settings, slices: int) -> list[Asked]:
     """The objects of a scan to be drawn, ``slices`` for each region that has so many."""
     labels, found = settings.label_set, []
-    label = opened.turn.view(read_label(Path(str(scan.label)), read_image(scan.image), labels))
+    label = opened.orientation.view(read_label(Path(str(scan.label)), read_image(scan.image), labels))
     for structure, region in zip(labels.names, labels.regions(label), strict=True):
         largest = {k: largest_part(region[..., k]) for k in np.flatnonzero(region.sum((0, 1)) >= LEAST_PIXELS).tolist()}
         paths = [k for k, part in largest.items() if part.sum() >= LEAST_PIXELS]
         spread = np.linspace(0, len(paths) - 1, min(slices, len(paths))).round().astype(int)
         found += [
-            Asked(scan.id, scan.patient, structure, k, opened.picture.slice(k), largest[k])
+            Asked(scan.id, scan.patient, structure, k, opened.source.slice(k), largest[k])
             for k in (paths[n] for n in spread)
         ]
     return found
@@ -201,7 +201,7 @@ def extent(mask: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _drawn(clicks: ClickSession, prompt: ClientPrompt) -> np.ndarray:
     found = clicks.on_slice(prompt)
-    return found[1] if found else np.zeros(clicks.shape, bool)
+    return found[1] if found else np.zeros(clicks.predictor.shape, bool)
 
 
 def measure(model: SAMModel, scans: Sequence[Case], settings: Settings, slices: int) -> list[Asked]:
@@ -209,7 +209,7 @@ def measure(model: SAMModel, scans: Sequence[Case], settings: Settings, slices: 
     pictures, asked = ScanCache(settings), []
     for scan in scans:
         opened = pictures.open(scan.image)
-        clicks = ClickSession(model, opened.picture, settings, cache=EmbeddingCache())
+        clicks = ClickSession(SlicePredictor(model, opened.source, settings))
         for one in objects(scan, opened, settings, slices):
             ask(clicks, one)
             asked.append(one)

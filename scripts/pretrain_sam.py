@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from aslseg.sam.modeling.build import SAMModel
 from aslseg.sam.modeling.checkpoints import read, resized
 from aslseg.sam.training.generated_slices import generated_slice
 from aslseg.sam.training.simulated_prompts import (
-    AS_ASKED,
+    AS_CLICKED,
     CORRECTIONS,
     Prompts,
     PromptSimulation,
@@ -148,7 +148,7 @@ def train(
             kind = draw_kind(generator)
             rounds = CORRECTIONS.get(kind, 1)
             loss, dice = interaction_loss(
-                model, embeddings, targets.flatten(0, 1), kind, generator, rounds, manners=AS_ASKED
+                model, embeddings, targets.flatten(0, 1), kind, generator, rounds, simulation=AS_CLICKED
             )
         optimiser.zero_grad()
         loss.backward()
@@ -186,7 +186,7 @@ def held_out_dice(model: SAMModel, seed: int, slices: int, picture: Path | None)
         faulty = first_prompts(mask, "faulty+box+point", scale, generator)
         scores.setdefault("the faulty mask itself", []).extend(dice_each(faulty.probability > 0.5, mask))
         asked = {
-            "box": first_prompts(mask, "box", scale, generator, manners=PromptSimulation(ellipses=1)),
+            "box": first_prompts(mask, "box", scale, generator, simulation=PromptSimulation(ellipses=1)),
             "point": first_prompts(mask, "point", scale, generator),
             "faulty box + mask": Prompts(
                 faulty.points[:, :0], faulty.point_labels[:, :0], faulty.boxes, faulty.probability
@@ -282,7 +282,7 @@ def write_manifest(out: Path, runs: list[dict], measured: dict[str, float]) -> N
         "sha256": sha256(out),
         "bytes": out.stat().st_size,
         "parameters": read(out).parameters,
-        "architecture": asdict(SMALL),
+        "architecture": SMALL.to_metadata(),
         "licence": "Apache-2.0",
         "trained_on": "generated slices (sam.training.generated_slices), phantom CTs (volume.phantom), no scan",
         "runs": runs,

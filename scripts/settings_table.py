@@ -11,7 +11,7 @@ from aslseg.settings.model import SECTIONS
 from aslseg.settings.sources import REMOVED, RENAMED, RENAMED_VALUES
 
 ROOT = Path(__file__).resolve().parents[1]
-README, PAGE = ROOT / "apps" / "aslseg" / "README.md", ROOT / "docs" / "settings.md"
+README, PAGE = ROOT / "apps/aslseg/README.md", ROOT / "docs/settings.md"
 BEGIN, END = "<!-- settings: begin (scripts/settings_table.py) -->", "<!-- settings: end -->"
 
 

@@ -55,6 +55,9 @@ echo "Progress: http://$host:$port/aslseg/"
 if [ -z "$waits" ] && [ "$(uname -s)" = Linux ]; then
     export OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"
 fi
+# glibc gives freed activations of a network back to the kernel after every layer and has new pages cleared for the next
+# one; with these limits it keeps blocks of up to 32 MB, 64 MB in all (docs/lab/2026-11-26-memory.md)
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-67108864}"
 # monailabel's own wrapper script passes $* unquoted, which breaks paths with spaces
 exec python -m monailabel.main start_server --app "$ROOT/apps/aslseg" --studies "$studies" \
     --host "$host" --port "$port" "$@"

@@ -57,6 +57,7 @@ class Server:
     folder: Path
     conf: dict[str, str]
     env: dict[str, str] = field(default_factory=dict)
+    host: str = "127.0.0.1"
     port: int = field(default_factory=free_port)
     process: subprocess.Popen | None = None
 
@@ -83,7 +84,7 @@ class Server:
             "--studies",
             self.studies,
         ]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--host", self.host, "--port", str(self.port)]
         for key, value in (
             {
                 "model_dir": str(self.folder / "models"),
@@ -109,7 +110,7 @@ class Server:
             )
         return self
 
-    def wait(self, seconds: float = START_SECONDS) -> Server:
+    def wait(self, seconds: float = START_SECONDS, headers: dict[str, str] | None = None) -> Server:
         """Until it answers."""
         import requests
 
@@ -118,7 +119,7 @@ class Server:
         while time.monotonic() < end:
             assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log[-4000:]}"
             try:
-                if requests.get(f"{self.url}/info/", timeout=30).ok:
+                if requests.get(f"{self.url}/info/", timeout=30, headers=headers).ok:
                     return self
             except requests.ConnectionError:
                 time.sleep(0.2)
@@ -159,9 +160,9 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     """Start a server: ``serve(studies, env={}, **conf)``. All are stopped at the end of the session."""
     running: list[Server] = []
 
-    def begin(studies: Path | str, env: dict[str, str] | None = None, **conf: Any) -> Server:
+    def begin(studies: Path | str, env: dict[str, str] | None = None, host: str = "127.0.0.1", **conf: Any) -> Server:
         folder = tmp_path_factory.mktemp("server")
-        server = Server(str(studies), folder, {k: str(v) for k, v in conf.items()}, env or {})
+        server = Server(str(studies), folder, {k: str(v) for k, v in conf.items()}, env or {}, host)
         running.append(server)
         return server.start()
 

@@ -1,4 +1,4 @@
-"""ASLseg as a MONAI Label app: which models, trainers, strategies and scores are offered, and on what they rest."""
+"""ASLseg as a MONAI Label app: the models, trainers, strategies and scoring methods that it offers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from monailabel.interfaces.tasks.train import TrainTask
 from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
 from aslseg.rounds.ledger import Ledger
-from aslseg.serving import app, work
+from aslseg.serving import app, trainers
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.clicks import ClickSessions, ClickTask
 from aslseg.serving.infer import AdapterTask, CascadeTask, MaskTask
 from aslseg.serving.scoring import AgreementScoring
 from aslseg.serving.strategies import ByAgreement, Random
-from aslseg.serving.trainers import Trainer
 
 
 class Aslseg(app.ServedApp, MONAILabelApp):
@@ -49,15 +48,15 @@ class Aslseg(app.ServedApp, MONAILabelApp):
     def init_trainers(self) -> dict[str, TrainTask]:
         """Both clients show the progress of the first one."""
         entries = {
-            "round": (work.full_round, "A whole round: train all, rank, promote, retrain, publish if better"),
-            "ssl": (work.train_ssl, "The semi-supervised network only"),
-            "sam": (work.train_sam, "SAM only"),
-            "adapter": (work.train_adapter, "The adaptation network only"),
+            "round": (trainers.full_round, "A whole round: train all, rank, promote, retrain, publish if better"),
+            "ssl": (trainers.train_ssl, "The semi-supervised network only"),
+            "sam": (trainers.train_sam, "SAM only"),
+            "adapter": (trainers.train_adapter, "The adaptation network only"),
         }
-        return {k: Trainer(self.settings, self.paths, do, text) for k, (do, text) in entries.items()}
+        return {k: trainers.Trainer(self.settings, self.paths, do, text) for k, (do, text) in entries.items()}
 
     def init_strategies(self) -> dict[str, Strategy]:
-        """OHIF asks for ``random`` unless told otherwise."""
+        """OHIF asks for ``random`` unless the annotator chooses another one."""
         ledger = Ledger(self.paths.ledger)
         lowest = "Lowest agreement first: where a human helps most"
         highest = "Highest agreement first: quick confirmations"

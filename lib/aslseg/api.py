@@ -9,21 +9,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from aslseg.agreement.evaluate import evaluate_folders
-from aslseg.errors import BadLabelError
+from aslseg.errors import BadLabelError, BadSettingsError
 from aslseg.models.cascade import Cascade
 from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
 from aslseg.prompts.from_client import parse
+from aslseg.registry import suggest
 from aslseg.rounds import run
+from aslseg.sam.clicks.automatic_mask import AutomaticMask
 from aslseg.sam.clicks.session import ClickSession
 from aslseg.sam.modeling import build
 from aslseg.sam.predictor.embeddings import EmbeddingCache
-from aslseg.sam.predictor.slices import Region, SliceSource
+from aslseg.sam.predictor.slice_predictor import SlicePredictor
+from aslseg.sam.predictor.slices import SliceSource
 from aslseg.serving.open_scans import SliceOrientation
 from aslseg.settings import Paths, Settings
 from aslseg.types import ProgressCallback, Volume, no_progress
@@ -91,10 +94,13 @@ def load_model(studies: str | Path, name: ModelName = "aslseg", settings: Settin
         settings: Labels, device and where models are published.
 
     Raises:
+        BadSettingsError: There is no model of that name.
         NoModelError: One of the models is not published yet.
         BadWeightsError: A model file is damaged or was made for other labels.
     """
     settings = settings or Settings()
+    if name not in get_args(ModelName):
+        raise BadSettingsError(f"unknown model {name!r}; {suggest(name, list(get_args(ModelName)))}")
     kind = ModelKind.ADAPTER if name == "aslseg" else ModelKind(name)
     return Model(Cascade.published(kind, Paths(settings, studies), settings), kind)
 
@@ -106,7 +112,7 @@ class Clicks:
 
     Args:
         volume: The scan.
-        settings: Modality, intensity window and what stops a growing object.
+        settings: Modality, intensity window and prompts.
         studies: Studies folder whose published SAM answers. Without one, or while none is published, it is the SAM of
             the setting ``sam_checkpoint``, or the small one that comes with the package.
         automatic_mask: (i, j, k) bool or probabilities of the object, which clicks then repair.
@@ -129,15 +135,15 @@ class Clicks:
             raise BadLabelError(f"automatic_mask: expected the scan's shape {shape}, got {automatic_mask.shape}")
         self._orientation = SliceOrientation.of(shape, volume.affine, native=False)
         slices = SliceSource(self._orientation.view(volume.array), window_of(volume.array, settings))
-        region = None
+        automatic = None
         if automatic_mask is not None:
-            region = Region(self._orientation.view(automatic_mask.astype(np.float32)), slices.shape)
+            automatic = AutomaticMask(self._orientation.view(automatic_mask.astype(np.float32)), slices.shape)
         if studies is None:
             sam = build.load(build.base_path(settings), settings)
         else:
             sam = Models(settings, Paths(settings, studies)).get(ModelKind.SAM)
         cache = EmbeddingCache(settings.embedding_memory_mb * 1e6)
-        self._session = ClickSession(sam, slices, settings, region, cache)
+        self._session = ClickSession(SlicePredictor(sam, slices, settings, cache), automatic)
 
     def segment(self, inside: Voxels = (), outside: Voxels = (), box: Sequence[float] | None = None) -> np.ndarray:
         """The object that all clicks so far describe.

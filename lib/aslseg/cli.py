@@ -6,23 +6,23 @@ them, so that ``aslseg --help`` is quick and threads can be set before torch sta
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from aslseg import console
 from aslseg.commands.importing import import_folder
+from aslseg.commands.ledger import ledger_app
+from aslseg.commands.options import Conf, Json, Studies, read_settings, show
 from aslseg.errors import AslsegError, BadSettingsError
 
 if TYPE_CHECKING:
     from aslseg.settings import Settings
-    from aslseg.types import ProgressCallback
 
 app = typer.Typer(
     add_completion=False,
@@ -30,24 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Semi-supervised segmentation with SAM in the loop, as a MONAI Label app. Research use only.",
 )
-ledger_app = typer.Typer(no_args_is_help=True, help="The decisions of rounds: list them, check them, undo them.")
 app.add_typer(ledger_app, name="ledger")
 app.command("import")(import_folder)
-
-Conf = Annotated[
-    list[str] | None,
-    typer.Option("--conf", metavar="KEY VALUE", help="A setting, as for monailabel; KEY=VALUE works too. Repeatable."),
-]
-Studies = Annotated[
-    Path,
-    typer.Option(
-        "--studies",
-        parser=console.studies_folder,
-        metavar="FOLDER",
-        help="Folder with the scans (MONAI Label studies folder).",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -58,11 +42,11 @@ def info(
     conf: Conf = None,
 ) -> None:
     """Versions, settings and where they come from, plug-ins, published models."""
-    settings, origin = _settings(conf)
+    settings, origin = read_settings(conf)
     if sam_checkpoint is not None:
         from aslseg.sam.modeling.checkpoints import describe
 
-        return _show(describe(sam_checkpoint, settings), as_json)
+        return show(describe(sam_checkpoint, settings), as_json)
     from aslseg.compute.hardware import resolved
     from aslseg.models.published import list_published
     from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS
@@ -80,7 +64,7 @@ def info(
         "models": list_published(settings, studies),
     }
     if as_json or not console.on_terminal(sys.stdout):
-        return _show(found, as_json)
+        return show(found, as_json)
     console.print_info(found)
 
 
@@ -96,9 +80,9 @@ def phantom(
     """Make a studies folder of synthetic abdominal CTs; the truth of the unlabelled ones goes to OUT_truth."""
     from aslseg.volume.phantom import write_studies
 
-    with _progress() as report:
+    with console.progress() as report:
         result = write_studies(out, cases, labelled, seed, overwrite=overwrite, report=report)
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
@@ -112,14 +96,15 @@ def train(
     if kind not in ("ssl", "sam", "adapter"):
         raise typer.BadParameter(f"expected ssl, sam or adapter, got {kind!r}")
     settings = _ready(conf)
+    _require_no_round(studies, settings)
     from aslseg.rounds.run import train_stage
 
     with _leading(settings) as leading:
         if not leading:
             return
-        with _progress() as report:
+        with console.progress() as report:
             summary = train_stage(kind, studies, settings, report)
-    _show(summary, as_json)
+    show(summary, as_json)
 
 
 @app.command("round")
@@ -131,19 +116,20 @@ def round_(
 ) -> None:
     """Run a round: train, predict, rank, promote, retrain, publish. Continues an interrupted one where it stopped."""
     settings = _ready(conf)
+    _require_no_round(studies, settings)
     from aslseg.rounds.run import run_round
 
     summaries = []
     with _leading(settings) as leading:
         for _ in range(rounds if leading else 0):
-            with _progress() as report:
+            with console.progress() as report:
                 summaries.append(run_round(studies, settings, report))
             if not as_json:
-                _show(console.brief(summaries[-1]), False)
+                show(console.brief(summaries[-1]), False)
     if not leading:
         return
     if as_json:
-        _show(summaries[0] if rounds == 1 else summaries, True)
+        show(summaries[0] if rounds == 1 else summaries, True)
 
 
 @app.command()
@@ -152,10 +138,10 @@ def rank(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     settings = _ready(conf)
     from aslseg.rounds.run import rank_studies
 
-    with _progress() as report:
+    with console.progress() as report:
         scores = rank_studies(studies, settings, report)
     if as_json:
-        return _show(scores, True)
+        return show(scores, True)
     if console.on_terminal(sys.stdout):
         rows = ((case, f"{agreement:.4f}") for case, agreement in scores.items())
         return console.print_table("Lowest agreement first", ("scan", "agreement"), rows)
@@ -174,9 +160,9 @@ def embed(
     settings = _ready(conf)
     from aslseg.serving.embed import embed_studies
 
-    with _progress() as report:
+    with console.progress() as report:
         summary = embed_studies(studies, settings, cases, report)
-    _show(summary, as_json)
+    show(summary, as_json)
 
 
 @app.command()
@@ -195,9 +181,9 @@ def infer(
     from aslseg.models.cascade import segment_files
     from aslseg.settings import Paths
 
-    with _progress() as report:
+    with console.progress() as report:
         written, skipped = segment_files(model, input_, output, Paths(settings, studies), settings, report)
-    _show({"written": written, "skipped": skipped}, as_json)
+    show({"written": written, "skipped": skipped}, as_json)
     if skipped or not written:
         raise typer.Exit(1)
 
@@ -217,10 +203,10 @@ def evaluate(
     settings = _ready(conf)
     from aslseg.agreement.evaluate import evaluate_folders, to_markdown
 
-    with _progress() as report:
+    with console.progress() as report:
         result = evaluate_folders(pred, truth, settings.label_set, unit, regions, report)  # type: ignore[arg-type]
     if as_json:
-        return _show(result, True)
+        return show(result, True)
     text = to_markdown(result)
     if console.on_terminal(sys.stdout):
         return console.print_markdown(text)
@@ -236,8 +222,14 @@ def serve(
     conf: Conf = None,
 ) -> None:
     """Start MONAI Label with this app; further arguments go to `monailabel start_server`."""
-    _ready(conf)
+    settings = _ready(conf)
     from aslseg.resources import prepare_app_dir
+    from aslseg.serving.exposure import require_safe_exposure
+
+    require_safe_exposure(host, settings)
+    # glibc keeps freed blocks of up to 32 MB for the next layer instead of asking the kernel for new pages
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(64 << 20))
 
     command = [
         sys.executable,
@@ -256,84 +248,37 @@ def serve(
     os.execv(sys.executable, [*command, *context.args])  # noqa: S606 - our own interpreter
 
 
-@ledger_app.command("list")
-def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
-    """List rounds and promotions, with their current state."""
-    from dataclasses import asdict
-
-    ledger = _ledger(studies, conf)
-    rounds, promotions = ledger.rounds(), ledger.promotions(active_only=False)
-    if as_json:
-        return _show({"rounds": [asdict(r) for r in rounds], "promotions": [asdict(p) for p in promotions]}, True)
-    if console.on_terminal(sys.stdout) and rounds:
-        return console.print_ledger(rounds, promotions)
-    for r in rounds:
-        ours = [p for p in promotions if p.round == r.number]
-        end = f", {r.error}" if r.error and r.state == "open" else ""
-        typer.echo(f"round {r.number}: {r.state}, opened {r.opened}, {len(ours)} promoted{end}")
-        for p in ours:
-            typer.echo(f"  {p.case}: {p.status}, agreement {console.short(p.agreement)}, mask {p.sha256[:12]}")
-    if not rounds:
-        typer.echo("no rounds yet")
-
-
-@ledger_app.command("rollback")
-def ledger_rollback(
-    studies: Studies,
-    number: Annotated[int, typer.Option("--round", help="Undo this round and all later ones.")],
-    conf: Conf = None,
-    as_json: Json = False,
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Who will log in: letters, digits, '.', '_' and '-'.")],
+    role: Annotated[str, typer.Option(help="annotator, reviewer or admin.")] = "annotator",
 ) -> None:
-    """Restore labels and published models to their state before a round; human labels stay."""
-    settings = _settings(conf)[0]
-    from aslseg.rounds.masks import roll_back
-    from aslseg.settings import Paths
+    """Make a token: print it, and the line for the file of the setting token_file, which holds only its hash."""
+    from aslseg.serving.tokens import new_token_line
 
-    lines = roll_back(Paths(settings, studies), number)
-    if as_json:
-        return _show({"round": number, "done": lines}, True)
-    for line in lines:
-        typer.echo(line)
-
-
-@ledger_app.command("verify")
-def ledger_verify(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
-    """Check the ledger's hash chain, and that the label files match it; exit code 1 if not."""
-    settings = _settings(conf)[0]
-    from aslseg.rounds.masks import verify_label_files
-    from aslseg.settings import Paths
-
-    problems = verify_label_files(Paths(settings, studies))
-    if as_json:
-        _show({"ok": not problems, "problems": problems}, True)
-    else:
-        for problem in problems or ["the ledger and all label files are as they were written"]:
-            typer.echo(problem)
-    if problems:
-        raise typer.Exit(1)
-
-
-def _ledger(studies: Path, conf: list[str] | None) -> Any:
-    from aslseg.rounds.ledger import Ledger
-    from aslseg.settings import Paths
-
-    return Ledger(Paths(_settings(conf)[0], studies).ledger)
-
-
-def _settings(conf: list[str] | None) -> tuple[Settings, dict[str, str]]:
-    from aslseg.settings import load_settings
-
-    return load_settings(console.conf_pairs(conf))
+    secret, line = new_token_line(name, role)
+    typer.echo(f"token of {name}, shown only now: {secret}", err=True)
+    typer.echo(line)
 
 
 def _ready(conf: list[str] | None) -> Settings:
     """The settings; sets the environment variables that torch's threads read when they start."""
-    settings = _settings(conf)[0]
+    settings = read_settings(conf)[0]
     # OpenMP threads that spin while they wait starve each other as soon as two processes share a machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if settings.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     return settings
+
+
+def _require_no_round(studies: Path, settings: Settings) -> None:
+    """Refuse before torch is imported, which takes seconds. The round takes the lock again by itself."""
+    from aslseg.rounds.lock import round_lock
+    from aslseg.settings import Paths
+
+    if "LOCAL_RANK" not in os.environ and studies.is_dir():
+        with round_lock(Paths(settings, studies).home):
+            pass
 
 
 @contextmanager
@@ -352,15 +297,6 @@ def _leading(settings: Settings) -> Iterator[bool]:
     yield True
     # not after an error: torchrun then ends the other processes, which may be in the middle of a step
     worker.stop_workers()
-
-
-def _show(content: Any, as_json: bool) -> None:
-    for line in [json.dumps(content, indent=2, default=str)] if as_json else console.lines(content):
-        typer.echo(line)
-
-
-def _progress() -> AbstractContextManager[ProgressCallback]:
-    return console.progress(lambda text: typer.echo(text, err=True))
 
 
 def main() -> NoReturn:

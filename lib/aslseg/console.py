@@ -146,6 +146,18 @@ def print_info(found: Mapping[str, Any]) -> None:
     print_table("Published models", columns, models)
 
 
+def ledger_lines(rounds: Sequence[RoundRow], promotions: Sequence[Promotion]) -> Iterator[str]:
+    """Rounds, each with its promotions, as text."""
+    for r in rounds:
+        ours = [p for p in promotions if p.round == r.number]
+        end = f", {r.error}" if r.error and r.state == "open" else ""
+        yield f"round {r.number}: {r.state}, opened {r.opened}, {len(ours)} promoted{end}"
+        for p in ours:
+            yield f"  {p.case}: {p.status}, agreement {short(p.agreement)}, mask {p.sha256[:12]}"
+    if not rounds:
+        yield "no rounds yet"
+
+
 def print_ledger(rounds: Sequence[RoundRow], promotions: Sequence[Promotion]) -> None:
     """Draw the tables of ``aslseg ledger list`` on the terminal."""
     promoted = Counter(p.round for p in promotions)
@@ -167,6 +179,16 @@ def print_markdown(text: str) -> None:
     from rich.markdown import Markdown
 
     Console().print(Markdown(text))
+
+
+@contextmanager
+def progress() -> Iterator[ProgressCallback]:
+    """A callback that shows progress on stderr: a bar on a terminal, or now and then a line in a log."""
+    if on_terminal(sys.stderr):
+        with progress_bar() as report:
+            yield report
+    else:
+        yield PlainProgress(lambda text: sys.stderr.write(f"{text}\n"))
 
 
 @contextmanager
@@ -202,7 +224,7 @@ class PlainProgress:
         every: Seconds between two lines of one stage; a new stage always gives one.
     """
 
-    def __init__(self, write: Callable[[str], None], every: float = 15.0) -> None:
+    def __init__(self, write: Callable[[str], object], every: float = 15.0) -> None:
         self.write, self.every, self.started = write, every, time.monotonic()
         self._stage, self._last = "", -every
 
@@ -215,20 +237,6 @@ class PlainProgress:
         percent = f"{done / total:4.0%}" if total else ""
         texts = (percent, stage, *_numbers(numbers), _time_left(done, total, now, eta))
         self.write("  ".join(text for text in texts if text))
-
-
-@contextmanager
-def progress(write: Callable[[str], None]) -> Iterator[ProgressCallback]:
-    """Give a callback that shows progress on stderr: a bar on a terminal, or now and then a line in a log.
-
-    Args:
-        write: Takes a line for the log.
-    """
-    if on_terminal(sys.stderr):
-        with progress_bar() as report:
-            yield report
-    else:
-        yield PlainProgress(write)
 
 
 def _numbers(numbers: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import aslseg
-from aslseg.errors import BadLabelError, BadPromptError, NoModelError
+from aslseg.errors import BadLabelError, BadPromptError, BadSettingsError, NoModelError
 from aslseg.settings import Settings
 from aslseg.ssl import engine
 from aslseg.types import Volume
@@ -98,6 +98,8 @@ def test_bad_input_is_refused(scan: Volume, settings: Settings, tmp_path: Path) 
         clicks.segment(box=(1, 2, 3))
     with pytest.raises(BadLabelError, match="expected the scan's shape"):
         aslseg.Clicks(scan, settings, automatic_mask=np.zeros((2, 2, 2)))
+    with pytest.raises(BadSettingsError, match="did you mean 'adapter'"):
+        aslseg.load_model(tmp_path / "studies", "adaptor", settings)
     with pytest.raises(NoModelError, match="no ssl model is published"):
         aslseg.load_model(tmp_path / "studies", "ssl", settings)
 

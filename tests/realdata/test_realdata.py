@@ -16,7 +16,8 @@ from aslseg.cases.split import split
 from aslseg.cases.studies import read_studies
 from aslseg.prompts.frame import SlicePrompt
 from aslseg.sam.modeling import build
-from aslseg.sam.predictor.predict import answer, encode
+from aslseg.sam.predictor.embeddings import encode_slices
+from aslseg.sam.predictor.slice_predictor import predict_masks
 from aslseg.settings import load_settings
 from aslseg.volume.io import read_image, read_label
 
@@ -95,7 +96,8 @@ def test_the_shipped_sam_answers_a_box_on_organs_it_never_saw(data, folder, conf
         i, j = (np.flatnonzero(truth.any(axis)) for axis in (1, 0))
         box = (float(j[0]), float(i[0]), float(j[-1] + 1), float(i[-1] + 1))
         prompt = SlicePrompt(box, np.zeros((0, 2)), np.zeros(0, int), None)
-        logits, _, _ = answer(model, encode(model, image[..., k : k + 1]), [prompt], truth.shape, "box")
+        embedding = encode_slices(model, image[..., k : k + 1])
+        logits, _, _ = predict_masks(model, embedding, [prompt], truth.shape, ("box",))
         found.append(dice(logits[0].detach().numpy() > 0, truth))
     assert np.mean(found) > least, found
 

@@ -18,7 +18,7 @@ def test_wrong_setting_ends_with_exit_code_2(
     serve: Callable[..., Any], tmp_path: Path, conf: dict[str, str], said: str
 ) -> None:
     server = serve(tmp_path / "studies", **conf)
-    assert server.process.wait(90) == 2
+    assert server.process.wait(300) == 2
     assert f"ASLseg does not start: {'unknown' if 'mean' in said else ''}" in server.log
     assert said in server.log
     assert "Traceback" not in server.log

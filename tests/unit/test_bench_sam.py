@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,7 @@ def data(tmp_path):
         write_label(tmp_path / "la" / "labels" / f"{name}.nii.gz", label, affine)
     (tmp_path / "la" / "train.txt").write_text("\n".join(names) + "\n")
     torch.manual_seed(0)
-    weights = {"kind": "sam", "architecture": asdict(TINY)}
+    weights = {"kind": "sam", "architecture": TINY.to_metadata()}
     save_weights(tmp_path / "tiny.safetensors", build(TINY).state_dict(), weights)
     return tmp_path
 

@@ -185,7 +185,7 @@ def test_progress_in_a_log_is_not_too_frequent() -> None:
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "on_terminal", lambda _: True)
     monkeypatch.setenv("COLUMNS", "120")
-    with cli._progress() as report:
+    with console.progress() as report:
         report(1, 4, stage="[predict]", eta=61.0, loss=0.5)
     err = capsys.readouterr().err
     assert all(text in err for text in ("[predict]", "25%", "loss 0.5000", "1:01 left"))

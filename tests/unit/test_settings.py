@@ -233,9 +233,9 @@ def test_text_is_parsed_once_and_written_back_as_it_was(name: str, text: str, va
 
 
 def test_labels_may_have_no_name_that_clients_use_otherwise() -> None:
-    from aslseg.serving import params
+    from aslseg.serving.params import REFUSED, InferenceParams
 
-    words = {*params.PROMPTS, *params.RESULT, *params.OTHER, *params.CLICKS, *params.REFUSED}
+    words = {*REFUSED, *InferenceParams.model_fields}
     assert words <= RESERVED_NAMES
 
 
@@ -303,3 +303,11 @@ def test_folders_that_cannot_be_written_to_are_named(tmp_path: Path) -> None:
 
 def test_every_setting_belongs_to_one_section() -> None:
     assert [name for section in SECTIONS for name in section.model_fields] == list(Settings.model_fields)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+def test_a_dotenv_file_in_any_encoding(tmp_path, encoding):
+    (tmp_path / ".env").write_bytes("# für die Leber\r\nASLSEG_LABELS=Läsion\r\n\r\n".encode(encoding))
+    settings, origin = load_settings(env={}, dotenv=tmp_path / ".env")
+    assert settings.label_set.names == ("Läsion",)
+    assert origin["labels"] == ".env"

@@ -83,7 +83,7 @@ def redraw_bank(
     labelled: Sequence[Prepared], sam: SAMModel, settings: Settings, rng: np.random.Generator, report: ProgressCallback
 ) -> list[list[Redraw]]:
     """Let SAM redraw faulty masks of the cases before training, because SAM is slow; a list per case."""
-    from aslseg.sam.predictor.predict import redraw
+    from aslseg.sam.predictor.redraw import redraw
 
     each = max(1, min(REDRAWS_PER_CASE, MOST_REDRAWS // len(labelled)))
     chosen = set(rng.permutation(len(labelled))[:MOST_REDRAWS].tolist())
@@ -174,7 +174,7 @@ class Samples:
 
 
 def adaptation_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Half BCE, half Dice, and half the BCE in a band around the true border.
+    """Half BCE, half Dice, and half the BCE in a band around the true border (docs/science.md §1.2, L_III).
 
     The Dice term is summed over the batch, so that a patch without a region does not dominate it. The band holds the
     voxels within two voxels of the border.

@@ -1,25 +1,31 @@
 """What lies in a MONAI Label studies folder, read-only.
 
 Layout: scans flat in the folder, ``labels/<tag>/<id>.nii.gz``, tags ``final`` (human), ``original`` (best machine
-mask) and ``aslseg_pseudo`` (promoted). An optional ``patients.csv`` with the columns ``case,patient[,role]`` names
-the patient of each scan, and may fix a patient's role to ``train`` or ``validation``.
+mask) and ``aslseg_pseudo`` (promoted). An optional ``patients.csv`` with the columns
+``case,patient[,role][,intensities]`` names the patient of each scan, may fix a patient's role to ``train`` or
+``validation``, and confirms scans whose intensities look unusual (:mod:`aslseg.cases.intensity_check`).
 """
 
 from __future__ import annotations
 
-import csv
 import logging
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from aslseg.cases.patients import read_patients
 from aslseg.errors import NotEnoughCasesError
 from aslseg.volume.io import case_id, extension
 
 logger = logging.getLogger(__name__)
 
 FINAL, ORIGINAL, PSEUDO = "final", "original", "aslseg_pseudo"
-
+# the names that segmentations have beside their scans; LiTS calls the scan volume-3 and its label segmentation-3
+LABEL_SUFFIX = re.compile(r"[_.-](seg|segmentation|labels?|labelmap|mask|gt)$", re.IGNORECASE)
+LITS_LABEL = re.compile(r"^segmentation(?=-\d+$)", re.IGNORECASE)
 
 Role = Literal["train", "validation", "unlabelled"]
 
@@ -53,6 +59,7 @@ class Studies:
         final: Image id to human label.
         patients: Image id to patient; the id itself where nothing else is known.
         fixed_roles: Patient to ``train`` or ``validation`` where patients.csv says so.
+        confirmed: Image ids whose intensities a person has confirmed.
         problems: Files passed over, with the reason.
     """
 
@@ -61,6 +68,7 @@ class Studies:
     final: dict[str, Path]
     patients: dict[str, str]
     fixed_roles: dict[str, str] = field(default_factory=dict)
+    confirmed: frozenset[str] = frozenset()
     problems: tuple[str, ...] = ()
 
     def label_path(self, tag: str, case: str) -> Path:
@@ -73,27 +81,68 @@ def read_studies(root: Path) -> Studies:
 
     Raises:
         NotEnoughCasesError: The folder is missing or holds no scan.
+        BadSettingsError: A line of patients.csv that cannot be understood.
     """
     if not root.is_dir():
         raise NotEnoughCasesError(f"{root}: no such folder; give a folder of NIfTI or NRRD scans with --studies")
     images, problems = _images(root)
+    for path, reason in segmentations(images.values()).items():
+        problems.append(f"{path.name}: {reason}")
+        del images[case_id(path)]
     if not images:
-        raise NotEnoughCasesError(f"{root}: no scans (.nii.gz, .nii, .nrrd, .mha) directly in this folder")
+        raise NotEnoughCasesError(
+            f"{root}: no scans (.nii.gz, .nii, .nrrd, .mha) directly in this folder{_elsewhere(root, problems)}"
+        )
     final, unmatched = _images(root / "labels" / FINAL)
     for case in sorted(set(final) - set(images)):
-        unmatched.append(f"labels/{FINAL}/{final.pop(case).name}: no scan {case!r} in the folder")
-    patients, roles, complaints = _patients(root / "patients.csv", set(images))
-    problems += unmatched + complaints
+        unmatched.append(f"labels/{FINAL}/{final.pop(case).name}: no scan {case!r} in the folder{_close(case, images)}")
+    table = read_patients(root / "patients.csv", images)
+    problems += unmatched + table.problems
     for problem in problems:
         logger.warning("passed over: %s", problem)
-    return Studies(root, images, final, {c: patients.get(c, c) for c in images}, roles, tuple(problems))
+    return Studies(
+        root,
+        images,
+        final,
+        {c: table.patients.get(c, c) for c in images},
+        table.roles,
+        frozenset(table.confirmed),
+        tuple(problems),
+    )
+
+
+def segmentations(paths: Iterable[Path]) -> dict[Path, str]:
+    """Which files of a studies folder are segmentations by their name, and why.
+
+    A ``.seg.nrrd`` is one; ``x_seg``, ``x_label`` or ``x-mask`` are where there is a scan ``x`` too.
+    """
+    listed = list(paths)
+    ids = {case_id(p) for p in listed}
+    found = {}
+    for path in listed:
+        case = case_id(path)
+        owner = next(
+            (o for o in (LABEL_SUFFIX.sub("", case), LITS_LABEL.sub("volume", case)) if o != case and o in ids), None
+        )
+        if extension(path) == ".seg.nrrd":
+            found[path] = f"a segmentation, not a scan; move it to labels/{FINAL} under the name of its scan"
+        elif owner is not None:
+            found[path] = f"looks like a segmentation of {owner!r}; move it to labels/{FINAL}/{owner}{extension(path)}"
+    return found
 
 
 def _images(folder: Path) -> tuple[dict[str, Path], list[str]]:
     found: dict[str, Path] = {}
     problems = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if extension(path) is None or not path.is_file():
+        if extension(path) is None:
+            continue
+        if path.is_symlink() and not path.exists():
+            problems.append(
+                f"{path.name}: a link to {path.readlink()}, which is not there; mount its disk or fetch the file"
+            )
+            continue
+        if not path.is_file():
             continue
         case = case_id(path)
         if case in found:
@@ -103,25 +152,13 @@ def _images(folder: Path) -> tuple[dict[str, Path], list[str]]:
     return dict(sorted(found.items())), problems
 
 
-def _patients(path: Path, known: set[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    patients: dict[str, str] = {}
-    roles: dict[str, str] = {}
-    problems: list[str] = []
-    if not path.is_file():
-        return patients, roles, problems
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not {"case", "patient"} <= set(reader.fieldnames or []):
-            return patients, roles, [f"{path.name}: expected the columns case,patient[,role]"]
-        for row in reader:
-            case, patient, role = (row.get(c) or "" for c in ("case", "patient", "role"))
-            if case not in known or not patient:
-                problems.append(f"{path.name}: line {reader.line_num}: no scan {case!r} or empty patient")
-                continue
-            patients[case] = patient
-            if role in ("train", "validation"):
-                if roles.setdefault(patient, role) != role:
-                    problems.append(f"{path.name}: patient {patient!r} has two roles; kept {roles[patient]!r}")
-            elif role:
-                problems.append(f"{path.name}: line {reader.line_num}: role {role!r}; expected train or validation")
-    return patients, roles, problems
+def _elsewhere(root: Path, problems: list[str]) -> str:
+    """What a folder without scans holds instead."""
+    below = sorted({p.parent.name for p in root.glob("*/*") if extension(p) and p.parent.name != "labels"})
+    parts = problems[:3] + ([f"images lie in its sub-folders {', '.join(below[:3])}"] if below else [])
+    return f"; {'; '.join(parts)}" if parts else ""
+
+
+def _close(case: str, images: Iterable[str]) -> str:
+    near = get_close_matches(case, list(images), n=1, cutoff=0.8)
+    return f"; did you mean {near[0]!r}?" if near else ""

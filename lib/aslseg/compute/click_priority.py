@@ -1,4 +1,4 @@
-"""Who computes now: work that is done ahead stands still, even within a slice, while a click is answered."""
+"""Clicks come first: work in the background pauses, even within a slice, while a click is answered."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _thread = threading.local()
 
 
 class ClickPriority:
-    """Clicks and work done ahead, each in threads of their own.
+    """Counts the clicks that are being answered, and pauses background work meanwhile; each runs in its own threads.
 
-    Work done ahead stands still from its next :func:`give_way` on, but not while a click waits for something that it
-    has begun (:func:`awaiting`, :func:`held`): that click only sleeps.
+    Background work pauses at its next :func:`yield_to_clicks`. It goes on where a click waits for something that the
+    background has begun (:func:`waiting_for_background`, :func:`acquire`): that click only sleeps.
 
     Attributes:
         changed: Notified when a click comes, waits or is answered. Guards the counts.
@@ -23,89 +23,89 @@ class ClickPriority:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self._now: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
 
     @property
     def clicks(self) -> int:
         """How many clicks are being answered."""
-        return self._now["click"]
+        return self._counts["click"]
 
     @contextmanager
     def click(self) -> Iterator[None]:
-        """In here a click is answered."""
-        with self._counted("click"), _thread_is(self, "click"):
+        """Within this context the thread answers a click."""
+        with self._counted("click"), _thread_role(self, "click"):
             yield
 
     @contextmanager
-    def ahead(self) -> Iterator[None]:
-        """In here work is done ahead."""
-        with _thread_is(self, "ahead"):
+    def background(self) -> Iterator[None]:
+        """Within this context the thread works in the background."""
+        with _thread_role(self, "background"):
             yield
 
     @contextmanager
-    def awaiting(self) -> Iterator[None]:
-        """In here a click waits for work done ahead."""
-        with self._counted("awaiting"):
+    def waiting(self) -> Iterator[None]:
+        """Within this context a click waits for background work."""
+        with self._counted("waiting"):
             yield
 
     def wait_for_clicks(self) -> None:
-        """Return once no click is being answered, or one waits."""
+        """Return once no click is being answered, or one waits for background work."""
         with self.changed:
-            self.changed.wait_for(lambda: not self.clicks or self._now["awaiting"])
+            self.changed.wait_for(lambda: not self.clicks or self._counts["waiting"])
 
     @contextmanager
     def _counted(self, what: str) -> Iterator[None]:
         with self.changed:
-            self._now[what] += 1
+            self._counts[what] += 1
             self.changed.notify_all()
         try:
             yield
         finally:
             with self.changed:
-                self._now[what] -= 1
+                self._counts[what] -= 1
                 self.changed.notify_all()
 
 
 @contextmanager
-def _thread_is(turns: ClickPriority, role: str) -> Iterator[None]:
-    before = getattr(_thread, "is_", None)
-    _thread.is_ = (turns, role)
+def _thread_role(priority: ClickPriority, role: str) -> Iterator[None]:
+    before = getattr(_thread, "role", None)
+    _thread.role = (priority, role)
     try:
         yield
     finally:
-        _thread.is_ = before
+        _thread.role = before
 
 
 def yield_to_clicks() -> None:
-    """Where work done ahead may stand still; nothing in any other thread. The encoder comes here before every block."""
-    turns, role = getattr(_thread, "is_", None) or (None, "")
-    if turns is not None and role == "ahead":
-        begun = time.perf_counter()
-        turns.wait_for_clicks()
-        _thread.stood = getattr(_thread, "stood", 0.0) + time.perf_counter() - begun
+    """Pause background work while a click is answered. In all other threads this does nothing."""
+    priority, role = getattr(_thread, "role", None) or (None, "")
+    if priority is not None and role == "background":
+        start = time.perf_counter()
+        priority.wait_for_clicks()
+        _thread.paused = getattr(_thread, "paused", 0.0) + time.perf_counter() - start
 
 
-def clock() -> float:
-    """``time.perf_counter()`` without the time that this thread has stood still."""
-    return time.perf_counter() - getattr(_thread, "stood", 0.0)
+def computing_time() -> float:
+    """``time.perf_counter()`` without the seconds for which this thread was paused."""
+    return time.perf_counter() - getattr(_thread, "paused", 0.0)
 
 
 @contextmanager
-def awaiting() -> Iterator[None]:
-    """Around whatever may wait for another thread's embedding or answer."""
-    turns, role = getattr(_thread, "is_", None) or (None, "")
-    if turns is None or role == "ahead":
+def waiting_for_background() -> Iterator[None]:
+    """Around code of a click that may wait for an embedding or a mask that a background thread computes."""
+    priority, role = getattr(_thread, "role", None) or (None, "")
+    if priority is None or role == "background":
         yield
     else:
-        with turns.awaiting():
+        with priority.waiting():
             yield
 
 
 @contextmanager
-def held(lock: threading.Lock) -> Iterator[None]:
-    """``with lock`` for a lock that work done ahead may hold while it stands still."""
+def acquire(lock: threading.Lock) -> Iterator[None]:
+    """``with lock``, for a lock that a background thread may hold while it is paused."""
     if not lock.acquire(blocking=False):
-        with awaiting():
+        with waiting_for_background():
             lock.acquire()
     try:
         yield

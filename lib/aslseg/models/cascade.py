@@ -22,7 +22,7 @@ from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.loaded import load_model
 from aslseg.models.published import find_published
 from aslseg.sam.cfr import canvas
-from aslseg.sam.predictor.predict import redraw
+from aslseg.sam.predictor.redraw import redraw
 from aslseg.settings import Paths, Settings
 from aslseg.types import ProgressCallback, Volume, no_progress
 from aslseg.volume.geometry import Grid

@@ -1,4 +1,4 @@
-"""What clicks say about the pixels of an answer, for a SAM that does not listen."""
+"""Corrections of SAM's answers where they contradict the clicks."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from scipy import ndimage
 
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 
-STRAY = 0.25  # of the largest piece: smaller ones are strays
-EDGE = 0.1  # of the radius, at least half a pixel: how far a disc's border fades
+STRAY_FRACTION = 0.25  # of the largest component: smaller ones are removed
+EDGE_FRACTION = 0.1  # of the radius, at least half a pixel: over so much the border of a disc fades
 
 
 def enforce_clicks(probability: np.ndarray, points: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """A mask in which every click is in or out as it says, with a disc around those that were not.
+    """Change a mask where it contradicts a click: within a disc around the click.
 
-    Who clicks into the middle of an error is as far from the drawn border as from the true one, so all pixels that are
-    nearer than the drawn border are wrong as well. Where more is at stake the disc stays smaller: it ends half-way to
-    the next click of the other kind, and what is added is not larger than what was drawn. A third of all clicks
-    contradict SAM's last answer otherwise (docs/results.md).
+    Annotators click into the middle of an error, which is as far from the drawn border as from the true one, so the
+    disc reaches to the drawn border. It stays smaller where it could do harm: it ends half-way to the next click of the
+    other kind, and its area is at most that of the mask.
 
     Args:
         probability: (i, j) in 0..1.
-        points: Clicks (n, 2) as (x, y), later ones outdo earlier ones.
+        points: Clicks (n, 2) as (x, y); later ones take precedence.
         labels: 1 in, 0 out, (n,).
 
     Returns:
-        (i, j) float32, the array itself if nothing contradicts it. Nothing is added to an empty mask: it does not say
-        how large the object is.
+        (i, j) float32, the array itself if nothing contradicts it. Nothing is added to an empty mask, which does not
+        show how large the object is.
     """
     found = probability
     rows, columns = (np.arange(n, dtype=np.float32) for n in probability.shape)
@@ -44,7 +43,7 @@ def enforce_clicks(probability: np.ndarray, points: np.ndarray, labels: np.ndarr
             np.hypot(*(others - (j, i)).T).min(initial=np.inf) / 2,
         ]
         radius = max(1.0, min(reach))
-        edge = max(0.5, EDGE * radius)
+        edge = max(0.5, EDGE_FRACTION * radius)
         near = squared < (radius + 6 * edge) ** 2
         weight = 1 / (1 + np.exp((np.sqrt(squared[near]) - radius) / edge))
         found = found.astype(np.float32)
@@ -53,9 +52,9 @@ def enforce_clicks(probability: np.ndarray, points: np.ndarray, labels: np.ndarr
 
 
 def remove_stray_components(probability: np.ndarray, points: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """A mask without its small pieces: those less than a quarter of the largest that hold no click inside the object.
+    """Remove components smaller than a quarter of the largest one that hold no click inside the object.
 
-    They are mistakes more often than not (docs/results.md), and one click brings a true one back.
+    Most of them are errors of SAM; a click inside brings a true one back.
 
     Args:
         probability: (i, j) in 0..1.
@@ -63,15 +62,15 @@ def remove_stray_components(probability: np.ndarray, points: np.ndarray, labels:
         labels: 1 in, 0 out, (n,).
 
     Returns:
-        (i, j), zero at strays; the array itself if there are none.
+        (i, j), zero in removed components; the array itself if there are none.
     """
-    pieces, count = ndimage.label(probability >= 0.5, EIGHT_NEIGHBOURS)
+    components, count = ndimage.label(probability >= 0.5, EIGHT_NEIGHBOURS)
     if count < 2:
         return probability
-    sizes = np.bincount(pieces.ravel())
+    sizes = np.bincount(components.ravel())
     sizes[0] = 0
-    kept = sizes >= STRAY * sizes.max()
+    kept = sizes >= STRAY_FRACTION * sizes.max()
     clicked = points[labels == 1].astype(int)
-    kept[pieces[clicked[:, 1], clicked[:, 0]]] = True
+    kept[components[clicked[:, 1], clicked[:, 0]]] = True
     kept[0] = True
-    return probability if kept.all() else np.where(kept[pieces], probability, np.float32(0))
+    return probability if kept.all() else np.where(kept[components], probability, np.float32(0))

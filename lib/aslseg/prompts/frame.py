@@ -1,7 +1,7 @@
-"""Where SAM's (x, y) is made.
+"""The conversion between array indices and SAM's coordinates.
 
 A slice is an array (i, j) with rows i and columns j, the first two axes of a volume (i, j, k) at one k. SAM counts
-x along columns and y along rows: **(x, y) = (j, i)**. Nothing outside this module swaps the two.
+x along columns and y along rows: **(x, y) = (j, i)**. Only this module swaps the two.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SlicePrompt:
-    """What SAM is told about one object on one slice, in slice pixels.
+    """A prompt for one object on one slice, in pixels of the slice.
 
     Attributes:
         box: (x0, y0, x1, y1), the far side exclusive, may be fractional; None without a box.
@@ -41,10 +41,7 @@ def to_box(rows: tuple[float, float], columns: tuple[float, float]) -> tuple[flo
 def box_slices(
     box: tuple[float, float, float, float] | None, margin: float, shape: tuple[int, int]
 ) -> tuple[slice, slice]:
-    """Index of the pixels (i, j) that a box covers once widened by ``margin`` pixels and cut to ``shape``.
-
-    Without a box, all of them.
-    """
+    """Index of the pixels (i, j) in a box, widened by ``margin`` pixels and cut to ``shape``; of all without a box."""
     if box is None:
         return slice(0, shape[0]), slice(0, shape[1])
     x0, y0, x1, y1 = box

@@ -1,4 +1,4 @@
-"""Prompts from people: what 3D Slicer and OHIF send, made one kind of thing (platform.md, section 2).
+"""Prompts from people: what 3D Slicer and OHIF send, in one form (docs/clicks.md).
 
 Points are voxel indices (i, j, k) of the scan that the client loaded and may lie outside it. Slicer's ROI holds a pair
 per axis, in either order, not cut to the volume; with a 2-D model and an ROI its ``slice`` is in millimetres. Every
@@ -8,7 +8,7 @@ key may be missing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,20 +23,19 @@ class ClientPrompt:
     """Clicks and box of one request, in voxels of the volume they were parsed for.
 
     Attributes:
-        foreground, background: (n, 3) int64 voxel indices (i, j, k) inside the volume, in the order sent.
+        foreground: Clicks inside the object, (n, 3) int64 voxel indices (i, j, k) of the volume, in the order sent.
+        background: Clicks outside the object, alike.
         box: Inclusive ranges ((i0, i1), (j0, j1), (k0, k1)), or None.
-        slice: The slice k that the annotator looks at, or None if the request does not say.
+        slice: The slice k that the annotator looks at, or None where the request does not say.
         label: Name of the segment, or None.
-        classes: OHIF's class prompts (label values).
-        notes: What was left out and why, for the annotator.
+        notes: For the annotator: which parts were left out, and why.
     """
 
-    foreground: np.ndarray
-    background: np.ndarray
+    foreground: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))
+    background: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     box: tuple[Range, Range, Range] | None = None
     slice: int | None = None
     label: str | None = None
-    classes: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -56,7 +55,7 @@ def parse(request: Mapping[str, Any], shape: tuple[int, int, int]) -> ClientProm
         shape: (i, j, k) of the volume that indices refer to.
 
     Returns:
-        The prompt; what lies outside the volume is dropped and noted.
+        The prompt; points outside the volume are left out, and ``notes`` say so.
 
     Raises:
         BadPromptError: A value of the wrong type or form, or a number that is not finite.
@@ -82,20 +81,14 @@ def parse(request: Mapping[str, Any], shape: tuple[int, int, int]) -> ClientProm
         raise BadPromptError("point_labels: expected 1 (inside), 0 (outside) or -1 (ignore)")
     foreground = _inside(np.concatenate([foreground, points[signs == 1]]), shape, "foreground", notes)
     background = _inside(np.concatenate([background, points[signs == 0]]), shape, "background", notes)
+    _require_label_values(request.get("label_prompt"))
     box = _box(request.get("roi"), shape, notes)
-    return ClientPrompt(
-        foreground,
-        background,
-        box,
-        _slice(request.get("slice"), foreground, background, box, shape, notes),
-        label,
-        _classes(request.get("label_prompt")),
-        tuple(notes),
-    )
+    at = _slice(request.get("slice"), foreground, background, box, shape, notes)
+    return ClientPrompt(foreground, background, box, at, label, tuple(notes))
 
 
 def _numbers(value: Any, name: str, width: int) -> np.ndarray:
-    """A list of ``width`` numbers each, (n, width), or of plain numbers, (n,), for width 0; float64 and finite."""
+    """Lists of ``width`` numbers as (n, width), or for width 0 plain numbers as (n,), float64 and finite."""
     if value is None:
         value = []
     if not isinstance(value, list | tuple | np.ndarray):
@@ -151,7 +144,7 @@ def _slice(
     shape: tuple[int, int, int],
     notes: list[str],
 ) -> int | None:
-    """The slice k: that of a click if the value names none, the middle of the box if it lies outside (millimetres)."""
+    """The slice k: the given one, else that of a click, else the middle of the box (for a value in millimetres)."""
     if value is not None and not _finite(value):
         raise BadPromptError(f"slice: expected a number, got {_short(value)}")
     clicked = foreground[:, 2] if len(foreground) else background[:, 2]
@@ -169,11 +162,10 @@ def _slice(
     return None
 
 
-def _classes(value: Any) -> tuple[int, ...]:
+def _require_label_values(value: Any) -> None:
     numbers = _numbers(value, "label_prompt", 0)
     if (numbers != np.rint(numbers)).any() or (numbers < 0).any():
         raise BadPromptError(f"label_prompt: expected label values from 0, got {_short(value)}")
-    return tuple(int(n) for n in numbers)
 
 
 def _short(value: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from aslseg.errors import LedgerError
+from aslseg.cases.studies import read_studies
+from aslseg.errors import AslsegError, LedgerError
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published
 from aslseg.rounds.ledger import Ledger
@@ -19,7 +20,7 @@ MOST = 50
 def collect(
     settings: Settings, paths: Paths, store: dict[str, Any], errors: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Collect the current round, published models, ranking, promotions and the last errors.
+    """Collect the current round, published models, ranking, promotions, files passed over, and the last errors.
 
     Args:
         settings: Labels and thresholds.
@@ -42,6 +43,7 @@ def collect(
         "progress": progress,
         "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
+        "problems": _problems(paths),
         "rounds": [
             {"round": r.number, "state": r.state, "opened": r.opened, "closed": r.closed, "error": r.error}
             for r in reversed(rounds)
@@ -56,6 +58,16 @@ def collect(
         ][:MOST],
         "errors": failures[-MOST:],
     }
+
+
+def _problems(paths: Paths) -> list[str]:
+    """What the studies folder holds that is passed over, or why it cannot be listed."""
+    if paths.studies is None:
+        return []
+    try:
+        return list(read_studies(paths.studies).problems)
+    except AslsegError as error:
+        return [str(error)]
 
 
 def _model(kind: ModelKind, entry: Published | None) -> dict[str, Any]:

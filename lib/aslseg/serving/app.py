@@ -17,16 +17,21 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import processes
 from monailabel.utils.sessions import SessionInfo, Sessions
+from starlette.middleware import Middleware
 
 from aslseg import __version__
 from aslseg.errors import AslsegError, BadSettingsError
 from aslseg.models.kinds import PUBLISHED_KINDS
 from aslseg.models.published import find_published
+from aslseg.serving.auth import install_auth
 from aslseg.serving.dicomweb_datastore import connect
 from aslseg.serving.embed import embed_studies
+from aslseg.serving.exposure import bound_host, require_safe_exposure
+from aslseg.serving.guard import install_guard
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.infer import BatchInference, answer
-from aslseg.serving.memory import reuse_freed_memory
+from aslseg.serving.infer import BatchInference, InferenceRequest, answer, request_from_mapping
+from aslseg.serving.logs import configure_logs
+from aslseg.serving.metrics import Metrics, RequestTimer
 from aslseg.serving.strategies import Leases
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
@@ -54,9 +59,9 @@ class ServedApp(MONAILabelApp):
             require_writable(self.settings, "home")
         except BadSettingsError as error:
             refuse_to_start(str(error), 2)
-        reuse_freed_memory()
         self.paths = Paths(self.settings, studies)
         self.leases = Leases()
+        self.metrics = Metrics()
         try:
             super().__init__(
                 app_dir,
@@ -72,7 +77,7 @@ class ServedApp(MONAILabelApp):
         # rounds write the scores; a sub-process for every click on "next sample" is no help
         self._auto_update_scoring = False
 
-    # what is stored where
+    # where data is stored
 
     def init_datastore(self) -> Datastore:
         """The studies folder, or the PACS."""
@@ -85,19 +90,41 @@ class ServedApp(MONAILabelApp):
         path = platform.MONAI_LABEL_SESSION_PATH or str(self.paths.home / "sessions")
         return SafeSessions(path, platform.MONAI_LABEL_SESSION_EXPIRY) if load else None
 
-    # what clients ask for
+    # requests of clients
 
     def info(self) -> dict[str, Any]:
-        """As MONAI Label's, saying which models wait for a round."""
+        """As MONAI Label's; the description names models that are not trained, and a datastore that was recovered."""
         meta = super().info()
         hidden = [name for name, task in self._infers.items() if not task.is_valid()]
         if hidden:
             meta["description"] += f". Not trained yet, run a round: {', '.join(hidden)}"
+        recovered = getattr(self.datastore(), "recovered", "")
+        if recovered:
+            meta["description"] += f". {recovered}"
         return meta
 
-    def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Answer a request; see :func:`aslseg.serving.infer.answer`."""
-        return answer(self._infers, request, datastore or self.datastore())
+    def model_names(self) -> list[str]:
+        """Models that can be asked now."""
+        return [name for name, task in self._infers.items() if task.is_valid()]
+
+    def trainer_names(self) -> list[str]:
+        """Entries of the training menu."""
+        return list(self._trainers)
+
+    def scoring_names(self) -> list[str]:
+        """Scoring methods."""
+        return list(self._scoring_methods)
+
+    def infer(
+        self, request: InferenceRequest | Mapping[str, Any], datastore: Datastore | None = None
+    ) -> dict[str, Any]:
+        """Answer a request; see :func:`aslseg.serving.infer.answer`. MONAI Label's own callers pass a dictionary."""
+        store = datastore or self.datastore()
+        if not isinstance(request, InferenceRequest):
+            request = request_from_mapping(request, store)
+        result = answer(self._infers, request, store)
+        self.metrics.observe_stages(request.model, result["params"].get("latencies", {}))
+        return result
 
     def init_batch_infer(self) -> BatchInference:
         """One case after the other; a case that fails does not stop the rest."""
@@ -155,17 +182,30 @@ class ServedApp(MONAILabelApp):
     def _local_request(self, url: str, params: Any, action: str) -> None:
         logger.info("%s is left to the server; a process of its own does not call it", action)
 
-    # what happens by itself
+    # without a request
 
     def on_init_complete(self) -> None:
-        """In the server only: routes, session clean-up, and the first round."""
+        """In the server only: who may connect, routes, log, session clean-up, and the first round."""
         from monailabel.app import app as host
 
         from aslseg.serving.routes import install
 
+        try:
+            require_safe_exposure(bound_host(sys.argv), self.settings)
+            install_auth(host, self.settings)
+        except BadSettingsError as error:
+            refuse_to_start(str(error), 2)
+        configure_logs(self.settings, self.paths, self._is_case)
         super().on_init_complete()
         install(host, self)
+        install_guard(host, self.settings)
+        host.user_middleware.insert(0, Middleware(RequestTimer, metrics=self.metrics))
         self.start_first_round()
+
+    def _is_case(self, word: str) -> bool:
+        """Whether a word in the log is the id of a scan; a PACS gives UIDs, which name nobody."""
+        has_case = getattr(self.datastore(), "has_case", None)
+        return bool(has_case and has_case(word))
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """A human label came in; with nothing trained yet, training can begin."""

@@ -1,4 +1,4 @@
-"""Work that waits while anybody clicks: growing objects to their end, encoding the slices that come next."""
+"""Background work that pauses while anybody clicks: growing objects to their end, encoding the next slices."""
 
 from __future__ import annotations
 
@@ -7,51 +7,62 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
+from weakref import WeakSet
 
 import torch
 
-from aslseg.compute.click_priority import ClickPriority
+from aslseg.compute.click_priority import ClickPriority, yield_to_clicks
 from aslseg.serving.priority import AHEAD, lower_priority
 
 logger = logging.getLogger(__name__)
 
-MOST_JOBS = 16
+MAX_JOBS = 16
 
 
 class Background:
     """One thread that does small steps of the newest job, and none while a click is being answered.
 
-    A step that encodes a slice stands still then, at the next block of the encoder; on Linux, where a thread can have a
-    priority of its own, it gets until there what the click leaves. A click that wants just that slice waits for it.
+    A step that encodes a slice pauses then, at the next block of an encoder that is known to :meth:`pause_in`. On
+    Linux, where a thread has a priority of its own, it computes until there only when the processor has nothing else to
+    do. A click that wants the same slice waits for it.
 
-    It computes without helpers: while a second team of OpenMP threads exists, even an idle one, libgomp no longer lets
-    those of the click wait awake, and the click's encoder pass takes a sixth longer (docs/results.md).
+    The thread computes without helpers: while a second team of OpenMP threads exists, even an idle one, libgomp no
+    longer lets those of the click spin between two operations (docs/clicks.md).
     """
 
     def __init__(self) -> None:
-        self._jobs: deque[tuple[Callable[[], bool], object]] = deque(maxlen=MOST_JOBS)
-        self._turns = ClickPriority()
-        self._changed = self._turns.changed
+        self._jobs: deque[tuple[Callable[[], bool], object]] = deque(maxlen=MAX_JOBS)
+        self._priority = ClickPriority()
+        self._changed = self._priority.changed
         self._working = False
+        self._pausing: WeakSet[torch.nn.Module] = WeakSet()
         threads, ready = torch.get_num_threads(), threading.Event()
         threading.Thread(target=self._run, args=(ready,), name="aslseg-background", daemon=True).start()
         ready.wait()
-        torch.set_num_threads(threads)  # what that thread said counts for threads to come as well
+        torch.set_num_threads(threads)  # the number that the thread sets also counts for threads that start later
 
     def click(self) -> AbstractContextManager[None]:
-        """While this is open no step begins, and one that has begun stands still where it can."""
-        return self._turns.click()
+        """A context in which no step begins, and one that has begun pauses where it can."""
+        return self._priority.click()
 
-    def add(self, step: Callable[[], bool], whose: object) -> None:
-        """Add a job: called again and again until it says that there is no more. The newest comes first.
+    def pause_in(self, encoder: torch.nn.Module) -> None:
+        """Let work with an encoder pause before each of its blocks; a second call does nothing."""
+        if encoder not in self._pausing:
+            self._pausing.add(encoder)
+            for block in encoder.blocks:  # type: ignore[union-attr]
+                block.register_forward_pre_hook(_yield)
 
-        It takes the place of the job that the same object ``whose`` has waiting. Of more than sixteen the oldest is
-        dropped: it is only ever work done ahead.
+    def add(self, step: Callable[[], bool], owner: object) -> None:
+        """Add a job: a function that is called until it returns False. The newest job comes first.
+
+        It replaces the job of the same ``owner`` that has not been finished. Of more than sixteen jobs the oldest is
+        dropped: nobody waits for them.
         """
         with self._changed:
-            for job in [j for j in self._jobs if j[1] is whose]:
+            for job in [j for j in self._jobs if j[1] is owner]:
                 self._jobs.remove(job)
-            self._jobs.append((step, whose))
+            self._jobs.append((step, owner))
             self._changed.notify_all()
 
     def idle(self, seconds: float) -> bool:
@@ -68,14 +79,18 @@ class Background:
             with self._changed:
                 self._working = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._jobs and not self._turns.clicks)
-                (step, whose), self._working = self._jobs.pop(), True
+                self._changed.wait_for(lambda: self._jobs and not self._priority.clicks)
+                (step, owner), self._working = self._jobs.pop(), True
             try:
-                with self._turns.ahead():
+                with self._priority.background():
                     more = step()
-            except Exception:  # a job ahead of time must not end those of others
+            except Exception:  # a job that fails must not end the others
                 logger.exception("work in the background failed")
                 more = False
             if more:
                 with self._changed:
-                    self._jobs.append((step, whose))
+                    self._jobs.append((step, owner))
+
+
+def _yield(*_: Any) -> None:
+    yield_to_clicks()

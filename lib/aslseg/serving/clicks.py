@@ -1,11 +1,10 @@
-"""The models `sam` and `sam_2d`: an annotator's clicks and box to the whole object, or to it on one slice."""
+"""The models `sam` and `sam_2d`: from the clicks and the box of an annotator to the object, or to one slice of it."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,29 +13,33 @@ import numpy as np
 from monailabel.interfaces.tasks.infer_v2 import InferType
 
 from aslseg.cases.studies import ORIGINAL
+from aslseg.compute.byte_lru import ByteLRU
 from aslseg.errors import AslsegError
+from aslseg.files import FileStamp
 from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
 from aslseg.prompts.from_client import ClientPrompt, parse
 from aslseg.serving.background import Background
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.infer import MaskTask
-from aslseg.serving.open_scans import OpenScan, ScanCache, file_key
+from aslseg.serving.infer import InferenceRequest, MaskTask
+from aslseg.serving.open_scans import OpenScan, ScanCache
 from aslseg.volume.io import read_image
 
 if TYPE_CHECKING:
+    from aslseg.sam.clicks.automatic_mask import AutomaticMask
+    from aslseg.sam.clicks.propagation import Propagation
     from aslseg.sam.clicks.session import ClickSession
     from aslseg.sam.predictor.embeddings import EmbeddingCache
-    from aslseg.sam.predictor.slices import Region
 
-KEPT_BYTES = 500_000_000
-# time for an answer to OHIF, whose annotators press Run after all clicks and see nothing of an object that still grows
+# time for a reply to OHIF, whose annotators press Run once all clicks are made and are not shown what grows later
 RUN_SECONDS = 5.0
+SESSION_BYTES = 500_000_000
+MASK_BYTES = 200_000_000
 
 
 class ClickSessions:
-    """What the click models share: opened scans, embeddings, and each annotator's answers on each object.
+    """State that the click models share: open scans, embeddings, and the session of each annotator on each object.
 
     Args:
         models: Settings, paths and SAM.
@@ -44,10 +47,10 @@ class ClickSessions:
 
     def __init__(self, models: Models) -> None:
         self.models = models
-        self.pictures = ScanCache(models.settings)
+        self.scans = ScanCache(models.settings)
         self.background = Background()
-        self._clicks: OrderedDict[tuple[object, ...], ClickSession] = OrderedDict()
-        self._stored: OrderedDict[tuple[object, ...], np.ndarray] = OrderedDict()
+        self._sessions: ByteLRU[tuple[object, ...], ClickSession] = ByteLRU(SESSION_BYTES, _bytes)
+        self._stored: ByteLRU[tuple[object, ...], np.ndarray] = ByteLRU(MASK_BYTES, lambda a: sum(m.nbytes for m in a))
         self._cache: EmbeddingCache | None = None
         self._lock = threading.Lock()
 
@@ -65,70 +68,70 @@ class ClickSessions:
                 self._cache = EmbeddingCache(settings.embedding_memory_mb * 1e6, store)
             return self._cache
 
-    def clicks(self, opened: OpenScan, region: Callable[[], Region] | None, whose: tuple[object, ...]) -> ClickSession:
-        """The state of one annotator on one object of one scan, and with it of nobody else.
+    def session(
+        self, opened: OpenScan, automatic: Callable[[], AutomaticMask] | None, owner: tuple[object, ...]
+    ) -> ClickSession:
+        """The session of one annotator on one object of one scan, which nobody else gets.
 
         Args:
             opened: The scan.
-            region: Gives the automatic mask that is repaired, or None.
-            whose: Object, annotator and where the automatic mask comes from.
+            automatic: Returns the automatic mask that is repaired, or None.
+            owner: Object, annotator, and the origin of the automatic mask.
         """
         from aslseg.sam.clicks.session import ClickSession
+        from aslseg.sam.predictor.slice_predictor import SlicePredictor
 
         model, cache = self.models.get(ModelKind.SAM), self.cache
-        key = (opened.key, opened.turn, model.fingerprint, *whose)
+        self.background.pause_in(model.sam.image_encoder)
+        key = (opened.key, opened.orientation, model.fingerprint, *owner)
         with self._lock:
-            found = self._clicks.get(key)
+            found = self._sessions.get(key)
             if found is None:
-                found = ClickSession(model, opened.picture, self.models.settings, region and region(), cache)
-            self._clicks[key] = found
-            self._clicks.move_to_end(key)
-            while len(self._clicks) > 1 and self._held() > KEPT_BYTES:
-                self._clicks.popitem(last=False)
+                predictor = SlicePredictor(model, opened.source, self.models.settings, cache)
+                found = ClickSession(predictor, automatic and automatic())
+            self._sessions.put(key, found)
         return found
 
-    def _held(self) -> int:
-        """Bytes that the states keep in memory, each scan and automatic mask once."""
-        states = list(self._clicks.values())
-        shared = {id(c.picture.volume): c.picture.volume.nbytes for c in states}
-        shared |= {id(c.region): c.region.array.nbytes for c in states if c.region is not None}
-        return sum(shared.values()) + sum(c.bytes for c in states)
-
     def stored(self, path: Path, case: Any, opened: OpenScan) -> tuple[tuple[object, ...], np.ndarray] | None:
-        """The automatic mask that clients show for a scan (tag ``original``), and its name; None without one."""
+        """The automatic mask that clients show for a scan (tag ``original``) and a key for it; None without one."""
         studies = self.models.paths.studies
         if not isinstance(case, str) or studies is None:
             return None
         label = studies / "labels" / ORIGINAL / f"{case}.nii.gz"
-        key = file_key(label)
+        stamp = FileStamp.of(label)
         # a mask older than the scan was made for another one
-        if len(key) == 1 or path.stat().st_mtime_ns > label.stat().st_mtime_ns:
+        if stamp is None or path.stat().st_mtime_ns > stamp.mtime_ns:
             return None
-        if key not in self._stored:
+        key = (str(label), stamp)
+        found = self._stored.get(key)
+        if found is None:
             try:
-                array = read_image(label, self.models.settings.max_voxels).array.astype(np.uint8)
+                found = read_image(label, self.models.settings.max_voxels).array.astype(np.uint8)
             except AslsegError:
                 return None
-            with self._lock:
-                self._stored[key] = array
-                while len(self._stored) > 4:
-                    self._stored.popitem(last=False)
-        found = self._stored.get(key)
-        return None if found is None or found.shape != opened.turn.shape else (key, found)
+            self._stored.put(key, found)
+        return None if found.shape != opened.orientation.shape else (key, found)
 
-    def prefetch(self, clicks: ClickSession, k: int) -> None:
-        """Encode the slices around one in the background, nearest first."""
-        reach = self.models.settings.prefetch_slices
+    def prefetch(self, session: ClickSession, k: int) -> None:
+        """Encode the slices around slice k in the background, the nearest first."""
+        predictor, reach = session.predictor, self.models.settings.prefetch_slices
         around = [s for n in range(1, reach + 1) for s in (k + n, k - n)]
-        waiting = iter([s for s in around if 0 <= s < clicks.picture.shape[2]])
+        waiting = iter([s for s in around if 0 <= s < predictor.depth])
 
         def step() -> bool:
-            wanted = next((s for s in waiting if not clicks.embedded(s)), None)
+            wanted = next((s for s in waiting if not predictor.is_embedded(s)), None)
             if wanted is not None:
-                clicks.embed([wanted])
+                predictor.embed([wanted])
             return wanted is not None
 
-        self.background.add(step, clicks)
+        self.background.add(step, session)
+
+
+def _bytes(sessions: Collection[ClickSession]) -> int:
+    """Bytes that sessions keep in memory; a scan or an automatic mask that several of them share counts once."""
+    shared = {id(s.predictor.source.volume): s.predictor.source.volume.nbytes for s in sessions}
+    shared |= {id(s.automatic.array): s.automatic.array.nbytes for s in sessions if s.automatic is not None}
+    return sum(shared.values()) + sum(s.bytes for s in sessions)
 
 
 class ClickTask(MaskTask):
@@ -136,48 +139,48 @@ class ClickTask(MaskTask):
 
     Args:
         scans: Shared with the other models.
-        desk: Shared by the click models.
+        sessions: Shared by the click models.
         description: Shown to annotators.
         dimension: 3, or 2 for one slice along the scan's third axis.
     """
 
-    def __init__(self, scans: CascadeCache, desk: ClickSessions, description: str, dimension: int = 3) -> None:
+    def __init__(self, scans: CascadeCache, sessions: ClickSessions, description: str, dimension: int = 3) -> None:
         super().__init__(scans, ModelKind.SAM, (), description)
-        self.type, self.dimension, self.desk = InferType.DEEPGROW, dimension, desk
+        self.type, self.dimension, self.sessions = InferType.DEEPGROW, dimension, sessions
         self._config.update(use_ssl=scans.models.settings.use_ssl)
         if dimension == 3:
             self._config.update(whole=False)
 
     def is_valid(self) -> bool:
-        """Shown as long as there is a SAM: a published one, the one of the settings, or the one that ships."""
+        """Listed where there is a SAM: a published one, the one of the settings, or the one that ships."""
         from aslseg.sam.modeling.build import base_path
 
         models = self.scans.models
         return models.published(ModelKind.SAM) is not None or base_path(models.settings).is_file()
 
-    def shown(self, class_map: np.ndarray, request: Mapping[str, Any]) -> np.ndarray:
-        """All of it: there is one object, whatever its label."""
+    def shown(self, class_map: np.ndarray, request: InferenceRequest) -> np.ndarray:
+        """The whole map: it holds one object, whatever its label."""
         return class_map
 
-    def result_labels(self, request: Mapping[str, Any]) -> dict[str, int]:
+    def result_labels(self, request: InferenceRequest) -> dict[str, int]:
         """The one object, under the name that the client gave."""
         return {self._label(request) or self.scans.models.settings.label_set.names[0]: 1}
 
-    def _label(self, request: Mapping[str, Any]) -> str | None:
+    def _label(self, request: InferenceRequest) -> str | None:
         """The label that is clicked: by its name, or as vista3d's class prompt."""
-        if request.get("label"):
-            return str(request["label"])
-        names, classes = self.scans.models.settings.label_set.names, request.get("label_prompt") or [0]
+        if request.params.label:
+            return request.params.label
+        names, classes = self.scans.models.settings.label_set.names, request.params.label_prompt or [0]
         return names[int(classes[0]) - 1] if 1 <= int(classes[0]) <= len(names) else None
 
-    def _prompt(self, request: Mapping[str, Any], shape: tuple[int, int, int]) -> ClientPrompt:
-        """A client's prompt with its label.
+    def _prompt(self, request: InferenceRequest, shape: tuple[int, int, int]) -> ClientPrompt:
+        """The prompt of a client with its label.
 
         Raises:
             BadPromptError: As :func:`aslseg.prompts.from_client.parse`.
             RefusedError: The same clicks are foreground and background.
         """
-        prompt = replace(parse(request, shape), label=self._label(request))
+        prompt = replace(parse(request.params.prompts, shape), label=self._label(request))
         if len(prompt.foreground) and np.array_equal(prompt.foreground, prompt.background):
             raise RefusedError(
                 "the same clicks came as foreground and as background; in OHIF choose the object's row again (not "
@@ -186,14 +189,14 @@ class ClickTask(MaskTask):
         return prompt
 
     def mask(
-        self, path: Path, request: Mapping[str, Any], times: dict[str, float]
+        self, path: Path, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """As :meth:`aslseg.serving.infer.MaskTask.mask`; without clicks SAM's redrawing of the automatic mask."""
-        with self.desk.background.click():
+        """As :meth:`aslseg.serving.infer.MaskTask.mask`; without clicks the automatic mask redrawn by SAM."""
+        with self.sessions.background.click():
             start = time.perf_counter()
-            opened = self.desk.pictures.open(path, native=self.dimension == 2)
+            opened = self.sessions.scans.open(path, native=self.dimension == 2)
             times["pre"] = time.perf_counter() - start
-            prompt = self._prompt(request, opened.turn.shape)
+            prompt = self._prompt(request, opened.orientation.shape)
             if prompt.empty:
                 return self._automatic(path, opened, prompt, times)
             return self._clicked(path, opened, prompt, request, times)
@@ -201,7 +204,7 @@ class ClickTask(MaskTask):
     def _automatic(
         self, path: Path, opened: OpenScan, prompt: ClientPrompt, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        native = np.zeros(opened.turn.shape, np.uint8, order="F")
+        native = np.zeros(opened.orientation.shape, np.uint8, order="F")
         index = self._index(prompt)
         if index is not None and self.scans.models.published(ModelKind.SSL) is not None:
             scan = self.scans.open(path, times)
@@ -211,80 +214,113 @@ class ClickTask(MaskTask):
         return native, opened.affine, {"source": source, "notes": list(prompt.notes)}
 
     def _clicked(
-        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: Mapping[str, Any], times: dict[str, float]
+        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         start = time.perf_counter()
-        source, region = self._region(path, opened, prompt, request)
-        whose = (prompt.label, request.get("client", ""), self.dimension, source)
-        clicks = self.desk.clicks(opened, region, whose)
-        asked = opened.turn.prompt(prompt)
-        if request.get("undo"):
-            asked = clicks.without_last(asked, int(request["undo"]))
-        native = np.zeros(opened.turn.shape, np.uint8, order="F")
-        out = opened.turn.view(native)
-        kept = asked.foreground
-        # a file that came with the request has another name the next time: what is done later helps nobody
-        once = bool(request.get("once"))
-        more: dict[str, Any] = {"source": "clicks", "notes": list(prompt.notes), "repaired": source is not None}
+        origin, automatic = self._automatic_mask(path, opened, prompt, request)
+        owner = (prompt.label, request.client, self.dimension, origin)
+        session = self.sessions.session(opened, automatic, owner)
+        asked = opened.orientation.prompt(prompt)
+        if request.params.undo:
+            asked = session.without_last(asked, request.params.undo)
+        native = np.zeros(opened.orientation.shape, np.uint8, order="F")
+        out = opened.orientation.view(native)
+        more: dict[str, Any] = {"source": "clicks", "notes": list(prompt.notes), "repaired": origin is not None}
+        inside = asked.foreground
         if self.dimension == 2:
-            found = clicks.on_slice(asked)
-            if found is not None:
-                k, out[..., found[0]] = found
-                kept = asked.foreground[asked.foreground[:, 2] == k]
-                if not once:
-                    self.desk.prefetch(clicks, k)
+            k = self._draw_slice(session, asked, request, out)
+            if k is not None:
+                inside = inside[inside[:, 2] == k]
         else:
-            # only OHIF sends this key: its annotators press Run when they want to see something, not at every click
-            least = RUN_SECONDS if "restore_label_idx" in request else 0.0
-            answer = clicks.draw(asked, hurry=not (once or request.get("whole")), least=least)
-            current = clicks.current(asked)
-            more["growing"] = not answer.done
-            for k in answer.slices():
-                shown = answer.shown(k)
-                if shown is not None:
-                    out[..., k] = shown
-            if current is not None and not once:
-                self.desk.prefetch(clicks, current)  # after the object: the newest job comes first
+            more |= self._draw_object(session, asked, request, out, opened)
             if more["growing"]:
                 more["notes"].append("the object grows on; the next click or update shows more of it")
-                self.desk.background.add(lambda: not answer.stopped and answer.advance(), answer)
-        # a click is a promise: the voxel itself is in or out, whatever SAM says
-        out[tuple(kept.T)] = 1
+        # the clicked voxels themselves are in or out, even where SAM's coarser mask says otherwise
+        out[tuple(inside.T)] = 1
         out[tuple(asked.background.T)] = 0
         times["infer"] = time.perf_counter() - start
         return native, opened.affine, more
 
-    def _region(
-        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: Mapping[str, Any]
-    ) -> tuple[object, Callable[[], Region] | None]:
-        """Where the automatic mask of the clicked label comes from, and the way to it; None without or if not wanted.
+    def _draw_slice(
+        self, session: ClickSession, prompt: ClientPrompt, request: InferenceRequest, out: np.ndarray
+    ) -> int | None:
+        """Draw the slice that the prompt is about into ``out``; returns it, or None without a prompt."""
+        found = session.on_slice(prompt)
+        if found is None:
+            return None
+        k, out[..., found[0]] = found
+        if not request.temporary:
+            self.sessions.prefetch(session, k)
+        return k
 
-        What the SSL model found if that is in memory, else the stored mask that clients show. Nothing is computed:
-        a click does not wait for a whole volume.
+    def _draw_object(
+        self,
+        session: ClickSession,
+        prompt: ClientPrompt,
+        request: InferenceRequest,
+        out: np.ndarray,
+        opened: OpenScan,
+    ) -> dict[str, Any]:
+        """Draw as much of the object into ``out`` as there is time for; the rest is drawn in the background."""
+        # only OHIF sends this key
+        min_seconds = RUN_SECONDS if request.params.restore_label_idx is not None else 0.0
+        whole = request.temporary or bool(request.params.whole)
+        grown = session.draw(prompt, time_limited=not whole, min_seconds=min_seconds)
+        growing = not grown.done
+        for k in grown.slices():
+            mask = grown.mask(k)
+            if mask is not None:
+                out[..., k] = mask
+        current = session.current_slice(prompt)
+        if current is not None and not request.temporary:
+            self.sessions.prefetch(session, current)
+        if growing:  # added last: the newest job comes first
+            self.sessions.background.add(lambda: not grown.cancelled and grown.advance(), grown)
+        return {"growing": growing, "stopped": _stops(grown, opened)}
+
+    def _automatic_mask(
+        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: InferenceRequest
+    ) -> tuple[object, Callable[[], AutomaticMask] | None]:
+        """A key for the automatic mask of the clicked label, and a function that returns it; None without one.
+
+        It is the SSL model's where that is in memory, else the stored mask that clients show. It is never computed
+        here: a click does not wait for a whole volume.
         """
-        from aslseg.sam.predictor.slices import Region
+        from aslseg.sam.clicks.automatic_mask import AutomaticMask
 
         labels = self.scans.models.settings.label_set
-        if not request.get("use_ssl", self.scans.models.settings.use_ssl) or prompt.label not in labels.names:
+        wanted = request.params.use_ssl
+        if wanted is None:
+            wanted = self.scans.models.settings.use_ssl
+        if not wanted or prompt.label not in labels.names:
             return None, None
-        index = labels.names.index(prompt.label)
+        index, orientation = labels.names.index(prompt.label), opened.orientation
         known = self.scans.known(path, ModelKind.SSL)
         if known is not None:
             key, regions = known
-            return key, lambda: Region(opened.turn.of_working(regions[index]), opened.picture.shape)
-        stored = self.desk.stored(path, request.get("case"), opened)
+            return key, lambda: AutomaticMask(orientation.of_working(regions[index]), opened.source.shape)
+        stored = self.sessions.stored(path, request.case, opened)
         if stored is None:
             return None, None
         name, array = stored
 
-        def region() -> Region:
-            return Region(opened.turn.view(np.isin(array, labels.members(index))), opened.picture.shape)
+        def mask() -> AutomaticMask:
+            return AutomaticMask(orientation.view(np.isin(array, labels.members(index))), opened.source.shape)
 
-        return name, region
+        return name, mask
 
     def _index(self, prompt: ClientPrompt) -> int | None:
-        """The label that is asked for; None where it could be any of several."""
+        """The index of the label that is asked for; None where it could be any of several."""
         names = self.scans.models.settings.label_set.names
         if prompt.label in names:
             return names.index(prompt.label)
         return 0 if len(names) == 1 else None
+
+
+def _stops(grown: Propagation, opened: OpenScan) -> list[dict[str, Any]]:
+    """Where the object ended and why, in slices of the scan."""
+    axis = opened.orientation.axes[2]
+    return [
+        {"axis": axis, "slice": opened.orientation.scan_slice(stop.k), "reason": stop.reason.value}
+        for stop in sorted(grown.stops, key=lambda stop: (stop.k, stop.step))
+    ]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from dicomweb_client import DICOMwebClient
@@ -24,6 +24,7 @@ from requests import RequestException
 
 from aslseg.cases.studies import FINAL, PSEUDO
 from aslseg.serving.http_errors import RefusedError, safe_name
+from aslseg.serving.kept_files import KeptFiles
 from aslseg.serving.labels import decode_label
 from aslseg.serving.series_cache import SeriesCache
 from aslseg.serving.shared_json import SharedJsonFile, new_entry
@@ -94,6 +95,7 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
         self, settings: Settings, paths: Paths, client: DICOMwebClient, listed: dict[str, Any], cache: str
     ) -> None:
         self._prepare_guard(settings, paths)
+        self.kept = KeptFiles(paths.home)
         self._ask_again = 0.0
         by_frame = platform.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME
         super().__init__(client, listed, cache, by_frame, convert_to_nifti=True)
@@ -146,13 +148,18 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
             RefusedError: Unsafe names, or the tag that only rounds write.
             BadLabelError: The label does not fit its series.
         """
-        if safe_name(label_tag, "label tag") == PSEUDO:
-            raise RefusedError(f"tag {PSEUDO!r} is written by rounds only; save under {FINAL!r}", 403)
-        if label_tag != FINAL or label_filename.endswith(".bin"):
-            return LocalDatastore.save_label(self, _uid(image_id), label_filename, label_tag, dict(label_info or {}))
-        labels, info = self.settings.label_set, dict(label_info or {})
+        tag, source, info = safe_name(label_tag, "label tag"), Path(label_filename), dict(label_info or {})
+        with self.kept.parked(_uid(image_id), source, info):
+            return self._save_label(image_id, source, tag, info, label_id)
+
+    def _save_label(self, image_id: str, source: Path, tag: str, info: dict[str, Any], label_id: str) -> str:
+        if tag.casefold() == PSEUDO or (tag.casefold() == FINAL and tag != FINAL):
+            raise RefusedError(f"tag {tag!r} cannot be saved; save under {FINAL!r}", 403)
+        labels = self.settings.label_set
         image = read_image(Path(self.get_image_uri(image_id)), self.settings.max_voxels)
-        class_map = decode_label(Path(label_filename), image, info.get("label_info"), labels)
+        class_map = decode_label(source, image, info.get("label_info"), labels)
+        if tag != FINAL:
+            return self._save_here(image_id, class_map, image.affine, tag, info)
         present = [n for n, value in labels.values.items() if value in np.unique(class_map)]
         # MONAI Label names the values that occur by their position in this list
         info["label_info"] = [{"name": name, "idx": labels.values[name]} for name in present]
@@ -161,17 +168,28 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
         with tempfile.TemporaryDirectory(prefix="aslseg-") as folder, self._answering():
             path = Path(folder) / "label.nii.gz"
             write_label(path, class_map, image.affine)
-            saved = super().save_label(image_id, str(path), label_tag, info, label_id)
+            saved = DICOMWebDatastore.save_label(self, image_id, str(path), tag, info, label_id)
         # both are cached for two hours; the case must not be handed out again
         DICOMWebDatastore.get_labeled_images.cache.clear()
         DICOMWebDatastore.list_images.cache.clear()
         return saved
 
-    def remove_image(self, image_id: str) -> None:
+    def _save_here(self, case: str, class_map: np.ndarray, affine: np.ndarray, tag: str, info: dict[str, Any]) -> str:
+        """A machine mask stays beside the fetched series."""
+        with tempfile.TemporaryDirectory(prefix="aslseg-") as folder:
+            path = Path(folder) / "label.nii.gz"
+            write_label(path, class_map, affine)
+            return LocalDatastore.save_label(self, case, str(path), tag, info)
+
+    def remove_image(self, image_id: str, by: str | None = None) -> None:
         raise RefusedError("scans of the PACS are removed in the PACS, not here", 403)
 
-    def remove_label(self, label_id: str, label_tag: str) -> None:
+    def remove_label(self, label_id: str, label_tag: str, by: str | None = None) -> None:
         raise RefusedError("labels of the PACS are removed in the PACS, not here", 403)
+
+    def write_dataset(self, file: IO[bytes], limit: int | None = None) -> None:
+        """The scans of a PACS are not archived here."""
+        raise RefusedError("the scans are in the PACS; export them and the labels there", 404)
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Keep a series that was fetched from the PACS."""

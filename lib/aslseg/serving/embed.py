@@ -1,4 +1,4 @@
-"""Overnight: the slices of the scans that the strategies hand out next, encoded before anybody clicks."""
+"""Encodes the slices of the scans that the strategies hand out next, before anybody clicks (`aslseg embed`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from aslseg.volume.io import read_image, require_free_disk
 logger = logging.getLogger(__name__)
 
 MARGIN = 5  # slices beyond the automatic mask
-FULL = 0.9  # of the disk limit: beyond, new embeddings would push out those made a moment ago
+FULL_FRACTION = 0.9  # of the disk limit; beyond it new embeddings would push out those just written
 
 
 def embed_studies(
@@ -30,12 +30,12 @@ def embed_studies(
 ) -> dict[str, Any]:
     """Encode scans without a human label, lowest agreement first, unscored ones last.
 
-    Only slices within the automatic mask (tag ``original``) and a few beyond; without one, all. What is on disk
-    already costs nothing; a scan that cannot be read is passed over.
+    Slices within the automatic mask (tag ``original``) and a few beyond are encoded, without a mask all slices. Those
+    on disk are not encoded again; a scan that cannot be read is skipped.
 
     Args:
         studies: Studies folder.
-        settings: As the server's: window, SAM and ``embedding_disk_gb`` decide what will be found again.
+        settings: Those of the server: the window and SAM decide whether it finds the embeddings.
         cases: How many scans at most.
         report: Progress in slices of the current scan.
 
@@ -43,36 +43,38 @@ def embed_studies(
         ``cases`` (ids), ``slices``, ``encoded``, ``skipped`` (id to reason), ``full`` (limit reached), ``seconds``.
 
     Raises:
-        BadWeightsError, NotEnoughCasesError, DiskFullError: As loading SAM, listing the folder, and the disk say.
+        BadWeightsError: SAM cannot be loaded.
+        NotEnoughCasesError: The folder holds no scans.
+        DiskFullError: Less free disk than ``min_free_gb``.
     """
-    from aslseg.sam.clicks.session import ClickSession
     from aslseg.sam.predictor.embedding_store import EmbeddingStore
     from aslseg.sam.predictor.embeddings import EmbeddingCache
+    from aslseg.sam.predictor.slice_predictor import SlicePredictor
 
     paths, started = Paths(settings, studies), time.monotonic()
     require_free_disk(paths.home, settings.min_free_gb)
-    model, pictures = Models(settings, paths).get(ModelKind.SAM), ScanCache(settings)
+    model, scans = Models(settings, paths).get(ModelKind.SAM), ScanCache(settings)
     limit = settings.embedding_disk_gb * 1e9
     store = EmbeddingStore(paths.cache / "embeddings", limit)
     cache = EmbeddingCache(0, store)
     a = model.architecture
-    room = int(FULL * limit / (2 * a.out_chans * a.grid**2 + 128))
+    room = int(FULL_FRACTION * limit / (2 * a.out_chans * a.grid**2 + 128))
     done: dict[str, Any] = {"cases": [], "slices": 0, "encoded": 0, "skipped": {}, "full": False}
-    for case, path in _waiting(studies, paths)[:cases]:
+    for case, path in _without_label(studies, paths)[:cases]:
         try:
-            opened = pictures.open(path)
+            opened = scans.open(path)
         except BadImageError as error:
-            logger.warning("passed over %s: %s", case, error)
+            logger.warning("skipped %s: %s", case, error)
             done["skipped"][case] = str(error)
             continue
-        clicks = ClickSession(model, opened.picture, settings, cache=cache)
-        wanted = _slices(studies, case, opened.turn)
+        predictor = SlicePredictor(model, opened.source, settings, cache)
+        wanted = _slices(studies, case, opened.orientation)
         if done["slices"] + len(wanted) > room:
             done["full"] = True
             break
         for n, k in enumerate(wanted):
-            if not clicks.embedded(k):
-                clicks.embed([k])
+            if not predictor.is_embedded(k):
+                predictor.embed([k])
                 done["encoded"] += 1
             report(n + 1, len(wanted), stage=f"encode {case}")
         done["cases"].append(case)
@@ -80,21 +82,21 @@ def embed_studies(
     return {**done, "seconds": round(time.monotonic() - started, 1)}
 
 
-def _waiting(studies: Path, paths: Paths) -> list[tuple[str, Path]]:
+def _without_label(studies: Path, paths: Paths) -> list[tuple[str, Path]]:
     """Scans without a human label in the order in which the strategy ``agreement`` hands them out."""
     found = read_studies(studies)
     scores = {s.case: s.agreement for s in Ledger(paths.ledger).scores()} if paths.ledger.exists() else {}
-    waiting = [c for c in found.images if c not in found.final]
-    return [(c, found.images[c]) for c in sorted(waiting, key=lambda c: (c not in scores, scores.get(c, 0.0), c))]
+    unlabelled = [c for c in found.images if c not in found.final]
+    return [(c, found.images[c]) for c in sorted(unlabelled, key=lambda c: (c not in scores, scores.get(c, 0.0), c))]
 
 
-def _slices(studies: Path, case: str, turn: SliceOrientation) -> list[int]:
+def _slices(studies: Path, case: str, orientation: SliceOrientation) -> list[int]:
     """Slices around the automatic mask, middle first; all where there is none."""
-    count = turn.shape[turn.axes[2]]
+    count = orientation.shape[orientation.axes[2]]
     low, high = 0, count - 1
     try:
         mask = read_image(studies / "labels" / ORIGINAL / f"{case}.nii.gz").array
-        filled = np.flatnonzero(turn.view(mask).any((0, 1))) if mask.shape == turn.shape else np.zeros(0)
+        filled = np.flatnonzero(orientation.view(mask).any((0, 1))) if mask.shape == orientation.shape else np.zeros(0)
         if len(filled):
             low, high = max(int(filled[0]) - MARGIN, 0), min(int(filled[-1]) + MARGIN, count - 1)
     except AslsegError:

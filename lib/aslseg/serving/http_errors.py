@@ -1,9 +1,8 @@
-"""From an error with a message to the HTTP answer that carries it."""
+"""HTTP status codes of errors, and the names that clients may bring into the file system."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from aslseg.errors import (
@@ -14,6 +13,7 @@ from aslseg.errors import (
     BadSettingsError,
     BadWeightsError,
     DiskFullError,
+    LedgerError,
     NoModelError,
     NotEnoughCasesError,
     RoundRunningError,
@@ -23,10 +23,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class RefusedError(AslsegError):
-    """A client asked for what it may not have or what does not exist.
+    """A client asked for something that is not allowed or does not exist.
 
     Args:
-        message: What was expected, what came, what to do.
+        message: What was expected, what came instead, and what to do.
         status: HTTP status code of the answer.
     """
 
@@ -44,12 +44,13 @@ _STATUS: dict[type[AslsegError], int] = {
     RoundRunningError: 409,
     NoModelError: 503,
     BadWeightsError: 503,
+    LedgerError: 503,
     DiskFullError: 507,
 }
 
 
 def status_of(error: AslsegError) -> int:
-    """HTTP status code for an error: 4xx where the client can mend it, 5xx where the server's keeper must."""
+    """HTTP status code for an error: 4xx where the client can correct it, 5xx where the administrator must."""
     if isinstance(error, RefusedError):
         return error.status
     return next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
@@ -67,17 +68,3 @@ def safe_name(name: Any, what: str) -> str:
             "a letter or digit, at most 128 characters"
         )
     return name
-
-
-def inside(path: Path, root: Path) -> Path:
-    """The path, if it lies in ``root`` after links are followed.
-
-    Raises:
-        RefusedError: A link leads outside.
-    """
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise RefusedError(
-            f"{path.name}: a link leads out of {root.name}; nothing is written there. Replace the link by a folder",
-            403,
-        )
-    return path

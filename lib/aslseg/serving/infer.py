@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,65 @@ from aslseg.errors import AslsegError, NoModelError
 from aslseg.models.kinds import ModelKind
 from aslseg.serving.cascade_cache import CachedScan, CascadeCache
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.params import PROMPTS, validate_params
+from aslseg.serving.labels import decode_label
+from aslseg.serving.params import InferenceParams, validate_params
 from aslseg.serving.results import write_result
 from aslseg.types import Labels, Volume
-from aslseg.volume.io import read_image, read_label
+from aslseg.volume.io import read_image
 
 logger = logging.getLogger(__name__)
 
 
-class Upload(str):
-    """A file that the server itself wrote for this request. JSON cannot make one, so no client can name a path."""
+@dataclass(frozen=True)
+class InferenceRequest:
+    """What a client wants inferred, checked.
 
-    __slots__ = ()
+    Attributes:
+        model: Name of the model.
+        path: The scan: found by its id, or a file that the server itself wrote. No client can name a path.
+        params: The client's parameters.
+        case: Id of the scan in the datastore; None for an upload.
+        label_file: A mask that was uploaded with the request.
+        client: Who asks; two annotators never share the state of their clicks.
+        temporary: The scan is deleted after this request, so that work for later requests is useless.
+    """
+
+    model: str
+    path: Path
+    params: InferenceParams
+    case: str | None = None
+    label_file: Path | None = None
+    client: str = ""
+    temporary: bool = False
 
 
-class SessionUpload(Upload):
-    """An upload that stays when the request is over, for those that follow in its session."""
+def request_from_mapping(request: Mapping[str, Any], store: Datastore) -> InferenceRequest:
+    """The request of a caller inside the server, as MONAI Label passes it on: one dictionary with everything.
 
-    __slots__ = ()
+    Args:
+        request: ``model``, ``image`` (a scan's id), optionally ``client``, and parameters.
+        store: Where the id is looked up.
+
+    Raises:
+        RefusedError: No such scan, or a parameter that is not allowed.
+    """
+    params = validate_params({k: v for k, v in request.items() if k not in ("model", "image", "client")})
+    case = request.get("image")
+    return InferenceRequest(
+        str(request.get("model")), scan_path(store, case), params, case, client=str(request.get("client", ""))
+    )
+
+
+def scan_path(store: Datastore, case: Any) -> Path:
+    """The file of a scan.
+
+    Raises:
+        RefusedError: There is no scan with this id.
+    """
+    path = store.get_image_uri(case) if isinstance(case, str) and case else ""
+    if not path:
+        raise RefusedError(f"no scan {str(case)[:80]!r} here", 404)
+    return Path(path)
 
 
 class MaskTask(InferTask):
@@ -57,24 +99,26 @@ class MaskTask(InferTask):
         """Shown to clients once its models are published."""
         return all(self.scans.models.published(kind) for kind in self.needs)
 
-    def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Answer a request that :func:`answer` has checked."""
+    def __call__(self, request: InferenceRequest) -> tuple[str, dict[str, Any]]:
+        """Compute the mask and write it to a temporary file.
+
+        Returns:
+            The file, and what else is sent to the client.
+
+        Raises:
+            NoModelError: A model that is needed is not published.
+        """
         start = time.perf_counter()
         times: dict[str, float] = {}
         if not self.is_valid():
             raise NoModelError(
-                f"{request.get('model')}: its models are not there yet; run a round (trainer 'round' or "
+                f"{request.model}: its models are not there yet; run a round (trainer 'round' or "
                 "`aslseg round`) first. Model 'sam' works meanwhile"
             )
-        class_map, affine, more = self.mask(Path(request["image"]), request, times)
+        class_map, affine, more = self.mask(request.path, request, times)
         class_map = self.shown(class_map, request)
         written = time.perf_counter()
-        path = write_result(
-            class_map,
-            affine,
-            request.get("result_extension", ".nrrd"),
-            bool(request.get("result_compress", True)),
-        )
+        path = write_result(class_map, affine, request.params.result_extension, request.params.result_compress)
         times["write"] = time.perf_counter() - written
         times["total"] = time.perf_counter() - start
         result = {
@@ -85,18 +129,18 @@ class MaskTask(InferTask):
         }
         return str(path), result
 
-    def shown(self, class_map: np.ndarray, request: Mapping[str, Any]) -> np.ndarray:
-        """What the client asked to see of a class map (i, j, k), uint8."""
-        return _chosen(class_map, request.get("label_prompt"), self.scans.models.settings.label_set)
+    def shown(self, class_map: np.ndarray, request: InferenceRequest) -> np.ndarray:
+        """The part of a class map (i, j, k), uint8, that the client asked for."""
+        return _chosen(class_map, request.params.label_prompt, self.scans.models.settings.label_set)
 
-    def result_labels(self, request: Mapping[str, Any]) -> dict[str, int]:
+    def result_labels(self, request: InferenceRequest) -> dict[str, int]:
         """Names of the values in the mask, contiguous from 1."""
         return self.scans.models.settings.label_set.values
 
     def mask(
-        self, path: Path, request: Mapping[str, Any], times: dict[str, float]
+        self, path: Path, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """Class map (i, j, k) uint8 on the scan's own grid, its affine, and what else to tell the client."""
+        """Class map (i, j, k) uint8 on the scan's own grid, its affine, and what else to send to the client."""
         scan = self.scans.open(path, times)
         regions = self.scans.stage(scan, self.kind, times)
         more = {"notes": list(scan.notes)} if scan.notes else {}
@@ -107,18 +151,18 @@ class CascadeTask(MaskTask):
     """The whole cascade; the mask that the last round stored is served at once while its models are current."""
 
     def mask(
-        self, path: Path, request: Mapping[str, Any], times: dict[str, float]
+        self, path: Path, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """As :meth:`MaskTask.mask`."""
-        stored = self._stored(request.get("image_id"), path, times)
+        stored = self._stored(request.case, path, times) if request.case and not request.params.prompts else None
         if stored is not None:
             return stored.array, stored.affine, {"source": "stored"}
         class_map, affine, more = super().mask(path, request, times)
         return class_map, affine, {"source": "computed", **more}
 
-    def _stored(self, case: str | None, image: Path, times: dict[str, float]) -> Volume | None:
+    def _stored(self, case: str, image: Path, times: dict[str, float]) -> Volume | None:
         models = self.scans.models
-        if case is None or models.paths.studies is None:
+        if models.paths.studies is None:
             return None
         sidecar = models.paths.home / "original" / f"{case}.json"
         path = models.paths.studies / "labels" / ORIGINAL / f"{case}.nii.gz"
@@ -128,7 +172,7 @@ class CascadeTask(MaskTask):
             if written != models.hashes() or image.stat().st_mtime_ns > path.stat().st_mtime_ns:
                 return None
             stored = read_image(path)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (AslsegError, OSError, ValueError, KeyError, TypeError):
             return None
         times["read"] = time.perf_counter() - start
         return Volume(stored.array.astype(np.uint8), stored.affine)
@@ -138,16 +182,15 @@ class AdapterTask(MaskTask):
     """The adaptation network on SAM's mask, or on the mask that the client sends along (``label``)."""
 
     def mask(
-        self, path: Path, request: Mapping[str, Any], times: dict[str, float]
+        self, path: Path, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """As :meth:`MaskTask.mask`."""
-        given = request.get("label_file")
-        if given is None:
+        if request.label_file is None:
             return super().mask(path, request, times)
         labels = self.scans.models.settings.label_set
         scan = self.scans.open(path, times)
         shape = np.broadcast_to(np.float32(0), scan.grid.native_shape)
-        drawn = read_label(Path(given), Volume(shape, scan.grid.affine), labels)
+        drawn = decode_label(request.label_file, Volume(shape, scan.grid.affine), None, labels)
         start = time.perf_counter()
         working = labels.regions(scan.grid.label_to_working(drawn, labels))
         regions = self.scans.adapt(scan, working)
@@ -155,14 +198,13 @@ class AdapterTask(MaskTask):
         return _native(scan, regions, labels, times), scan.grid.affine, {"source": "label"}
 
 
-def answer(tasks: Mapping[str, InferTask], request: dict[str, Any], store: Datastore) -> dict[str, Any]:
-    """Check a request, run its task, and save the mask if asked.
+def answer(tasks: Mapping[str, InferTask], request: InferenceRequest, store: Datastore) -> dict[str, Any]:
+    """Run the task of a request, and save the mask in the datastore if asked.
 
     Args:
         tasks: By model name.
-        request: ``model``, ``image`` (a scan's id, or an :class:`Upload`), optionally ``label`` (an Upload), and
-            the client's parameters.
-        store: Where ids are looked up.
+        request: The request.
+        store: Where masks are saved.
 
     Returns:
         What MONAI Label's ``send_response`` expects: ``label``, ``tag``, ``file``, ``params``.
@@ -170,30 +212,16 @@ def answer(tasks: Mapping[str, InferTask], request: dict[str, Any], store: Datas
     Raises:
         AslsegError: With the message for the client.
     """
-    model, image, label = request.get("model"), request.get("image"), request.get("label")
-    task = tasks.get(model) if isinstance(model, str) else None
+    task = tasks.get(request.model)
     if task is None:
-        raise RefusedError(f"no model {str(model)[:80]!r}; there are {', '.join(tasks)}", 404)
-    ours = ("model", "image", "client")
-    inner = validate_params({k: v for k, v in request.items() if k not in ours and not isinstance(v, Upload)})
-    inner |= {"model": model, "client": str(request.get("client", ""))}
-    if isinstance(label, Upload):
-        inner["label_file"] = str(label)
-    if isinstance(image, Upload):
-        inner["image"], inner["once"] = str(image), not isinstance(image, SessionUpload)
-        inner.pop("save_label", None)
-    elif isinstance(image, str) and image and (path := store.get_image_uri(image)):
-        inner["image"], inner["case"] = path, image
-        if not any(inner.get(k) is not None for k in PROMPTS):
-            inner["image_id"] = image
-    else:
-        raise RefusedError(f"no scan {str(image)[:80]!r} here", 404)
-    file, params = task(inner)
-    saved = file
-    tag = inner.get("label_tag", ORIGINAL)
-    if inner.get("save_label"):
-        saved = store.save_label(image, file, tag, {"model": model, "params": params})
-    return {"label": saved, "tag": tag, "file": file, "params": params}
+        raise RefusedError(f"no model {request.model[:80]!r}; there are {', '.join(tasks)}", 404)
+    file, result = task(request)
+    saved, tag = file, request.params.label_tag
+    if request.params.save_label and request.case:
+        names = sorted(result["label_names"], key=result["label_names"].get)
+        info = {"model": request.model, "params": result, "label_info": [{"name": name} for name in names]}
+        saved = store.save_label(request.case, file, tag, info)
+    return {"label": saved, "tag": tag, "file": file, "params": result}
 
 
 class BatchInference:

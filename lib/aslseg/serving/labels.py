@@ -14,6 +14,8 @@ from aslseg.volume.label_file import StoredLabel, label_on_scan
 from aslseg.volume.segments import NOT_LABELS, Segment, same_name, segments_of
 from aslseg.volume.untrusted import Limits, read_untrusted_label
 
+RAW = ".bin"
+
 
 def segment_names(label_info: Any) -> list[str]:
     """Names of the exported segments, in the order of their voxel values 1..N.
@@ -42,7 +44,7 @@ def decode_label(path: Path, image: Volume, label_info: Any, labels: Labels) -> 
     """A label file of an annotator to a class map with our values.
 
     Args:
-        path: Label file at the place of the scan.
+        path: Label file at the place of the scan, or OHIF's ``.bin``: one byte a voxel, first axis fastest, no header.
         image: The scan.
         label_info: Slicer's list of segments, or nothing if the file already holds our values. A file that names its
             values itself (``.seg.nrrd``) is decoded by those names.
@@ -57,8 +59,20 @@ def decode_label(path: Path, image: Volume, label_info: Any, labels: Labels) -> 
     names = segment_names(label_info)
     # Slicer writes at most one layer a segment, each no larger than the scan
     most = image.array.size * max(1, len(names), len(labels))
-    stored = read_untrusted_label(path, Limits(most, setting="the voxels of its scan"))
+    limits = Limits(most, setting="the voxels of its scan")
+    stored = _raw_label(path, image) if path.suffix == RAW else read_untrusted_label(path, limits)
     if names and not segments_of(stored.fields, len(stored.layers)):
         segments = [Segment(name, position + 1) for position, name in enumerate(names)]
         stored = StoredLabel(stored.layers, stored.affine, stored.fields, segments)
     return label_on_scan(path.name, stored, image, labels)
+
+
+def _raw_label(path: Path, image: Volume) -> StoredLabel:
+    """The voxels of OHIF, which are in the order of the scan's own."""
+    shape, size = image.array.shape, path.stat().st_size
+    if size != image.array.size:
+        raise BadLabelError(
+            f"label {path.name}: {size} bytes, but its scan has {image.array.size} voxels {shape}; load the scan anew "
+            "in OHIF and draw on that"
+        )
+    return StoredLabel(np.fromfile(path, np.uint8).reshape(shape, order="F")[None], image.affine, {})

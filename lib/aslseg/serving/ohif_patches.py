@@ -1,7 +1,7 @@
-"""OHIF's MONAI Label extension, mended on its way to the browser.
+"""OHIF's MONAI Label extension, patched as it is served.
 
-The wheel's files stay as they are. Each mend is one place in the text of the bundle; where another version of the
-extension reads differently it is left out, with a warning.
+The wheel's files stay as they are. Each patch replaces one piece of the bundle's text; in a version of the extension
+that does not hold this piece exactly once, the patch is left out, with a warning.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 MARK = "modelLabelToIdxMap"  # only the extension's bundle has it
 
-# what stands there, what is served, why
-MENDS = (
+# the text in the bundle, the text that is served, the reason
+PATCHES = (
     (
         "params['foreground'] = fg;",
         "params['foreground'] = fg; if (currentLabel && currentLabel !== 'background') params['label'] = currentLabel;",
@@ -32,7 +32,7 @@ MENDS = (
     (
         "const annotations = clickPoints[label][uid]['ProbeMONAILabel'];",
         "const annotations = clickPoints[label][uid]['ProbeMONAILabel'] || [];",
-        "a row without points is a row without points",
+        "a row without points does not stop the panel",
     ),
     (
         "await this.props.onClick(model);",
@@ -48,12 +48,12 @@ MENDS = (
 )
 
 
-def mended(file: Path, labels: Labels) -> str | None:
-    """The text of a file of OHIF as it is to be served; None: as it is.
+def patched_text(file: Path, labels: Labels) -> str | None:
+    """The text of a file of OHIF with the patches; None where the file is served unchanged.
 
     Args:
         file: A file of the viewer.
-        labels: Whose nesting says what may be drawn inside of what.
+        labels: Their nesting decides which label may be drawn inside which.
     """
     if file.suffix != ".js":
         return None
@@ -73,7 +73,7 @@ def _extension(file: Path) -> str | None:
     text = file.read_text(encoding="utf-8", errors="surrogateescape")
     if MARK not in text:
         return None
-    for before, after, why in MENDS:
+    for before, after, why in PATCHES:
         if text.count(before) == 1:
             text = text.replace(before, after)
         else:

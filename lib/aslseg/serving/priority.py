@@ -1,4 +1,4 @@
-"""Who gets the processors first where there are too few: annotators, then rounds, then work done ahead."""
+"""Scheduling priorities: annotators before rounds, rounds before work that is done ahead of a request."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ ROUND, AHEAD = 10, 19  # niceness
 
 
 def lower_priority(niceness: int, whole: bool = False) -> None:
-    """Let this thread, or the whole process, have what more urgent ones leave.
+    """Raise the niceness of this thread, or of the whole process.
 
-    Threads and processes that are started afterwards inherit it. Nothing ever becomes more urgent. Only Linux knows
-    the priority of a thread; other POSIX systems lower the process if the whole of it is meant, others do nothing.
+    Threads and processes that are started afterwards inherit it. The niceness is never lowered. Only Linux has
+    priorities of threads; other POSIX systems change the process if ``whole`` is given, others do nothing.
 
     Args:
-        niceness: 0 is everybody's, 19 the least urgent; between 0 and 10 lies a factor of nine.
+        niceness: 0 is the default, 19 the lowest priority; Linux gives a thread of niceness 10 about a ninth of the
+            time that one of niceness 0 gets.
         whole: The process with all its threads, not only the calling one.
     """
     if sys.platform.startswith("linux"):
@@ -29,5 +30,5 @@ def lower_priority(niceness: int, whole: bool = False) -> None:
     else:
         return
     for thread in threads:
-        with suppress(ProcessLookupError):  # it has ended meanwhile
+        with suppress(ProcessLookupError):  # the thread has ended meanwhile
             os.setpriority(os.PRIO_PROCESS, thread, max(niceness, os.getpriority(os.PRIO_PROCESS, thread)))

@@ -1,4 +1,4 @@
-"""The JSON file of MONAI Label's datastore: several writers, killed processes and half-written files survived."""
+"""The JSON file of MONAI Label's datastore, shared by several writers, that survives kills and damage."""
 
 from __future__ import annotations
 
@@ -13,25 +13,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
 from aslseg.cases.studies import ORIGINAL, PSEUDO
-from aslseg.files import atomic_file
+from aslseg.files import FileStamp, atomic_file
+from aslseg.serving.http_errors import RefusedError
+from aslseg.serving.links import trusted
+from aslseg.serving.lock_holder import describe_holder
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import case_id, extension
 
 logger = logging.getLogger(__name__)
+
+LOCK_SECONDS = 10.0
+POLL_SECONDS = 0.003  # the default of 50 ms lets a process that writes a lot starve the others
+BACKUPS = (".bak", ".bak1", ".bak2", ".bak3", ".bak4")
+GENERATION_SECONDS = 3600.0
 
 
 class SharedJsonFile:
     """The JSON file of a LocalDatastore: read again if another process wrote it, replaced atomically, recoverable.
 
     A mixin that stands before a LocalDatastore. ``settings`` and ``paths`` must be set before its ``__init__``.
+
+    Attributes:
+        recovered: What was recovered after damage, for the people who use the server; empty if nothing was.
     """
 
     settings: Settings
     paths: Paths
+    recovered: str
     _datastore: LocalDatastoreModel
     _datastore_config_path: str
     _datastore_path: str
@@ -39,48 +51,92 @@ class SharedJsonFile:
 
     def _prepare_guard(self, settings: Settings, paths: Paths) -> None:
         self.settings, self.paths = settings, paths
+        self.recovered = ""
         self._mutex = threading.RLock()
         self._file_lock: FileLock | None = None
-        self._signature: tuple[int, ...] | None = None
+        self._loaded_stamp: FileStamp | None = None
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """One writer at a time, over threads and processes; may be nested."""
-        with self._mutex:
+    def _exclusive(self, seconds: float | None = None) -> Iterator[None]:
+        """One writer at a time, over threads and processes; may be nested.
+
+        Args:
+            seconds: How long to wait for another writer; by default 10 s.
+
+        Raises:
+            RefusedError: 503, another writer holds the lock; the message names it.
+        """
+        seconds = LOCK_SECONDS if seconds is None else seconds
+        if not self._mutex.acquire(timeout=seconds):
+            raise RefusedError(f"another request keeps the datastore busy for over {seconds:g} s; try again", 503)
+        try:
             if self._file_lock is None:
                 self._file_lock = FileLock(self._lock_file)
-            # the default of 50 ms lets a process that writes a lot starve the others
-            with self._file_lock.acquire(poll_interval=0.003):
+            try:
+                held = self._file_lock.acquire(timeout=seconds, poll_interval=POLL_SECONDS)
+            except Timeout:
+                who = describe_holder(Path(self._lock_file))
+                raise RefusedError(
+                    f"the datastore has been locked for over {seconds:g} s by {who}; nothing was changed. Wait for "
+                    "that process or stop it, and try again",
+                    503,
+                ) from None
+            with held:
                 yield
+        finally:
+            self._mutex.release()
+
+    def require_unlocked(self) -> None:
+        """Try the lock.
+
+        Raises:
+            RefusedError: 503, another writer holds it now; the message names it.
+        """
+        with self._exclusive(1.0):
+            pass
 
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
         path = Path(self._datastore_config_path)
         with self._exclusive():
-            signature = _signature(path)
-            if signature is None or signature == self._signature:
+            stamp = FileStamp.of(path)
+            if stamp is None and self._loaded_stamp is None and self._backups():
+                self._recover(path)
+            elif stamp is None or stamp == self._loaded_stamp:
                 return
-            model = _parse(path)
-            damaged = model is None
-            if model is None:
-                model = self._recover(path)
-            model.base_path, model.images_dir, model.labels_dir = self._datastore_path, ".", "labels"
-            model.objects = {k: v for k, v in model.objects.items() if k == os.path.basename(k) and k[:1] != "."}
-            self._datastore = model
-            self._signature = signature
-            if damaged:
-                self._write_json()
+            else:
+                model = _parse(path)
+                if model is None:
+                    self._recover(path)
+                else:
+                    self._use(model)
+                    self._loaded_stamp = stamp
 
-    def _recover(self, path: Path) -> LocalDatastoreModel:
-        damaged = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        os.replace(path, damaged)
-        backup = _parse(path.with_name(f"{path.name}.bak"))
-        logger.error(
-            "%s was damaged (kept as %s); recovered from %s",
-            path,
-            damaged.name,
-            "its backup" if backup else "files",
+    def _use(self, model: LocalDatastoreModel) -> None:
+        model.base_path, model.images_dir, model.labels_dir = self._datastore_path, ".", "labels"
+        model.objects = {k: v for k, v in model.objects.items() if k == os.path.basename(k) and k[:1] != "."}
+        self._datastore = model
+
+    def _backups(self) -> list[Path]:
+        """Earlier versions of the file, newest first."""
+        path = Path(self._datastore_config_path)
+        return [p for p in (path.with_name(f"{path.name}{ending}") for ending in BACKUPS) if p.exists()]
+
+    def _recover(self, path: Path) -> None:
+        """Go on with the newest backup that can be read, else with the files alone; say so."""
+        damaged = "missing"
+        if path.exists():
+            kept = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+            os.replace(path, kept)
+            damaged = f"damaged (kept as {kept.name})"
+        models = ((backup, _parse(backup)) for backup in self._backups())
+        backup, model = next(((b, m) for b, m in models if m is not None), (None, None))
+        source = f"its backup {backup.name}" if backup else "the label files and the ledger"
+        self._use(model or LocalDatastoreModel(name="new-dataset", description="New Dataset"))
+        self.recovered = (
+            f"{path.name} was {damaged} on {time.strftime('%Y-%m-%d %H:%M')}; it was recovered from {source}"
         )
-        return backup or LocalDatastoreModel(name="new-dataset", description="New Dataset")
+        logger.error("%s", self.recovered)
+        self._write_json()
 
     def _update_datastore_file(self, lock: bool = True) -> None:
         if lock:
@@ -90,26 +146,35 @@ class SharedJsonFile:
             self._write_json()
 
     def _write_json(self) -> None:
+        """Replace the file, after checking that what is written can be read again.
+
+        Raises:
+            RefusedError: 422, it could not be read again; nothing is written.
+        """
         path = Path(self._datastore_config_path)
         text = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
+        try:
+            LocalDatastoreModel.model_validate_json(text)
+        except ValueError:
+            raise RefusedError("params: hold a value that JSON cannot store; nothing was saved", 422) from None
         if path.exists():
-            with atomic_file(path.with_name(f"{path.name}.bak")) as temporary:
-                shutil.copyfile(path, temporary)
+            _rotate(path)
         with atomic_file(path) as temporary:
             temporary.write_text(text)
-        self._signature = _signature(path)
+        self._loaded_stamp = FileStamp.of(path)
 
     def _to_id(self, file: str) -> tuple[str, str]:
         found = case_id(Path(file))
         return found, os.path.basename(file)[len(found) :]
 
     def _reconcile_datastore(self) -> None:
-        """Make the JSON agree with the files: files win, their info is kept or taken from a round's sidecar."""
+        """Make the JSON agree with the files: files win, their info is kept or taken from the records of its writer."""
         with self._exclusive():
             self._init_from_datastore_file()
             root = Path(self._datastore_path)
-            images = listed(root)
-            tags = {f.name: listed(f) for f in (root / "labels").iterdir() if f.is_dir() and f.name[0] != "."}
+            images = listed(root, root)
+            folders = {f.name: f for f in (root / "labels").iterdir() if f.is_dir() and f.name[0] != "."}
+            tags = {tag: listed(folder, root) for tag, folder in folders.items() if trusted(folder, root)}
             before = self._datastore.objects
             objects = {}
             for case, name in images.items():
@@ -117,24 +182,29 @@ class SharedJsonFile:
                 image = old.image if old and case + old.image.ext == name else new_entry(case, name)
                 kept = old.labels if old else {}
                 labels = {
-                    t: self._adopt(case, t, files[case], kept.get(t)) for t, files in tags.items() if case in files
+                    t: self._entry_of(case, t, files[case], kept.get(t)) for t, files in tags.items() if case in files
                 }
                 objects[case] = ImageLabelModel(image=image, labels=labels)
             if objects != before:
                 self._datastore.objects = objects
                 self._update_datastore_file(lock=False)
 
-    def _adopt(self, case: str, tag: str, name: str, old: DataModel | None) -> DataModel:
+    def _entry_of(self, case: str, tag: str, name: str, old: DataModel | None) -> DataModel:
+        """The entry of a label file: the old one while it describes this file, else a new one."""
         if tag not in (ORIGINAL, PSEUDO):
-            return old if old and case + old.ext == name else new_entry(case, name)
+            return old if old and case + old.ext == name else self._new_label_entry(case, tag, name)
         stamp, written = self.sidecar(case)
         if old and case + old.ext == name and old.info.get("sidecar", 0) == stamp:
             return old
-        entry = new_entry(case, name)
+        entry = self._new_label_entry(case, tag, name)
         entry.info.update(written, sidecar=stamp)
         # Slicer takes the names of a stored mask from here, in this order.
         entry.info.setdefault("params", {}).setdefault("label_names", self.settings.label_set.values)
         return entry
+
+    def _new_label_entry(self, case: str, tag: str, name: str) -> DataModel:
+        """The entry of a label file that the JSON does not know."""
+        return new_entry(case, name)
 
     def sidecar(self, case: str) -> tuple[int, dict[str, Any]]:
         """What a round wrote about its mask, and the file's modification time (0 without one)."""
@@ -145,30 +215,46 @@ class SharedJsonFile:
             return 0, {}
 
 
-def _signature(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
 def _parse(path: Path) -> LocalDatastoreModel | None:
     try:
-        return LocalDatastoreModel.model_validate_json(path.read_text())
+        return LocalDatastoreModel.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
         return None
 
 
-def listed(folder: Path) -> dict[str, str]:
-    """Case id to file name; hidden files and other kinds are passed over, one file for an id."""
+def _rotate(path: Path) -> None:
+    """Keep the version before the next one, and once an hour one more generation."""
+    newest, *older = (path.with_name(f"{path.name}{ending}") for ending in BACKUPS)
+    first = FileStamp.of(older[0])
+    if newest.exists() and (first is None or time.time() - first.mtime_ns / 1e9 > GENERATION_SECONDS):
+        for old, young in zip(reversed(older), reversed([newest, *older[:-1]]), strict=True):
+            if young.exists():
+                os.replace(young, old)
+    temporary = newest.with_name(f".tmp-{newest.name}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)  # the file is only ever replaced, so a second name keeps it as it is
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, newest)
+
+
+def listed(folder: Path, root: Path) -> dict[str, str]:
+    """Case id to file name; other kinds of files are left out, and one file is taken for an id.
+
+    Args:
+        folder: Scans or labels.
+        root: The studies folder; links in it must be made by its administrator, see :mod:`aslseg.serving.links`.
+    """
     found: dict[str, str] = {}
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
-            if extension(Path(entry.name)) and entry.is_file():
+            wanted = extension(Path(entry.name)) and entry.is_file()
+            if wanted and (not entry.is_symlink() or trusted(Path(entry.path), root)):
                 found.setdefault(case_id(Path(entry.name)), entry.name)
     return found
 
 
 def new_entry(case: str, name: str) -> DataModel:
+    """An entry that says no more than when the file was first seen."""
     return DataModel(info={"ts": int(time.time()), "name": name}, ext=name[len(case) :])

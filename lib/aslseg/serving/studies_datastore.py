@@ -2,28 +2,34 @@
 
 The store has no watcher thread. Every read compares the modification times of the few folders and of the JSON
 file with those last seen and looks again only if they differ; that also works on network disks.
+
+A label is saved in this order, so that a kill at any moment loses nothing: the upload is parked, checked and decoded;
+the ledger records the hash and the info of the new file; the file is replaced; the JSON is written. At the next start
+``_check_labels`` completes what was interrupted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
 
-from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
-from aslseg.errors import AslsegError, BadImageError, BadLabelError
-from aslseg.files import atomic_file, sha256, write_json
-from aslseg.serving.http_errors import RefusedError, inside, safe_name
+from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO, segmentations
+from aslseg.errors import BadImageError
+from aslseg.files import atomic_file, sha256
+from aslseg.rounds.ledger import Ledger
+from aslseg.serving.http_errors import RefusedError, safe_name
+from aslseg.serving.kept_files import KeptFiles, copy_file, remove_stale_temporaries
 from aslseg.serving.labels import decode_label
-from aslseg.serving.shared_json import SharedJsonFile, new_entry
+from aslseg.serving.links import require_trusted
+from aslseg.serving.saved_labels import SavedLabels
+from aslseg.serving.shared_json import BACKUPS, SharedJsonFile, new_entry
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import (
     IMAGE_EXTENSIONS,
@@ -40,6 +46,7 @@ logger = logging.getLogger(__name__)
 PATTERNS = tuple(f"*{e}" for e in IMAGE_EXTENSIONS)
 # Two changes within the clock tick of a file system leave the same modification time.
 TICK_NS = 100_000_000
+OWN_TAGS = (FINAL, ORIGINAL, PSEUDO)
 
 
 class StudiesDatastore(SharedJsonFile, LocalDatastore):
@@ -48,21 +55,29 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
     Args:
         studies: The folder.
         settings: Labels and limits.
-        paths: Where versions, parked uploads and sidecars lie.
+        paths: Where versions, parked uploads, deleted files and sidecars lie.
 
     Raises:
-        RefusedError: The folder cannot be written.
+        RefusedError: The folder cannot be written, or another process keeps it locked.
     """
 
     def __init__(self, studies: str, settings: Settings, paths: Paths) -> None:
         self._prepare_guard(settings, paths)
         self._seen: tuple[int, ...] | None = None
         self.root = Path(studies).resolve()
+        self.saved, self.kept = SavedLabels(Ledger(paths.ledger)), KeptFiles(paths.home)
+        config = self.root / "datastore_v2.json"
+        had_json = any(config.with_name(f"{config.name}{ending}").exists() for ending in ("", *BACKUPS))
         try:
-            for tag in (FINAL, ORIGINAL, PSEUDO):
+            for tag in OWN_TAGS:
                 (self.root / "labels" / tag).mkdir(parents=True, exist_ok=True)
             paths.home.mkdir(parents=True, exist_ok=True)
+            remove_stale_temporaries(self.root, *(self.root / "labels").iterdir(), paths.home)
             super().__init__(str(self.root), extensions=PATTERNS, auto_reload=False)
+            if not had_json and self.saved.last():
+                self.recovered = f"{config.name} was missing; it was rebuilt from the label files and the ledger"
+                logger.error("%s", self.recovered)
+            self._check_labels()
         except PermissionError as error:
             raise RefusedError(
                 f"{studies} cannot be written ({error.filename}); labels are saved there. Give the server write access "
@@ -71,10 +86,17 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
             ) from None
 
     def _fresh(self) -> None:
+        """Look at the disk again if something changed; while another writer is at work, what is known is used."""
         stamp = self._stamp()
-        if stamp != self._seen:
-            self._reconcile_datastore()
-            self._seen = stamp if time.time_ns() - max(stamp) > TICK_NS else None
+        if stamp == self._seen:
+            return
+        try:
+            with self._exclusive(0.0):
+                self._reconcile_datastore()
+        except RefusedError as error:
+            logger.warning("the datastore was not read again: %s", error)
+            return
+        self._seen = stamp if time.time_ns() - max(stamp) > TICK_NS else None
 
     def _stamp(self) -> tuple[int, ...]:
         labels = self.root / "labels"
@@ -82,9 +104,21 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         watched += sorted(f for f in labels.iterdir() if f.is_dir())
         return tuple(p.stat().st_mtime_ns if p.exists() else 0 for p in watched)
 
+    def has_case(self, name: str) -> bool:
+        """Whether there is a scan with this id, as far as is known without looking at the disk."""
+        return name in self._datastore.objects
+
+    def _list_files(self, path: str, patterns: Sequence[str]) -> dict[str, str]:
+        """What lies in a folder; a segmentation among the scans is never handed out as one."""
+        found: dict[str, str] = super()._list_files(path, patterns)
+        if Path(path) != self.root:
+            return found
+        passed_over = segmentations(map(Path, found))
+        return {name: file for name, file in found.items() if Path(name) not in passed_over}
+
     def refresh(self) -> None:
         self._seen = None
-        self._fresh()
+        self._reconcile_datastore()
 
     def status(self) -> dict[str, Any]:
         self._fresh()
@@ -130,6 +164,25 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         self._fresh()
         return super().get_labels_by_image_id(image_id)
 
+    def write_dataset(self, file: IO[bytes], limit: int | None = None) -> None:
+        """Write a ZIP archive of all scans with their human labels, as MONAI Label arranges it.
+
+        Args:
+            file: Where the archive goes.
+            limit: Only so many cases.
+
+        Raises:
+            RefusedError: There is no human label.
+        """
+        pairs = self.datalist()[: limit if limit and limit > 0 else None]
+        if not pairs:
+            raise RefusedError("no scan has a human label yet, so the dataset is empty", 404)
+        with zipfile.ZipFile(file, "w") as archive:
+            for pair in pairs:
+                for kind, path in pair.items():
+                    archive.write(path, arcname=f"{kind}/{Path(path).name}")
+            archive.writestr("metadata.json", self._datastore.model_dump_json(exclude={"base_path"}))
+
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Add an uploaded scan; the same scan again is no error.
 
@@ -150,98 +203,112 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
                 if sha256(existing) == sha256(source):
                     return case
                 raise RefusedError(f"another scan is called {case!r}; upload this one under another id", 409)
-            self._copy(source, self.root / name)
+            copy_file(source, require_trusted(self.root / name, self.root))
             entry = new_entry(case, name)
             entry.info.update(image_info or {}, ts=int(time.time()), name=name)
-            self._datastore.objects[case] = ImageLabelModel(image=entry)
+            # a new dictionary: other threads may be walking through the old one
+            self._datastore.objects = {**self._datastore.objects, case: ImageLabelModel(image=entry)}
         return case
 
-    def remove_image(self, image_id: str) -> None:
-        """Remove a scan. Its human label stays as a version."""
+    def remove_image(self, image_id: str, by: str | None = None) -> None:
+        """Move a scan and its labels to the trash.
+
+        Args:
+            image_id: The scan.
+            by: Who asks, if that is known.
+
+        Raises:
+            RefusedError: No such scan, or a link of somebody else.
+        """
         with self._changed():
             obj = self._known(image_id)
             for tag in list(obj.labels):
-                self._retire(image_id, tag)
-            (self.root / f"{image_id}{obj.image.ext}").unlink(missing_ok=True)
-            del self._datastore.objects[image_id]
+                self._discard_label(image_id, tag, by)
+            path = require_trusted(self.root / f"{image_id}{obj.image.ext}", self.root)
+            self._discard(image_id, "image", path, obj.image.info, by)
+            self._datastore.objects = {k: v for k, v in self._datastore.objects.items() if k != image_id}
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
-        """Save a label; a human one (``final``) is checked, decoded by name, and the one before kept as a version.
+        """Save a label, checked against its scan and decoded by name; a human one that it replaces stays as a version.
 
         Raises:
-            RefusedError: Unknown scan, unsafe tag, or the tag that only rounds write.
-            BadLabelError: The label does not fit; the upload is kept in ``parked`` and the message says where.
+            RefusedError: Unknown scan, unsafe tag, the tag that only rounds write, or a locked datastore.
+            BadLabelError: The label does not fit its scan. As with every refusal but that of an unsafe name, the upload
+                is kept in ``parked`` and the message says where.
         """
-        tag = safe_name(label_tag, "label tag")
-        if tag == PSEUDO:
-            raise RefusedError(f"tag {PSEUDO!r} is written by rounds only; save under {FINAL!r}", 403)
-        self._fresh()
-        obj = self._known(image_id)
+        case, tag = safe_name(image_id, "image id"), safe_name(label_tag, "label tag")
         source, info = Path(label_filename), dict(label_info or {})
-        folder = inside(self.root / "labels" / tag, self.root)
-        require_free_disk(self.root, self.settings.min_free_gb)
-        class_map = None
-        if tag == FINAL:
-            image = read_image(self.root / f"{image_id}{obj.image.ext}", self.settings.max_voxels)
-            try:
-                class_map = decode_label(source, image, info.get("label_info"), self.settings.label_set)
-            except BadLabelError as error:
-                raise self._park(image_id, source, info, error) from None
-            info = self._canonical(info)
-        ext = ".nii.gz" if class_map is not None else extension(source)
-        if ext is None:
-            raise BadLabelError(f"{source.name}: expected one of {', '.join(IMAGE_EXTENSIONS)}")
-        with self._changed():
-            obj = self._known(image_id)
-            self._keep_version(image_id, tag)
-            target = folder / f"{image_id}{ext}"
-            if class_map is not None:
-                write_label(target, class_map, image.affine)
-            else:
-                self._copy(source, target)
-            self._unlink(image_id, folder, but=target)
-            info.update(
-                ts=int(time.time()),
-                name=target.name,
-                sha256=sha256(target),
-                sidecar=self.sidecar(image_id)[0],
-            )
-            obj.labels[tag] = DataModel(info=info, ext=ext)
-        return image_id
+        with self.kept.parked(case, source, info):
+            self._save_label(case, source, self._checked_tag(tag), info)
+        return case
 
-    def remove_label(self, label_id: str, label_tag: str) -> None:
-        """Remove a label; a human one stays as a version."""
+    def _save_label(self, case: str, source: Path, tag: str, info: dict[str, Any]) -> None:
+        self._fresh()
+        obj = self._known(case)
+        target = require_trusted(self.root / "labels" / tag, self.root) / f"{case}.nii.gz"
+        require_free_disk(self.root, self.settings.min_free_gb)
+        image = read_image(self.root / f"{case}{obj.image.ext}", self.settings.max_voxels)
+        class_map = decode_label(source, image, info.get("label_info"), self.settings.label_set)
+        info = self._canonical(info) | {"ts": int(time.time()), "name": target.name}
+        with self._changed():
+            obj = self._known(case)
+            self._keep_version(case, tag)
+            with atomic_file(target) as temporary:
+                write_label(temporary, class_map, image.affine)
+                info |= {"sha256": sha256(temporary), "sidecar": self.sidecar(case)[0]}
+                self.saved.record_saved(case, tag, info)
+            self._remove_other_files(case, target)
+            obj.labels = {**obj.labels, tag: DataModel(info=info, ext=".nii.gz")}
+
+    def remove_label(self, label_id: str, label_tag: str, by: str | None = None) -> None:
+        """Move a label to the trash.
+
+        Args:
+            label_id: Its scan.
+            label_tag: Its tag.
+            by: Who asks, if that is known.
+
+        Raises:
+            RefusedError: No such scan, or an unsafe tag.
+        """
         tag = safe_name(label_tag, "label tag")
         with self._changed():
             self._known(label_id)
-            self._retire(label_id, tag)
-            self._datastore.objects[label_id].labels.pop(tag, None)
+            self._discard_label(label_id, tag, by)
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         with self._changed():
-            self._known(image_id).image.info.update(info)
+            entry = self._known(image_id).image
+            entry.info = {**entry.info, **info}
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         with self._changed():
             label = self._known(label_id).labels.get(label_tag)
             if label is None:
                 raise RefusedError(f"{label_id!r} has no label with the tag {str(label_tag)[:80]!r}", 404)
-            label.info.update(info)
+            label.info = {**label.info, **info}
 
     def update_infos(self, infos: dict[str, dict[str, Any]]) -> None:
         """Info of many scans in one write; unknown ids are passed over."""
         with self._changed():
             for case, info in infos.items():
                 if case in self._datastore.objects:
-                    self._datastore.objects[case].image.info.update(info)
+                    entry = self._datastore.objects[case].image
+                    entry.info = {**entry.info, **info}
 
     @contextmanager
     def _changed(self) -> Iterator[None]:
-        """Look at the disk again, change, write: one transaction."""
+        """Look at the disk again, change, write: one transaction. On an error the JSON is read again as it was."""
         with self._exclusive():
             self._reconcile_datastore()
-            yield
-            self._update_datastore_file(lock=False)
+            try:
+                yield
+                self._update_datastore_file(lock=False)
+            except BaseException:
+                self._loaded_stamp = None
+                self._seen = None
+                self._init_from_datastore_file()
+                raise
 
     def _known(self, image_id: str) -> ImageLabelModel:
         obj = self._datastore.objects.get(image_id)
@@ -249,44 +316,77 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
             raise RefusedError(f"no scan {str(image_id)[:80]!r} in {self.root.name}", 404)
         return obj
 
-    def _copy(self, source: Path, target: Path) -> None:
-        inside(target.parent, self.root)
-        with atomic_file(target) as temporary:
-            shutil.copyfile(source, temporary)
+    def _checked_tag(self, tag: str) -> str:
+        """The tag, unless only rounds may write it, or it differs from another one in nothing but upper and lower case.
+
+        Raises:
+            RefusedError: 403 or 409.
+        """
+        if tag.casefold() == PSEUDO:
+            raise RefusedError(f"tag {PSEUDO!r} is written by rounds only; save under {FINAL!r}", 403)
+        known = {*OWN_TAGS, *(f.name for f in (self.root / "labels").iterdir())}
+        alike = next((k for k in sorted(known) if k.casefold() == tag.casefold() and k != tag), None)
+        if alike is not None and tag not in known:
+            raise RefusedError(f"tag {tag!r} could be mistaken for {alike!r}; save under {alike!r}", 409)
+        return tag
 
     def _canonical(self, info: dict[str, Any]) -> dict[str, Any]:
-        """Label info that describes the decoded file; what the client said is kept beside it."""
+        """Label info that describes the decoded file; what the client sent is kept beside it."""
         ours = [{"name": name, "idx": value} for name, value in self.settings.label_set.values.items()]
         return {**info, "client_label_info": info.get("label_info"), "label_info": ours}
 
-    def _retire(self, case: str, tag: str) -> None:
-        """Take a label's file away; a human one stays as a version."""
-        self._keep_version(case, tag)
-        self._unlink(case, inside(self.root / "labels" / tag, self.root))
-
     def _keep_version(self, case: str, tag: str) -> None:
+        """Keep the human label that is about to be replaced."""
         label = self._datastore.objects[case].labels.get(tag)
         path = self.root / "labels" / tag / f"{case}{label.ext}" if label else None
-        if tag != FINAL or label is None or path is None or not path.exists():
-            return
-        kept = self.paths.home / "versions" / case / f"{time.time_ns()}{label.ext}"
-        with atomic_file(kept) as temporary:
-            shutil.copyfile(path, temporary)
-        write_json(kept.with_name(f"{case_id(kept)}.json"), json.loads(json.dumps(label.info, default=str)))
+        if tag == FINAL and label is not None and path is not None and path.exists():
+            self.kept.keep_version(case, path, label.info)
+
+    def _discard_label(self, case: str, tag: str, by: str | None) -> None:
+        obj = self._datastore.objects[case]
+        label = obj.labels.get(tag)
+        folder = require_trusted(self.root / "labels" / tag, self.root)
+        for path in _files_of(case, folder):
+            self._discard(case, tag, path, label.info if label else {}, by)
+        obj.labels = {t: entry for t, entry in obj.labels.items() if t != tag}
+
+    def _discard(self, case: str, tag: str, path: Path, info: dict[str, Any], by: str | None) -> None:
+        target = self.kept.trash_path(case, tag, path)
+        about = {"sha256": sha256(path), "by": by, "file": path.name, "trash": str(target.relative_to(self.kept.home))}
+        self.saved.record_deleted(case, tag, about)
+        self.kept.discard(path, target, about | {"case": case, "tag": tag, "time": time.time(), "info": info})
 
     @staticmethod
-    def _unlink(case: str, folder: Path, but: Path | None = None) -> None:
-        """Remove the files of a case; ``but`` stays. Another extension would be picked up at the next start."""
-        for path in list(folder.iterdir()) if folder.is_dir() else []:
-            if extension(path) and case_id(path) == case and path != but:
+    def _remove_other_files(case: str, target: Path) -> None:
+        """Remove labels of the case with another extension, which the next start would find beside the new one."""
+        for path in _files_of(case, target.parent):
+            if path != target:
                 path.unlink()
 
-    def _park(self, case: str, source: Path, info: dict[str, Any], error: AslsegError) -> BadLabelError:
-        """Keep an upload that cannot be used, so that no drawing is lost."""
-        digest = hashlib.sha256(str(time.time_ns()).encode()).hexdigest()[:8]
-        kept = self.paths.home / "parked" / f"{case}-{digest}{extension(source) or '.bin'}"
-        with atomic_file(kept) as temporary:
-            shutil.copyfile(source, temporary)
-        write_json(kept.with_name(f"{kept.name}.json"), {"case": case, "reason": str(error), "params": info})
-        message = str(error).replace(source.name, f"of {case}")
-        return BadLabelError(f"{message}. Your upload is kept as {kept.relative_to(self.paths.home)}")
+    def _check_labels(self) -> None:
+        """Make info and files agree where a kill, or somebody who copied a file, came between them."""
+        with self._exclusive():
+            changed = 0
+            for case, obj in self._datastore.objects.items():
+                for tag, label in list(obj.labels.items()):
+                    path = self.root / "labels" / tag / f"{case}{label.ext}"
+                    checked = self.saved.checked_entry(case, tag, path, label)
+                    if checked is not label:
+                        obj.labels = {**obj.labels, tag: checked}
+                        changed += 1
+            if changed:
+                logger.warning("%d labels are not what their info said; the info was corrected", changed)
+                self._update_datastore_file(lock=False)
+
+    def _new_label_entry(self, case: str, tag: str, name: str) -> DataModel:
+        return self.saved.new_entry(case, tag, self.root / "labels" / tag / name)
+
+    def _reconcile_datastore(self) -> None:
+        with self._exclusive():
+            self.saved.forget()
+            super()._reconcile_datastore()
+
+
+def _files_of(case: str, folder: Path) -> list[Path]:
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if extension(path) and case_id(path) == case]

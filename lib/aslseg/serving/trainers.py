@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
@@ -14,6 +15,7 @@ from aslseg.errors import NotEnoughCasesError
 from aslseg.rounds.progress import read_progress
 from aslseg.serving.priority import ROUND, lower_priority
 from aslseg.settings import Paths, Settings
+from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +25,12 @@ PARTS = 100
 class Trainer(TrainTask):
     """One entry of the clients' training menu. Runs in a sub-process that MONAI Label may kill at any moment.
 
-    It has what annotators' clicks leave of the processors.
+    It runs with a lower priority than the annotators' clicks.
 
     Args:
-        settings: As the server got them; a sub-process reads the same.
+        settings: Those of the server; a sub-process reads the same.
         paths: The studies folder.
-        work: What is run: studies folder, settings, report. Imported when called.
+        work: The function that trains, called with the studies folder, the settings and ``report``.
         description: Shown to annotators.
     """
 
@@ -37,7 +39,7 @@ class Trainer(TrainTask):
         self.settings, self.paths, self.work = settings, paths, work
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Train. Parameters of clients change nothing: what is trained is decided by the settings.
+        """Train as the settings say; parameters of clients are ignored.
 
         Raises:
             NotEnoughCasesError: The studies are on a DICOMweb server.
@@ -54,7 +56,7 @@ class Trainer(TrainTask):
         def report(done: float, total: float, **shown: Any) -> None:
             nonlocal last
             if os.getppid() != server:
-                raise SystemExit("the server stopped; the next round goes on where this one was")
+                raise SystemExit("the server stopped; the next round continues this one")
             percent = int(100 * done / total) if total else 100
             if percent != last:
                 last = percent
@@ -68,7 +70,7 @@ class Trainer(TrainTask):
 
 
 def trainer_stats(progress: Mapping[str, Any]) -> dict[str, Any]:
-    """The progress file in MONAI Label's words, in parts of a hundred."""
+    """The progress file in the form that MONAI Label's clients expect, in hundredths."""
     if progress.get("state", "none") == "none":
         return {}
     done = progress["state"] == "done"
@@ -89,3 +91,32 @@ def trainer_stats(progress: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text(shown: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+
+
+def full_round(studies: Path, settings: Settings, report: ProgressCallback) -> dict[str, Any]:
+    """A whole round; see :func:`aslseg.rounds.run.run_round`."""
+    # imported when it runs: MONAI Label builds the trainers in every process
+    from aslseg.rounds.run import run_round
+
+    return run_round(studies, settings, report=report)
+
+
+def train_ssl(studies: Path, settings: Settings, report: ProgressCallback) -> dict[str, Any]:
+    """The SSL network only; published if it passes the gate."""
+    return _train("ssl", studies, settings, report)
+
+
+def train_sam(studies: Path, settings: Settings, report: ProgressCallback) -> dict[str, Any]:
+    """SAM only; published if it passes the gate."""
+    return _train("sam", studies, settings, report)
+
+
+def train_adapter(studies: Path, settings: Settings, report: ProgressCallback) -> dict[str, Any]:
+    """The adaptation network only; published if it passes the gate."""
+    return _train("adapter", studies, settings, report)
+
+
+def _train(kind: str, studies: Path, settings: Settings, report: ProgressCallback) -> dict[str, Any]:
+    from aslseg.rounds.run import train_stage
+
+    return train_stage(kind, studies, settings, report=report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aslseg.settings.model import Settings
+from aslseg.settings.server import ServerSettings
 
 _SAM = {name for name in Settings.model_fields if name.startswith("sam_")}
 _SAM_PROMPTS = {"sam_prompts", "sam_zoom", "box_margin", "min_component"}
@@ -24,6 +25,7 @@ GROUPS = {
     | {"max_working_voxels", "max_voxels", "max_upload_voxels"},
     "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "prefetch_slices"}
     | {name for name in Settings.model_fields if name.startswith("embed")},
+    "server": set(ServerSettings.model_fields),
     "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "training_memory_gb", "tracking"} | _SAM_FILES,
 }
 

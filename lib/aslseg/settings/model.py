@@ -8,14 +8,27 @@ from pydantic import model_validator
 
 from aslseg.registry import suggest
 from aslseg.settings.running import ClickSettings, MachineSettings, RoundSettings
+from aslseg.settings.server import ServerSettings
 from aslseg.settings.training import AdapterSettings, DataSettings, SAMSettings, SSLSettings
 from aslseg.types import Labels
 
-SECTIONS = (DataSettings, SSLSettings, SAMSettings, AdapterSettings, ClickSettings, RoundSettings, MachineSettings)
+SECTIONS = (
+    *(DataSettings, SSLSettings, SAMSettings, AdapterSettings),
+    *(ClickSettings, RoundSettings, ServerSettings, MachineSettings),
+)
 
 
 # pydantic takes the fields of the last base first
-class Settings(MachineSettings, RoundSettings, ClickSettings, AdapterSettings, SAMSettings, SSLSettings, DataSettings):
+class Settings(
+    MachineSettings,
+    ServerSettings,
+    RoundSettings,
+    ClickSettings,
+    AdapterSettings,
+    SAMSettings,
+    SSLSettings,
+    DataSettings,
+):
     """All settings, read by :func:`aslseg.settings.load_settings` or given by name; docs/settings.md lists them.
 
     Text such as ``labels="liver,tumour"`` is parsed when the model is made. ``model_dump`` gives the text again, so

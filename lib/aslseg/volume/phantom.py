@@ -155,7 +155,7 @@ def write_studies(
         seed: Seed of the set.
         shape, difficulty: As for :func:`make_phantom`.
         overwrite: Replace the two folders, with labels and rounds in them, if all their scans are phantoms.
-        report: Told after each scan.
+        report: Called after each scan.
 
     Returns:
         ``studies`` and ``truth`` (folders), ``labelled`` and ``unlabelled`` (ids), ``seed`` and ``shape``.

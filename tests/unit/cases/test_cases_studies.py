@@ -73,21 +73,64 @@ def test_patients_without_roles(root):
     assert studies.fixed_roles == {}
 
 
+def test_links_to_nothing_are_named(root):
+    (root / "d.nii.gz").symlink_to("/not/mounted/x.nii.gz")
+    (root / "labels" / FINAL / "a.nii.gz").symlink_to("gone.nii.gz")
+    studies = read_studies(root)
+    assert "d" not in studies.images
+    assert [p.split(";")[0] for p in studies.problems] == [
+        "d.nii.gz: a link to /not/mounted/x.nii.gz, which is not there",
+        "a.nii.gz: a link to gone.nii.gz, which is not there",
+    ]
+    for name in ("a.nrrd", "b.nii.gz", "c.1.2.nii"):
+        (root / name).unlink()
+    with pytest.raises(NotEnoughCasesError, match=r"d\.nii\.gz: a link to /not/mounted"):
+        read_studies(root)
+
+
+def test_links_to_something_are_scans(root, tmp_path_factory):
+    other = tmp_path_factory.mktemp("disk2") / "x.nii.gz"
+    other.write_bytes(b"scan")
+    (root / "d.nii.gz").symlink_to(other)
+    assert "d" in read_studies(root).images
+
+
 @pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("id,person\na,P1\n", "expected the columns case,patient"),
-        ("", "expected the columns case,patient"),
-        ("case,patient\nz,P1\n", "line 2: no scan 'z'"),
-        ("case,patient\na,\n", "line 2: no scan 'a' or empty patient"),
-        ("case,patient\na\n", "line 2"),
-        ("case,patient,role\na,P1,judge\n", "role 'judge'; expected train or validation"),
-        ("case,patient,role\na,P1,train\nb,P1,validation\n", "patient 'P1' has two roles; kept 'train'"),
-    ],
+    ("name", "owner"),
+    [("b_seg.nii.gz", "b"), ("b-label.nii", "b"), ("a_Mask.nrrd", "a"), ("c.1.2_segmentation.mha", "c.1.2")],
 )
-def test_mistakes_in_the_table_are_told(root, text, problem):
-    (found,) = csv(root, text).problems
-    assert problem in found
+def test_a_segmentation_beside_its_scan_is_no_scan(root, name, owner):
+    (root / name).write_bytes(b"label")
+    studies = read_studies(root)
+    assert list(studies.images) == ["a", "b", "c.1.2"]
+    assert studies.problems == (
+        f"{name}: looks like a segmentation of {owner!r}; "
+        f"move it to labels/final/{owner}{name[name.index('.', len(owner)) :]}",
+    )
+
+
+def test_segmentations_by_extension_and_of_lits(root):
+    for name in ("x.seg.nrrd", "volume-3.nii", "segmentation-3.nii", "mask_of_nothing.nii", "y_seg.nii"):
+        (root / name).write_bytes(b"x")
+    studies = read_studies(root)
+    assert list(studies.images) == ["a", "b", "c.1.2", "mask_of_nothing", "volume-3", "y_seg"]
+    assert [p.split(";")[0] for p in studies.problems] == [
+        "segmentation-3.nii: looks like a segmentation of 'volume-3'",
+        "x.seg.nrrd: a segmentation, not a scan",
+    ]
+
+
+def test_a_label_of_nearly_the_same_name(root):
+    (root / "patient_007.nii").write_bytes(b"scan")
+    (root / "labels" / FINAL / "patient_07.nii.gz").write_bytes(b"label")
+    assert "did you mean 'patient_007'?" in read_studies(root).problems[0]
+
+
+def test_scans_in_folders_below(tmp_path):
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "imagesTr" / "a.nii.gz").write_bytes(b"scan")
+    with pytest.raises(NotEnoughCasesError, match="images lie in its sub-folders imagesTr"):
+        read_studies(tmp_path)
 
 
 def test_no_folder_and_no_scans(tmp_path):

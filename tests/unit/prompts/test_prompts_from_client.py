@@ -43,7 +43,6 @@ def test_ohif_vista3d_points() -> None:
     prompt = parse(request, SHAPE)
     assert prompt.foreground.tolist() == [[1, 2, 3]]
     assert prompt.background.tolist() == [[4, 5, 6]]
-    assert prompt.classes == (2,)
 
 
 @pytest.mark.parametrize("request_", [{}, {"foreground": None, "background": None, "roi": None, "slice": None}])

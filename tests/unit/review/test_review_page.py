@@ -91,3 +91,14 @@ def test_numbers_and_times_are_short():
     assert [number(v) for v in (0.8073975512614617, 3, "ssl")] == ["0.8074", "3", "ssl"]
     assert moment("2026-11-21T12:00:52.996286+00:00") == "2026-11-21 12:00 UTC"
     assert moment(None) == ""
+
+
+def test_what_is_passed_over_stands_on_the_page(paths: Paths) -> None:
+    assert paths.studies is not None
+    paths.studies.mkdir(parents=True, exist_ok=True)
+    (paths.studies / "a.nii.gz").write_bytes(b"scan")
+    (paths.studies / "gone<b>.nii.gz").symlink_to("/not/mounted.nii.gz")
+    page = render(status(paths))
+    assert "gone&lt;b&gt;.nii.gz: a link to /not/mounted.nii.gz, which is not there" in page
+    (paths.studies / "patients.csv").write_text("id,person\n")
+    assert "patients.csv: line 1: columns" in render(status(paths))

@@ -44,7 +44,7 @@ def test_two_rounds_and_a_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(first["agreement"]) == waiting
     promoted = [c for c in learned[1] if c.voxel_weight is not None]
     assert [c.id for c in promoted] == waiting
-    # so that memory_gb holds for them too
+    # so that training_memory_gb holds for them too
     assert all(isinstance(a, np.memmap) for c in load_within_budget(promoted, 0) for a in arrays(c).values())
     assert first["source"] == "canvas"
     assert set(first["validation"]) >= {"ssl", "canvas", "retrained", "published ssl"}

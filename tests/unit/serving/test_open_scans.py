@@ -32,11 +32,11 @@ def test_a_scan_is_read_once_and_windowed_by_the_slice(tmp_path: Path) -> None:
     path = write(tmp_path / "a.nii.gz", 40)
     first = opened.open(path)
     assert opened.open(path) is first
-    assert first.picture.shape == (6, 5, 4)
-    assert first.picture.slice(0)[0, 0] == 0
-    np.testing.assert_allclose(first.picture.slice(0)[1:], 0.5)  # 40 HU in -160..240
-    assert opened.open(path, native=True).picture.volume.base is not None
-    assert np.shares_memory(opened.open(path, native=True).picture.volume, first.picture.volume)
+    assert first.source.shape == (6, 5, 4)
+    assert first.source.slice(0)[0, 0] == 0
+    np.testing.assert_allclose(first.source.slice(0)[1:], 0.5)  # 40 HU in -160..240
+    assert opened.open(path, native=True).source.volume.base is not None
+    assert np.shares_memory(opened.open(path, native=True).source.volume, first.source.volume)
 
 
 def test_a_file_that_changes_under_its_name_is_another_scan(tmp_path: Path, model: SAMModel) -> None:
@@ -47,9 +47,9 @@ def test_a_file_that_changes_under_its_name_is_another_scan(tmp_path: Path, mode
     write(path, 140)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same time, as rsync and cp -p leave it
     after = opened.open(path)
-    np.testing.assert_allclose(after.picture.slice(0)[1:], 0.75)
+    np.testing.assert_allclose(after.source.slice(0)[1:], 0.75)
     assert before.key != after.key
-    assert before.picture.name(1, model) != after.picture.name(1, model)
+    assert before.source.name(1, model) != after.source.name(1, model)
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_the_oldest_scans_leave_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("slices", [1, 3])
 def test_thin_thick_and_single_slices(tmp_path: Path, spacing: float, slices: int) -> None:
     found = ScanCache(Settings()).open(write(tmp_path / "a.nii.gz", 40, (6, 5, slices), spacing))
-    assert found.picture.shape == (6, 5, slices)
+    assert found.source.shape == (6, 5, slices)
 
 
 def test_what_cannot_be_read_says_so(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from aslseg.compute.click_priority import clock, held, yield_to_clicks
+from aslseg.compute.click_priority import acquire, computing_time, yield_to_clicks
 from aslseg.sam.modeling.architecture import build
 from aslseg.sam.modeling.build import SAMModel
 from aslseg.sam.predictor.embeddings import EmbeddingCache
@@ -136,26 +136,28 @@ def test_a_click_gets_the_slice_that_stands_still() -> None:
         time.sleep(0.05)
 
     model.sam.image_encoder.blocks[0].register_forward_hook(pause)
-    background.add(lambda: cache.get(model, image, [0], "scan") is None, object())
+    background.pause_in(model.sam.image_encoder)
+    background.pause_in(model.sam.image_encoder)
+    background.add(lambda: cache.embed(model, ["scan"], lambda _: image[..., 0]) is None, object())
     assert begun.wait(20)
     found: list[torch.Tensor] = []
 
     def click() -> None:
         with background.click():
-            found.append(cache.get(model, image, [0], "scan"))
+            found.append(cache.embed(model, ["scan"], lambda _: image[..., 0]))
 
     one = threading.Thread(target=click, daemon=True)
     one.start()
     one.join(20)
     assert len(found) == 1
-    assert torch.equal(found[0], cache.get(model, image, [0], "scan"))
+    assert torch.equal(found[0], cache.embed(model, ["scan"], lambda _: image[..., 0]))
 
 
 def test_a_click_gets_the_lock_of_an_answer_that_stands_still() -> None:
     background, lock, begun, got = Background(), threading.Lock(), threading.Event(), threading.Event()
 
     def advance() -> bool:
-        with held(lock):
+        with acquire(lock):
             begun.set()
             for _ in range(20):
                 yield_to_clicks()
@@ -163,7 +165,7 @@ def test_a_click_gets_the_lock_of_an_answer_that_stands_still() -> None:
         return False
 
     def click() -> None:
-        with background.click(), held(lock):
+        with background.click(), acquire(lock):
             got.set()
 
     background.add(advance, object())
@@ -176,11 +178,11 @@ def test_time_that_a_slice_stood_still_does_not_count_as_encoding() -> None:
     background, begun, taken = Background(), threading.Event(), []
 
     def encode() -> bool:
-        start = clock()
+        start = computing_time()
         begun.set()
         time.sleep(0.05)
         yield_to_clicks()
-        taken.append(clock() - start)
+        taken.append(computing_time() - start)
         return False
 
     background.add(encode, object())

@@ -19,7 +19,8 @@ from aslseg.sam.modeling.build import SAMModel
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.clicks import ClickSessions, ClickTask
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.infer import SessionUpload, Upload, answer
+from aslseg.serving.infer import InferenceRequest, answer, scan_path
+from aslseg.serving.params import MAX_POINTS, validate_params
 from aslseg.settings import Paths, Settings
 from aslseg.volume.geometry import Grid
 from aslseg.volume.io import read_image
@@ -38,20 +39,29 @@ class Served:
         self.models = Models(chosen, Paths(chosen, folder))
         self.models.get = lambda kind: self.sam  # type: ignore[method-assign]
         self.sam, self.folder = Sees(SAMModel(build(TINY), TINY)), folder
-        scans, self.desk = CascadeCache(self.models), ClickSessions(self.models)
+        scans, self.sessions = CascadeCache(self.models), ClickSessions(self.models)
         self.tasks = {
-            "sam": ClickTask(scans, self.desk, ""),
-            "sam_2d": ClickTask(scans, self.desk, "", dimension=2),
+            "sam": ClickTask(scans, self.sessions, ""),
+            "sam_2d": ClickTask(scans, self.sessions, "", dimension=2),
         }
 
     def get_image_uri(self, case: str) -> str:
         """As a datastore's."""
         return str(self.folder / f"{case}.nii")
 
-    def ask(self, image: str, model: str = "sam", **params: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Mask (i, j, k) and what else is told."""
-        request = {"foreground": [MIDDLE], "result_extension": ".nii.gz", **params}
-        told = answer(self.tasks, {**request, "model": model, "image": image}, self)  # type: ignore[arg-type]
+    def ask(
+        self, image: str | Path, model: str = "sam", client: str = "", temporary: bool = False, **params: Any
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Mask (i, j, k) and the rest of the reply.
+
+        Args:
+            image: Id of a scan, or the path of an uploaded one.
+            temporary: The upload is for this request only.
+        """
+        given = validate_params({"foreground": [MIDDLE], "result_extension": ".nii.gz", **params})
+        path, case = (image, None) if isinstance(image, Path) else (scan_path(self, image), image)  # type: ignore[arg-type]
+        request = InferenceRequest(model, path, given, case, client=client, temporary=temporary)
+        told = answer(self.tasks, request, self)  # type: ignore[arg-type]
         mask = np.asarray(nib.load(told["file"]).dataobj)
         Path(told["file"]).unlink()
         return mask, told["params"]
@@ -75,14 +85,14 @@ def test_clicks_on_an_upload_are_answered_within_the_request(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ahead: list[object] = []
-    monkeypatch.setattr(served.desk.background, "add", lambda step, whose: ahead.append(whose))
+    monkeypatch.setattr(served.sessions.background, "add", lambda step, owner: ahead.append(owner))
     path = ball(tmp_path / "upload.nii")
-    mask, told = served.ask(Upload(path))
+    mask, told = served.ask(path, temporary=True)
     assert told["growing"] is False
     assert mask.any((0, 1)).sum() == 15
-    served.ask(Upload(path), "sam_2d", slice=10)
+    served.ask(path, "sam_2d", temporary=True, slice=10)
     assert not ahead, "nothing is encoded ahead"
-    served.ask(SessionUpload(path), "sam_2d", foreground=[[20, 16, 10]])
+    served.ask(path, "sam_2d", foreground=[[20, 16, 10]])
     assert ahead, "as it is for a scan that stays"
 
 
@@ -94,16 +104,24 @@ def test_slices_around_the_clicked_one_are_encoded_ahead(served: Served, tmp_pat
     nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), tmp_path / "case.nii")
     mask, _ = served.ask("case", model, slice=10)
     assert mask[..., 10].any()
-    assert served.desk.background.idle(60)
-    (clicks,) = served.desk._clicks.values()
+    assert served.sessions.background.idle(60)
+    (session,) = served.sessions._sessions.values()
     reach = served.models.settings.prefetch_slices
     assert reach == 8
-    assert [n for n in range(SHAPE[2]) if clicks.embedded(n)] == list(range(2, 19))
+    assert [n for n in range(SHAPE[2]) if session.predictor.is_embedded(n)] == list(range(2, 19))
+
+
+def test_the_reply_says_where_the_object_ended_and_why(served: Served, tmp_path: Path) -> None:
+    ball(tmp_path / "case.nii")
+    _, told = served.ask("case", whole=True)
+    reason = "the IoU that SAM predicts is too low"
+    assert told["stopped"] == [{"axis": 2, "slice": k, "reason": reason} for k in (3, 17)]
+    assert served.ask("case", client="else")[1]["stopped"] == [], "it grows on"
 
 
 def test_a_client_cannot_say_that_a_scan_is_an_upload(served: Served, tmp_path: Path) -> None:
     ball(tmp_path / "kept.nii")
-    assert served.ask("kept", once=True)[1]["growing"] is True
+    assert served.ask("kept", once=True)[1]["growing"] is True, "an unknown parameter"
 
 
 @pytest.mark.parametrize("model", ["sam", "sam_2d"])
@@ -111,12 +129,12 @@ def test_a_scan_that_is_deleted_while_its_object_grows(
     served: Served, tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = ball(tmp_path / "session.nii")
-    with served.desk.background.click(), caplog.at_level(logging.WARNING):
-        _, told = served.ask(SessionUpload(path), model)
+    with served.sessions.background.click(), caplog.at_level(logging.WARNING):
+        _, told = served.ask(path, model)
         assert told.get("growing", True)
         path.unlink()
     before = served.sam.encoded
-    assert served.desk.background.idle(60)
+    assert served.sessions.background.idle(60)
     assert served.sam.encoded > before
     assert not caplog.records
 
@@ -124,24 +142,24 @@ def test_a_scan_that_is_deleted_while_its_object_grows(
 def test_a_scan_that_is_overwritten_while_its_object_grows(served: Served, tmp_path: Path) -> None:
     path = ball(tmp_path / "case.nii")
     whole, _ = served.ask("case", whole=True, client="else")
-    with served.desk.background.click():
+    with served.sessions.background.click():
         served.ask("case")
         with path.open("r+b") as file:
             file.truncate(1000)
-    assert served.desk.background.idle(60), "the old scan's voxels are not those of the file"
+    assert served.sessions.background.idle(60), "the old scan's voxels are not those of the file"
     ball(path, shift=4)
     moved, _ = served.ask("case", whole=True)
     assert np.array_equal(moved[:, 4:], whole[:, :-4])
 
 
 @pytest.mark.parametrize("model", ["sam", "sam_2d"])
-def test_ten_thousand_different_clicks_again_and_again(served: Served, tmp_path: Path, model: str) -> None:
+def test_a_thousand_different_clicks_again_and_again(served: Served, tmp_path: Path, model: str) -> None:
     ball(tmp_path / "case.nii")
-    voxels = [list(v) for v in np.ndindex(*SHAPE)][: 2 * 10_000]
+    voxels = [list(v) for v in np.ndindex(*SHAPE)][: 2 * MAX_POINTS]
     spent = []
-    for count in (9_999, 10_000):
+    for count in (MAX_POINTS - 1, MAX_POINTS):
         begun = time.process_time()
-        mask, _ = served.ask("case", model, foreground=voxels[:count], background=voxels[10_000:], slice=10)
+        mask, _ = served.ask("case", model, foreground=voxels[:count], background=voxels[MAX_POINTS:], slice=10)
         spent.append(time.process_time() - begun)
         assert mask[0, 0, 10] == 1
     assert max(spent) < 5

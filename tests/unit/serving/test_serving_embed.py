@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import nibabel as nib
@@ -44,7 +43,7 @@ def studies(tmp_path: Path) -> Path:
 def settings(tmp_path: Path) -> Settings:
     torch.manual_seed(0)
     path = tmp_path / "tiny.safetensors"
-    save_weights(path, build(TINY).state_dict(), {"kind": "sam", "architecture": asdict(TINY)})
+    save_weights(path, build(TINY).state_dict(), {"kind": "sam", "architecture": TINY.to_metadata()})
     return Settings(sam_checkpoint=str(path), model_dir=str(tmp_path / "models"), min_free_gb=0, device="cpu")
 
 
@@ -57,7 +56,7 @@ def test_waiting_scans_are_encoded_and_found_again(studies: Path, settings: Sett
     model = Models(settings, paths).get("sam")
     cache = EmbeddingCache(0, EmbeddingStore(paths.cache / "embeddings", 1e9))
     opened = ScanCache(settings).open(studies / "a.nii.gz")
-    assert [k for k in range(24) if cache.has(opened.picture.name(k, model))] == list(range(4, 17))
+    assert [k for k in range(24) if cache.has(opened.source.name(k, model))] == list(range(4, 17))
     again = embed_studies(studies, settings, 10)
     assert (again["slices"], again["encoded"]) == (37, 0)
 

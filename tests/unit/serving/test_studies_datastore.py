@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
-from aslseg.errors import BadImageError, BadLabelError
-from aslseg.files import write_json
+from aslseg.errors import BadImageError, BadLabelError, DiskFullError
+from aslseg.files import sha256, write_json
+from aslseg.rounds.ledger import Ledger
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
@@ -108,15 +111,37 @@ def test_unsafe_names_are_refused(store: StudiesDatastore, folder: Path, name: s
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
 
 
-def test_a_link_that_leads_outside_is_not_written_through(
-    store: StudiesDatastore, folder: Path, tmp_path: Path
+def test_a_link_of_somebody_else_that_leads_outside_is_not_followed(
+    store: StudiesDatastore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (folder / "labels" / "linked").symlink_to(outside)
-    with pytest.raises(RefusedError, match="link"):
-        store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(1))), "linked", {})
+    monkeypatch.setattr("aslseg.serving.links.administrators", lambda root: {4711})
+    upload = write(tmp_path / "l.nii.gz", drawn(1))
+    with pytest.raises(RefusedError, match=r"link.*parked"):
+        store.save_label("case0", str(upload), "linked", {})
     assert not list(outside.iterdir())
+    assert [p.read_bytes() for p in (folder / ".aslseg" / "parked").glob("*.gz")] == [upload.read_bytes()]
+    (folder / "secret.nii.gz").symlink_to(write(outside / "secret.nii.gz"))
+    assert "secret" not in store.list_images()
+    assert "secret" not in open_store(folder).list_images()
+
+
+@pytest.mark.parametrize("what", ["labels", "labels/final"])
+def test_a_link_of_the_administrator_to_another_disk_is_followed(tmp_path: Path, what: str) -> None:
+    folder, disk = tmp_path / "studies", tmp_path / "disk"
+    write(disk / "scan.nii.gz")
+    (disk / "here").mkdir()
+    (folder / what).parent.mkdir(parents=True)
+    (folder / what).symlink_to(disk / "here")
+    (folder / "scan.nii.gz").symlink_to(disk / "scan.nii.gz")
+    store = open_store(folder)
+    store.save_label("scan", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {})
+    assert store.get_labeled_images() == ["scan"]
+    assert next((disk / "here").rglob("scan.nii.gz")).is_file()
+    store.remove_label("scan", FINAL)
+    assert not list((disk / "here").rglob("scan.nii.gz"))
 
 
 def test_labels_are_decoded_by_name_in_list_order(store: StudiesDatastore, tmp_path: Path, folder: Path) -> None:
@@ -174,11 +199,13 @@ def test_earlier_human_labels_stay_as_versions(store: StudiesDatastore, folder: 
     for n in range(3):
         source = write(tmp_path / "l.nii.gz", drawn(1, (n, 0, 0)))
         store.save_label("case0", str(source), FINAL, {"client_id": f"user{n}"})
-    store.remove_label("case0", FINAL)
+    store.remove_label("case0", FINAL, by="eve")
     versions = sorted((folder / ".aslseg" / "versions" / "case0").glob("*.nii.gz"))
+    versions += (folder / ".aslseg" / "trash" / "case0").glob("*.nii.gz")
     assert [int(np.asarray(nib.load(v).dataobj)[n, 0, 0]) for n, v in enumerate(versions)] == [1, 1, 1]
     infos = [json.loads(v.with_name(v.name.replace(".nii.gz", ".json")).read_text()) for v in versions]
-    assert [i["client_id"] for i in infos] == ["user0", "user1", "user2"]
+    assert [i["client_id"] for i in (*infos[:2], infos[2]["info"])] == ["user0", "user1", "user2"]
+    assert infos[2]["by"] == "eve"
     assert store.status()["completed"] == 0
     assert "case0" in store.get_unlabeled_images()
 
@@ -237,7 +264,7 @@ def test_masks_of_a_round_are_adopted_with_their_names(store: StudiesDatastore, 
 
 SAVER = """
 import sys
-from test_serving_store import open_store
+from test_studies_datastore import open_store
 from pathlib import Path
 store = open_store(Path(sys.argv[1]))
 for n in range(30):
@@ -265,3 +292,187 @@ def test_threads_lose_nothing(store: StudiesDatastore, folder: Path) -> None:
     [t.join() for t in threads]
     found = {k for n in range(3) for k in open_store(folder).get_image_info(f"case{n}")}
     assert {f"t{t}-{n}" for t in range(4) for n in range(25)} <= found
+
+
+def test_what_is_deleted_goes_to_the_trash_with_an_event(store: StudiesDatastore, folder: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "l.nii.gz", drawn(1))
+    store.save_label("case0", str(source), FINAL, {"client_id": "ann"})
+    label, scan = (folder / "labels" / FINAL / "case0.nii.gz").read_bytes(), (folder / "case0.nii.gz").read_bytes()
+    store.remove_image("case0", by="eve")
+    assert not (folder / "case0.nii.gz").exists()
+    assert "case0" not in store.list_images()
+    events = Ledger(store.paths.ledger).events(kinds=("deleted",))
+    assert [(e.case, e.tag, e.details["by"]) for e in events] == [("case0", FINAL, "eve"), ("case0", "image", "eve")]
+    kept = [(store.paths.home / e.details["trash"]).read_bytes() for e in events]
+    assert kept == [label, scan]
+    assert [sha256(store.paths.home / e.details["trash"]) for e in events] == [e.details["sha256"] for e in events]
+
+
+@pytest.mark.parametrize("tag", [FINAL, ORIGINAL, "second_reader"])
+@pytest.mark.parametrize("content", [b"not a nifti", b""])
+def test_every_tag_is_checked_as_final_is(
+    store: StudiesDatastore, folder: Path, tmp_path: Path, tag: str, content: bytes
+) -> None:
+    path = tmp_path / "l.nii.gz"
+    path.write_bytes(content)
+    with pytest.raises(BadLabelError, match="parked"):
+        store.save_label("case0", str(path), tag, {})
+    assert tag not in store.get_labels_by_image_id("case0")
+    assert not (folder / "labels" / tag / "case0.nii.gz").exists()
+
+
+@pytest.mark.parametrize("tag", ["Final", "FINAL", "Original", "ASLSEG_pseudo", "Second_Reader"])
+def test_tags_that_differ_in_case_only_are_refused(store: StudiesDatastore, tmp_path: Path, tag: str) -> None:
+    source = write(tmp_path / "l.nii.gz", drawn(1))
+    store.save_label("case0", str(source), "second_reader", {})
+    with pytest.raises(RefusedError, match=r"save under .*parked"):
+        store.save_label("case0", str(source), tag, {})
+
+
+def test_raw_voxels_of_ohif(store: StudiesDatastore, folder: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "label.bin"
+    raw.write_bytes(drawn(1).tobytes(order="F"))
+    store.save_label("case0", str(raw), FINAL, {"label_info": [{"name": "tumour"}]})
+    assert (np.asarray(nib.load(store.get_label_uri("case0", FINAL)).dataobj) == drawn(2)).all()
+
+
+@pytest.mark.parametrize("content", [b"x" * 100, drawn(7).tobytes()])
+def test_raw_voxels_that_do_not_fit_are_kept(
+    store: StudiesDatastore, folder: Path, tmp_path: Path, content: bytes
+) -> None:
+    raw = tmp_path / "label.bin"
+    raw.write_bytes(content)
+    with pytest.raises(BadLabelError, match="parked"):
+        store.save_label("case0", str(raw), FINAL, {})
+    assert [p.read_bytes() for p in (folder / ".aslseg" / "parked").glob("*.bin")] == [content]
+
+
+def test_a_drawing_is_kept_whatever_is_in_its_way(
+    store: StudiesDatastore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "l.nii.gz", drawn(1))
+    (folder / "broken.nii.gz").write_bytes(b"junk")
+    with pytest.raises(BadImageError, match="parked"):
+        store.save_label("broken", str(source), FINAL, {"client_id": "ann"})
+    with pytest.raises(RefusedError, match=r"no scan 'gone'.*parked"):
+        store.save_label("gone", str(source), FINAL, {})
+    monkeypatch.setattr("aslseg.serving.studies_datastore.require_free_disk", full)
+    with pytest.raises(DiskFullError, match="parked"):
+        store.save_label("case0", str(source), FINAL, {})
+    parked = sorted((folder / ".aslseg" / "parked").glob("*.nii.gz"))
+    assert [p.read_bytes() for p in parked] == [source.read_bytes()] * 3
+    about = json.loads(parked[0].with_name(f"{parked[0].name}.json").read_text())
+    assert (about["case"], about["params"]) == ("broken", {"client_id": "ann"})
+    assert "junk" not in about["reason"]
+
+
+def full(folder: Path, gigabytes: float) -> None:
+    raise DiskFullError(f"{folder}: too little free disk")
+
+
+def test_a_held_lock_is_named_and_stops_no_reader(store: StudiesDatastore, folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(folder / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        write(folder / "later.nii.gz")
+        assert store.status()["total"] == 3, "the known ones"
+        with mock.patch("aslseg.serving.shared_json.LOCK_SECONDS", 0.05):
+            with pytest.raises(RefusedError, match=rf"locked .*process {holder.pid} \(python.*parked") as refused:
+                store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {})
+            assert refused.value.status == 503
+        holder.communicate(b"\n")
+    assert store.status()["total"] == 4
+    store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {})
+
+
+HOLDER = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_what_json_cannot_hold_is_refused_and_nothing_is_lost(
+    store: StudiesDatastore, folder: Path, tmp_path: Path
+) -> None:
+    store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {"client_id": "ann"})
+    before = (folder / "datastore_v2.json").read_bytes()
+    with pytest.raises(RefusedError, match="cannot store"):
+        store.update_image_info("case1", {"note": "\ud800"})
+    assert (folder / "datastore_v2.json").read_bytes() == before
+    assert "note" not in store.get_image_info("case1")
+    assert open_store(folder).get_label_info("case0", FINAL)["client_id"] == "ann"
+
+
+def test_several_generations_of_backup(store: StudiesDatastore, folder: Path) -> None:
+    path = folder / "datastore_v2.json"
+    for n in range(8):
+        store.update_image_info("case0", {"n": n})
+        for backup in folder.glob("datastore_v2.json.bak*"):
+            os.utime(backup, (1, 1))  # hours pass
+    found = [
+        json.loads((folder / f"datastore_v2.json.bak{g}").read_text())["objects"]["case0"]["image"]["info"]["n"]
+        for g in ("", 1, 2, 3, 4)
+    ]
+    assert found == [6, 5, 4, 3, 2]
+    for damaged in ("", ".bak", ".bak1"):
+        path.with_name(f"{path.name}{damaged}").write_text('{"name": ')
+    again = open_store(folder)
+    assert again.get_image_info("case0")["n"] == 4
+    assert "recovered from its backup datastore_v2.json.bak2" in again.recovered
+
+
+def test_provenance_is_rebuilt_from_label_files_and_ledger(
+    store: StudiesDatastore, folder: Path, tmp_path: Path
+) -> None:
+    store.save_label("case1", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {"user": "ann"})
+    info = store.get_label_info("case1", FINAL)
+    for path in folder.glob("datastore_v2.json*"):
+        path.unlink()
+    again = open_store(folder)
+    assert again.get_label_info("case1", FINAL) == info
+    assert "rebuilt from the label files and the ledger" in again.recovered
+
+
+@pytest.mark.parametrize("point", ["before the file", "before the JSON"])
+def test_a_kill_between_label_and_info(folder: Path, tmp_path: Path, point: str) -> None:
+    store = open_store(folder)
+    store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {"user": "ann"})
+    killed = {
+        "before the file": "aslseg.serving.saved_labels.SavedLabels.record_saved",
+        "before the JSON": "aslseg.serving.studies_datastore.StudiesDatastore._remove_other_files",
+    }[point]
+    kept = (folder / "datastore_v2.json").read_bytes()
+    upload = write(tmp_path / "l.nii.gz", drawn(2))
+    with mock.patch(killed, side_effect=SystemExit), pytest.raises(SystemExit):
+        store.save_label("case0", str(upload), FINAL, {"user": "eve"})
+    (folder / "datastore_v2.json").write_bytes(kept)
+    (folder / ".tmp-abc.nii.gz").write_bytes(b"half a file")
+    os.utime(folder / ".tmp-abc.nii.gz", (1, 1))
+    again = open_store(folder)
+    mask, info = again.get_label_uri("case0", FINAL), again.get_label_info("case0", FINAL)
+    expected = (1, "ann") if point == "before the file" else (2, "eve")
+    assert (int(np.asarray(nib.load(mask).dataobj).max()), info["user"]) == expected
+    assert info["sha256"] == sha256(Path(mask))
+    assert not list(folder.glob(".tmp-*"))
+    parked = next((folder / ".aslseg" / "parked").glob("*.nii.gz"))
+    assert parked.read_bytes() == upload.read_bytes(), "the drawing is there even if it did not get into the studies"
+
+
+def test_a_label_that_was_copied_over_is_noticed_at_the_next_start(folder: Path, tmp_path: Path) -> None:
+    open_store(folder).save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {"user": "ann"})
+    path = write(folder / "labels" / FINAL / "case0.nii.gz", drawn(2))
+    os.utime(path, (2e9, 2e9))
+    info = open_store(folder).get_label_info("case0", FINAL)
+    assert "not saved through the server" in info["note"]
+    assert info["sha256"] == sha256(path)
+    assert "user" not in info
+
+
+def test_a_segmentation_among_the_scans_is_never_handed_out(folder: Path) -> None:
+    for name in ("case0_seg.nii.gz", "other.seg.nrrd"):
+        (folder / name).write_bytes((folder / "case0.nii.gz").read_bytes())
+    assert sorted(open_store(folder).list_images()) == ["case0", "case1", "case2"]

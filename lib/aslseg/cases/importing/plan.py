@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from aslseg.cases.importing.pairs import Found, LabelFile, Layout, Pair
 from aslseg.cases.importing.patients import Pseudonyms, read_patients, safe_name
@@ -44,7 +45,8 @@ class Options:
         """The options with a question answered."""
         if question.option == "--map":
             return replace(self, mapping=(*self.mapping, question.answer + answer))
-        return replace(self, **{question.option.strip("-"): answer})
+        answered: dict[str, Any] = {question.option.strip("-"): answer}
+        return replace(self, **answered)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A SAM that segments stitched canvases without prompts, as CFR fine-tunes it (arXiv 2403.11229, science.md §2.2).
+"""A SAM that segments stitched canvases without prompts, as CFR fine-tunes it (arXiv 2403.11229, docs/science.md §2.2).
 
 Its decoder has a mask token for the background and one for each label, which compete in a softmax. One encoder pass
 segments as many slices as a canvas holds.
@@ -34,8 +34,8 @@ from aslseg.types import ProgressCallback, no_progress
 logger = logging.getLogger(__name__)
 
 BATCH = 2
-MAPPED_PART = 0.5  # of the slices get another contrast
-FOREGROUND_PART = 0.5  # of the canvases hold a slice with foreground for certain
+MAPPED_FRACTION = 0.5  # of the slices get another contrast
+FOREGROUND_FRACTION = 0.5  # of the canvases are drawn around a slice with foreground
 WEIGHT_DECAY = 0.1
 NEW = ("mask_decoder.mask_tokens.", "mask_decoder.output_hypernetworks_mlps.", "mask_decoder.iou_prediction_head.")
 
@@ -46,7 +46,7 @@ def canvas_size(model: SAMModel, shape: tuple[int, ...], settings: Settings) -> 
 
 
 def forward(model: SAMModel, canvases: Tensor) -> Tensor:
-    """Logits (n, 1 + N, S, S), background first, for canvases (n, S, S) of grey values that the model takes."""
+    """Logits (n, 1 + N, S, S), background first, for canvases (n, S, S) of grey values as :func:`_grey` scales them."""
     sam = model.sam
     embeddings = model.encode(canvases)
     count = len(embeddings)
@@ -62,7 +62,7 @@ def forward(model: SAMModel, canvases: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def predict(model: SAMModel, image: np.ndarray, settings: Settings) -> np.ndarray:
-    """Class probabilities of a volume, in one encoder pass per canvas.
+    """Class probabilities of a volume, with one pass of the encoder for each canvas.
 
     Args:
         model: From :func:`load`.
@@ -94,7 +94,7 @@ def load(path: Path, settings: Settings) -> SAMModel:
         settings: Labels.
 
     Raises:
-        BadWeightsError: A promptable SAM, one for other labels, or a file that cannot be used.
+        BadWeightsError: The file holds a promptable SAM or one for other labels, or it cannot be used.
     """
     model, names = load_any(path, settings), list(settings.label_set.names)
     if not model.architecture.canvas:
@@ -102,14 +102,14 @@ def load(path: Path, settings: Settings) -> SAMModel:
     trained = model.metadata.get("labels", names)
     if trained != names or model.architecture.masks != len(names):
         raise BadWeightsError(
-            f"{path.name}: draws {model.architecture.masks} labels ({', '.join(trained)}), settings name {len(names)} "
-            f"({', '.join(names)}); set labels as they were, or train it anew"
+            f"{path.name}: segments {model.architecture.masks} labels ({', '.join(trained)}), settings name "
+            f"{len(names)} ({', '.join(names)}); set labels as they were, or train it anew"
         )
     return model
 
 
 def for_canvases(model: SAMModel, labels: int, seed: int) -> SAMModel:
-    """A promptable SAM, or one for other labels, with new mask tokens for background and labels; the rest is kept."""
+    """A SAM with new mask tokens for the background and the labels; the other weights are kept."""
     architecture = replace(model.architecture, masks=labels, canvas=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -124,12 +124,12 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune SAM on stitched slices without prompts: half cross-entropy, half Dice over the pixels of slices.
 
-    CFR's choices: two canvases a step, random contrast for half of the slices, canvases turned and mirrored, AdamW with
-    weight decay 0.1 and a polynomial schedule; LoRA with ``sam_train = lora``. Grey values are scaled as the file that
-    it starts from wants them.
+    As in CFR, a step takes two canvases, half of the slices get a random contrast, canvases are rotated and mirrored,
+    and AdamW has a weight decay of 0.1 and a polynomial schedule; CFR trains with ``sam_train = lora``. Grey values are
+    scaled by the conventions of the file that training starts from.
 
     Args:
-        labelled: Human-labelled cases on the working grid; cases without a label are passed over.
+        labelled: Human-labelled cases on the working grid; cases without a label are left out.
         settings: ``sam_train``, ``sam_lora_rank``, ``sam_canvas``, ``sam_iterations``, ``sam_learning_rate``, ``seed``,
             labels.
         out: Model file to write (``*.safetensors``, kind ``sam``), LoRA merged.
@@ -143,7 +143,7 @@ def train(
     Raises:
         NotEnoughCasesError: No label holds any foreground.
         TrainingDivergedError: The loss became NaN or infinite.
-        BadSettingsError: Slices larger than ``sam_canvas``; adapters on an odd token grid.
+        BadSettingsError: Slices are larger than ``sam_canvas``, or an odd token grid is to get adapters.
         BadWeightsError: As :func:`aslseg.sam.modeling.build.load_any`.
     """
     started = time.monotonic()
@@ -151,7 +151,7 @@ def train(
     masks = model.architecture.masks
     if not model.architecture.canvas or model.metadata.get("labels", names) != names or masks != len(names):
         if model.architecture.canvas:
-            logger.warning("%s draws other labels; its tokens for them are learned anew", init.name)
+            logger.warning("%s segments other labels; the tokens of its labels are learned anew", init.name)
         model = for_canvases(model, len(names), settings.seed)
     cases = [c for c in labelled if c.label is not None and np.asarray(c.label).any()]
     if not cases:
@@ -196,17 +196,17 @@ class _Tuner:
         return loss.item(), float(np.mean(dices))
 
     def _canvas(self, case: Prepared, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Grey values float32 and labels uint8 (S, S) of as many neighbouring slices as one canvas holds."""
+        """Grey values float32 and labels uint8 (S, S) of neighbouring slices that fill one canvas."""
         i, j, k = case.image.shape
         size = canvas_size(self.model, case.image.shape, self.settings)
         whole = Layout.of((i, j, k), size)
         depth = min(k, whole.rows * whole.columns)
         start = int(rng.integers(k - depth + 1))
-        if rng.random() < FOREGROUND_PART:
+        if rng.random() < FOREGROUND_FRACTION:
             found = np.flatnonzero(np.asarray(case.label).any((0, 1)))
             start = int(np.clip(rng.choice(found) - rng.integers(depth), 0, k - depth))
         image = np.array(case.image[..., start : start + depth], np.float32)
-        for n in np.flatnonzero(rng.random(depth) < MAPPED_PART):
+        for n in np.flatnonzero(rng.random(depth) < MAPPED_FRACTION):
             image[..., n] = monotone_map(image[..., n], rng)
         layout = Layout.of((i, j, depth), size)
         canvas = layout.stitch(_grey(self.model, image), 0)[0]
@@ -216,7 +216,7 @@ class _Tuner:
 
 
 def _grey(model: SAMModel, image: np.ndarray) -> np.ndarray:
-    """Grey values of a volume as the model takes them."""
-    if model.architecture.scaling == "zscore":
+    """Grey values of a volume, scaled by the conventions of the model."""
+    if model.conventions.scaling == "zscore":
         return (image - image.mean()) / max(float(image.std()), 1e-6)
     return image

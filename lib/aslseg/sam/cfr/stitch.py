@@ -1,9 +1,9 @@
 """CFR's stitching: the slices of a volume side by side on square canvases (arXiv 2403.11229, "Concatenate").
 
 A canvas of S x S pixels is a grid of tiles, one slice each, in the order of k, row by row; a slice's axis j runs down
-the canvas and i across it. Each tile is a slice with a margin, so that the grid about fills the canvas. This is the
+the canvas and i across it. Each tile is a slice with a margin, so that the grid nearly fills the canvas. This is the
 layout of CFR's code, which fails for more slices than tiles and for slices that overflow the canvas along one axis
-only; here a volume takes as many canvases as it needs, the two axes are independent, and no pixel of a slice is lost.
+only; here a volume takes as many canvases as it needs, the axes are independent, and no pixel of a slice is lost.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ CURVE_POINTS = 2000
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each slice of a volume lies.
+    """The places of the slices of a volume on canvases.
 
     Attributes:
         shape: (i, j, k) of the volume.
         size: S, edge of a canvas in pixels.
-        rows, columns: Of the grid of tiles.
+        rows: Of the grid of tiles.
+        columns: Of the grid of tiles.
         margins: Around a slice in its tile, in pixels down and across.
         origin: Canvas pixel of the first tile's corner; negative where the grid is larger than the canvas.
-        first: Tile of slice 0: where the slices do not fill one canvas they lie in its middle.
+        first: Tile of slice 0; slices that do not fill one canvas lie in its middle.
         canvases: Number of canvases.
     """
 
@@ -98,12 +99,12 @@ def _axis(edge: int, size: int) -> tuple[int, int, int]:
 
 
 def monotone_map(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Intensities through a random increasing curve from (0, 0) to (1, 1): CFR's change of contrast.
+    """Map intensities by a random increasing curve from (0, 0) to (1, 1), as CFR changes the contrast.
 
-    A cubic Bezier curve with two control points anywhere in the unit square; its x and y, each sorted, are the table.
+    The curve is a cubic Bezier curve with two random control points in the unit square, whose x and y are sorted.
 
     Args:
-        values: In 0..1, any shape; what lies outside is cut off.
+        values: In 0..1, any shape; values outside are clipped.
         rng: Source of the control points.
     """
     t = np.linspace(0, 1, CURVE_POINTS)[:, None]

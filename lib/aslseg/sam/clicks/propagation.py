@@ -1,193 +1,276 @@
-"""One object on its way through the slices; stopped and gone on with at any slice."""
+"""An object through the slices: the mask on one slice prompts SAM on the next, until a rule stops it."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
-from aslseg.compute.click_priority import held
+from aslseg.compute.click_priority import acquire
 from aslseg.prompts.corrections import enforce_clicks
-from aslseg.prompts.frame import to_box
+from aslseg.prompts.frame import SlicePrompt
 from aslseg.prompts.from_client import ClientPrompt
-from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
-from aslseg.sam.clicks.slice_mask import (
-    IntensityStats,
-    SliceMask,
+from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS, slice_prompts
+from aslseg.sam.clicks.automatic_mask import AutomaticMask
+from aslseg.sam.clicks.click_history import SlicedPrompt
+from aslseg.sam.clicks.slice_mask import IntensityStats, SliceMask, components_containing
+from aslseg.sam.clicks.stop_rules import (
+    COMPONENT_RULES,
+    SLICE_RULES,
+    GrownComponent,
+    GrownSlice,
+    StopReason,
+    StopRules,
     agree,
-    components_containing,
-    follows,
-    neighbour_prompts,
-    propagation_ranges,
+    first_reason,
 )
+from aslseg.sam.predictor.slice_predictor import SlicePredictor
 
-if TYPE_CHECKING:
-    from aslseg.sam.clicks.session import ClickSession
 
-# An object ends on the slice where SAM predicts less IoU than this, where the mask's Dice with the one before is less,
-# where its area is more than this many times the one before, or where its median intensity lies further than this many
-# standard deviations from the clicked slices'. A correction ends where it changes a slice less than this Dice.
-GROW_IOU, GROW_OVERLAP, GROW_AREA, GROW_INTENSITY, GROW_AGREEMENT = 0.5, 0.3, 2.0, 2.0, 0.98
+@dataclass(frozen=True)
+class Front:
+    """A place where the object grows.
 
-Click = tuple[int, int, int, int]  # 1 inside or 0 outside, then the voxel
+    Attributes:
+        k: The last slice that is drawn.
+        step: 1 or -1.
+        last: The last slice to draw.
+    """
+
+    k: int
+    step: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where the object ended: the last slice that it has in the direction ``step``, and why."""
+
+    k: int
+    step: int
+    reason: StopReason
 
 
 class Propagation:
-    """An object on its way through the slices. Advanced by one thread at a time.
+    """Grows an object from its seed slices, one slice at each :meth:`advance`. Advanced by one thread at a time.
 
     Args:
-        clicks: Whose it is.
-        prompt: All clicks.
-        earlier: The answer to some of them, or None.
+        predictor: Answers prompts on the slices.
+        seeds: The object on slices that are drawn already.
+        automatic: A mask that is repaired, or None. Its components stay where the object does not touch them, and all
+            of it stays from the slice on that the repair no longer changes.
+        rules: Limits of what stops the object; by default those of the predictor's settings.
+        prompt: Clicks and box: clicks count on their own slices too where these are no seeds, and nothing is drawn
+            outside the box.
+        earlier: A propagation that this one corrects: slices whose prompts are the same stay as they are.
+
+    Attributes:
+        masks: The object on each slice that was reached; None: it has ended.
+        stops: Where and why it ended.
+        cancelled: Set by the owner when nobody wants the rest any more.
     """
 
-    def __init__(self, owner: ClickSession, prompt: ClientPrompt, earlier: Propagation | None) -> None:
-        self.owner, self.prompt, self.box = owner, prompt, prompt.box
-        self.clicks = frozenset(clicks_of(prompt))
-        self.stopped, self.earlier = False, earlier is not None
-        self._settled = dict(earlier.parts) if earlier else {}
-        self._under = earlier.known() if earlier else {}
-        self._before = earlier.prompt if earlier else None
+    def __init__(
+        self,
+        predictor: SlicePredictor,
+        seeds: Mapping[int, SliceMask],
+        automatic: AutomaticMask | None = None,
+        rules: StopRules | None = None,
+        prompt: SlicedPrompt | None = None,
+        earlier: Propagation | None = None,
+    ) -> None:
+        self.predictor, self.automatic = predictor, automatic
+        self.rules = rules or StopRules.from_settings(predictor.settings)
+        self.prompt = prompt or SlicedPrompt(ClientPrompt())
+        self.masks: dict[int, SliceMask | None] = dict(seeds)
+        self.stops: list[Stop] = []
+        self.cancelled = False
+        self._earlier_masks = dict(earlier.masks) if earlier else {}
+        self._earlier_stops = {(s.k, s.step): s.reason for s in earlier.stops} if earlier else {}
+        self._underlying = earlier.known() if earlier else {}
+        self._changed = self.prompt.changed_slices(earlier.prompt) if earlier else set()
         self._lock = threading.Lock()
-        seeds = owner.seeds(prompt)
-        self._seeds = frozenset(seeds)
-        # a click on a slice that the object has grown through corrects what is there and does not draw it anew
-        self._begun: dict[int, SliceMask | None] = dict(earlier._begun) if earlier else {}
-        for k in self._seeds - earlier._seeds if earlier else ():
-            self._begun[k] = self._under.get(k)
-        self.parts: dict[int, SliceMask | None] = {k: self._seed(k) for k in seeds}
-        values = [owner.picture.slice(k)[p.mask] for k, p in self.parts.items() if p is not None]
-        self._look = IntensityStats.of(np.concatenate(values) if values else np.zeros(0))
-        extent = prompt.box[2] if prompt.box is not None else (0, owner.picture.shape[2] - 1)
-        self._open = deque(j for j in propagation_ranges(sorted(seeds), extent) if j[0] != j[2])
-
-    def _seed(self, k: int) -> SliceMask:
-        settled = self._settled.get(k)
-        return (
-            settled if settled is not None and self._same(k) else self.owner.clicked(k, self.prompt, self._begun.get(k))
-        )
+        values = [predictor.source.slice(k)[mask.mask] for k, mask in seeds.items()]
+        self._intensity = IntensityStats.of(np.concatenate(values) if values else np.zeros(0))
+        self._fronts: deque[tuple[Front, SliceMask]] = deque()  # with the mask on the last slice of each
+        for front in propagation_ranges(sorted(seeds), self._extent):
+            if front.k == front.last:
+                self.stops.append(Stop(front.k, front.step, self._end(front)))
+            else:
+                self._fronts.append((front, seeds[front.k]))
 
     @property
     def done(self) -> bool:
         """Whether nothing is left to draw."""
-        return not self._open
+        return not self._fronts
+
+    @property
+    def _extent(self) -> tuple[int, int]:
+        return self.prompt.extent or (0, self.predictor.depth - 1)
 
     def known(self) -> dict[int, SliceMask | None]:
-        """Every slice that was drawn, in this answer or in those it builds upon."""
-        return self._under | self.parts
+        """Every slice that was reached, here or in the propagations that this one corrects."""
+        return self._underlying | self.masks
 
-    def shown(self, k: int) -> np.ndarray | None:
-        """The object on slice k as it is now, (i, j) bool; None: nothing there."""
-        part = self.parts[k] if k in self.parts else self._under.get(k)
-        if part is not None:
-            return part.mask
-        return self.owner.automatic_mask(k)
+    def mask(self, k: int) -> np.ndarray | None:
+        """The object on slice k as it is now, (i, j) bool; None: nothing is there."""
+        found = self.masks[k] if k in self.masks else self._underlying.get(k)
+        if found is not None:
+            return found.mask
+        return self.automatic.mask(k) if self.automatic is not None else None
 
     def volume(self) -> np.ndarray:
         """uint8 (i, j, k), 0 or 1."""
-        out = np.zeros(self.owner.picture.shape, np.uint8)
+        out = np.zeros(self.predictor.source.shape, np.uint8)
         for k in self.slices():
-            mask = self.shown(k)
+            mask = self.mask(k)
             if mask is not None:
                 out[..., k] = mask
         return out
 
     def slices(self) -> list[int]:
-        """Slices that may hold something."""
-        return list(range(self.owner.picture.shape[2])) if self.owner.region is not None else sorted(self.known())
+        """Slices that may show something."""
+        return list(range(self.predictor.depth)) if self.automatic is not None else sorted(self.known())
 
-    def next_takes(self) -> float:
-        """Seconds that the next slice is likely to take."""
+    def expected_seconds(self) -> float:
+        """How long the next slice probably takes."""
         try:
-            start, step, _ = self._open[0]
-        except IndexError:
+            front, _ = self._fronts[0]
+        except IndexError:  # another thread drew the last slice
             return 0.0
-        encode = 0.0 if self.owner.embedded(start + step) else self.owner.pace.get("encode", 0.0)
-        return encode + self.owner.pace.get("step", 0.0)
+        return self.predictor.expected_seconds(front.k + front.step)
 
     def advance(self) -> bool:
-        """Draw one more slice; whether there are more."""
-        with held(self._lock):
-            if not self._open:
+        """Draw one more slice. Returns whether there are more.
+
+        A step that fails leaves everything as it was and can be repeated.
+        """
+        with acquire(self._lock):
+            if not self._fronts:
                 return False
-            # taken off only when its slice is there: `done` is asked meanwhile, and a step that fails can be repeated
-            start, step, last = self._open[0]
-            k, before = start + step, self.parts[start]
-            if self.parts.get(k) is not None:  # what grows from the next clicked slice has come as far
-                self._open.popleft()
-                return bool(self._open)
-            begun = time.perf_counter()
-            ready = self.owner.embedded(k)
-            part = self._grown(k, step, last, before) if before is not None else None
-            if ready:
-                self.owner.took("step", time.perf_counter() - begun)
-            if part is None:
-                # the object has ended: what was there before is not part of it, unless it is reached from elsewhere
-                self.parts = dict.fromkeys(range(k, last + step, step)) | self.parts
+            front, before = self._fronts[0]
+            k = front.k + front.step
+            if self.masks.get(k) is not None:
+                self.stops.append(Stop(front.k, front.step, StopReason.MET_NEIGHBOUR))
             else:
-                self.parts[k] = part
-                if k != last:
-                    self._open.append((k, step, last))
-            self._open.popleft()
-            return bool(self._open)
+                self._place(front, self._timed_grow(k, front, before))
+            # `done` is read by other threads: the front leaves only when its slice is there
+            self._fronts.popleft()
+            return bool(self._fronts)
 
-    def _same(self, k: int) -> bool:
-        """Whether slice k has the same clicks as before."""
-        return self._before is not None and {c for c in self.clicks if c[3] == k} == {
-            c for c in clicks_of(self._before) if c[3] == k
-        }
+    def _place(self, front: Front, found: SliceMask | StopReason) -> None:
+        """Enter what was found on the slice after a front."""
+        k = front.k + front.step
+        if isinstance(found, StopReason):
+            self.stops.append(Stop(front.k, front.step, found))
+            # an earlier mask beyond the end is no part of the object any more, unless another front reaches it
+            self.masks = dict.fromkeys(range(k, front.last + front.step, front.step)) | self.masks
+            return
+        self.masks[k] = found
+        moved = Front(k, front.step, front.last)
+        if k == front.last:
+            self.stops.append(Stop(k, front.step, self._end(moved)))
+        else:
+            self._fronts.append((moved, found))
 
-    def _grown(self, k: int, step: int, last: int, before: SliceMask) -> SliceMask | None:
-        """The object next to a slice with ``before``; None where it ends."""
-        if k in self._settled and self._settled.get(k - step) is before and self._same(k):
-            return self._settled[k]
-        owner, settings = self.owner, self.owner.settings
-        source = before.drawn
-        told = neighbour_prompts(source, *owner.points(k, self.prompt), settings, owner.scale)
-        if owner.model.device.type != "cpu" and told and not owner.embedded(k):
-            owner.embed(list(range(k, k + step * min(settings.sam_batch, abs(last - k) + 1), step)))
-        drawn = np.zeros(owner.shape, np.float32)
-        for part, (probability, iou) in zip(told, owner.ask(k, told) if told else [], strict=True):
-            if iou >= GROW_IOU and follows(probability >= 0.5, source >= 0.5, GROW_OVERLAP):
-                drawn = np.maximum(drawn, owner.within(probability, part.box))
-        drawn = enforce_clicks(owner.within(drawn, box_of(self.prompt), margin=0), *owner.points(k, self.prompt))
-        kept = replaced = None
-        automatic = owner.automatic_mask(k)
-        if automatic is not None:
-            components, _ = ndimage.label(automatic, EIGHT_NEIGHBOURS)
-            hit = (source >= 0.5) | (drawn >= 0.5) | (False if before.replaced is None else before.replaced)
-            replaced = components_containing(components, hit)
-            kept = (components > 0) & ~replaced
-        if not self._believable(k, drawn >= 0.5, source >= 0.5):
-            return None
-        found = SliceMask.of(drawn, owner.margin, kept, replaced)
-        then = self._under.get(k)
-        if then is None and automatic is not None and agree(found.mask, automatic, GROW_AGREEMENT):
-            return None
-        if then is not None and self._same(k) and agree(found.mask, then.mask, GROW_AGREEMENT):
-            return then
+    def _end(self, front: Front) -> StopReason:
+        """Why a front goes no farther than its last slice."""
+        first, last = self._extent
+        if front.last != (last if front.step > 0 else first):
+            return StopReason.MET_NEIGHBOUR
+        return StopReason.BOX_END if self.prompt.extent else StopReason.VOLUME_END
+
+    def _timed_grow(self, k: int, front: Front, before: SliceMask) -> SliceMask | StopReason:
+        start, embedded = time.perf_counter(), self.predictor.is_embedded(k)
+        found = self._grow(k, front, before)
+        if embedded:
+            self.predictor.record("step", time.perf_counter() - start)
         return found
 
-    def _believable(self, k: int, mask: np.ndarray, before: np.ndarray) -> bool:
-        settings, area = self.owner.settings, int(mask.sum())
-        if area * self.owner.scale**2 < settings.min_component or area > GROW_AREA * before.sum():
-            return False
-        return self._look.matches(self.owner.picture.slice(k)[mask], GROW_INTENSITY)
+    def _grow(self, k: int, front: Front, before: SliceMask) -> SliceMask | StopReason:
+        """The object on slice k, next to a slice with ``before``, or why it ends there."""
+        if k in self._earlier_masks and self._earlier_masks.get(front.k) is before and k not in self._changed:
+            settled = self._earlier_masks[k]
+            ended = self._earlier_stops.get((front.k, front.step), StopReason.AS_BEFORE)
+            return ended if settled is None else settled
+        source = before.drawn
+        drawn, rejected = self._draw(k, front, source)
+        kept = replaced = None
+        automatic = self.automatic.mask(k) if self.automatic is not None else None
+        if automatic is not None:
+            components, _ = ndimage.label(automatic, EIGHT_NEIGHBOURS)
+            touched = (source >= 0.5) | (drawn >= 0.5)
+            if before.replaced is not None:
+                touched |= before.replaced
+            replaced = components_containing(components, touched)
+            kept = (components > 0) & ~replaced
+        found = SliceMask.of(drawn, self.predictor.settings.box_margin / self.predictor.scale, kept, replaced)
+        underlying, mask = self._underlying.get(k), drawn >= 0.5
+        grown = GrownSlice(
+            mask=mask,
+            before=source >= 0.5,
+            scale=self.predictor.scale,
+            intensities=lambda: self.predictor.source.slice(k)[mask],
+            clicked=self._intensity,
+            shown=found.mask,
+            automatic=automatic if underlying is None else None,
+        )
+        reason = first_reason(SLICE_RULES, grown, self.rules)
+        if reason is not None:
+            return rejected if rejected is not None and not mask.any() else reason
+        if underlying is not None and k not in self._changed:
+            return underlying if agree(found.mask, underlying.mask, self.rules.agreement) else found
+        return found
+
+    def _draw(self, k: int, front: Front, source: np.ndarray) -> tuple[np.ndarray, StopReason | None]:
+        """SAM's answers to the components of the slice before, without those that a rule rejects.
+
+        Args:
+            k: The slice to draw.
+            front: Where it is reached from.
+            source: Probabilities (i, j) on the slice before.
+
+        Returns:
+            Probabilities (i, j) with all clicks on the slice enforced, and why a component was rejected, if one was.
+        """
+        predictor, clicks = self.predictor, self.prompt.points(k)
+        drawn, rejected = np.zeros(predictor.shape, np.float32), None
+        prompts = neighbour_prompts(predictor, source, *clicks)
+        if prompts:
+            predictor.embed_ahead(k, front.step, front.last)
+        for prompt, (probability, iou) in zip(prompts, predictor.predict(k, prompts), strict=True):
+            component = GrownComponent(probability >= 0.5, source >= 0.5, iou)
+            reason = first_reason(COMPONENT_RULES, component, self.rules)
+            if reason is None:
+                drawn = np.maximum(drawn, predictor.keep_in_box(probability, prompt.box))
+            else:
+                rejected = rejected or reason
+        return enforce_clicks(predictor.keep_in_box(drawn, self.prompt.box, margin=0), *clicks), rejected
 
 
-def clicks_of(prompt: ClientPrompt) -> dict[Click, None]:
-    """All clicks of a prompt, in the order foreground, background."""
-    parts = ((1, prompt.foreground), (0, prompt.background))
-    return {(label, i, j, k): None for label, voxels in parts for i, j, k in voxels.tolist()}
+def neighbour_prompts(
+    predictor: SlicePredictor, before: np.ndarray, points: np.ndarray, labels: np.ndarray
+) -> list[SlicePrompt]:
+    """Prompts for a slice from the object's probabilities (i, j) on the slice before it and the clicks on its own."""
+    return [
+        SlicePrompt(
+            prompt.box,
+            np.concatenate([prompt.points, points]),
+            np.concatenate([prompt.point_labels, labels]),
+            prompt.mask,
+        )
+        for prompt in slice_prompts(before >= 0.5, before, predictor.settings, predictor.scale)
+    ]
 
 
-def box_of(prompt: ClientPrompt) -> tuple[float, float, float, float] | None:
-    """The box on every slice, as SAM has it."""
-    if prompt.box is None:
-        return None
-    (i0, i1), (j0, j1), _ = prompt.box
-    return to_box((i0, i1 + 1), (j0, j1 + 1))
+def propagation_ranges(seeds: list[int], extent: tuple[int, int]) -> Iterator[Front]:
+    """Fronts away from every seed slice, each at most to the next seed and within ``extent``."""
+    for n, k in enumerate(seeds):
+        if extent[0] <= k <= extent[1]:
+            yield Front(k, 1, min(extent[1], seeds[n + 1] - 1 if n + 1 < len(seeds) else extent[1]))
+            yield Front(k, -1, max(extent[0], seeds[n - 1] + 1 if n else extent[0]))

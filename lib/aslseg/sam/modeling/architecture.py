@@ -1,20 +1,21 @@
-"""The sizes a SAM can have, and segment-anything's own modules put together for them."""
+"""The sizes of a SAM, and SAMs of these sizes built from the modules of segment-anything."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
+from aslseg.sam.modeling.conventions import OURS, SAM, Conventions
 from aslseg.sam.modeling.med2d_adapter import add_adapters
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that is needed to build a SAM before its weights are known.
+    """Everything that is needed to build a SAM without weights, and how it is asked.
 
     Attributes:
         image_size: Edge of the square input in pixels.
@@ -24,19 +25,10 @@ class Architecture:
         mlp_dim: Width of the decoder's MLPs.
         decoder_heads: Attention heads of the decoder.
         masks: Masks offered for an ambiguous prompt; there is one token more, for the single answer.
-        canvas: Whether it answers whole canvases (:mod:`aslseg.sam.cfr.canvas`) instead of prompts: there is then one
-            mask per label, and the first token is the background.
+        canvas: Whether it segments whole canvases (:mod:`aslseg.sam.cfr.canvas`) instead of answering prompts: there is
+            then one mask per label, and the first token is the background.
         adapters: Whether the encoder's blocks carry SAM-Med2D's adapters.
-        box_mask: Whether a box without a mask comes with the ellipse in it as mask prompt, as for SAMs that we trained:
-            a coarse grid of tokens places a box only roughly, a mask prompt to a quarter of a token.
-        mask_prompt: What a mask prompt holds: SAM takes logits, SAM-Med2D probabilities.
-        multimask: When several masks are offered, of which the one counts whose IoU is predicted best: for
-            ``ambiguous`` prompts (SAM: a lone point), ``always`` (SAM-Med2D, whose single answer was never trained) or
-            ``never`` (MedSAM, which trained nothing else).
-        resize: ``longest`` keeps the aspect ratio and pads; ``squash`` does not (MedSAM, SAM-Med2D).
-        interpolation: How a slice comes to its size: SAM bilinear, MedSAM bicubic, SAM-Med2D nearest.
-        scaling: ``imagenet`` (SAM's mean and standard deviation), ``minmax`` (MedSAM: each slice to 0..1) or
-            ``zscore`` (CFR's files: each volume to zero mean and unit variance).
+        conventions: How slices and prompts are shown to it.
     """
 
     image_size: int = 192
@@ -52,29 +44,31 @@ class Architecture:
     masks: int = 3
     canvas: bool = False
     adapters: bool = False
-    box_mask: bool = False
-    mask_prompt: Literal["logits", "probabilities"] = "logits"
-    multimask: Literal["ambiguous", "always", "never"] = "ambiguous"
-    resize: Literal["longest", "squash"] = "longest"
-    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
-    scaling: Literal["imagenet", "minmax", "zscore"] = "imagenet"
+    conventions: Conventions = SAM
 
     @classmethod
     def from_metadata(cls, values: dict[str, Any]) -> Architecture:
-        """The inverse of :func:`dataclasses.asdict` through JSON; our files that are silent on it have ``box_mask``."""
-        return cls(**{"box_mask": True, **values, "global_blocks": tuple(values["global_blocks"])})
+        """The inverse of :meth:`to_metadata` after JSON. Our files that do not say otherwise have ``box_mask``."""
+        values = {"box_mask": True, **values, "global_blocks": tuple(values["global_blocks"])}
+        asked = {f.name: values.pop(f.name) for f in fields(Conventions) if f.name in values}
+        return cls(**values, conventions=Conventions(**asked))
+
+    def to_metadata(self) -> dict[str, Any]:
+        """All values by name, those of the conventions beside the others, as model files hold them."""
+        values = asdict(self)
+        return values | values.pop("conventions")
+
+    def with_conventions(self, **changes: Any) -> Architecture:
+        """The same SAM, shown slices and prompts in another way."""
+        return replace(self, conventions=replace(self.conventions, **changes))
 
     @property
     def grid(self) -> int:
         """Tokens along one edge."""
         return self.image_size // self.patch_size
 
-    def use_multimask(self, ambiguous: bool) -> bool:
-        """Whether a prompt, ambiguous or not, is answered with several masks."""
-        return self.multimask == "always" or (ambiguous and self.multimask == "ambiguous")
 
-
-SMALL = Architecture(box_mask=True)
+SMALL = Architecture(conventions=OURS)
 VIT_B = Architecture(1024, 16, 768, 12, 12, 14, (2, 5, 8, 11), 256, 2048)
 VIT_L = Architecture(1024, 16, 1024, 24, 16, 14, (5, 11, 17, 23), 256, 2048)
 VIT_H = Architecture(1024, 16, 1280, 32, 16, 14, (7, 15, 23, 31), 256, 2048)
@@ -83,7 +77,7 @@ VIT_H = Architecture(1024, 16, 1280, 32, 16, 14, (7, 15, 23, 31), 256, 2048)
 def build(architecture: Architecture) -> Sam:
     """A SAM with random weights."""
     a = architecture
-    imagenet = a.scaling == "imagenet"
+    imagenet = a.conventions.scaling == "imagenet"
     sam = Sam(
         image_encoder=ImageEncoderViT(
             img_size=a.image_size,

@@ -1,10 +1,10 @@
-"""The same attention in SAM's image encoder with less work.
+"""The attention of SAM's image encoder with less computation.
 
 segment-anything multiplies queries and keys, adds the relative positions to the whole matrix and takes its softmax.
-Here torch's fused kernel does that with the relative positions as its mask. And where a token grid is padded to full
-windows (16 to 28 tokens at 256 px, three quarters of them padding), the padding is not multiplied: it is zero before
-the projection, so that all of it has one key and one value, the projection's bias, and nobody reads what it attends to.
-The padding of a window is one key more, whose logit is the log-sum-exp over its places.
+Here torch's fused kernel does that, with the relative positions as its mask. Where a token grid is padded to full
+windows (16 to 28 tokens at 256 px), the padding is not multiplied: it is zero before the projection, so that all of it
+has the same key and the same value, the bias of the projection, and its outputs are not used. The padding of a window
+becomes one additional key, whose logit is the log-sum-exp over its positions.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 
 def use_fused_attention(encoder: ImageEncoderViT) -> None:
-    """Let an encoder's attention modules compute as above; a second call does nothing.
+    """Replace the forward pass of an encoder's attention modules; a second call does nothing.
 
-    Outputs agree with segment-anything's to rounding (1e-5 in single precision). Only modules that are exactly
-    segment-anything's are touched; weights, keys and everything else stay as they are.
+    Outputs agree with those of segment-anything to rounding. Only instances of segment-anything's own class are
+    changed; weights and their names stay as they are.
     """
     grid = encoder.img_size // encoder.patch_embed.proj.stride[0]
     for block in encoder.blocks:
@@ -35,10 +35,10 @@ def use_fused_attention(encoder: ImageEncoderViT) -> None:
 
 
 def _rectangles(grid: int, window: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Windows with the same number of rows and columns that are no padding.
+    """Groups of windows that have the same numbers of rows and columns without padding.
 
     Yields:
-        Indices (n, h w) of the tokens of n such windows among all tokens of all windows in a row; h; w.
+        Indices (n, h w) of the tokens of n windows among the tokens of all windows, which follow one another; h; w.
     """
     along = -(-grid // window)
     tokens = torch.arange(along**2 * window**2).view(along, along, window, window)
@@ -73,10 +73,10 @@ def _forward(self: Attention, x: Tensor) -> Tensor:
 
 
 def _relative(self: Attention, q: Tensor) -> tuple[Tensor, Tensor]:
-    """What the relative positions add to the logits of queries (n, heads, h, w, c): by row and by column of the window.
+    """The additions of the relative positions to the logits of queries (n, heads, h, w, c), by row and by column.
 
     Returns:
-        Two of (n, heads, h, w, window); a key's share is the sum of its row's and its column's.
+        Two arrays (n, heads, h, w, window); for a key, those of its row and its column are summed.
     """
     size, (h, w) = self.window, q.shape[2:4]
     by_row = get_rel_pos(size, size, self.rel_pos_h)[:h].to(q.dtype)
@@ -87,9 +87,9 @@ def _relative(self: Attention, q: Tensor) -> tuple[Tensor, Tensor]:
 def _with_padding(
     self: Attention, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values (n, heads, h w + 1, c) with the padding's as the last, and what is to be added to its logits.
+    """Keys and values (n, heads, h w + 1, c), the last ones those of the padding, and the addition to its logits.
 
-    The padding is what lies below the h rows, and beside the w columns of these.
+    The padding lies below the h rows, and beside the w columns of these rows.
     """
     n, heads, _, c = q.shape
     h, w = rows.shape[2:4]

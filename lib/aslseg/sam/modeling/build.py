@@ -1,6 +1,6 @@
-"""A SAM with its preprocessing: what the stages talk to.
+"""A SAM with its preprocessing.
 
-Frames. A *slice* is an array (i, j): rows i, columns j. SAM's *input frame* is the slice with its long side resized
+A *slice* is an array (i, j): rows i, columns j. SAM's *input frame* is the slice with its long side resized
 to ``image_size`` and zero-padded at the bottom and right, or for some kinds resized to the whole square. *Low-res*
 maps have a quarter of a token's edge (4 x grid). Prompts are (x, y) = (column, row); :mod:`aslseg.prompts.frame` makes
 them on slices, and :meth:`SAMModel.scale` takes them to the input frame.
@@ -9,7 +9,6 @@ them on slices, and :meth:`SAMModel.scale` takes them to the input frame.
 from __future__ import annotations
 
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -21,13 +20,13 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 
-from aslseg.compute.click_priority import yield_to_clicks
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.errors import BadWeightsError
 from aslseg.files import sha256
 from aslseg.resources import small_sam
 from aslseg.sam.modeling import checkpoints
 from aslseg.sam.modeling.architecture import Architecture, build
+from aslseg.sam.modeling.conventions import Conventions
 from aslseg.settings import Settings
 
 MASK_LOGIT_LIMIT = 6.0
@@ -40,9 +39,9 @@ class SAMModel:
     Args:
         sam: The network.
         architecture: What it was built from.
-        metadata: ``kind``, ``labels``, ``architecture``, ``base_sha256`` and whatever else its file says.
-        device: Where it runs.
-        fingerprint: Names the weights, for caches; the hash of the file, or by default a fresh name.
+        metadata: ``kind``, ``labels``, ``architecture``, ``base_sha256`` and the other entries of its file.
+        device: Computes it.
+        fingerprint: Identifies the weights in caches: the hash of the file, or by default a new random name.
     """
 
     def __init__(
@@ -55,41 +54,44 @@ class SAMModel:
     ) -> None:
         self.sam = sam.to(device)
         self.architecture = architecture
-        self.metadata = {"kind": "sam", "architecture": asdict(architecture)} | (metadata or {})
+        self.metadata = {"kind": "sam", "architecture": architecture.to_metadata()} | (metadata or {})
         self.device = torch.device(device)
         self.fingerprint = fingerprint or uuid.uuid4().hex
         self.bf16 = bfloat16_pays(self.device)
         for end in (sam.image_encoder.patch_embed, sam.image_encoder.neck):
             _in_single_precision(end)
-        for block in sam.image_encoder.blocks:
-            block.register_forward_pre_hook(_give_way)
 
     @property
     def image_size(self) -> int:
         """Edge of the square input in pixels."""
         return self.architecture.image_size
 
+    @property
+    def conventions(self) -> Conventions:
+        """How slices and prompts are shown to it."""
+        return self.architecture.conventions
+
     def input_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns that a slice of ``shape`` (i, j) fills in the input frame."""
-        if self.architecture.resize == "squash":
+        if self.conventions.resize == "squash":
             return self.image_size, self.image_size
         return ResizeLongestSide.get_preprocess_shape(shape[0], shape[1], self.image_size)
 
     def preprocess(self, slices: Tensor) -> Tensor:
-        """Slices (B, i, j) in 0..1 to SAM's input (B, 3, image_size, image_size), as its kind wants them.
+        """Slices (B, i, j) in 0..1 to SAM's input (B, 3, image_size, image_size), by the conventions of its file.
 
-        Where the architecture says ``zscore``, slices of volumes with zero mean and unit variance.
+        With ``zscore`` the slices are those of a volume with zero mean and unit variance.
         """
         shape = self.input_shape((slices.shape[1], slices.shape[2]))
         grey = slices.to(self.device, torch.float32)[:, None]
-        if self.architecture.scaling == "imagenet":
+        if self.conventions.scaling == "imagenet":
             grey = grey * 255
         low, high = grey.amin((2, 3), keepdim=True), grey.amax((2, 3), keepdim=True)
         if tuple(grey.shape[2:]) != shape:
-            mode = self.architecture.interpolation
+            mode = self.conventions.interpolation
             smooth = {"align_corners": False, "antialias": True} if mode != "nearest" else {}
             grey = F.interpolate(grey, shape, mode=mode, **smooth)
-        if self.architecture.scaling == "minmax":
+        if self.conventions.scaling == "minmax":
             grey = (grey.clamp(low, high) - low) / (high - low).clamp(min=1e-8)
         return self.sam.preprocess(grey.expand(-1, 3, -1, -1))
 
@@ -108,7 +110,7 @@ class SAMModel:
         """One mask, or three, for each of P prompts, which may belong to different slices.
 
         Args:
-            embeddings: (P, C, grid, grid), the slice's embedding for every prompt; (1, ...) serves all.
+            embeddings: (P, C, grid, grid), the embedding of the slice for every prompt, or (1, ...) for all.
             points: Coordinates (P, n, 2) as (x, y) in the input frame and labels (P, n): 1 in, 0 out, -1 padding.
             boxes: (P, 4) as x0, y0, x1, y1 in the input frame.
             masks: (P, 1, 4 grid, 4 grid), as :meth:`mask_prompt` makes them.
@@ -118,8 +120,8 @@ class SAMModel:
             Low-res logits (P, M, 4 grid, 4 grid) and predicted IoU (P, M); M is 3 or 1.
         """
         sparse, dense = self.sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
-        # The decoder repeats ONE image embedding for all prompts and adds the dense prompt to it. Adding the
-        # embeddings to the dense prompts ourselves gives the same sum and lets prompts of many slices share a call.
+        # The decoder repeats one image embedding for all prompts and adds the dense prompt to it. Added to the dense
+        # prompts here, the sum is the same, and prompts on several slices share a call.
         return self.sam.mask_decoder(
             image_embeddings=torch.zeros_like(embeddings[:1]),
             image_pe=self.sam.prompt_encoder.get_dense_pe(),
@@ -131,7 +133,7 @@ class SAMModel:
     def mask_prompt(self, probabilities: Tensor) -> Tensor:
         """Low-res probabilities (P, 4 grid, 4 grid) to mask prompts (P, 1, 4 grid, 4 grid)."""
         p = probabilities[:, None].to(self.device, torch.float32)
-        if self.architecture.mask_prompt == "probabilities":
+        if self.conventions.mask_prompt == "probabilities":
             return p
         return torch.logit(p, eps=1e-4).clamp(-MASK_LOGIT_LIMIT, MASK_LOGIT_LIMIT)
 
@@ -156,10 +158,9 @@ class SAMModel:
 
 
 def ellipses(boxes: Tensor, size: int, scale: float) -> Tensor:
-    """What a box by itself says about the object in it: probabilities that fade from its centre to its sides.
+    """Guess the objects in boxes: probabilities that fade from the centre of a box to its sides.
 
-    A convex object in its tight box is hardly ever far from the ellipse: alone that has a Dice of 0.83 on atria, 0.84
-    on livers and 0.91 on liver tumours (docs/results.md).
+    A convex object in its tight box resembles the inscribed ellipse (docs/sam.md).
 
     Args:
         boxes: (P, 4) as x0, y0, x1, y1 in the input frame.
@@ -177,17 +178,12 @@ def ellipses(boxes: Tensor, size: int, scale: float) -> Tensor:
 
 
 def _in_single_precision(module: nn.Module) -> None:
-    """Take a module out of autocast.
+    """Exclude a module from autocast.
 
-    What the first one gives to the residual stream decides in which precision the blocks add to it. With both ends of
-    the encoder in float32, masks from bfloat16 blocks agree with float32's by a Dice of 0.9998, without by 0.9990
-    (docs/results.md).
+    The first module of the residual stream decides in which precision the blocks add to it, so that both ends of the
+    encoder stay in float32 while its blocks compute in bfloat16.
     """
     module.forward = MethodType(_without_autocast, module)
-
-
-def _give_way(_: nn.Module, __: tuple[Tensor, ...]) -> None:
-    yield_to_clicks()
 
 
 def _without_autocast(self: nn.Module, x: Tensor) -> Tensor:
@@ -196,14 +192,14 @@ def _without_autocast(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def base_path(settings: Settings) -> Path:
-    """The SAM that fine-tuning starts from and that answers clicks before there is a better one."""
+    """The SAM that fine-tuning starts from, and that answers clicks until one is published."""
     return Path(settings.sam_checkpoint) if settings.sam_checkpoint else small_sam()
 
 
 def load(path: Path, settings: Settings) -> SAMModel:
-    """Load a SAM of any supported format, recognised from the file, to be asked with prompts.
+    """Load a SAM that answers prompts; its format is recognised from the file.
 
-    SAM draws what it is prompted with, so one that was fine-tuned for other labels may be used too.
+    Prompts say what is drawn, so a SAM that was fine-tuned for other labels may be used too.
 
     Args:
         path: Our ``*.safetensors``, or an official file of SAM, MedSAM or SAM-Med2D with or without adapters.
@@ -216,16 +212,16 @@ def load(path: Path, settings: Settings) -> SAMModel:
     model = load_any(path, settings)
     if model.architecture.canvas:
         raise BadWeightsError(
-            f"{path.name}: draws stitched canvases and takes no prompts (CFR). Give a SAM, MedSAM or SAM-Med2D file, "
-            "or leave sam_checkpoint empty"
+            f"{path.name}: segments stitched canvases and takes no prompts (CFR). Give a SAM, MedSAM or SAM-Med2D "
+            "file, or leave sam_checkpoint empty"
         )
     return model
 
 
 def load_any(path: Path, settings: Settings) -> SAMModel:
-    """As :func:`load`, for SAMs that take prompts and for those that draw canvases.
+    """As :func:`load`, also for SAMs that segment canvases.
 
-    ``sam_image_size`` is for files to start from: what we fine-tuned stays at the size it was trained at.
+    ``sam_image_size`` resizes files to start from; files that were fine-tuned here keep the size of their training.
 
     Args:
         path: A SAM file; for CFR's the setting ``sam_base`` names the SAM it was trained from.
@@ -241,7 +237,7 @@ def load_any(path: Path, settings: Settings) -> SAMModel:
         found = found.at(size)
     sam = build(found.architecture)
     sam.load_state_dict({k: v.float() for k, v in found.state.items()}, strict=True)
-    metadata = found.metadata | {"kind": "sam", "architecture": asdict(found.architecture)}
+    metadata = found.metadata | {"kind": "sam", "architecture": found.architecture.to_metadata()}
     fingerprint = f"{sha256(path)}-{found.kind}-{found.architecture.image_size}"
     if found.lora:
         metadata["lora_base_sha256"] = sha256(Path(settings.sam_base))

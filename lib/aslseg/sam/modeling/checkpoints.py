@@ -1,8 +1,8 @@
-"""SAM files: read without executing anything, recognised from what they hold, checked key by key.
+"""SAM files: read without executing anything, recognised from their content, checked key by key.
 
-Formats (science.md, section 3.3): ``sam_vit_b/l/h`` and MedSAM are plain state dicts at 1024 px; SAM-Med2D keeps its
+Formats (docs/sam.md): ``sam_vit_b/l/h`` and MedSAM are plain state dicts at 1024 px; SAM-Med2D keeps its
 state dict under ``model``, at 256 px, with 72 adapter keys or without; CFR keeps LoRA weights, prompt encoder and
-decoder, and needs the SAM it was trained from; ours are safetensors that say what they are.
+decoder, and needs the SAM it was trained from; ours are safetensors with metadata.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from aslseg.compute.weights import load_weights, read_metadata
 from aslseg.errors import BadSettingsError, BadWeightsError
 from aslseg.files import sha256
 from aslseg.sam.modeling.architecture import VIT_B, VIT_H, VIT_L, Architecture, build
+from aslseg.sam.modeling.conventions import BY_KIND, SAM
 from aslseg.sam.modeling.lora import cfr_blocks, cfr_rank, is_cfr, merged_cfr
 from aslseg.sam.modeling.safe_load import read_tensors
 from aslseg.settings import Settings
@@ -32,36 +33,26 @@ ADAPTER = re.compile(r"image_encoder\.blocks\.(\d+)\.Adapter\.")
 BLOCK = re.compile(r"image_encoder\.blocks\.(\d+)\.")
 MED2D_SIZE = 256
 UNDECIDED = "sam_vit_b or medsam"
-PREPROCESSING: dict[str, dict[str, Any]] = {
-    "medsam": {"resize": "squash", "interpolation": "bicubic", "scaling": "minmax", "multimask": "never"},
-    "sam_med2d": {
-        "resize": "squash",
-        "interpolation": "nearest",
-        "mask_prompt": "probabilities",
-        "multimask": "always",
-    },
-    "cfr_lora": {"scaling": "zscore", "canvas": True},
-}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A SAM file's content.
+    """The content of a SAM file.
 
     Attributes:
         path: The file.
         kind: ``aslseg``, ``sam_vit_b``, ``sam_vit_l``, ``sam_vit_h``, ``medsam``, ``sam_med2d``, ``cfr_lora``, ``sam``
-            (another size), or ``sam_vit_b or medsam`` where nothing tells these two apart.
-        recognised_by: What gave the kind away.
+            (another size), or ``sam_vit_b or medsam`` where these two cannot be distinguished.
+        recognised_by: The property that the kind was recognised by.
         state: State dict, LoRA merged.
-        architecture: As recognised from the shapes, or as our own file says.
+        architecture: Recognised from the shapes, or from the metadata of our files.
         metadata: Ours, or empty.
         adapters: Encoder blocks that carry an adapter.
         lora: Rank of CFR's LoRA, 0 without.
         parameters: Number of trained values in the file.
         objects: Names of Python objects in the file; they were neither imported nor called.
-        missing, unexpected: Keys that the architecture wants and that it has no place for; a key of another shape
-            is in both.
+        missing: Keys of the architecture that the file lacks; a key of another shape counts as missing and unexpected.
+        unexpected: Keys of the file that the architecture lacks.
     """
 
     path: Path
@@ -78,10 +69,10 @@ class Checkpoint:
     unexpected: tuple[str, ...]
 
     def require_loadable(self) -> None:
-        """Raise if the weights cannot be used as they are.
+        """Check that the weights can be used.
 
         Raises:
-            BadWeightsError: Missing or unexpected keys, or a kind that cannot be told.
+            BadWeightsError: Keys are missing or unexpected, or the kind is not known.
         """
         name = self.path.name
         if self.kind == UNDECIDED:
@@ -102,7 +93,7 @@ class Checkpoint:
         """The same SAM for another input size, positional embeddings resized.
 
         Raises:
-            BadSettingsError: No such size.
+            BadSettingsError: The size is no multiple of the token size.
         """
         a = self.architecture
         step = a.patch_size * (2 if a.adapters else 1)
@@ -117,10 +108,10 @@ def read(path: Path, settings: Settings | None = None) -> Checkpoint:
 
     Args:
         path: The file.
-        settings: ``sam_kind`` overrules what the file looks like, ``sam_base`` is what CFR's LoRA is merged into.
+        settings: ``sam_kind`` overrules the recognised kind; CFR's LoRA is merged into ``sam_base``.
 
     Raises:
-        BadWeightsError: Missing, damaged, or not a SAM.
+        BadWeightsError: The file is missing, damaged, or no SAM.
     """
     if not path.is_file():
         raise BadWeightsError(f"{path}: no such file; set sam_checkpoint to a SAM file or leave it empty")
@@ -136,7 +127,7 @@ def read(path: Path, settings: Settings | None = None) -> Checkpoint:
         else:
             architecture = _shape(state)
             kind, why = _kind(architecture, path, settings)
-            architecture = replace(architecture, **PREPROCESSING.get(kind, {}))
+            architecture = replace(architecture, conventions=BY_KIND.get(kind, SAM))
         with torch.device("meta"):
             wanted = build(architecture).state_dict()
     except (LookupError, TypeError, ZeroDivisionError, ValueError, RuntimeError) as error:
@@ -162,7 +153,7 @@ def read(path: Path, settings: Settings | None = None) -> Checkpoint:
 
 
 def describe(path: Path, settings: Settings | None = None) -> dict[str, Any]:
-    """What ``aslseg info --sam-checkpoint`` says about a file.
+    """A description of a file, for ``aslseg info --sam-checkpoint``.
 
     Returns:
         ``kind``, ``recognised_by``, ``sha256``, ``image_size`` of the file, ``adapters`` (bool), ``lora`` (rank),
@@ -181,8 +172,8 @@ def describe(path: Path, settings: Settings | None = None) -> dict[str, Any]:
         "adapters": found.adapters > 0,
         "lora": found.lora,
         "parameters": found.parameters,
-        "preprocessing": {k: asdict(a)[k] for k in ("resize", "interpolation", "scaling")},
-        "mask_prompt": a.mask_prompt,
+        "preprocessing": {k: asdict(a.conventions)[k] for k in ("resize", "interpolation", "scaling")},
+        "mask_prompt": a.conventions.mask_prompt,
         "objects": list(found.objects),
         "missing": list(found.missing),
         "unexpected": list(found.unexpected),
@@ -190,11 +181,11 @@ def describe(path: Path, settings: Settings | None = None) -> dict[str, Any]:
 
 
 def resized(state: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """Positional embeddings brought to another token grid, bilinearly; everything else as it is.
+    """Resize the positional embeddings to another token grid, bilinearly; the rest stays as it is.
 
     Args:
         state: SAM's state dict.
-        architecture: The grid that is wanted.
+        architecture: The new grid.
 
     Returns:
         A new dict; tensors that already fit are the same objects.
@@ -238,7 +229,7 @@ def _plain_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _shape(state: dict[str, Tensor]) -> Architecture:
-    """The architecture that shapes give away, with SAM's own preprocessing; an official one where tensors are lost."""
+    """The architecture that the shapes show, with SAM's conventions; an official one where tensors are missing."""
     whole = _official(state)
     with torch.device("meta"):
         needed = build(whole).state_dict() if whole else {}
@@ -268,7 +259,7 @@ def _shape(state: dict[str, Tensor]) -> Architecture:
 
 
 def _official(state: dict[str, Tensor]) -> Architecture | None:
-    """The official SAM that a file's encoder is as wide as, whatever else it holds; None for others."""
+    """The official SAM whose encoder has the width of the file's encoder; None for other widths."""
     widths = [v.shape[0] for k, v in state.items() if k.endswith("norm1.weight") and BLOCK.match(k)]
     patches = state.get("image_encoder.patch_embed.proj.weight")
     if not widths or widths[0] not in ENCODERS or (patches is not None and patches.shape[-1] != 16):
@@ -286,7 +277,7 @@ def _official(state: dict[str, Tensor]) -> Architecture | None:
 
 
 def _kind(architecture: Architecture, path: Path, settings: Settings) -> tuple[str, str]:
-    """The kind of a file without metadata, and what gives it away."""
+    """The kind of a file without metadata, and the property it is recognised by."""
     a, name = architecture, path.name.lower()
     official = ENCODERS.get(a.embed_dim, ("sam",))[0] if a.patch_size == 16 else "sam"
     if settings.sam_kind != "auto":
@@ -297,14 +288,14 @@ def _kind(architecture: Architecture, path: Path, settings: Settings) -> tuple[s
         return "sam_med2d", "its image size: of the known files only SAM-Med2D's have 256 px"
     if official != "sam_vit_b" or a.image_size != VIT_B.image_size:
         return official, "its shapes"
-    # MedSAM has exactly the keys and shapes of sam_vit_b
+    # MedSAM and sam_vit_b have the same keys and shapes
     if "medsam" in name:
         return "medsam", "its shapes and medsam in its name"
     return ("sam_vit_b", "its shapes and sam_vit_b in its name") if "sam_vit_b" in name else (UNDECIDED, "its shapes")
 
 
 def _cfr(name: str, cfr: dict[str, Tensor], settings: Settings) -> tuple[str, str, dict[str, Tensor], Architecture]:
-    """Kind, what gave it away, merged state dict and architecture of CFR's file; without ``sam_base`` unmerged."""
+    """Kind, its evidence, state dict (merged with ``sam_base`` where set) and architecture of a CFR file."""
     base = None
     if settings.sam_base:
         base = read(Path(settings.sam_base), settings.model_copy(update={"sam_kind": "sam", "sam_base": ""}))
@@ -321,7 +312,7 @@ def _cfr(name: str, cfr: dict[str, Tensor], settings: Settings) -> tuple[str, st
             "w_b); the file is incomplete or belongs to another SAM. Copy it again or set sam_base to the one it needs"
         )
     masks = len(cfr["mask_decoder.mask_tokens.weight"]) - 1
-    architecture = replace(shape, masks=masks, **PREPROCESSING["cfr_lora"])
+    architecture = replace(shape, masks=masks, canvas=True, conventions=BY_KIND["cfr_lora"])
     return "cfr_lora", "its LoRA weights", merged_cfr(base.state, cfr) if base else cfr, architecture
 
 

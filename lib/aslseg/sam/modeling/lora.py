@@ -1,7 +1,8 @@
-"""LoRA on queries and values of SAM's image encoder, as CFR has it (arXiv 2403.11229): q += B_q A_q x, v += B_v A_v x.
+"""LoRA on queries and values of SAM's image encoder, as in CFR (arXiv 2403.11229): q += B_q A_q x, v += B_v A_v x.
 
-In every block, without a scale; A starts as a linear layer does, B at zero, so that nothing changes at first. As torch
-parametrizations of the ``qkv`` weights they can be merged into them: a merged SAM is an ordinary one.
+Every block has it, without a scale. A is initialised like a linear layer and B with zeros, so that the encoder computes
+as before at first. LoRA is a torch parametrization of the ``qkv`` weights and can be merged into them, which gives a
+SAM with its ordinary parameters.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class QueryValueLoRA(nn.Module):
     Args:
         channels: C.
         rank: Rows of each A, columns of each B.
-        generator: Source of A; None: torch's own.
+        generator: Random numbers of A; None: those of torch.
     """
 
     def __init__(self, channels: int, rank: int, generator: torch.Generator | None = None) -> None:
@@ -41,12 +42,12 @@ class QueryValueLoRA(nn.Module):
 
 
 def add_lora(encoder: ImageEncoderViT, rank: int, generator: torch.Generator | None = None) -> list[nn.Parameter]:
-    """Put LoRA into every block; returns its parameters, four per block.
+    """Add LoRA to every block and return its parameters, four per block.
 
     Args:
         encoder: Changed in place.
         rank: 4 in CFR.
-        generator: Source of the weights.
+        generator: Random numbers of the weights.
     """
     added: list[nn.Parameter] = []
     for block in encoder.blocks:
@@ -58,13 +59,13 @@ def add_lora(encoder: ImageEncoderViT, rank: int, generator: torch.Generator | N
 
 
 def merge_lora(encoder: ImageEncoderViT) -> None:
-    """Make LoRA part of the weights: the encoder answers as before and has its ordinary parameters again."""
+    """Add LoRA to the weights: the encoder computes the same and has its ordinary parameters again."""
     for block in encoder.blocks:
         parametrize.remove_parametrizations(block.attn.qkv, "weight", leave_parametrized=True)
 
 
 def is_cfr(state: Mapping[str, object]) -> bool:
-    """Whether a state dict is one that CFR saves: ``w_a_000``, ``w_b_000``, ... beside prompt encoder and decoder."""
+    """Whether CFR saved a state dict: ``w_a_000``, ``w_b_000``, ... beside prompt encoder and decoder."""
     return any(CFR_KEY.match(k) for k in state)
 
 
@@ -86,14 +87,14 @@ def merged_cfr(base: Mapping[str, Tensor], cfr: Mapping[str, Tensor]) -> dict[st
     Args:
         base: SAM's state dict.
         cfr: Of CFR's file: ``w_a_n`` (rank, C) and ``w_b_n`` (C, rank) in the order q0, v0, q1, v1, ..., and the keys
-            of prompt encoder and mask decoder, which replace those of ``base`` altogether.
+            of prompt encoder and mask decoder, which replace those of ``base``.
 
     Returns:
-        SAM's state dict with LoRA merged into the ``qkv`` weights.
+        The state dict of SAM with LoRA merged into the ``qkv`` weights.
 
     Raises:
         KeyError: A pair of LoRA weights is incomplete, or there is no such block in ``base``.
-        ValueError: Shapes that do not belong together.
+        ValueError: The shapes do not match.
     """
     own = {k: v for k, v in cfr.items() if not CFR_KEY.match(k)}
     out = {k: v for k, v in base.items() if k.startswith("image_encoder.")} | own

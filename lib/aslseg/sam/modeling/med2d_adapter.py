@@ -12,10 +12,10 @@ from segment_anything.modeling.common import MLPBlock
 from torch import Tensor, nn
 
 
-class Adapter(nn.Module):
-    """LayerNorm(v + ReLU(up(ReLU(down(g v))))): a channel gate g, then a strided convolution and its way back.
+class Med2dAdapter(nn.Module):
+    """LayerNorm(v + ReLU(up(ReLU(down(g v))))): a channel gate g, then a strided and a transposed convolution.
 
-    Not zero at the start: its output has unit scale, so that adding it to a trained encoder changes what that does.
+    Its output has unit scale from the start: a trained encoder to which it is added does not compute as before.
 
     Args:
         channels: C.
@@ -45,16 +45,16 @@ class Adapter(nn.Module):
 
 
 class MLPWithAdapter(MLPBlock):
-    """A block's MLP that adds what the adapter makes of the same tokens."""
+    """The MLP of a block, to which the output of the adapter on the same tokens is added."""
 
-    def __init__(self, mlp: MLPBlock, adapter: Adapter) -> None:
+    def __init__(self, mlp: MLPBlock, adapter: Med2dAdapter) -> None:
         nn.Module.__init__(self)
         self.lin1, self.lin2, self.act = mlp.lin1, mlp.lin2, mlp.act
-        self.beside = (adapter,)  # a tuple hides it from this module: its weights are listed once, under the block
+        self.hidden = (adapter,)  # no submodule: the weights of the adapter are listed once, under the block
 
     def forward(self, tokens: Tensor) -> Tensor:
         """MLP(u) + Adapter(u) for tokens (B, h, w, C)."""
-        return super().forward(tokens) + self.beside[0](tokens)
+        return super().forward(tokens) + self.hidden[0](tokens)
 
 
 def add_adapters(encoder: ImageEncoderViT, generator: torch.Generator | None = None) -> None:
@@ -65,7 +65,7 @@ def add_adapters(encoder: ImageEncoderViT, generator: torch.Generator | None = N
         generator: Source of the weights; None: torch's own.
     """
     for block in encoder.blocks:
-        adapter = Adapter(block.norm2.normalized_shape[0])
+        adapter = Med2dAdapter(block.norm2.normalized_shape[0])
         for part in adapter.modules():
             if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and not part.weight.is_meta:
                 nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=generator)

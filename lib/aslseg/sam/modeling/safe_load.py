@@ -1,8 +1,8 @@
-"""PyTorch files read without running anything that is in them, even those that hold Python objects.
+"""Reads PyTorch files without executing anything in them, even where they hold Python objects.
 
-``torch.load(weights_only=True)`` builds tensors and plain containers and calls nothing else, and refuses a file that
-names anything else, as SAM-Med2D's training files do: they keep the optimizer as an object beside the weights. Here
-each such name is given an empty stand-in, so that the file can be read; what was named is never imported or called.
+``torch.load(weights_only=True)`` builds tensors and plain containers, and refuses a file that names anything else. The
+training files of SAM-Med2D do so: they hold the optimizer as an object beside the weights. Here each of these names is
+bound to an empty placeholder, so that the file can be read; the named objects are never imported or called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from aslseg.errors import BadWeightsError
 
-# what reading arbitrary bytes as a PyTorch file can end in
+# exceptions that torch raises for damaged files
 DAMAGED: tuple[type[Exception], ...] = (
     struct.error,
     RuntimeError,
@@ -34,10 +34,10 @@ _READING = threading.Lock()  # torch's list of allowed names belongs to the proc
 
 
 class Placeholder:
-    """Stands where the file has an object that is no tensor; takes whatever it is given and keeps nothing."""
+    """Takes the place of an object in a file; accepts any arguments and any state and keeps nothing."""
 
     def __new__(cls, *_: Any) -> Placeholder:
-        """Whatever the arguments."""
+        """Accept any arguments."""
         return super().__new__(cls)
 
     def __init__(self, *_: Any) -> None: ...
@@ -50,16 +50,16 @@ def _dictionary(*_: Any) -> dict[Any, Any]:
 
 
 def read_tensors(path: Path) -> tuple[Any, tuple[str, ...]]:
-    """The content of a ``torch.save`` file, with stand-ins for all but tensors, containers and numbers.
+    """The content of a ``torch.save`` file, with placeholders for everything but tensors, containers and numbers.
 
     Tensors of files in PyTorch's zip format stay on disk until they are used. Files in the format from before 2020
-    that hold objects are refused, and so are those that name anything of the modules ``os`` and ``sys``.
+    are refused where they hold objects, and all files where they name something of the modules ``os`` and ``sys``.
 
     Args:
         path: The file.
 
     Returns:
-        The content, and the sorted names of what was left out.
+        The content, and the sorted names of the objects that were left out.
 
     Raises:
         BadWeightsError: Truncated, not a PyTorch file, or holding objects that cannot be left out.
@@ -69,8 +69,10 @@ def read_tensors(path: Path) -> tuple[Any, tuple[str, ...]]:
         with _READING:
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if zipped else []
             # a default dictionary is filled in place; torch fills nothing but real dictionaries
-            stand_ins: list[Any] = [(_dictionary if n == "collections.defaultdict" else Placeholder, n) for n in names]
-            with torch.serialization.safe_globals(stand_ins):
+            placeholders: list[Any] = [
+                (_dictionary if n == "collections.defaultdict" else Placeholder, n) for n in names
+            ]
+            with torch.serialization.safe_globals(placeholders):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), tuple(names)
     except UnpicklingError:
         raise BadWeightsError(

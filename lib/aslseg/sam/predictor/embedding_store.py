@@ -1,4 +1,4 @@
-"""Embeddings on disk: half-precision .npy files, one for each slice, that come and go with their use."""
+"""Embeddings on disk: half-precision .npy files, one for each slice, of which the least recently used are deleted."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from aslseg.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
-KEPT = 0.9  # of the limit, once it is passed: so that not every write looks through the folder
+KEPT_FRACTION = 0.9  # of the limit is left once it was exceeded, so that few writes have to list the folder
 
 
 class EmbeddingStore:
-    """Files that several processes may share. Written whole or not at all; the least recently read leave first.
+    """A folder of files that several processes may share; each file is written atomically.
 
-    A full disk or a damaged file costs time, never an answer: the slice is encoded again.
+    With a full disk or a damaged file the slice is encoded again, and the click is answered.
 
     Args:
-        folder: Made when first needed.
-        limit: Bytes after which old files are removed.
+        folder: Created when first needed.
+        limit: Bytes beyond which the least recently read files are deleted.
     """
 
     def __init__(self, folder: Path, limit: float) -> None:
@@ -40,11 +40,11 @@ class EmbeddingStore:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, EOFError) as error:
-            logger.warning("%s is damaged (%s) and is made again", path.name, error)
+            logger.warning("%s is damaged (%s); its slice is encoded again", path.name, error)
             with suppress(OSError):
                 path.unlink()
             return None
-        # a file that another user made can be read but not touched
+        # the file of another user can be read, but its time cannot be set
         with suppress(OSError):
             os.utime(path)
         return found if found.dtype == np.float16 and found.ndim == 3 else None
@@ -54,13 +54,13 @@ class EmbeddingStore:
         return self._path(name).exists()
 
     def write(self, name: str, embedding: np.ndarray) -> None:
-        """Keep an embedding (C, grid, grid); it is made half precision."""
+        """Keep an embedding (C, grid, grid) in half precision."""
         path = self._path(name)
         try:
             with atomic_file(path) as temporary, temporary.open("wb") as file:
                 np.save(file, embedding.astype(np.float16, copy=False), allow_pickle=False)
         except OSError as error:
-            logger.warning("embeddings are not kept on disk: %s", error)
+            logger.warning("an embedding could not be written: %s", error)
             return
         with self._lock:
             self._bytes = sum(size for _, size, _ in self._files()) if self._bytes is None else self._bytes
@@ -73,7 +73,7 @@ class EmbeddingStore:
         files = sorted(self._files())
         total = sum(size for _, size, _ in files)
         for _, size, path in files:
-            if total <= KEPT * self.limit:
+            if total <= KEPT_FRACTION * self.limit:
                 break
             with suppress(OSError):
                 path.unlink()
@@ -81,7 +81,7 @@ class EmbeddingStore:
         self._bytes = total
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """(last use, bytes, path) of every file; those that another process removes meanwhile are passed over."""
+        """(last use, bytes, path) of every file; those that another process deletes meanwhile are left out."""
         found = []
         for path in self.folder.glob("*/*.npy"):
             try:

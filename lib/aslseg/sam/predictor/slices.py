@@ -1,22 +1,20 @@
-"""A scan as SAM is shown it: slice by slice, windowed, each with a name for its embedding."""
+"""The slices of a scan as SAM is shown them: windowed, each with a name for its embedding."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from aslseg.sam.modeling.build import SAMModel
 from aslseg.sam.predictor.embeddings import slice_name
-from aslseg.sam.predictor.zoom import Crop, whole
+from aslseg.sam.predictor.zoom import Crop, full_crop
 from aslseg.volume.intensity import windowed
 
 
 class SliceSource:
-    """Slices along the last axis of a volume, made when they are looked at.
+    """Slices along the last axis of a volume, windowed when they are asked for.
 
     Args:
-        volume: (i, j, k) stored intensities; a view of whatever layout.
+        volume: (i, j, k) stored intensities; a view of any memory layout.
         window: Intensities that become 0 and 1.
     """
 
@@ -30,38 +28,14 @@ class SliceSource:
         return windowed(np.ascontiguousarray(self.volume[..., k]), self.window)
 
     @property
-    def whole(self) -> Crop:
-        """All of a slice."""
-        return whole(self.shape[:2])
+    def full_crop(self) -> Crop:
+        """The crop that is a whole slice."""
+        return full_crop(self.shape[:2])
 
-    def name(self, k: int, model: SAMModel, view: Crop | None = None) -> str:
-        """As :func:`aslseg.sam.predictor.embeddings.slice_name`, of all of a slice or of a part of it."""
-        view = view or self.whole
-        key = (model.fingerprint, k, view)
+    def name(self, k: int, model: SAMModel, crop: Crop | None = None) -> str:
+        """:func:`aslseg.sam.predictor.embeddings.slice_name` of a slice or of a part of it."""
+        crop = crop or self.full_crop
+        key = (model.fingerprint, k, crop)
         if key not in self._names:
-            self._names[key] = slice_name(model, self.slice(k)[view.index])
+            self._names[key] = slice_name(model, self.slice(k)[crop.index])
         return self._names[key]
-
-
-class Region:
-    """Probabilities of one object on another grid of the same box, brought to a picture's slices when needed.
-
-    Args:
-        array: (a, b, c) probabilities or bool; axes in the picture's order, covering the same space.
-        shape: Of the picture, (i, j, k).
-    """
-
-    def __init__(self, array: np.ndarray, shape: tuple[int, int, int]) -> None:
-        self.array, self.shape = array, shape
-
-    def slice(self, k: int) -> np.ndarray:
-        """(i, j) float32 in 0..1, trilinear."""
-        if self.array.shape == self.shape:
-            return np.asarray(self.array[..., k], np.float32)
-        count = self.array.shape[2]
-        at = min(max((k + 0.5) * count / self.shape[2] - 0.5, 0), count - 1)
-        low = int(at)
-        high, part = min(low + 1, count - 1), np.float32(at - low)
-        between = (1 - part) * self.array[..., low].astype(np.float32) + part * self.array[..., high]
-        flat = torch.from_numpy(np.ascontiguousarray(between, np.float32))[None, None]
-        return F.interpolate(flat, self.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()

@@ -1,9 +1,8 @@
-"""At small objects SAM looks twice: at the whole slice, and at a tile of it, enlarged to what the slice would be.
+"""SAM looks at small objects twice: at the whole slice, and at a crop of it enlarged to the size of the slice.
 
-The whole says where in the body this is, the tile what it looks like. Which of them sees more depends on the object
-(docs/results.md): its two answers are averaged by the IoU that SAM predicts for each. Tiles have a half or a quarter of
-the slice's edges and begin at multiples of a quarter of their own, so that prompts that differ a little meet the same
-tile, and with it the same embedding.
+The whole slice shows where in the body the object is, the crop shows its details. Both answers are averaged, weighted
+by the IoU that SAM predicts for each. Crops have a half or a quarter of the edges of the slice and begin at multiples
+of a quarter of their own edge, so that prompts that differ a little share a crop and its embedding.
 """
 
 from __future__ import annotations
@@ -17,31 +16,31 @@ import numpy as np
 from aslseg.prompts.frame import SlicePrompt, to_box
 from aslseg.sam.modeling.build import SAMModel
 
-MOST = 4  # times enlarged
-STEPS = 4  # places where a tile may begin within its own edge
-POWER, LEAST_BELIEF = 4, 0.01  # of the predicted IoU as a weight
-ROOM = 1 - 1 / STEPS  # of a tile: what is not longer lies within the nearest one
+MAX_ZOOM = 4
+STARTS_PER_EDGE = 4  # a crop begins at a multiple of its edge divided by this
+ROOM = 1 - 1 / STARTS_PER_EDGE  # of a crop: an object that is not longer lies within the nearest one
+IOU_POWER, MIN_IOU = 4, 0.01  # the predicted IoU as a weight
 
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of a slice (i, j) that SAM is shown: rows and columns, half-open."""
+    """The part of a slice (i, j) that SAM is shown: half-open ranges of rows and columns."""
 
     rows: tuple[int, int]
     columns: tuple[int, int]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(i, j) of the part."""
+        """(i, j) of the crop."""
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
 
     @property
     def index(self) -> tuple[slice, slice]:
-        """For arrays whose last two axes are the slice's: ``array[..., *view.index]``."""
+        """For arrays whose last two axes are those of the slice: ``array[..., *crop.index]``."""
         return slice(*self.rows), slice(*self.columns)
 
-    def seen(self, prompt: SlicePrompt) -> SlicePrompt:
-        """A prompt in the part's pixels; clicks that lie elsewhere are left out."""
+    def to_crop(self, prompt: SlicePrompt) -> SlicePrompt:
+        """A prompt in pixels of the slice to one in pixels of the crop; points outside the crop are left out."""
         corner = np.array([self.columns[0], self.rows[0]])
         points = prompt.points - corner
         inside = ((points >= -0.5) & (points < np.array(self.shape[::-1]) - 0.5)).all(1)
@@ -52,79 +51,79 @@ class Crop:
         mask = None if prompt.mask is None else np.ascontiguousarray(prompt.mask[self.index])
         return SlicePrompt(box, points[inside], prompt.point_labels[inside], mask)
 
-    def near(self, rows: slice, columns: slice) -> Crop:
-        """What this view has of some rows and columns of the slice."""
+    def intersect(self, rows: slice, columns: slice) -> Crop:
+        """The part of this crop that lies in some rows and columns of the slice."""
         (i0, i1), (j0, j1) = self.rows, self.columns
         return Crop((max(i0, rows.start), min(i1, rows.stop)), (max(j0, columns.start), min(j1, columns.stop)))
 
     def index_in(self, other: Crop) -> tuple[slice, slice]:
-        """As :attr:`index`, for arrays that are another view's."""
+        """As :attr:`index`, for arrays that show another crop, which contains this one."""
         i, j = other.rows[0], other.columns[0]
         return slice(self.rows[0] - i, self.rows[1] - i), slice(self.columns[0] - j, self.columns[1] - j)
 
 
-def whole(shape: tuple[int, int]) -> Crop:
-    """The view of all of a slice (i, j)."""
+def full_crop(shape: tuple[int, int]) -> Crop:
+    """The crop that is a whole slice (i, j)."""
     return Crop((0, shape[0]), (0, shape[1]))
 
 
-def crop_for(prompt: SlicePrompt, shape: tuple[int, int], model: SAMModel, least: float) -> Crop:
-    """The tile around a prompt's object: enlarged twice, or four times, if it is shorter than ``least`` tokens.
+def crop_for(prompt: SlicePrompt, shape: tuple[int, int], model: SAMModel, min_tokens: float) -> Crop:
+    """The crop around the object of a prompt: enlarged two or four times where it is shorter than ``min_tokens``.
 
-    The object is the prompt's box, or else what its mask holds, with all clicks inside the object. Without either
-    its size is not known, and SAM is shown everything.
+    The object is the box of the prompt, or else its mask, together with all clicks inside the object. A prompt with
+    neither box nor mask does not tell the size of its object, and SAM is shown the whole slice.
 
     Args:
         prompt: In pixels of the slice.
         shape: (i, j) of the slice.
-        model: Says how large a token is.
-        least: Setting ``sam_zoom``; 0: nothing is enlarged.
+        model: Has the size of a token.
+        min_tokens: Setting ``sam_zoom``; 0: nothing is enlarged.
     """
     box = _extent(prompt)
-    if box is None or not least:
-        return whole(shape)
+    if box is None or not min_tokens:
+        return full_crop(shape)
     x0, y0, x1, y1 = box
     x_scale, y_scale = model.scale(shape)
     tokens = max((x1 - x0) * x_scale, (y1 - y0) * y_scale) / model.architecture.patch_size
-    zoom, part = 1, max((y1 - y0) / shape[0], (x1 - x0) / shape[1])
-    while zoom < MOST and tokens * zoom < least and 2 * zoom * part <= ROOM:
+    zoom, fraction = 1, max((y1 - y0) / shape[0], (x1 - x0) / shape[1])
+    while zoom < MAX_ZOOM and tokens * zoom < min_tokens and 2 * zoom * fraction <= ROOM:
         zoom *= 2
     if zoom == 1:
-        return whole(shape)
-    return Crop(_tile(shape[0], (y0 + y1) / 2, zoom), _tile(shape[1], (x0 + x1) / 2, zoom))
+        return full_crop(shape)
+    return Crop(_aligned_range(shape[0], (y0 + y1) / 2, zoom), _aligned_range(shape[1], (x0 + x1) / 2, zoom))
 
 
 def crops_for(
-    prompts: Sequence[SlicePrompt], shape: tuple[int, int], model: SAMModel, least: float
+    prompts: Sequence[SlicePrompt], shape: tuple[int, int], model: SAMModel, min_tokens: float
 ) -> dict[Crop, list[int]]:
-    """What SAM has to look at, and for which prompts (their numbers): for all at the whole, for small ones twice."""
-    found: dict[Crop, list[int]] = {whole(shape): list(range(len(prompts)))} if prompts else {}
+    """The crops that SAM has to be shown, each with the numbers of its prompts: the whole slice serves all of them."""
+    found: dict[Crop, list[int]] = {full_crop(shape): list(range(len(prompts)))} if prompts else {}
     for n, prompt in enumerate(prompts):
-        view = crop_for(prompt, shape, model, least)
-        if view != whole(shape):
-            found.setdefault(view, []).append(n)
+        crop = crop_for(prompt, shape, model, min_tokens)
+        if crop != full_crop(shape):
+            found.setdefault(crop, []).append(n)
     return found
 
 
 def merge_crops(answers: Sequence[tuple[Crop, np.ndarray, float]], shape: tuple[int, int]) -> tuple[np.ndarray, float]:
-    """One answer from those to several views.
+    """Join the answers on several crops to one on the slice.
 
     Args:
-        answers: View, probabilities (i, j) on it, and the IoU that SAM predicts.
+        answers: Crop, probabilities (i, j) on it, and the IoU that SAM predicts.
         shape: (i, j) of the slice.
 
     Returns:
-        Probabilities (i, j) on the slice, where views overlap their mean weighted with the fourth power of the
+        Probabilities (i, j) on the slice, where crops overlap their mean weighted with the fourth power of the
         predicted IoU, 0 outside of all; and the predicted IoU, weighted alike.
     """
-    total, weights, beliefs = np.zeros(shape, np.float32), np.zeros(shape, np.float32), []
-    for view, probability, belief in answers:
-        weight = max(belief, LEAST_BELIEF) ** POWER
-        total[view.index] += np.float32(weight) * probability
-        weights[view.index] += np.float32(weight)
-        beliefs.append((belief, weight))
+    total, weights, scores = np.zeros(shape, np.float32), np.zeros(shape, np.float32), []
+    for crop, probability, iou in answers:
+        weight = max(iou, MIN_IOU) ** IOU_POWER
+        total[crop.index] += np.float32(weight) * probability
+        weights[crop.index] += np.float32(weight)
+        scores.append((iou, weight))
     np.divide(total, weights, out=total, where=weights > 0)
-    return total, sum(b * w for b, w in beliefs) / sum(w for _, w in beliefs)
+    return total, sum(iou * w for iou, w in scores) / sum(w for _, w in scores)
 
 
 def _extent(prompt: SlicePrompt) -> tuple[float, float, float, float] | None:
@@ -142,10 +141,10 @@ def _extent(prompt: SlicePrompt) -> tuple[float, float, float, float] | None:
     return float(low[0]), float(low[1]), float(high[0]), float(high[1])
 
 
-def _tile(size: int, middle: float, zoom: int) -> tuple[int, int]:
+def _aligned_range(size: int, middle: float, zoom: int) -> tuple[int, int]:
     """The aligned range of ``size / zoom`` pixels whose middle is nearest to ``middle``."""
     edge = math.ceil(size / zoom)
-    step = max(1, edge // STEPS)
+    step = max(1, edge // STARTS_PER_EDGE)
     start = round((middle - edge / 2) / step) * step
     start = min(max(start, 0), size - edge)
     return start, start + edge

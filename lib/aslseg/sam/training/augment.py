@@ -1,4 +1,4 @@
-"""Training slices in other shapes and from other scanners: a few labelled scans are few patients."""
+"""Augmentation of training slices: other shapes and other scanners, since a few labelled scans are few patients."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from aslseg.sam.training.generated_slices import field
 
-ROTATION, SCALE, SHIFT = math.radians(20), 0.25, 0.1  # the shift in parts of half an edge
-BEND, BUMPS = 0.24, (3, 7)  # elastic: up to BEND / bumps of half an edge, so many bumps across
+ROTATION, SCALE, SHIFT = math.radians(20), 0.25, 0.1  # the shift as a fraction of half an edge
+BEND, BUMPS = 0.24, (3, 7)  # elastic: by up to BEND / bumps of half an edge, with so many bumps across
 GAMMA, CONTRAST, BRIGHTNESS = 0.4, 0.2, 0.1
-BIAS, BIASED = 0.25, 0.3  # in each pair after it how much, and in which part of the slices
+BIAS, BIASED = 0.25, 0.3  # here and below: the amount, and the fraction of the slices
 NOISE, NOISY = 0.05, 0.3
 BLURRED = 0.2
 
@@ -22,15 +22,16 @@ BLURRED = 0.2
 def augmented(
     image: np.ndarray, maps: np.ndarray, rng: np.random.Generator, flips: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A slice as another patient and another scanner might have given it, and maps on it alike.
+    """Transform a slice as if it were of another patient and from another scanner, and maps on it alike.
 
-    Flipped if asked for, turned, scaled, moved and bent; the slice also gets another gamma, contrast and brightness,
-    and at times a bias field, noise or blur. A warp by which an object would leave the slice is left out.
+    Both are rotated, scaled, shifted and bent, and flipped where that is allowed; the slice also gets another gamma,
+    contrast and brightness, and sometimes a bias field, noise or blur. A warp that moves an object out of the slice is
+    not applied.
 
     Args:
         image: (i, j) in 0..1.
         maps: (2, n, i, j) in 0..1, objects first.
-        rng: Source of every choice.
+        rng: Source of all random numbers.
         flips: Flip along i and j, each with probability 0.5.
 
     Returns:
@@ -46,7 +47,7 @@ def augmented(
 
 
 def _grid(shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
-    """Where the pixels of a new slice (i, j) lie in the old one: (1, i, j, 2) as grid_sample has it."""
+    """The positions of the pixels of a new slice (i, j) in the old one, (1, i, j, 2) as for ``grid_sample``."""
     turn, scale, ratio = rng.uniform(-ROTATION, ROTATION), rng.uniform(1 - SCALE, 1 + SCALE), shape[0] / shape[1]
     cos, sin = scale * math.cos(turn), scale * math.sin(turn)
     move = rng.uniform(-SHIFT, SHIFT, 2)
@@ -57,7 +58,7 @@ def _grid(shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
 
 
 def _rescanned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A slice (i, j) in 0..1 with other intensities, in 0..1."""
+    """Change the intensities of a slice (i, j) within 0..1."""
     image = image ** math.exp(rng.uniform(-GAMMA, GAMMA)) * rng.uniform(1 - CONTRAST, 1 + CONTRAST)
     image = image + rng.uniform(-BRIGHTNESS, BRIGHTNESS)
     if rng.random() < BIASED:

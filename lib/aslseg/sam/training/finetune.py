@@ -1,11 +1,11 @@
-"""Fine-tuning SAM on the labelled slices, with prompts that look like the SSL model's."""
+"""Fine-tunes SAM on the labelled slices, with prompts that resemble those from the SSL model."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,16 @@ from aslseg.sam.training.simulated_prompts import draw_kind, interaction_loss
 from aslseg.settings import Settings
 from aslseg.types import ProgressCallback, no_progress
 
-# a labelled case and a generator to region probabilities (R, i, j, k) as a mediocre SSL model would give them
+# from a labelled case and a generator to region probabilities (R, i, j, k) with the errors of an SSL model
 MaskCorruptor = Callable[[Prepared, np.random.Generator], np.ndarray]
 
 OBJECTS_PER_SLICE = 3
-FAULTS_PER_CASE, MOST_FAULTS = 3, 24
-FAULTY_PART = 0.5  # of the slices of cases with faults take them; the others' faulty prompts are made in 2-D
-# jittered true boxes (science.md, section 1.2), points as annotators begin with, and what an SSL mask would give
+MASKS_PER_CASE, MAX_MASKS = 3, 24  # faulty ones
+FAULTY_FRACTION = 0.5  # of the slices of cases with faulty masks use them; other faulty prompts are made in 2-D
+# jittered true boxes (docs/science.md §1.2), points as of annotators, and prompts as from an SSL mask
 KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.25, "faulty+box": 0.1, "faulty": 0.05}
-CORRECTED = 0.75  # of the batches have rounds of clicks
-CORRECTIONS = {"point": 3}  # so many, else one: a point needs them more than a box or a mask
+CORRECTED_FRACTION = 0.75  # of the batches have rounds of clicks
+CORRECTIONS = {"point": 3}  # rounds of clicks by kind, else one
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class SampledObjects:
 
 
 class LabelledSlices:
-    """Slices with foreground, drawn so that every region present comes up equally often.
+    """Samples slices with foreground, all regions that exist equally often.
 
     Args:
         labelled: Cases with a label.
@@ -65,7 +65,7 @@ class LabelledSlices:
     def __init__(self, labelled: Sequence[Prepared], settings: Settings) -> None:
         self.cases = [c for c in labelled if c.label is not None]
         self.labels = settings.label_set
-        self.least = settings.min_component
+        self.min_component = settings.min_component
         self.paths: list[list[tuple[int, int]]] = [[] for _ in self.labels.names]  # by region: (case, k)
         for n, case in enumerate(self.cases):
             for region, mask in enumerate(self.labels.regions(np.asarray(case.label))):
@@ -78,41 +78,42 @@ class LabelledSlices:
             )
 
     def draw(self, rng: np.random.Generator) -> SampledObjects:
-        """OBJECTS_PER_SLICE components of one region on one slice; specks only where there is nothing else."""
+        """Sample OBJECTS_PER_SLICE components of one region on one slice; small ones only where there are no others."""
         region = int(rng.choice(self.present))
         case, k = self.paths[region][int(rng.integers(len(self.paths[region])))]
         label = np.asarray(self.cases[case].label[..., k])  # type: ignore[index]
         mask = np.isin(label, self.labels.members(region))
         components, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
         sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
-        large = np.flatnonzero(sizes >= min(self.least, sizes.max())) + 1
+        large = np.flatnonzero(sizes >= min(self.min_component, sizes.max())) + 1
         numbers = rng.choice(large, OBJECTS_PER_SLICE, replace=len(large) < OBJECTS_PER_SLICE)
         return SampledObjects(case, k, region, np.stack([components == n for n in numbers]))
 
 
 class FaultyMasks:
-    """Faulty masks of some cases, made once; a network's errors are three-dimensional and slow to imitate.
+    """Faulty masks of some cases in 3-D, made once because that is slow.
 
     Args:
-        cases: Labelled cases; at most MOST_FAULTS masks are made for a random part of them.
-        errors: Makes one; None: there are none.
-        rng: Source of every choice.
+        cases: Labelled cases; at most MAX_MASKS masks are made for a random part of them.
+        errors: Makes a mask; None: there are none.
+        rng: Source of all random numbers.
     """
 
     def __init__(self, cases: Sequence[Prepared], errors: MaskCorruptor | None, rng: np.random.Generator) -> None:
         self.made: dict[int, list[np.ndarray]] = {}
-        each = max(1, min(FAULTS_PER_CASE, MOST_FAULTS // max(1, len(cases))))
-        for n in sorted(rng.permutation(len(cases))[:MOST_FAULTS].tolist()) if errors else ():
+        each = max(1, min(MASKS_PER_CASE, MAX_MASKS // max(1, len(cases))))
+        for n in sorted(rng.permutation(len(cases))[:MAX_MASKS].tolist()) if errors else ():
             drawn = [np.nan_to_num(errors(cases[n], rng)) for _ in range(each)]
             self.made[n] = [np.rint(255 * d).astype(np.uint8) for d in drawn]
 
     def of(self, drawn: SampledObjects, margin: float, rng: np.random.Generator) -> np.ndarray:
-        """What a network might have found of each object: probabilities (n, i, j) float32.
+        """Faulty probabilities of each object, (n, i, j) float32.
 
-        All components of one faulty mask that touch the object, widened by ``margin`` pixels; zero where there is none.
+        They are those of all components of one faulty mask that touch the object, widened by ``margin`` pixels, or
+        zero where no component does.
         """
         out = np.zeros(drawn.objects.shape, np.float32)
-        if drawn.case not in self.made or rng.random() >= FAULTY_PART:
+        if drawn.case not in self.made or rng.random() >= FAULTY_FRACTION:
             return out
         choices = self.made[drawn.case]
         found = choices[int(rng.integers(len(choices)))][drawn.region, :, :, drawn.k]
@@ -137,17 +138,17 @@ def train(
     """Fine-tune SAM.
 
     Prompt encoder and mask decoder are always trained. Of the image encoder ``sam_train`` trains everything (``full``),
-    SAM-Med2D's adapters (``adapter``; added where the file has none), LoRA (``lora``, merged into the weights that are
-    saved), or nothing (``decoder``: each slice is then encoded once). All but ``decoder`` see
-    :func:`aslseg.sam.training.augment.augmented` slices, flipped ones with the setting ``flips``.
+    SAM-Med2D's adapters (``med2d_adapter``; added where the file has none), LoRA (``lora``, merged into the weights
+    that are saved), or nothing (``decoder``: each slice is then encoded once). In all modes but ``decoder``
+    slices are augmented (:func:`aslseg.sam.training.augment.augmented`), with flips by the setting ``flips``.
 
     Args:
-        labelled: Human-labelled cases on the working grid; cases without a label are passed over.
+        labelled: Human-labelled cases on the working grid; cases without a label are left out.
         settings: ``sam_train``, ``sam_lora_rank``, ``sam_iterations``, ``sam_batch``, ``sam_learning_rate``,
             ``flips``, ``seed``, ``box_margin``, labels.
         out: Model file to write (``*.safetensors``, kind ``sam``).
         init: SAM file to start from, see :func:`aslseg.sam.modeling.build.load`.
-        errors: Makes faulty masks of a case in 3-D; prompts drawn from them look like the SSL model's. Without it they
+        errors: Makes faulty masks of a case in 3-D, for prompts that resemble those from the SSL model. Without it they
             are all made slice by slice.
         report: Called with (step, iterations, loss=..., dice=...).
 
@@ -158,7 +159,7 @@ def train(
     Raises:
         NotEnoughCasesError: No labelled slice.
         TrainingDivergedError: The loss became NaN or infinite.
-        BadSettingsError: Adapters on an odd token grid.
+        BadSettingsError: An odd token grid is to get adapters.
         BadWeightsError: As :func:`aslseg.sam.modeling.build.load`.
     """
     started = time.monotonic()
@@ -182,7 +183,7 @@ def train(
 def run_steps(
     step: Callable[[int], tuple[float, float]], settings: Settings, report: ProgressCallback
 ) -> list[tuple[float, float]]:
-    """Run ``sam_iterations`` steps, each given its number; their losses and Dices. The means of 20 are reported."""
+    """Run ``sam_iterations`` steps, which get their number, and return their losses and Dices; reports means of 20."""
     shown: list[tuple[float, float]] = []
     engine = Engine(lambda engine, number: shown.append(step(number)))
 
@@ -197,10 +198,10 @@ def run_steps(
 
 
 def file_metadata(model: SAMModel, settings: Settings, init: Path) -> dict[str, Any]:
-    """What a fine-tuned file says about itself."""
+    """The metadata of a fine-tuned file."""
     return {
         **model.metadata,
-        "architecture": asdict(model.architecture),
+        "architecture": model.architecture.to_metadata(),
         "labels": list(settings.label_set.names),
         "base_sha256": sha256(init),
         "trained": settings.sam_train,
@@ -235,23 +236,23 @@ def update(
         group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    # as in the SSL engine: a step whose bfloat16 gradients overflowed says nothing
+    # as in the SSL engine: a step whose bfloat16 gradients overflowed is skipped
     if torch.isfinite(nn.utils.clip_grad_norm_(trained, 1.0)):
         optimiser.step()
 
 
 def trainable(model: SAMModel, settings: Settings) -> list[nn.Parameter]:
-    """Let exactly those parameters be trained that ``sam_train`` names; adds adapters or LoRA.
+    """Make exactly those parameters trainable that ``sam_train`` names; adds adapters or LoRA.
 
     Args:
-        model: Changed in place, its architecture too.
+        model: Changed in place, and its architecture.
         settings: ``sam_train``, ``sam_lora_rank``, ``seed``.
 
     Returns:
         The trained parameters.
 
     Raises:
-        BadSettingsError: Adapters on an odd token grid.
+        BadSettingsError: An odd token grid is to get adapters.
     """
     sam, generator = model.sam, torch.Generator().manual_seed(settings.seed)
     encoder = sam.image_encoder
@@ -282,7 +283,7 @@ class _Tuner:
         self.cache = EmbeddingCache(settings.embedding_memory_mb * 1e6)
         self.frozen = settings.sam_train == "decoder"
         self.trained = trainable(model, settings)
-        model.architecture = replace(model.architecture, box_mask=True)
+        model.architecture = model.architecture.with_conventions(box_mask=True)
         self.optimiser = torch.optim.AdamW(self.trained, settings.sam_learning_rate, weight_decay=0.01)
 
     def step(self, number: int) -> tuple[float, float]:
@@ -300,7 +301,7 @@ class _Tuner:
                 targets,
                 kind,
                 generator,
-                CORRECTIONS.get(kind, 1) if rng.random() < CORRECTED else 0,
+                CORRECTIONS.get(kind, 1) if rng.random() < CORRECTED_FRACTION else 0,
                 faulty.cpu(),
                 refine=kind in ("point", "box"),
                 mask_alone=True,
@@ -308,6 +309,11 @@ class _Tuner:
         rate = s.sam_learning_rate * _schedule(number, s.sam_iterations)
         update(loss, self.trained, self.optimiser, rate, number)
         return loss.item(), dice
+
+    def _embedding(self, drawn: SampledObjects) -> Tensor:
+        """(1, C, grid, grid) of a slice, encoded once in the whole training."""
+        image = self.data.cases[drawn.case].image
+        return self.cache.embed(self.model, [(drawn.case, drawn.k)], lambda _: np.asarray(image[..., drawn.k]))
 
     def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings (P, C, grid, grid), targets and faulty masks (P, l, l) in 0..1 for the prompts of one step."""
@@ -318,7 +324,7 @@ class _Tuner:
             margin = self.settings.box_margin / min(self.model.scale((case.image.shape[0], case.image.shape[1])))
             both = np.stack([drawn.objects.astype(np.float32), self.faults.of(drawn, margin, rng)])
             if self.frozen:
-                inputs.append(self.cache.get(self.model, case.image, [drawn.k], drawn.case))
+                inputs.append(self._embedding(drawn))
             else:
                 image = np.asarray(case.image[..., drawn.k], np.float32)
                 image, both = augmented(image, both, rng, self.settings.flips)
@@ -331,15 +337,15 @@ class _Tuner:
 
 
 def visible(objects: Tensor) -> Tensor:
-    """Objects (n, l, l) in 0..1 whose every one has a pixel over 0.5.
+    """Objects (n, l, l) in 0..1 of which each has a pixel above 0.5, as prompts need.
 
-    One that low resolution blurs away is what reaches half of its own peak; prompts need an object to lie in.
+    An object that the low resolution blurs away is scaled to its own peak.
     """
     peak = objects.amax((1, 2), keepdim=True).clamp(min=1e-6)
     return torch.where(peak > 0.5, objects, objects / peak)
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: a tenth of the steps to warm up, then half a cosine."""
+    """Factor on the learning rate: linear warm-up in a tenth of the steps, times half a cosine over all steps."""
     warm = max(1, steps // 10)
     return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))

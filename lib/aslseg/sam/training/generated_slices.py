@@ -1,4 +1,4 @@
-"""Generated slices to learn "segment anything" from: no scan and no download is needed.
+"""Generated slices, to pre-train a SAM without scans or downloads.
 
 Organs, blobs, polygons and vessels, nested, touching and hiding one another, in textures of either contrast sign,
 under the blur, noise, bias and windowing of CT and MR.
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALLEST = 12  # pixels of the drawing; a smaller object is not asked for
+MIN_PIXELS = 12  # of an object, before the slice is resized
 
 
 def field(rng: np.random.Generator, size: int, cells: float) -> np.ndarray:
@@ -82,7 +82,7 @@ def _compose(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[np.n
         shape = outline(rng, size, max(radius, 2.0), centre)
         shape &= parent if parent is not None else True
         if not nested:
-            masks[1:] = [m & ~shape for m in masks[1:]]  # the new one lies in front; a body holds everything
+            masks[1:] = [m & ~shape for m in masks[1:]]  # the new one lies in front of the others, and within the body
         level = image[shape].mean() if shape.any() else 0.0
         change = rng.choice([-1, 1]) * contrast * rng.uniform(0.35, 1.5)
         texture = rng.choice([0, 0.02, 0.05, 0.1]) * field(rng, size, rng.uniform(4, size / 2))
@@ -95,7 +95,7 @@ def _compose(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[np.n
 
 
 def _acquire(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Bias field, partial volume, noise and window: what a scanner and a reader's window do to (n, n) intensities."""
+    """Apply bias field, partial volume, noise and window to intensities (n, n), as a scanner and a viewer do."""
     size = image.shape[0]
     if rng.random() < 0.4:
         image = image * np.exp(rng.uniform(0.05, 0.35) * field(rng, size, 1.5))
@@ -114,12 +114,12 @@ def _acquire(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 def generated_slice(rng: np.random.Generator, image_size: int, count: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """A generated slice in SAM's input frame.
 
-    Drawn at a random resolution and enlarged, as slices of scans are.
+    It is drawn at a random resolution and enlarged, as slices of scans are.
 
     Args:
-        rng: Source of every choice.
+        rng: Source of all random numbers.
         image_size: Edge of the input frame.
-        count: How many objects are asked for (with repeats where there are fewer).
+        count: Number of targets; objects repeat where there are fewer.
 
     Returns:
         Image (image_size, image_size) float32 in 0..1; targets (count, image_size / 2, image_size / 2) in 0..1;
@@ -128,7 +128,7 @@ def generated_slice(rng: np.random.Generator, image_size: int, count: int) -> tu
     while True:
         size = int(rng.integers(image_size * 3 // 8, image_size + 1))
         drawn, masks = _compose(rng, size)
-        masks = [m for m in masks if SMALLEST <= m.sum() < 0.9 * m.size]
+        masks = [m for m in masks if MIN_PIXELS <= m.sum() < 0.9 * m.size]
         if masks:
             break
     image = _resized(torch.from_numpy(_acquire(rng, drawn).astype(np.float32))[None], image_size)[0]
@@ -142,7 +142,7 @@ def generated_slice(rng: np.random.Generator, image_size: int, count: int) -> tu
     cut[:, rows:] = 0
     cut[:, :, columns:] = 0
     targets = F.avg_pool2d(cut, 2)
-    for n in range(count):  # the padding may have swallowed an object: ask for another one instead
+    for n in range(count):  # an object in the padding is replaced by another one
         if (targets[n] > 0.5).sum() < 4:
             alive = [m for m in range(count) if (targets[m] > 0.5).sum() >= 4]
             if not alive:

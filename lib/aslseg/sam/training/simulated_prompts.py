@@ -19,21 +19,21 @@ from aslseg.prompts.corrections import enforce_clicks
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 from aslseg.sam.modeling.build import SAMModel, ellipses
 
-# First prompts and how often each is drawn. "faulty+" prompts are all made from one corrupted mask, as the SSL
-# model's mask would give them.
+# First prompts and how often each is drawn. The parts of "faulty+" prompts are made from one
+# corrupted mask, as those from the SSL model are.
 KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.2, "faulty+box": 0.1, "faulty": 0.1}
 CORRECTIONS = {"point": 2}  # rounds of clicks in pre-training, else one
 
 
 @dataclass(frozen=True)
 class PromptSimulation:
-    """How simulated prompts resemble what the click models ask SAM (:class:`aslseg.sam.clicks.session.ClickSession`).
+    """How far simulated prompts resemble those of the click models (:class:`aslseg.sam.clicks.passes.PassRunner`).
 
     Attributes:
-        ellipses: Part of the boxes that come with the ellipse in them as mask prompt.
-        deepest: Part of the rounds of clicks that are one click deepest in the largest error, as annotators click;
+        ellipses: Fraction of the boxes that have the ellipse in them as mask prompt.
+        deepest: Fraction of the rounds of clicks that are one click deepest in the largest error, as annotators click;
             the others are one to three clicks anywhere in the error.
-        enforce_clicks: Whether the mask prompt of the next round obeys the clicks.
+        enforce_clicks: Whether clicks are enforced on the mask prompt of the next round.
     """
 
     ellipses: float = 0.0
@@ -42,7 +42,7 @@ class PromptSimulation:
 
 
 PLAIN = PromptSimulation()
-AS_ASKED = PromptSimulation(ellipses=0.75, deepest=0.5, enforce_clicks=True)
+AS_CLICKED = PromptSimulation(ellipses=0.75, deepest=0.5, enforce_clicks=True)
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class Prompts:
         return self.points.shape[1] == 1 and self.boxes is None and self.probability is None
 
     def decode(self, model: SAMModel, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's answer: low-res logits (P, M, l, l) and predicted IoU (P, M)."""
+        """The answer of the model: low-res logits (P, M, l, l) and predicted IoU (P, M)."""
         return model.decode(
             embeddings,
             points=(self.points, self.point_labels) if self.points.shape[1] else None,
             boxes=self.boxes,
             masks=None if self.probability is None else model.mask_prompt(self.probability),
-            multimask=model.architecture.use_multimask(self.ambiguous),
+            multimask=model.conventions.use_multimask(self.ambiguous),
         )
 
 
@@ -91,7 +91,7 @@ def boxes_of(masks: Tensor, scale: float) -> Tensor:
 
 
 def dilated_boxes(masks: Tensor, scale: float) -> Tensor:
-    """Boxes of bool masks (P, l, l) as prompts from masks have them: (P, 4), by 3 pixels of the input frame wider."""
+    """Boxes (P, 4) of bool masks (P, l, l), widened by 3 pixels of the input frame as those of prompts from masks."""
     return boxes_of(masks, scale) + torch.tensor([-3.0, -3.0, 3.0, 3.0])
 
 
@@ -111,13 +111,13 @@ def noise_field(count: int, size: int, cells: int, generator: torch.Generator) -
 
 
 def corrupt(target: Tensor, generator: torch.Generator) -> Tensor:
-    """Probabilities as a mediocre segmentation network would give them.
+    """Probabilities with the errors of a segmentation network.
 
-    Warped borders, over- and under-segmentation, missing parts, holes, false parts, blurred confidence.
+    The errors are warped borders, over- and under-segmentation, missing parts, holes, false parts and blur.
 
     Args:
         target: Bool masks (P, l, l).
-        generator: Source of every choice.
+        generator: Source of all random numbers.
 
     Returns:
         float32 (P, l, l) in 0..1.
@@ -169,21 +169,21 @@ def first_prompts(
         target: Bool masks (P, l, l).
         kind: One of :data:`KINDS`.
         scale: Input-frame pixels per low-res pixel.
-        generator: Source of every choice.
+        generator: Source of all random numbers.
         faulty: Probabilities (P, l, l) to make ``faulty`` prompts from; where one of them reaches 0.5 nowhere, and
             without them, :func:`corrupt` makes them.
-        manners: How often boxes bring their ellipse.
+        simulation: How often boxes have their ellipse as mask prompt.
     """
     count = target.shape[0]
     none = torch.zeros(count, 0, 2), torch.zeros(count, 0)
     if kind == "point":
-        # mostly a lone one: it is what an annotator begins with, and the only prompt with three answers
+        # mostly a single one: annotators begin with it, and it is the only prompt with three answers
         n = max(1, int(torch.randint(-2, 4, (1,), generator=generator)))
         return Prompts(random_pixels(target, n, scale, generator), torch.ones(count, n))
     if kind == "box":
         tight = boxes_of(target, scale)
         edge = (tight[:, 2:] - tight[:, :2]).repeat(1, 2)
-        care = torch.rand(count, 1, generator=generator)  # some draw a box tightly, some do not
+        care = torch.rand(count, 1, generator=generator)  # annotators draw boxes more or less tightly
         jitter = torch.randn(count, 4, generator=generator) * care * (0.1 * edge).clamp(0.5, 10)
         drawn = tight + jitter
         if simulation.ellipses and torch.rand(1, generator=generator) < simulation.ellipses:
@@ -226,7 +226,7 @@ def corrected(
 
 
 def _deepest(error: np.ndarray) -> np.ndarray:
-    """The pixel deepest in the largest part of an error (l, l), bool; nothing of nothing."""
+    """The pixel deepest in the largest component of an error (l, l), bool; empty for an empty error."""
     parts, count = ndimage.label(error, EIGHT_NEIGHBOURS)
     out = np.zeros_like(error)
     if count:
@@ -235,8 +235,8 @@ def _deepest(error: np.ndarray) -> np.ndarray:
     return out
 
 
-def _obeying(answer: Tensor, prompts: Prompts, scale: float) -> Tensor:
-    """Probabilities (P, l, l) in which the clicks that they contradict are obeyed."""
+def _with_clicks_enforced(answer: Tensor, prompts: Prompts, scale: float) -> Tensor:
+    """Probabilities (P, l, l) with the clicks of the prompts enforced."""
     points, labels = (prompts.points / scale).numpy(), prompts.point_labels.numpy()
     return torch.stack(
         [torch.from_numpy(enforce_clicks(*one)) for one in zip(answer.numpy(), points, labels, strict=True)]
@@ -246,7 +246,7 @@ def _obeying(answer: Tensor, prompts: Prompts, scale: float) -> Tensor:
 def mask_loss(logits: Tensor, predicted_iou: Tensor, target: Tensor) -> Tensor:
     """20 focal + Dice + squared error of the predicted IoU (SAM, section A; SAM-Med2D, section 3.2).
 
-    Of three masks only the best one is trained to be the mask; all learn to predict their IoU.
+    Of three masks only the best one is trained; all of them learn to predict their IoU.
 
     Args:
         logits: (P, M, l, l).
@@ -282,7 +282,7 @@ def interaction_loss(
     """Loss over a first prompt and ``corrections`` rounds of clicks, and the mean Dice of the last answer.
 
     SAM-Med2D takes an optimiser step after each answer and encodes once; here the losses of one image are added up. The
-    mask prompt of later rounds is the answer before, as :meth:`aslseg.sam.clicks.session.ClickSession.clicked` has it.
+    mask prompt of later rounds is the answer before, as in :mod:`aslseg.sam.clicks.passes`.
 
     Args:
         model: SAM in training.
@@ -292,10 +292,10 @@ def interaction_loss(
         generator: CPU generator of the prompts.
         corrections: Rounds of correction clicks.
         faulty: As for :func:`first_prompts`.
-        refine: After the clicks, a round with the answer as mask and, without a box among the first prompts, the box
-            around it, as objects grow from slice to slice.
+        refine: After the clicks, a round with the answer as mask and the box around it (or the given box), as objects
+            grow from slice to slice.
         mask_alone: End with a round that is prompted with the previous answer and nothing else.
-        manners: What else prompts have in common with those of the click models.
+        simulation: How far prompts resemble those of the click models.
     """
     scale = model.image_size / target.shape[-1]
     mask = target.cpu() > 0.5
@@ -310,7 +310,7 @@ def interaction_loss(
         answer = torch.sigmoid(logits.detach()[torch.arange(len(best)), best]).cpu()
         got = answer > 0.5
         if simulation.enforce_clicks:
-            answer = _obeying(answer, prompts, scale)
+            answer = _with_clicks_enforced(answer, prompts, scale)
         if step < corrections:
             prompts = corrected(prompts, answer, mask, scale, generator, simulation)
         elif refine and step == corrections:

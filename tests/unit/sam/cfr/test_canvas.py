@@ -94,7 +94,7 @@ def test_a_sam_for_other_labels_gets_new_tokens(
     canvas.train([small], other, first, init=tiny_file)
     with caplog.at_level("WARNING"):
         canvas.train([small], settings.model_copy(update={"sam_iterations": 2}), second, init=first)
-    assert "first.safetensors draws other labels" in caplog.text
+    assert "first.safetensors segments other labels" in caplog.text
     model = canvas.load(second, settings)
     assert (model.architecture.masks, model.metadata["labels"]) == (2, ["liver", "tumour"])
 
@@ -144,5 +144,5 @@ def test_what_it_refuses(small: Prepared, tiny_file: Path, tmp_path: Path, setti
     with pytest.raises(BadWeightsError, match="expected a SAM for canvases"):
         canvas.load(tiny_file, settings)
     canvas.train([small], settings.model_copy(update={"sam_iterations": 0}), out, init=tiny_file)
-    with pytest.raises(BadWeightsError, match=r"draws 2 labels \(liver, tumour\), settings name 1 \(heart\)"):
+    with pytest.raises(BadWeightsError, match=r"segments 2 labels \(liver, tumour\), settings name 1 \(heart\)"):
         canvas.load(out, settings.model_copy(update={"labels": "heart"}))

@@ -47,7 +47,7 @@ def test_canvases_are_those_of_cfrs_code(
     total: int,
     hashes: tuple[str, str],
 ) -> None:
-    """Numbers of the official function without its intensity map (science.md, section 2.1)."""
+    """Numbers of the official function without its intensity map (docs/science.md §2.1)."""
     image, label = ramp(shape)
     layout = Layout.of(shape, 1024)
     assert (layout.rows, layout.columns, layout.margins, layout.origin) == (*grid, margins, origin)

@@ -1,41 +1,21 @@
+"""The answers of a session: what is drawn, what is kept from earlier clicks, and what that costs."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import numpy as np
-import pytest
 import torch
 
-from aslseg.cases.prepared import Prepared
-from aslseg.prompts.from_client import ClientPrompt, parse
-from aslseg.sam.clicks.propagation import clicks_of
+from aslseg.prompts.from_client import parse
+from aslseg.sam.clicks.click_history import clicks_of
 from aslseg.sam.clicks.session import ClickSession
-from aslseg.sam.clicks.slice_mask import propagation_ranges
 from aslseg.sam.modeling.build import SAMModel
-from aslseg.sam.predictor.embeddings import EmbeddingCache
-from aslseg.settings import Settings
+from click_scenes import clicks, dice, session, through
 from seeing_sam import Sees
 
-
-@pytest.fixture
-def scene(
-    ball_case: Callable[..., Prepared], tiny: SAMModel, settings: Settings
-) -> tuple[ClickSession, Sees, np.ndarray]:
-    case = ball_case(shape=(40, 32, 9), tumour=False)
-    model = Sees(tiny)
-    return ClickSession(model, case.image, settings, cache=EmbeddingCache()), model, np.asarray(case.label)
+Scene = tuple[ClickSession, Sees, np.ndarray]
 
 
-def clicks(foreground: list[list[int]], background: list[list[int]] | None = None, **more: object) -> ClientPrompt:
-    return parse({"foreground": foreground, "background": background or [], **more}, (40, 32, 9))
-
-
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
-
-
-def test_one_click_grows_to_the_whole_object(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_one_click_grows_to_the_whole_object(scene: Scene) -> None:
     state, model, truth = scene
     mask = state.answer(clicks([[16, 14, 4]]))
     assert mask.dtype == np.uint8
@@ -45,7 +25,7 @@ def test_one_click_grows_to_the_whole_object(scene: tuple[ClickSession, Sees, np
     assert model.encoded <= 9
 
 
-def test_the_second_click_encodes_nothing(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_the_second_click_encodes_nothing(scene: Scene) -> None:
     state, model, _ = scene
     state.answer(clicks([[16, 14, 4]]))
     before = model.encoded
@@ -53,7 +33,7 @@ def test_the_second_click_encodes_nothing(scene: tuple[ClickSession, Sees, np.nd
     assert model.encoded == before
 
 
-def told(asked: list[tuple]) -> list[tuple[list[int], bool, bool]]:
+def questions(asked: list[tuple]) -> list[tuple[list[int], bool, bool]]:
     """Of each question: labels of the points, whether it had a box, whether it had a mask."""
     return [
         ([] if points is None else points[1][0].tolist(), boxes is not None, masks is not None)
@@ -61,21 +41,19 @@ def told(asked: list[tuple]) -> list[tuple[list[int], bool, bool]]:
     ]
 
 
-def test_click_by_click_with_the_answer_before_as_mask(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_click_by_click_with_the_answer_before_as_mask(scene: Scene) -> None:
     state, model, _ = scene
     state.on_slice(clicks([[16, 14, 4]]))
-    assert told(model.asked) == [([1], False, False)]
+    assert questions(model.asked) == [([1], False, False)]
     state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]]))
-    assert told(model.asked[1:]) == [([1, 0], False, True)], "the first answer is remembered"
+    assert questions(model.asked[1:]) == [([1, 0], False, True)], "the first answer is remembered"
     state.on_slice(clicks([[16, 14, 4], [18, 14, 4]], [[2, 5, 4]]))
-    assert told(model.asked[2:]) == [([1, 0, 1], False, True)]
+    assert questions(model.asked[2:]) == [([1, 0, 1], False, True)]
     state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]]))
     assert len(model.asked) == 3, "without the last click nothing is asked again"
 
 
-def test_a_click_that_sam_contradicts_is_obeyed_and_the_next_pass_starts_from_there(
-    scene: tuple[ClickSession, Sees, np.ndarray],
-) -> None:
+def test_a_click_that_sam_contradicts_is_obeyed_and_the_next_pass_starts_from_there(scene: Scene) -> None:
     state, model, truth = scene
     drawn = state.on_slice(clicks([[16, 14, 4]]))[1]
     found = state.on_slice(clicks([[16, 14, 4]], [[16, 20, 4]]))[1]
@@ -88,7 +66,7 @@ def test_a_click_that_sam_contradicts_is_obeyed_and_the_next_pass_starts_from_th
     assert truth[16, 20, 4]
 
 
-def test_an_obeyed_click_draws_nothing_outside_the_box(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_an_obeyed_click_draws_nothing_outside_the_box(scene: Scene) -> None:
     state, _, truth = scene
     found = state.on_slice(clicks([[16, 14, 4], [32, 14, 4]], roi=[4, 33, 2, 26, 4, 4]))[1]
     assert not truth[32, 14, 4]
@@ -96,65 +74,24 @@ def test_an_obeyed_click_draws_nothing_outside_the_box(scene: tuple[ClickSession
     assert not found[34:].any()
 
 
-def test_a_box_is_asked_with_its_answer_once_more_and_stays_with_clicks(
-    scene: tuple[ClickSession, Sees, np.ndarray],
-) -> None:
+def test_a_box_is_asked_with_its_answer_once_more_and_stays_with_clicks(scene: Scene) -> None:
     state, model, _ = scene
     box = {"roi": [4, 28, 2, 26, 4, 4]}
     state.on_slice(clicks([], **box))
-    assert told(model.asked) == [([], True, False), ([], True, True)], "with itself as mask once more"
+    assert questions(model.asked) == [([], True, False), ([], True, True)], "with itself as mask once more"
     del model.asked[:]
     state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]], **box))
-    assert told(model.asked) == [([1], True, False), ([1, 0], True, True)]
+    assert questions(model.asked) == [([1], True, False), ([1, 0], True, True)]
     assert len({tuple(boxes[0].tolist()) for _, boxes, _ in model.asked}) == 1
 
 
-def test_a_large_object_in_a_box_is_the_mean_of_three_answers(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
-    state, model, _ = scene
-    state.settings = state.settings.model_copy(update={"sam_zoom": 0.0})
-    model.architecture = replace(model.architecture, box_mask=True)
-    levels, decode = iter((0.45, 0.75, 0.7)), model.decode
-
-    def graded(*args: object, **more: object) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, iou = decode(*args, **more)
-        return torch.full_like(logits, float(torch.logit(torch.tensor(next(levels))))), iou
-
-    model.decode = graded
-    _, found = state.on_slice(clicks([], roi=[4, 28, 2, 26, 4, 4]))
-    ellipse, again, plain = told(model.asked)
-    assert (ellipse, again, plain) == (([], True, True), ([], True, True), ([], True, False))
-    assert not torch.equal(model.asked[0][2], model.asked[1][2]), "first the ellipse, then the answer"
-    assert found[4:29, 2:27].all(), "the mean of the levels is 0.63"
-    assert found.sum() == 25 * 25
-
-
-def test_a_small_object_in_a_box_is_asked_with_its_ellipse_only(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
-    state, model, _ = scene
-    state.settings = state.settings.model_copy(update={"sam_zoom": 5.0})
-    model.architecture = replace(model.architecture, box_mask=True)
-    state.on_slice(clicks([], roi=[14, 17, 12, 15, 4, 4]))
-    assert [masked for _, _, masked in told(model.asked)] == [True, True], "the whole slice and its tile"
-
-
-def test_what_is_outside_comes_after_what_is_inside(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
-    state, model, _ = scene
-    assert state.on_slice(clicks([], [[2, 5, 4]])) is None
-    state.on_slice(clicks([[16, 14, 4]], [[2, 5, 4]]))
-    assert told(model.asked)[0] == ([1], False, False), "though the background was clicked first"
-    del model.asked[:]
-    state.on_slice(clicks([], [[2, 5, 4]], roi=[4, 28, 2, 26, 4, 4]))
-    assert told(model.asked) == [([], True, False), ([0], True, True)]
-
-
-def test_many_clicks_are_taken_one_by_one_up_to_eight_then_in_groups(
-    scene: tuple[ClickSession, Sees, np.ndarray],
-) -> None:
+def test_many_clicks_are_taken_one_by_one_up_to_eight_then_in_groups(scene: Scene) -> None:
     state, model, _ = scene
     spots = [[16, n, 4] for n in range(6, 26)]
     at_once = state.on_slice(clicks(spots))[1]
-    assert [len(labels) for labels, _, _ in told(model.asked)] == [1, 2, 3, 4, 5, 6, 7, 8, 16, 20]
+    assert [len(labels) for labels, _, _ in questions(model.asked)] == [1, 2, 3, 4, 5, 6, 7, 8, 16, 20]
     asked = [points[0] for points, _, _ in model.asked]
-    other = ClickSession(model, state.picture.volume, state.settings, cache=EmbeddingCache())
+    other = session(model, state.predictor.source.volume)
     for n in range(1, 21):
         del model.asked[:]
         one_by_one = other.on_slice(clicks(spots[:n]))[1]
@@ -163,25 +100,7 @@ def test_many_clicks_are_taken_one_by_one_up_to_eight_then_in_groups(
     assert np.array_equal(one_by_one, at_once)
 
 
-def test_the_first_click_alone_then_all_with_the_answer_as_mask(
-    scene: tuple[ClickSession, Sees, np.ndarray],
-) -> None:
-    state, model, _ = scene
-    state.answer(clicks([[16, 14, 4]], [[2, 5, 4]]))
-    (first, labels), _, no_mask = model.asked[0]
-    x, y = 51 / 32, 64 / 40  # the slice fills 64 x 51 of the frame
-    assert np.allclose(first, [[[14 * x, 16 * y]]])
-    assert labels.tolist() == [[1]]
-    assert no_mask is None
-    (both, labels), _, mask = model.asked[1]
-    assert np.allclose(both, [[[14 * x, 16 * y], [5 * x, 2 * y]]])
-    assert labels.tolist() == [[1, 0]]
-    assert mask is not None
-
-
-def test_a_neighbour_is_asked_with_box_point_and_mask_and_its_own_negative_clicks(
-    scene: tuple[ClickSession, Sees, np.ndarray],
-) -> None:
+def test_a_neighbour_is_asked_with_box_point_and_mask_and_its_own_negative_clicks(scene: Scene) -> None:
     state, model, _ = scene
     state.answer(clicks([[16, 14, 4]], [[2, 5, 5]]))
     (_, labels), boxes, masks = model.asked[1]  # slice 5 comes first
@@ -190,9 +109,7 @@ def test_a_neighbour_is_asked_with_box_point_and_mask_and_its_own_negative_click
     assert masks is not None
 
 
-def test_a_box_alone_starts_in_its_middle_and_bounds_the_object(
-    scene: tuple[ClickSession, Sees, np.ndarray],
-) -> None:
+def test_a_box_alone_starts_in_its_middle_and_bounds_the_object(scene: Scene) -> None:
     state, _, truth = scene
     mask = state.answer(parse({"roi": [28, 4, 26, 2, 5, 3]}, (40, 32, 9)))
     assert mask[..., 3:6].any((0, 1)).all()
@@ -203,77 +120,26 @@ def test_a_box_alone_starts_in_its_middle_and_bounds_the_object(
     assert small.any((0, 1)).sum() == 1
 
 
-def test_background_clicks_alone_give_nothing(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_background_clicks_alone_give_nothing(scene: Scene) -> None:
     state, model, _ = scene
     assert not state.answer(clicks([], [[16, 14, 4]])).any()
     assert not state.answer(clicks([])).any()
     assert model.encoded == 0
 
 
-def test_answers_depend_on_the_clicks_alone(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_answers_depend_on_the_clicks_alone(scene: Scene) -> None:
     state, _, _ = scene
     first = state.answer(clicks([[16, 14, 4]]))
     state.answer(clicks([[30, 28, 2]]))
     assert np.array_equal(state.answer(clicks([[16, 14, 4]])), first)
 
 
-def test_growing_stops_where_sam_no_longer_believes(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
-    state, _, _ = scene
-    image = state.picture.volume.copy()
-    image[..., 6:] = 0  # the object is cut off
-    cut = ClickSession(state.model, image, state.settings, cache=EmbeddingCache())
-    mask = cut.answer(clicks([[16, 14, 4]]))
-    assert mask[..., 5].any()
-    assert not mask[..., 6:].any()
-
-
-def test_growing_stops_where_the_area_jumps(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
-    state, _, _ = scene
-    image = state.picture.volume.copy()
-    image[..., 5:] = 1  # everything is bright there
-    mask = ClickSession(state.model, image, state.settings, cache=EmbeddingCache()).answer(clicks([[16, 14, 4]]))
-    assert mask[..., 4].any()
-    assert not mask[..., 5:].any()
-
-
-def test_an_automatic_mask_is_the_prompt_on_clicked_slices(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
-    state, model, truth = scene
-    with_mask = ClickSession(
-        model, state.picture.volume, state.settings, truth.astype(np.float32), cache=EmbeddingCache()
-    )
-    model.asked.clear()
-    with_mask.answer(clicks([[16, 14, 4]]))
-    assert model.asked[0][2] is not None
-
-
-def test_journeys_go_to_the_next_clicked_slice_and_stay_within_the_box() -> None:
-    assert list(propagation_ranges([2, 7], (0, 9))) == [(2, 1, 6), (2, -1, 0), (7, 1, 9), (7, -1, 3)]
-    assert list(propagation_ranges([3, 4], (0, 9))) == [(3, 1, 3), (3, -1, 0), (4, 1, 9), (4, -1, 4)]
-    assert list(propagation_ranges([1, 5, 9], (3, 7))) == [(5, 1, 7), (5, -1, 3)]
-    assert list(propagation_ranges([], (0, 9))) == []
-
-
-@pytest.fixture
-def tube(tiny: SAMModel, settings: Settings) -> ClickSession:
-    """A bright column through 20 slices but number 12."""
-    image = np.full((40, 32, 20), 0.1, np.float32)
-    image[8:26, 6:24] = 0.8
-    image[..., 12] = 0.1
-    return ClickSession(Sees(tiny), image, settings, cache=EmbeddingCache())
-
-
-def through(foreground: list[list[int]], background: list[list[int]] | None = None, **more: object) -> ClientPrompt:
-    return parse({"foreground": foreground, "background": background or [], **more}, (40, 32, 20))
-
-
 def test_what_grows_from_two_clicks_meets_half_way_or_where_one_of_them_ends(tube: ClickSession) -> None:
     answer = tube.draw(through([[16, 14, 2], [16, 14, 9]]))
     assert answer.volume().any((0, 1))[:12].all()
-    model = tube.model
+    model = tube.predictor.model
     del model.asked[:]
-    both = ClickSession(model, tube.picture.volume, tube.settings, cache=EmbeddingCache()).answer(
-        through([[16, 14, 3], [16, 14, 14]])
-    )
+    both = session(model, tube.predictor.source.volume).answer(through([[16, 14, 3], [16, 14, 14]]))
     assert both.any((0, 1)).tolist() == [k != 12 for k in range(20)]
     assert len(model.asked) <= 21, "no slice is drawn twice; number 12 is tried from both sides"
 
@@ -289,9 +155,9 @@ def test_a_click_beyond_the_end_of_the_object_deletes_nothing_of_it(tube: ClickS
 def test_a_click_after_a_box_on_another_slice_corrects_what_the_box_gave(tube: ClickSession) -> None:
     box = {"roi": [6, 27, 4, 25, 0, 11]}
     first = tube.answer(through([], **box))
-    asked = len(tube.model.asked)
+    asked = len(tube.predictor.model.asked)
     after = tube.answer(through([[16, 14, 10]], **box))
-    assert len(tube.model.asked) - asked <= 4
+    assert len(tube.predictor.model.asked) - asked <= 4
     assert np.array_equal(after[..., :9], first[..., :9])
 
 
@@ -311,37 +177,20 @@ def test_a_background_click_on_a_grown_slice_is_obeyed_with_a_disc(tube: ClickSe
     assert np.array_equal(after[..., 3], before[..., 3])
 
 
-def test_the_order_of_clicks_is_known_after_a_visit_to_another_slice(tube: ClickSession) -> None:
-    here = through([[16, 14, 3], [10, 10, 3]], [[16, 20, 3]])
-    tube.on_slice(through([[16, 14, 3]]))
-    tube.on_slice(through([[16, 14, 3]], [[16, 20, 3]]))
-    tube.on_slice(here)
-    order = tube.points(3, here)[1].tolist()
-    assert order == [1, 0, 1]
-    tube.on_slice(through([[16, 14, 4]]))
-    assert tube.points(3, here)[1].tolist() == order
-    assert tube.without_last(here, 1).foreground.tolist() == [[16, 14, 3]], (
-        "clicks elsewhere are not sent and not undone"
-    )
-    tube.on_slice(tube.without_last(here, 2))
-    assert tube.without_last(here, 1).foreground.tolist() == [[16, 14, 3]]
-    assert tube.without_last(here, 1).background.tolist() == [[16, 20, 3]]
-
-
-def test_a_volume_of_one_slice(tiny: SAMModel, settings: Settings) -> None:
+def test_a_volume_of_one_slice(tiny: SAMModel) -> None:
     image = np.zeros((20, 20, 1), np.float32)
     image[5:15, 5:15] = 1
-    state = ClickSession(Sees(tiny), image, settings, cache=EmbeddingCache())
+    state = session(Sees(tiny), image)
     assert state.answer(parse({"foreground": [[10, 10, 0]]}, image.shape)).sum() > 80
 
 
-def test_a_wrong_automatic_mask_is_repaired_where_it_is_clicked(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_a_wrong_automatic_mask_is_repaired_where_it_is_clicked(scene: Scene) -> None:
     """Too large on slice 4, right elsewhere, with a second component that nobody clicks on."""
     state, model, truth = scene
     region = (truth > 0).astype(np.float32)
     region[2:30, 2:28, 4] = 1
     region[34:38, 26:30, 3:6] = 1
-    repair = ClickSession(model, state.picture.volume, state.settings, region, cache=EmbeddingCache())
+    repair = session(model, state.predictor.source.volume, region)
     mask = repair.answer(clicks([], [[4, 4, 4]])) > 0
     assert dice(mask[:30, :28, 4], truth[:30, :28, 4] > 0) > 0.85
     assert mask[34:38, 26:30, 3:6].all(), "the other component stays"
@@ -350,21 +199,19 @@ def test_a_wrong_automatic_mask_is_repaired_where_it_is_clicked(scene: tuple[Cli
     assert np.array_equal(repair.answer(clicks([])), (region > 0).astype(np.uint8)), "without a click all stays"
 
 
-def test_a_box_around_two_right_lesions_keeps_the_smaller_one(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_a_box_around_two_right_lesions_keeps_the_smaller_one(scene: Scene) -> None:
     state, model, truth = scene
-    image, region = state.picture.volume.copy(), (truth > 0).astype(np.float32)
+    image, region = state.predictor.source.volume.copy(), (truth > 0).astype(np.float32)
     for array, value in ((image, 0.8), (region, 1)):
         array[31:37, 22:28] = value
-    repair = ClickSession(model, image, state.settings, region, cache=EmbeddingCache())
+    repair = session(model, image, region)
     mask = repair.answer(clicks([], roi=[2, 39, 2, 30, 2, 6])) > 0
     assert dice(mask[30:, 21:, 4], region[30:, 21:, 4] > 0) > 0.6
-    alone = ClickSession(model, image, state.settings, cache=EmbeddingCache()).answer(
-        clicks([], roi=[2, 39, 2, 30, 4, 4])
-    )
+    alone = session(model, image).answer(clicks([], roi=[2, 39, 2, 30, 4, 4]))
     assert not alone[31:37, 22:28].any(), "without an automatic mask it is a stray"
 
 
-def test_an_automatic_mask_may_be_taken_away_altogether(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_an_automatic_mask_may_be_taken_away_altogether(scene: Scene) -> None:
     state, model, _ = scene
 
     class Blind(Sees):
@@ -372,20 +219,18 @@ def test_an_automatic_mask_may_be_taken_away_altogether(scene: tuple[ClickSessio
             logits, iou = super().decode(embeddings, points, boxes, masks, multimask)
             return torch.full_like(logits, -9), iou
 
-    wrong = np.zeros(state.picture.shape, np.float32)
+    wrong = np.zeros(state.predictor.source.shape, np.float32)
     wrong[2:8, 2:8, 4] = 1
-    repaired = ClickSession(Blind(model), state.picture.volume, state.settings, wrong, EmbeddingCache())
+    repaired = session(Blind(model), state.predictor.source.volume, wrong)
     assert not repaired.answer(clicks([], [[4, 4, 4]])).any()
 
 
-def test_background_clicks_beside_the_automatic_mask_draw_nothing_new(
-    scene: tuple[ClickSession, Sees, np.ndarray],
-) -> None:
+def test_background_clicks_beside_the_automatic_mask_draw_nothing_new(scene: Scene) -> None:
     """The click that hit it is so old that it counts no more: SAM would be asked for nothing in particular."""
     state, model, _ = scene
-    wrong = np.zeros(state.picture.shape, np.float32)
+    wrong = np.zeros(state.predictor.source.shape, np.float32)
     wrong[2:8, 2:8, 4] = 1
-    repaired = ClickSession(model, state.picture.volume, state.settings, wrong, EmbeddingCache())
+    repaired = session(model, state.predictor.source.volume, wrong)
     beside = [[i, j, 4] for i in range(30, 38) for j in range(20, 28)]
     k, mask = repaired.on_slice(clicks([], [[4, 4, 4], *beside]))
     assert k == 4
@@ -393,20 +238,16 @@ def test_background_clicks_beside_the_automatic_mask_draw_nothing_new(
     assert not model.asked
 
 
-def test_a_click_on_what_was_missed_is_added_to_the_automatic_mask(
-    scene: tuple[ClickSession, Sees, np.ndarray],
-) -> None:
+def test_a_click_on_what_was_missed_is_added_to_the_automatic_mask(scene: Scene) -> None:
     state, model, truth = scene
     region = np.zeros(truth.shape, np.float32)
     region[34:38, 26:30, :] = 1
-    mask = ClickSession(model, state.picture.volume, state.settings, region, cache=EmbeddingCache()).answer(
-        clicks([[16, 14, 4]])
-    )
+    mask = session(model, state.predictor.source.volume, region).answer(clicks([[16, 14, 4]]))
     assert mask[34:38, 26:30].all()
     assert dice(mask[:30] > 0, truth[:30] > 0) > 0.85
 
 
-def test_a_correction_touches_only_what_it_changes(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_a_correction_touches_only_what_it_changes(scene: Scene) -> None:
     state, model, _ = scene
     before = state.answer(clicks([[16, 14, 4]]))
     asked = len(model.asked)
@@ -416,7 +257,7 @@ def test_a_correction_touches_only_what_it_changes(scene: tuple[ClickSession, Se
     assert np.array_equal(after, before)
 
 
-def test_a_shorter_list_is_undo_and_costs_nothing(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_a_shorter_list_is_undo_and_costs_nothing(scene: Scene) -> None:
     state, model, _ = scene
     first = state.answer(clicks([[16, 14, 4]]))
     state.answer(clicks([[16, 14, 4], [20, 20, 2]], [[2, 2, 4]]))
@@ -425,26 +266,10 @@ def test_a_shorter_list_is_undo_and_costs_nothing(scene: tuple[ClickSession, See
     assert len(model.asked) == asked
 
 
-def test_undo_knows_the_order_of_both_kinds_of_clicks(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
-    state, _, _ = scene
-    state.answer(clicks([[16, 14, 4]]))
-    state.answer(clicks([[16, 14, 4]], [[2, 2, 4]]))
-    everything = clicks([[16, 14, 4], [18, 15, 3]], [[2, 2, 4]], roi=[0, 39, 0, 31, 0, 8])
-    one = state.without_last(everything, 1)
-    assert (one.foreground.tolist(), one.background.tolist()) == ([[16, 14, 4]], [[2, 2, 4]])
-    two = state.without_last(everything, 2)
-    assert (two.foreground.tolist(), two.background.tolist()) == ([[16, 14, 4]], [])
-    assert two.box is not None
-    assert state.without_last(everything, 4).empty
-
-
-def test_in_a_hurry_the_clicked_slice_comes_first_and_the_rest_later(
-    scene: tuple[ClickSession, Sees, np.ndarray],
-) -> None:
+def test_with_a_time_limit_the_clicked_slice_comes_first_and_the_rest_later(scene: Scene) -> None:
     state, model, _ = scene
-    hasty = Settings(first_click_seconds=0, click_seconds=0, sam_zoom=0, device="cpu")
-    now = ClickSession(model, state.picture.volume, hasty, cache=EmbeddingCache())
-    answer = now.draw(clicks([[16, 14, 4]]), hurry=True)
+    now = session(model, state.predictor.source.volume, first_click_seconds=0, click_seconds=0)
+    answer = now.draw(clicks([[16, 14, 4]]), time_limited=True)
     partial, whole = answer.volume(), state.answer(clicks([[16, 14, 4]]))
     assert not answer.done
     assert np.array_equal(partial[..., 4], whole[..., 4])
@@ -453,15 +278,15 @@ def test_in_a_hurry_the_clicked_slice_comes_first_and_the_rest_later(
     assert not partial.all((0, 1)).all()
     while answer.advance():
         pass
-    assert np.array_equal(now.draw(clicks([[16, 14, 4]]), hurry=True).volume(), whole)
-    further = now.draw(clicks([[16, 14, 4]], [[2, 2, 4]]), hurry=True)
+    assert np.array_equal(now.draw(clicks([[16, 14, 4]]), time_limited=True).volume(), whole)
+    further = now.draw(clicks([[16, 14, 4]], [[2, 2, 4]]), time_limited=True)
     assert further.volume().any((0, 1)).sum() == whole.any((0, 1)).sum(), "what was there stays until it is redrawn"
 
 
-def test_an_annotator_is_never_answered_with_another_ones_clicks(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_an_annotator_is_never_answered_with_another_ones_clicks(scene: Scene) -> None:
     """Even if both share one state: only answers to a part of the same clicks are built upon."""
     state, _, _ = scene
-    image = state.picture.volume.copy()
+    image = state.predictor.source.volume.copy()
     image[33:39, 25:31, 1:8] = 0.9
 
     class Near(Sees):
@@ -477,9 +302,9 @@ def test_an_annotator_is_never_answered_with_another_ones_clicks(scene: tuple[Cl
                 logits[n, 0][far] = -30
             return logits, iou
 
-    near = Near(state.model)
-    shared = ClickSession(near, image, state.settings, cache=EmbeddingCache())
-    alone = ClickSession(near, image, state.settings, cache=EmbeddingCache())
+    near = Near(state.predictor.model)
+    shared = session(near, image)
+    alone = session(near, image)
     one = shared.answer(clicks([[16, 14, 4]]))
     other = shared.answer(clicks([[36, 28, 4]]))
     assert np.array_equal(other, alone.answer(clicks([[36, 28, 4]])))
@@ -487,7 +312,7 @@ def test_an_annotator_is_never_answered_with_another_ones_clicks(scene: tuple[Cl
     assert other[36, 28, 4]
 
 
-def test_ten_thousand_clicks_count_by_their_last(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_ten_thousand_clicks_count_by_their_last(scene: Scene) -> None:
     state, model, truth = scene
     rng = np.random.default_rng(0)
     many = rng.integers(0, (40, 32, 9), (10_000, 3))
@@ -500,7 +325,7 @@ def test_ten_thousand_clicks_count_by_their_last(scene: tuple[ClickSession, Sees
     assert max(labels.shape[1] for (_, labels), _, _ in model.asked) <= 128
 
 
-def test_the_slice_alone_for_a_2d_model(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_the_slice_alone_for_a_2d_model(scene: Scene) -> None:
     state, _, truth = scene
     k, mask = state.on_slice(clicks([[16, 14, 4], [16, 14, 3]], slice=4))
     assert k == 4
@@ -510,7 +335,7 @@ def test_the_slice_alone_for_a_2d_model(scene: tuple[ClickSession, Sees, np.ndar
     assert state.on_slice(parse({"roi": [2, 30, 2, 28, 5, 5], "slice": 812.5}, (40, 32, 9)))[0] == 5
 
 
-def test_a_flat_roi_is_answered_or_left_out(scene: tuple[ClickSession, Sees, np.ndarray]) -> None:
+def test_a_flat_roi_is_answered_or_left_out(scene: Scene) -> None:
     state, _, _ = scene
     assert not state.answer(parse({"roi": [16, 16, 14, 14, 4, 4]}, (40, 32, 9))).any()
     line = state.answer(parse({"roi": [16, 16, 4, 24, 2, 6]}, (40, 32, 9)))
@@ -533,17 +358,17 @@ class Patchy(Sees):
 
 def test_a_click_on_a_grown_slice_adds_to_what_has_grown_there(tube: ClickSession) -> None:
     box = {"roi": [6, 39, 4, 31, 0, 11]}
-    state = ClickSession(Patchy(tube.model), tube.picture.volume, tube.settings, cache=EmbeddingCache())
+    state = session(Patchy(tube.predictor.model), tube.predictor.source.volume)
     first = state.answer(through([], **box))
     assert first[..., :12].any((0, 1)).all()
     missed = [32, 15, 8]
     assert not first[tuple(missed)]
-    asked = len(state.model.asked)
+    asked = len(state.predictor.model.asked)
     after = state.answer(through([missed], **box))
     assert after[tuple(missed)]
     assert (after[..., 8] >= first[..., 8]).all()
     assert np.array_equal(after[..., :6], first[..., :6])
-    assert len(state.model.asked) - asked < 10
+    assert len(state.predictor.model.asked) - asked < 10
     inside = state.answer(through([missed, [16, 14, 10]], **box))
     assert dice(inside[..., 10] > 0, first[..., 10] > 0) > 0.9, "a click inside prompts with the mask that was there"
     state.answer(through([missed, [16, 14, 10]], [[16, 20, 8]], **box))

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,14 @@ def test_small_sam_is_small() -> None:
 
 
 def test_architecture_survives_json() -> None:
-    assert Architecture.from_metadata({**SMALL.__dict__, "global_blocks": [2, 5]}) == SMALL
+    assert Architecture.from_metadata(json.loads(json.dumps(SMALL.to_metadata()))) == SMALL
 
 
 def test_a_file_of_ours_from_before_the_setting_takes_the_ellipse_of_a_box() -> None:
-    values = asdict(replace(SMALL, box_mask=False))
-    assert not Architecture.from_metadata(values).box_mask
+    values = SMALL.with_conventions(box_mask=False).to_metadata()
+    assert not Architecture.from_metadata(values).conventions.box_mask
     del values["box_mask"]
-    assert Architecture.from_metadata(values).box_mask
+    assert Architecture.from_metadata(values).conventions.box_mask
 
 
 def test_the_ellipse_in_a_box_touches_its_sides_and_stays_inside() -> None:
@@ -92,7 +92,7 @@ def test_mask_prompts_are_logits_or_probabilities(tiny: SAMModel) -> None:
     logits = tiny.mask_prompt(p).flatten()
     limit = MASK_LOGIT_LIMIT
     torch.testing.assert_close(logits, torch.tensor([-limit, -np.log(3).item(), 0.0, limit]), atol=1e-3, rtol=0)
-    architecture = replace(tiny.architecture, mask_prompt="probabilities")
+    architecture = tiny.architecture.with_conventions(mask_prompt="probabilities")
     assert torch.equal(SAMModel(tiny.sam, architecture).mask_prompt(p)[:, 0], p)
 
 
@@ -148,13 +148,13 @@ def test_prompts_of_several_slices_share_a_call(tiny: SAMModel) -> None:
 
 
 def test_squashing_models_fill_the_frame(tiny: SAMModel) -> None:
-    model = SAMModel(tiny.sam, replace(tiny.architecture, resize="squash"))
+    model = SAMModel(tiny.sam, tiny.architecture.with_conventions(resize="squash"))
     assert model.input_shape((20, 50)) == (64, 64)
     assert model.scale((32, 128)) == (0.5, 2.0)
 
 
 def test_medsam_takes_each_slice_from_0_to_1(tiny: SAMModel) -> None:
-    architecture = replace(tiny.architecture, resize="squash", interpolation="bicubic", scaling="minmax")
+    architecture = tiny.architecture.with_conventions(resize="squash", interpolation="bicubic", scaling="minmax")
     model = SAMModel(build(architecture), architecture)
     slices = torch.rand(2, 64, 64) * torch.tensor([0.2, 0.5]).view(2, 1, 1) + 0.3
     seen = model.preprocess(slices)
@@ -174,7 +174,7 @@ def test_medsam_takes_each_slice_from_0_to_1(tiny: SAMModel) -> None:
 
 
 def test_sam_med2d_takes_the_nearest_pixel(tiny: SAMModel) -> None:
-    architecture = replace(tiny.architecture, resize="squash", interpolation="nearest")
+    architecture = tiny.architecture.with_conventions(resize="squash", interpolation="nearest")
     seen = SAMModel(tiny.sam, architecture).preprocess(torch.arange(128 * 96).view(1, 128, 96) / (128 * 96))
     rows, columns = np.floor(np.arange(64) * 2).astype(int), np.floor(np.arange(64) * 1.5).astype(int)
     grey = (np.arange(128 * 96).reshape(128, 96) / (128 * 96))[rows][:, columns] * 255

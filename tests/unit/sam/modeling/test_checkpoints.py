@@ -35,10 +35,8 @@ ADAPTER_SHAPES = {
     "spatial.2.weight": (768, 768, 4, 4),
 }
 VIT_B = Architecture(1024, 16, 768, 12, 12, 14, (2, 5, 8, 11), 256, 2048, 8)
-MEDSAM = replace(VIT_B, resize="squash", interpolation="bicubic", scaling="minmax", multimask="never")
-MED2D = replace(
-    VIT_B,
-    image_size=256,
+MEDSAM = VIT_B.with_conventions(resize="squash", interpolation="bicubic", scaling="minmax", multimask="never")
+MED2D = replace(VIT_B, image_size=256).with_conventions(
     mask_prompt="probabilities",
     multimask="always",
     resize="squash",

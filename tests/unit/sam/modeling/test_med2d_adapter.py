@@ -1,4 +1,4 @@
-"""SAM-Med2D's adapters against a second writing of science.md, section 3.1, on bare tensors."""
+"""SAM-Med2D's adapters against a second writing of docs/science.md §3.1, on bare tensors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from aslseg.compute.weights import save_weights
 from aslseg.sam.modeling.architecture import VIT_B, Architecture, build
 from aslseg.sam.modeling.build import SAMModel, load
 from aslseg.sam.modeling.checkpoints import read
-from aslseg.sam.modeling.med2d_adapter import Adapter, add_adapters
+from aslseg.sam.modeling.med2d_adapter import Med2dAdapter, add_adapters
 from aslseg.settings import Settings
 
-TINY_MED2D = Architecture(
-    64, 8, 32, 2, 2, 4, (1,), 32, 64, mask_prompt="probabilities", resize="squash", interpolation="nearest"
+TINY_MED2D = Architecture(64, 8, 32, 2, 2, 4, (1,), 32, 64).with_conventions(
+    mask_prompt="probabilities", resize="squash", interpolation="nearest"
 )
 
 
@@ -38,7 +38,7 @@ def adapter(u: Tensor, w: dict[str, Tensor]) -> Tensor:
 
 def test_the_adapter_is_sam_med2ds() -> None:
     torch.manual_seed(0)
-    module = Adapter(16)
+    module = Med2dAdapter(16)
     with torch.no_grad():
         module.norm.weight.uniform_(0.5, 2)
         module.norm.bias.normal_()
@@ -116,7 +116,7 @@ def test_saved_and_loaded_again(ending: str, tmp_path: Path, settings: Settings)
     if ending == "pth":
         torch.save({"model": model.sam.state_dict()}, path)
         settings = settings.model_copy(update={"sam_kind": "sam_med2d"})
-        architecture = replace(architecture, multimask="always")
+        architecture = architecture.with_conventions(multimask="always")
     else:
         save_weights(path, model.sam.state_dict(), model.metadata)
     assert read(path, settings).adapters == 2

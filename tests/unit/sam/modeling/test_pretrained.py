@@ -15,8 +15,8 @@ from aslseg.sam.clicks.session import ClickSession
 from aslseg.sam.modeling.architecture import SMALL
 from aslseg.sam.modeling.build import SAMModel, base_path, load
 from aslseg.sam.modeling.checkpoints import describe, read
-from aslseg.sam.predictor.embeddings import EmbeddingCache
-from aslseg.sam.predictor.predict import redraw
+from aslseg.sam.predictor.redraw import redraw
+from aslseg.sam.predictor.slice_predictor import SlicePredictor
 from aslseg.settings import Settings
 from aslseg.volume.intensity import normalise
 from aslseg.volume.phantom import make_phantom
@@ -81,8 +81,7 @@ def test_a_box_in_3d_gives_the_liver(model: SAMModel, abdomen: tuple[np.ndarray,
     image, (liver, _) = abdomen
     ends = np.argwhere(liver)
     roi = np.stack([ends.min(0), ends.max(0)], 1).ravel().tolist()
-    cache = EmbeddingCache()
-    found = ClickSession(model, image, SETTINGS, cache=cache).answer(parse({"roi": roi}, image.shape))
+    found = ClickSession(SlicePredictor(model, image, SETTINGS)).answer(parse({"roi": roi}, image.shape))
     assert dice(found > 0, liver) > 0.75
 
 
@@ -93,7 +92,7 @@ def test_one_click_on_a_slice_gives_most_of_the_organ(model: SAMModel, abdomen: 
     i, j = np.unravel_index(depth.argmax(), depth.shape)
     one = np.ascontiguousarray(image[..., k : k + 1])
     prompt = parse({"foreground": [[int(i), int(j), 0]]}, one.shape)
-    found = ClickSession(model, one, SETTINGS, cache=EmbeddingCache()).answer(prompt)
+    found = ClickSession(SlicePredictor(model, one, SETTINGS)).answer(prompt)
     assert found[i, j, 0] == 1
     assert dice(found[..., 0] > 0, liver[..., k]) > 0.6
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from aslseg.sam.modeling.attention import use_fused_attention
 from aslseg.sam.modeling.build import SAMModel
 from aslseg.sam.predictor.embedding_store import EmbeddingStore
 from aslseg.sam.predictor.embeddings import EmbeddingCache, slice_name
-from aslseg.sam.predictor.slices import Region, SliceSource
+from aslseg.sam.predictor.slices import SliceSource
 
 
 class Counting(SAMModel):
@@ -41,27 +42,28 @@ def image() -> np.ndarray:
     return np.random.default_rng(0).random((24, 16, 6)).astype(np.float32)
 
 
-def obtain(cache: EmbeddingCache, model: SAMModel, image: np.ndarray, slices: list[int]) -> Tensor:
-    picture = SliceSource(image)
-    return cache.obtain(model, [picture.name(k, model) for k in slices], lambda n: picture.slice(slices[n]))
+def embed(cache: EmbeddingCache, model: SAMModel, image: np.ndarray, slices: list[int]) -> Tensor:
+    source = SliceSource(image)
+    return cache.embed(model, [source.name(k, model) for k in slices], lambda n: source.slice(slices[n]))
 
 
 def test_embeddings_are_those_of_the_slices(model: Counting, image: np.ndarray) -> None:
     cache = EmbeddingCache()
-    cache.get(model, image, [3], "x")
-    got = cache.get(model, image, [4, 3, 4], "x")
+    embed(cache, model, image, [3])
+    got = embed(cache, model, image, [4, 3, 4])
     with torch.inference_mode():
         expected = model.encode(np.ascontiguousarray(image[..., [4, 3, 4]].transpose(2, 0, 1)))
     torch.testing.assert_close(got, expected, atol=5e-3, rtol=5e-3)
 
 
 def test_forgets_the_least_recently_used(model: Counting, image: np.ndarray) -> None:
-    one = EmbeddingCache().get(model, image, [0], "x").nbytes // 2
+    source = SliceSource(image)
+    one = embed(EmbeddingCache(), model, image, [0]).nbytes // 2
     cache = EmbeddingCache(limit=2 * one)
     model.encoded = 0
     for k in (0, 1, 0, 2):
-        cache.get(model, image, [k], "x")
-    assert (cache.has("x", 0), cache.has("x", 1), cache.has("x", 2)) == (True, False, True)
+        embed(cache, model, image, [k])
+    assert [cache.has(source.name(k, model)) for k in range(3)] == [True, False, True]
     assert cache.bytes == 2 * one
     assert model.encoded == 3
 
@@ -70,7 +72,7 @@ def test_sixteen_threads_that_want_the_same_slice_share_one_pass(model: Counting
     cache = EmbeddingCache()
     model.gate.clear()
     with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(obtain, cache, model, image, [2]) for _ in range(16)]
+        waiting = [pool.submit(embed, cache, model, image, [2]) for _ in range(16)]
         model.gate.set()
         answers = [w.result(60) for w in waiting]
     assert model.encoded == 1
@@ -80,7 +82,7 @@ def test_sixteen_threads_that_want_the_same_slice_share_one_pass(model: Counting
 def test_threads_that_want_overlapping_slices_encode_each_once(model: Counting, image: np.ndarray) -> None:
     cache = EmbeddingCache()
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda n: obtain(cache, model, image, [n % 6, (n + 1) % 6]), range(24)))
+        answers = list(pool.map(lambda n: embed(cache, model, image, [n % 6, (n + 1) % 6]), range(24)))
     assert model.encoded == 6
     assert torch.equal(answers[0][1], answers[1][0])
 
@@ -93,12 +95,12 @@ def test_an_error_reaches_all_who_wait_and_nothing_is_kept(model: Counting, imag
         raise ValueError("no such slice")
 
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(cache.obtain, model, ["a"], broken) for _ in range(4)]
+        waiting = [pool.submit(cache.embed, model, ["a"], broken) for _ in range(4)]
         for w in waiting:
             with pytest.raises(ValueError, match="no such slice"):
                 w.result(60)
     assert not cache.has("a")
-    assert len(obtain(cache, model, image, [0])) == 1
+    assert len(embed(cache, model, image, [0])) == 1
 
 
 def test_a_name_stands_for_pixels_weights_and_size(model: Counting, image: np.ndarray) -> None:
@@ -107,7 +109,7 @@ def test_a_name_stands_for_pixels_weights_and_size(model: Counting, image: np.nd
     changed = image[..., 0].copy()
     changed[3, 3] += 0.01
     other = SAMModel(model.sam, model.architecture, fingerprint="other")
-    larger = Architecture(**{**model.architecture.__dict__, "image_size": 128})
+    larger = replace(model.architecture, image_size=128)
     resized = SAMModel(build(larger), larger, fingerprint="counting")
     names = [
         slice_name(model, changed),
@@ -122,11 +124,11 @@ def test_a_name_stands_for_pixels_weights_and_size(model: Counting, image: np.nd
 
 
 def test_disk_serves_another_process(model: Counting, image: np.ndarray, tmp_path: Path) -> None:
-    first = obtain(EmbeddingCache(store=EmbeddingStore(tmp_path, 1e9)), model, image, [1, 2])
+    first = embed(EmbeddingCache(store=EmbeddingStore(tmp_path, 1e9)), model, image, [1, 2])
     assert model.encoded == 2
     later = EmbeddingCache(store=EmbeddingStore(tmp_path, 1e9))
     assert later.has(SliceSource(image).name(2, model))
-    assert torch.equal(obtain(later, model, image, [1, 2]), first)
+    assert torch.equal(embed(later, model, image, [1, 2]), first)
     assert model.encoded == 2
     files = list(tmp_path.rglob("*.npy"))
     assert len(files) == 2
@@ -134,11 +136,11 @@ def test_disk_serves_another_process(model: Counting, image: np.ndarray, tmp_pat
 
 
 def test_a_damaged_file_is_made_again(model: Counting, image: np.ndarray, tmp_path: Path) -> None:
-    first = obtain(EmbeddingCache(store=EmbeddingStore(tmp_path, 1e9)), model, image, [1])
+    first = embed(EmbeddingCache(store=EmbeddingStore(tmp_path, 1e9)), model, image, [1])
     (file,) = tmp_path.rglob("*.npy")
     for content in (b"", file.read_bytes()[:200], b"junk" * 100):
         file.write_bytes(content)
-        assert torch.equal(obtain(EmbeddingCache(store=EmbeddingStore(tmp_path, 1e9)), model, image, [1]), first)
+        assert torch.equal(embed(EmbeddingCache(store=EmbeddingStore(tmp_path, 1e9)), model, image, [1]), first)
         assert np.load(file, allow_pickle=False).shape == first.shape[1:]
 
 
@@ -163,7 +165,7 @@ def test_a_disk_that_takes_nothing_costs_only_time(model: Counting, image: np.nd
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     cache = EmbeddingCache(store=EmbeddingStore(blocked / "embeddings", 1e9))
-    assert obtain(cache, model, image, [0]).shape[0] == 1
+    assert embed(cache, model, image, [0]).shape[0] == 1
 
 
 @pytest.mark.parametrize(("size", "window", "everywhere"), [(64, 3, (1,)), (64, 4, (1,)), (96, 5, ()), (64, 0, (0, 1))])
@@ -209,16 +211,3 @@ def test_fused_attention_learns_the_same(tiny: SAMModel) -> None:
         grads.append([p.grad.clone() for p in encoder.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
-
-
-def test_region_on_a_coarser_grid_is_brought_to_the_slices() -> None:
-    """Trilinear, as torch resizes the whole volume."""
-    coarse = np.random.default_rng(0).random((5, 6, 4)).astype(np.float32)
-    shape = (10, 15, 9)
-    whole = torch.nn.functional.interpolate(torch.from_numpy(coarse)[None, None], shape, mode="trilinear")[0, 0].numpy()
-    region = Region(coarse, shape)
-    for k in range(9):
-        np.testing.assert_allclose(region.slice(k), whole[..., k], atol=1e-5)
-    same = Region(coarse > 0.5, coarse.shape)
-    assert same.slice(2).dtype == np.float32
-    assert np.array_equal(same.slice(2), (coarse[..., 2] > 0.5).astype(np.float32))

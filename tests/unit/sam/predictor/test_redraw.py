@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +8,9 @@ import torch
 from torch import Tensor
 
 from aslseg.cases.prepared import Prepared
-from aslseg.prompts.frame import SlicePrompt
 from aslseg.sam.modeling.build import SAMModel
-from aslseg.sam.predictor.predict import LEAK_MARGIN, answer, redraw
+from aslseg.sam.predictor.redraw import redraw
+from aslseg.sam.predictor.slice_predictor import LEAK_MARGIN
 from aslseg.settings import Settings
 
 
@@ -36,51 +35,6 @@ class Recorder(SAMModel):
         self.asked.append((points, boxes, masks, multimask))
         low, iou = super().decode(embeddings, points, boxes, masks, multimask)
         return torch.full_like(low, self.logit), iou
-
-
-@pytest.mark.parametrize("trained_so", [True, False])
-def test_a_box_without_a_mask_brings_its_ellipse_to_a_sam_trained_so(tiny: SAMModel, trained_so: bool) -> None:
-    model = Recorder(tiny)
-    model.architecture = replace(tiny.architecture, box_mask=trained_so)
-    embedding = tiny.encode(np.zeros((1, 64, 64), np.float32))
-    box, mask = (8.0, 16.0, 40.0, 48.0), np.full((64, 64), 0.3, np.float32)
-    none = np.zeros((0, 2)), np.zeros(0, int)
-    point = np.array([[20.0, 20.0]]), np.array([1])
-    for prompt in (SlicePrompt(box, *none, None), SlicePrompt(box, *point, None), SlicePrompt(box, *none, mask)):
-        answer(model, embedding, [prompt], (64, 64), "box+point+mask")
-    answer(model, embedding, [SlicePrompt(None, *point, None)], (64, 64), "box+point+mask")
-    alone, clicked, masked, point_alone = (masks for _, _, masks, _ in model.asked)
-    assert point_alone is None
-    assert torch.equal(masked, model.mask_prompt(torch.full((1, 32, 32), 0.3)))
-    if not trained_so:
-        assert alone is clicked is None
-        return
-    assert torch.equal(alone, clicked)
-    rows, columns = torch.where(alone[0, 0] > 0)
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 23, 4, 19)
-
-
-@pytest.mark.parametrize(("kind", "lone_click", "others"), [("ambiguous", 3, 1), ("always", 3, 3), ("never", 1, 1)])
-def test_as_many_masks_are_asked_for_as_the_kind_was_trained_with(
-    tiny: SAMModel, kind: str, lone_click: int, others: int
-) -> None:
-    offered: list[int] = []
-
-    class Best(SAMModel):
-        def decode(self, embeddings: Tensor, points=None, boxes=None, masks=None, multimask=False):
-            low, _ = super().decode(embeddings, points, boxes, masks, multimask)
-            offered.append(low.shape[1])
-            belief = torch.arange(1.0, 1 + low.shape[1]).expand(len(low), -1)
-            return torch.zeros_like(low) + belief[..., None, None], belief  # the last mask is the one believed in
-
-    model = Best(tiny.sam, replace(tiny.architecture, multimask=kind))
-    embedding = tiny.encode(np.zeros((1, 64, 64), np.float32))
-    none, point = (np.zeros((0, 2)), np.zeros(0, int)), (np.array([[20.0, 20.0]]), np.array([1]))
-    box, mask = (8.0, 16.0, 40.0, 48.0), np.full((64, 64), 0.3, np.float32)
-    told = [(None, *point, None), (box, *none, None), (None, *point, mask), (None, *none, mask), (box, *point, None)]
-    for one, expected in zip(told, [lone_click] + 4 * [others], strict=True):
-        logits, _, iou = answer(model, embedding, [SlicePrompt(*one)], (64, 64), "box+point+mask")
-        assert (offered[-1], iou.item(), logits.max().item()) == (expected, expected, expected)
 
 
 def test_shape_range_and_determinism(
@@ -145,7 +99,7 @@ def test_only_the_chosen_parts_reach_sam(
 ) -> None:
     image, ssl = regions
     model = Recorder(tiny)
-    redraw(model, image, ssl, settings.model_copy(update={"sam_prompts": use}))
+    redraw(model, image, ssl, settings.model_copy(update={"sam_prompts": tuple(use.split("+"))}))
     for points, boxes, masks, multimask in model.asked:
         assert (points is not None) == ("point" in use)
         assert (boxes is not None) == ("box" in use)
@@ -160,22 +114,6 @@ def test_batches_do_not_change_the_answer(
     one = redraw(tiny, image, ssl, settings.model_copy(update={"sam_batch": 1}))
     all_ = redraw(tiny, image, ssl, settings.model_copy(update={"sam_batch": 16}))
     np.testing.assert_allclose(one, all_, atol=1e-4)
-
-
-def test_prompts_are_scaled_to_the_input_frame(tiny: SAMModel) -> None:
-    """A slice of 32 x 16 fills 64 x 32: (x, y) doubles."""
-    model = Recorder(tiny)
-    prompt = SlicePrompt((2.0, 4.0, 10.0, 20.0), np.array([[3.0, 7.0]]), np.array([1]))
-    more = SlicePrompt((0.0, 0.0, 8.0, 8.0), np.array([[1.0, 2.0], [5.0, 6.0]]), np.array([1, 0]))
-    with torch.no_grad():
-        embedding = model.encode(torch.rand(1, 32, 16))
-        logits, low, iou = answer(model, embedding, [prompt, more], (32, 16), "box+point")
-    (points, labels), boxes, masks, _ = model.asked[0]
-    assert boxes.tolist() == [[4, 8, 20, 40], [0, 0, 16, 16]]
-    assert points.tolist() == [[[6, 14], [0, 0]], [[2, 4], [10, 12]]]
-    assert labels.tolist() == [[1, -1], [1, 0]]
-    assert masks is None
-    assert (logits.shape, low.shape, iou.shape) == ((2, 32, 16), (2, 32, 32), (2,))
 
 
 def test_shapes_must_agree(tiny: SAMModel, settings: Settings) -> None:

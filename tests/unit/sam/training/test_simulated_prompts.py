@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from aslseg.sam.modeling.build import SAMModel, ellipses
 from aslseg.sam.training.generated_slices import generated_slice
 from aslseg.sam.training.simulated_prompts import (
-    AS_ASKED,
+    AS_CLICKED,
     KINDS,
     Prompts,
     PromptSimulation,
@@ -179,7 +179,7 @@ def test_an_annotator_clicks_once_deepest_in_the_largest_error() -> None:
 def test_the_next_mask_prompt_obeys_the_clicks(tiny: SAMModel, told: list[tuple[Prompts, torch.Tensor]]) -> None:
     image, targets, _ = generated_slice_64()
     embeddings = tiny.encode(image[None]).expand(4, -1, -1, -1)
-    interaction_loss(tiny, embeddings, targets, "point", generator(), 3, simulation=AS_ASKED)
+    interaction_loss(tiny, embeddings, targets, "point", generator(), 3, simulation=AS_CLICKED)
     contradicted = 0
     for (prompts, logits), (then, _) in pairwise(told):
         cells = (prompts.points / 2).long()

@@ -1,0 +1,138 @@
+"""What is refused before anything reads a request: foreign Host names, foreign origins, uploads that stall."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import time
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, HTTPException
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from aslseg.settings import Settings
+
+STALL_SECONDS = 30.0
+LEAST_BYTES_PER_SECOND = 10_000
+READING = ("GET", "HEAD", "OPTIONS")
+
+
+class RequestGuard:
+    """ASGI middleware that lets through what comes from this server's own pages and from programs.
+
+    A web page that an annotator visits can send requests to a server on the annotator's machine, also through a name
+    that it makes point there (DNS rebinding). Browsers say where a request comes from in ``Origin`` and
+    ``Sec-Fetch-Site``, and which name was asked in ``Host``; Slicer sends no origin.
+
+    Args:
+        app: What follows.
+        hosts: Names of the server beside ``localhost``, the machine's name and IP addresses.
+        origins: Other origins that may send requests, as ``https://viewer.example.org``.
+        max_bytes: Largest body.
+        stall_seconds: A body of which nothing comes for this long is dropped.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: Sequence[str] = (),
+        origins: Sequence[str] = (),
+        max_bytes: float = 4e9,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
+        self.app, self.max_bytes, self.stall_seconds = app, max_bytes, stall_seconds
+        self.hosts = {"localhost", socket.gethostname().lower(), *(h.lower() for h in hosts)}
+        self.origins = {o.rstrip("/").lower() for o in origins}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with 400, 403 or 413, or pass the request on."""
+        if scope["type"] == "http":
+            refusal = self.refusal(scope["method"], Headers(scope=scope))
+            if refusal is not None:
+                status, detail = refusal
+                await JSONResponse({"detail": detail}, status, {"connection": "close"})(scope, receive, send)
+                return
+            receive = self._bounded(receive)
+        await self.app(scope, receive, send)
+
+    def refusal(self, method: str, headers: Headers) -> tuple[int, str] | None:
+        """Status and reason if a request may not pass, else None."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._known_host(host):
+            return 400, f"this server is not called {host[:80]!r}; the setting hosts (--conf hosts NAME) adds a name"
+        if _length(headers) > self.max_bytes:
+            return 413, f"the request has {headers['content-length']} bytes; at most {self.max_bytes:.0f} are accepted"
+        if method in READING:
+            return None
+        if origin is not None:
+            own = urlsplit(origin).netloc.lower() == host.lower()
+            foreign = not own and origin.lower() not in self.origins
+        else:
+            foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        if foreign:
+            shown = (origin or "another site")[:80]
+            return 403, f"requests from {shown!r} are refused; the setting origins (--conf origins URL) allows it"
+        return None
+
+    def _known_host(self, host: str) -> bool:
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").lower()
+        except ValueError:
+            return False
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in self.hosts
+        return True  # an address is not resolved, so that no other site can pretend to be this one
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """``receive`` with limits on the time and the size of the body."""
+        began, received, complete = time.monotonic(), 0, False
+
+        async def limited() -> Message:
+            nonlocal received, complete
+            if complete:
+                return await receive()
+            earned = self.stall_seconds + received / LEAST_BYTES_PER_SECOND - (time.monotonic() - began)
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, min(self.stall_seconds, earned)))
+            except TimeoutError:
+                text = f"the upload stalled after {received} bytes and was dropped; send it again"
+                raise HTTPException(408, text, {"connection": "close"}) from None
+            received += len(message.get("body", b""))
+            complete = message["type"] != "http.request" or not message.get("more_body", False)
+            if received > self.max_bytes:
+                text = f"the request has more than {self.max_bytes:.0f} bytes"
+                raise HTTPException(413, text, {"connection": "close"})
+            return message
+
+        return limited
+
+
+def _length(headers: Headers) -> int:
+    text = headers.get("content-length", "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def install_guard(host: FastAPI, settings: Settings) -> None:
+    """Put the guard in front, and MONAI Label's CORS headers for every origin away."""
+    origins = _listed(settings.origins)
+    host.user_middleware[:] = [
+        Middleware(RequestGuard, hosts=_listed(settings.hosts), origins=origins, max_bytes=settings.max_upload_gb * 1e9)
+    ]
+    if origins:
+        answers = Middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], allow_credentials=True
+        )
+        host.user_middleware.append(answers)
+    host.middleware_stack = None
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,104 @@
+"""Files that nobody asked to keep and that are kept all the same: refused uploads, earlier labels, deleted files.
+
+They lie in the folder ``home`` of the studies: ``parked``, ``versions`` and ``trash``. An administrator empties them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aslseg.errors import AslsegError
+from aslseg.files import atomic_file, write_json
+from aslseg.volume.io import case_id, extension
+
+STALE_SECONDS = 3600.0
+
+
+class KeptFiles:
+    """Refused uploads, earlier human labels, and deleted files of one studies folder.
+
+    Args:
+        home: ``Paths.home``.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    @contextmanager
+    def parked(self, case: str, source: Path, info: dict[str, Any]) -> Iterator[None]:
+        """Keep an upload before anything is decided about it; it goes when the block succeeds.
+
+        Where the block fails, or the server is killed in it, the upload stays in ``parked`` beside a JSON file with the
+        reason, and the error says where.
+
+        Args:
+            case: Id of the scan.
+            source: The upload.
+            info: What came with it.
+
+        Raises:
+            DiskFullError: It cannot even be kept.
+        """
+        name = f"{case}-{secrets.token_hex(4)}{extension(source) or '.bin'}"
+        kept = self.home / "parked" / name
+        copy_file(source, kept)
+        about = kept.with_name(f"{name}.json")
+        described = {"case": case, "params": info}
+        write_json(about, described | {"reason": "the server was stopped while it saved this label"})
+        try:
+            yield
+        except AslsegError as error:
+            message = str(error).replace(str(source), "it").replace(source.name, f"of {case}").rstrip(".")
+            write_json(about, described | {"reason": message})
+            error.args = (f"{message}. Your upload is kept as {kept.relative_to(self.home)}",)
+            raise
+        kept.unlink(missing_ok=True)
+        about.unlink(missing_ok=True)
+
+    def keep_version(self, case: str, path: Path, info: dict[str, Any]) -> None:
+        """Keep a label that is about to be replaced, with its info."""
+        kept = self.home / "versions" / case / f"{time.time_ns()}{extension(path) or ''}"
+        copy_file(path, kept)
+        write_json(kept.with_name(f"{case_id(kept)}.json"), _plain(info))
+
+    def trash_path(self, case: str, tag: str, path: Path) -> Path:
+        """Where a deleted file goes."""
+        return self.home / "trash" / case / f"{time.time_ns()}-{tag}{extension(path) or ''}"
+
+    def discard(self, path: Path, target: Path, about: dict[str, Any]) -> None:
+        """Move a deleted file to its place in the trash, with a JSON file that says who deleted it and when."""
+        write_json(target.with_name(f"{case_id(target)}.json"), _plain(about))
+        try:
+            os.replace(path, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # another disk
+                raise
+            copy_file(path, target)
+            path.unlink()
+
+
+def remove_stale_temporaries(*folders: Path) -> None:
+    """Delete temporary files that a killed process left; younger ones may belong to a process that writes now."""
+    for folder in folders:
+        for path in folder.glob(".tmp-*") if folder.is_dir() else ():
+            if path.is_file() and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file atomically."""
+    with atomic_file(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _plain(info: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(info, default=str)))

@@ -1,0 +1,103 @@
+"""Measurements of the running server in Prometheus' format: requests, stages, queues, caches, the round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+SECONDS = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100, 300)
+
+
+class Metrics:
+    """The measurements of one server. No label names a scan or a person.
+
+    Attributes:
+        requests: Seconds of each answered request, by route, method and status.
+        stages: Seconds of each stage of an inference (``pre``, ``ssl``, ``sam``, ``adapter``, ``write`` ...), by model.
+        in_flight: Requests that are being answered.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Histogram(
+            "aslseg_request_seconds",
+            "Time to answer a request",
+            ["method", "route", "status"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.stages = Histogram(
+            "aslseg_stage_seconds",
+            "Time of a stage of an inference",
+            ["model", "stage"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("aslseg_requests_in_flight", "Requests being answered", registry=self.registry)
+        ProcessCollector(registry=self.registry)
+
+    def observe_stages(self, model: str, latencies: Mapping[str, float]) -> None:
+        """Record the seconds that an inference spent in each stage."""
+        for stage, seconds in latencies.items():
+            self.stages.labels(model, stage).observe(seconds)
+
+    def watch(self, name: str, description: str, values: Mapping[str, Callable[[], float]], label: str) -> None:
+        """Add a gauge that is read whenever somebody asks.
+
+        Args:
+            name, description: Of the gauge.
+            values: Label value to a function that gives the number.
+            label: Name of the label.
+        """
+        gauge = Gauge(name, description, [label], registry=self.registry)
+        for value, function in values.items():
+            gauge.labels(value).set_function(function)
+
+    def render(self) -> bytes:
+        """All measurements as text."""
+        return generate_latest(self.registry)
+
+
+class RequestTimer:
+    """ASGI middleware that measures requests by the route that answered, so that the number of series is bounded.
+
+    Args:
+        app: What follows.
+        metrics: Where the measurements go.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on and measure it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), "500"
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        with self.metrics.in_flight.track_inprogress():
+            try:
+                await self.app(scope, receive, noting)
+            finally:
+                route: Any = scope.get("route")
+                labels = scope["method"], getattr(route, "path", "none"), status
+                self.metrics.requests.labels(*labels).observe(time.perf_counter() - began)

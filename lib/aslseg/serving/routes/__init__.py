@@ -1,0 +1,78 @@
+"""Routes in front of MONAI Label's own, with the same addresses and shapes.
+
+MONAI Label's endpoints are coroutines that block: one inference, one held lock or one slow disk stops the whole server.
+FastAPI runs a plain ``def`` endpoint in a worker thread, so ours are plain functions, and the endpoints of MONAI Label
+that remain are called from such a function. They come first in the list of routes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from monailabel.interfaces.exception import MONAILabelException
+
+from aslseg.errors import AslsegError
+from aslseg.serving.http_errors import status_of
+from aslseg.serving.routes import datastore, inference, pages, tasks
+from aslseg.serving.threads import without_loop
+
+if TYPE_CHECKING:
+    from aslseg.serving.app import ServedApp
+
+logger = logging.getLogger(__name__)
+
+
+def install(host: FastAPI, app: ServedApp) -> None:
+    """Put our routes and error answers in front of MONAI Label's."""
+    router = APIRouter()
+    for module in (inference, datastore, tasks, pages):
+        module.add_routes(router, app)
+    before = len(host.router.routes)
+    host.include_router(router)
+    ours = host.router.routes[before:]
+    theirs = [_in_thread(route) for route in host.router.routes[:before]]
+    host.router.routes[:] = ours + theirs
+    host.add_exception_handler(AslsegError, _readable)
+    host.add_exception_handler(MONAILabelException, _unknown)
+    host.add_exception_handler(OSError, _disk)
+    # the stack is built at the first request, handlers included; building it again takes ours in
+    host.middleware_stack = None
+
+
+def _in_thread(route: Any) -> Any:
+    """A route whose endpoint runs in a worker thread instead of on the event loop."""
+    if not isinstance(route, APIRoute) or not inspect.iscoroutinefunction(route.endpoint):
+        return route
+    return APIRoute(
+        route.path,
+        without_loop(route.endpoint),
+        methods=route.methods,
+        name=route.name,
+        summary=route.summary,
+        tags=route.tags,
+        response_model=route.response_model,
+        include_in_schema=route.include_in_schema,
+        deprecated=route.deprecated,
+    )
+
+
+def _readable(request: Request, error: Exception) -> Response:
+    status = status_of(error) if isinstance(error, AslsegError) else 500
+    logger.warning("%s %s: %d: %s", request.method, request.url.path, status, error)
+    return JSONResponse({"detail": str(error)}, status)
+
+
+def _unknown(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": str(getattr(error, "msg", error))}, 404)
+
+
+def _disk(request: Request, error: Exception) -> Response:
+    """The disk, or what is mounted there, does not do what it should: named, without a traceback for the client."""
+    logger.exception("%s %s", request.method, request.url.path, exc_info=error)
+    reason = getattr(error, "strerror", None) or str(error)
+    return JSONResponse({"detail": f"the server could not read or write a file: {reason}; see its log"}, 500)

@@ -1,0 +1,112 @@
+"""Scans and labels: upload, download, delete, and what is known about them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Form, UploadFile
+from fastapi.responses import StreamingResponse
+from monailabel.endpoints import activelearning
+
+from aslseg.serving.auth import ADMIN, ANNOTATOR, USER, User, authenticated_name
+from aslseg.serving.http_errors import RefusedError, safe_name
+from aslseg.serving.params import parse_object
+from aslseg.serving.routes.uploads import save_label_upload, save_upload
+from aslseg.volume.io import extension
+
+if TYPE_CHECKING:
+    from aslseg.serving.app import ServedApp
+
+PIECE = 1 << 20
+
+
+def add_routes(router: APIRouter, app: ServedApp) -> None:
+    """Add the routes to a router."""
+    _uploads(router, app)
+    _infos(router, app)
+    _deletions(router, app)
+
+    @router.post("/activelearning/{strategy}")
+    def next_sample(strategy: str, params: dict[str, Any] | None = None, user: User = USER) -> Any:
+        name = (params or {}).get("client_id")
+        if name is not None and not (isinstance(name, str) and len(name) <= 256):
+            raise RefusedError("client_id: expected a name of at most 256 characters")
+        return activelearning.sample(strategy, {"client_id": name} if name else {}, user.username)
+
+    @router.get("/datastore/dataset")
+    def dataset(limit_cases: int | None = None, user: User = ANNOTATOR) -> Any:
+        """All scans with their human labels. The archive has no name on the disk, so that nothing can be left there."""
+        archive = tempfile.TemporaryFile(prefix="aslseg-")  # noqa: SIM115 - closed when it has been sent
+        try:
+            app.datastore().write_dataset(archive, limit_cases)
+        except BaseException:
+            archive.close()
+            raise
+        headers = {"content-disposition": 'attachment; filename="dataset.zip"'}
+        return StreamingResponse(_pieces(archive), media_type="application/zip", headers=headers)
+
+
+def _uploads(router: APIRouter, app: ServedApp) -> None:
+    @router.put("/datastore/label")
+    def save_label(
+        image: str, label: UploadFile, params: Annotated[str, Form()] = "{}", tag: str = "final", user: User = ANNOTATOR
+    ) -> Any:
+        info = _signed(parse_object(params), user)
+        with tempfile.TemporaryDirectory(prefix="aslseg-upload-") as folder:
+            path = save_label_upload(label, Path(folder))
+            saved = app.datastore().save_label(image, str(path), tag or "final", info)
+        return {**(app.on_save_label(image, saved) or {}), "image": image, "label": saved}
+
+    @router.put("/datastore/")
+    @router.put("/datastore/image")
+    def add_image(
+        file: UploadFile, image: str = "", params: Annotated[str, Form()] = "{}", user: User = ANNOTATOR
+    ) -> Any:
+        info = _signed(parse_object(params), user)
+        name = Path(file.filename or "")
+        case = safe_name(image or name.name[: -len(extension(name) or "")], "image id")
+        with tempfile.TemporaryDirectory(prefix="aslseg-upload-") as folder:
+            return {"image": app.datastore().add_image(case, str(save_upload(file, Path(folder), case)), info)}
+
+
+def _infos(router: APIRouter, app: ServedApp) -> None:
+    @router.put("/datastore/image/info")
+    def image_info(image: str, info: Annotated[str, Form()] = "{}", user: User = ANNOTATOR) -> Any:
+        return app.datastore().update_image_info(image, _signed(parse_object(info, "info"), user))
+
+    @router.put("/datastore/label/info")
+    def label_info(label: str, tag: str, info: Annotated[str, Form()] = "{}", user: User = ANNOTATOR) -> Any:
+        return app.datastore().update_label_info(label, tag, _signed(parse_object(info, "info"), user))
+
+    @router.put("/datastore/updatelabelinfo")
+    def label_params(label: str, tag: str, params: Annotated[str, Form()] = "{}", user: User = ANNOTATOR) -> Any:
+        return app.datastore().update_label_info(label, tag, _signed(parse_object(params), user))
+
+
+def _deletions(router: APIRouter, app: ServedApp) -> None:
+    @router.delete("/datastore/")
+    @router.delete("/datastore/image")
+    def remove_image(id: str, user: User = ADMIN) -> Any:  # noqa: A002 - MONAI Label's name
+        app.datastore().remove_image(id, by=authenticated_name(user))
+        return {}
+
+    @router.delete("/datastore/label")
+    def remove_label(id: str, tag: str, user: User = ADMIN) -> Any:  # noqa: A002 - MONAI Label's name
+        app.datastore().remove_label(id, tag, by=authenticated_name(user))
+        return {}
+
+
+def _signed(info: dict[str, Any], user: User) -> dict[str, Any]:
+    """What a client wrote, with the authenticated name in place of any that it gave itself."""
+    name = authenticated_name(user)
+    return {k: v for k, v in info.items() if k != "user"} | ({"user": name} if name else {})
+
+
+def _pieces(file: IO[bytes]) -> Iterator[bytes]:
+    with file:
+        file.seek(0)
+        while piece := file.read(PIECE):
+            yield piece

@@ -1,0 +1,47 @@
+"""Files that come with a request."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fastapi import UploadFile
+
+from aslseg.serving.http_errors import RefusedError
+from aslseg.serving.labels import RAW
+from aslseg.volume.io import IMAGE_EXTENSIONS, extension
+
+
+def upload_extension(upload: UploadFile) -> str:
+    """The image extension of an upload; one without a name is taken for NIfTI.
+
+    Raises:
+        RefusedError: Another kind of file.
+    """
+    name = Path(upload.filename or "upload.nii.gz").name
+    found = extension(Path(f"x{name}"))  # a name that is an extension only, or begins with a dot, is one too
+    if found is None:
+        raise RefusedError(f"{name[:80]!r}: expected {', '.join(IMAGE_EXTENSIONS)}", 422)
+    return found
+
+
+def save_upload(upload: UploadFile, folder: Path, stem: str) -> Path:
+    """Write an uploaded image into a folder under a name of our own.
+
+    Raises:
+        RefusedError: As :func:`upload_extension`.
+    """
+    return _write(upload, folder / f"{stem}{upload_extension(upload)}")
+
+
+def save_label_upload(upload: UploadFile, folder: Path) -> Path:
+    """As :func:`save_upload`, but OHIF's raw voxels (``.bin``) are accepted too."""
+    if (upload.filename or "").endswith(RAW):
+        return _write(upload, folder / f"label{RAW}")
+    return save_upload(upload, folder, "label")
+
+
+def _write(upload: UploadFile, path: Path) -> Path:
+    with path.open("wb") as target:
+        shutil.copyfileobj(upload.file, target)
+    return path

@@ -1,0 +1,81 @@
+"""Labels as the ledger recorded them when they were saved, compared with the files that are there."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from monailabel.datastore.local import DataModel
+
+from aslseg.files import sha256
+from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.serving.shared_json import new_entry
+
+logger = logging.getLogger(__name__)
+
+SAVED, DELETED = "saved", "deleted"  # kinds of events
+COPY_SECONDS = 2.0  # between the file's own time and that in its info, which is in whole seconds
+
+
+class SavedLabels:
+    """The events of one studies folder about labels that people saved or deleted.
+
+    Args:
+        ledger: Where they are.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._last: dict[tuple[str, str], dict[str, Any]] | None = None
+
+    def record_saved(self, case: str, tag: str, info: dict[str, Any]) -> None:
+        """Append that a label is about to be written; ``info`` holds its ``sha256``."""
+        self._append(SAVED, case, tag, {"sha256": info["sha256"], "by": info.get("user"), "info": info})
+
+    def record_deleted(self, case: str, tag: str, details: dict[str, Any]) -> None:
+        """Append that a file is about to be moved to the trash."""
+        self._append(DELETED, case, tag, details)
+
+    def _append(self, kind: str, case: str, tag: str, details: dict[str, Any]) -> None:
+        self.ledger.append([Entry(kind, case=case, tag=tag, details=details)])
+        self._last = None
+
+    def forget(self) -> None:
+        """Read the ledger again when it is next asked for; other processes write it too."""
+        self._last = None
+
+    def last(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Case and tag to the details of the last time that a label was saved."""
+        if self._last is None:
+            events = self.ledger.events(kinds=(SAVED,))
+            self._last = {(e.case or "", e.tag or ""): e.details for e in events}
+        return self._last
+
+    def new_entry(self, case: str, tag: str, path: Path) -> DataModel:
+        """An entry for a file that the JSON does not know: with its recorded info if it was saved through a server."""
+        saved = self.last().get((case, tag))
+        if saved and sha256(path) == saved["sha256"]:
+            return DataModel(info=dict(saved["info"]), ext=path.name[len(case) :])
+        return new_entry(case, path.name)
+
+    def checked_entry(self, case: str, tag: str, path: Path, entry: DataModel) -> DataModel:
+        """The entry of a label file, or a new one if it describes another file.
+
+        Only files are hashed that were written after their info, or whose last saving the entry does not know.
+        """
+        known, saved = entry.info.get("sha256"), self.last().get((case, tag), {})
+        if known is None:
+            return entry
+        later = path.stat().st_mtime > entry.info.get("ts", 0) + COPY_SECONDS
+        if not later and saved.get("sha256", known) == known:
+            return entry
+        found = sha256(path)
+        if found == known:
+            return entry
+        logger.error("label %s of %s is another file than its info says", tag, case)
+        if found == saved.get("sha256"):
+            return DataModel(info=dict(saved["info"]), ext=entry.ext)
+        other = new_entry(case, path.name)
+        other.info.update(sha256=found, note="this file was not saved through the server")
+        return other

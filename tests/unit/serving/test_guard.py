@@ -1,0 +1,173 @@
+"""Requests of foreign pages, under foreign names, and uploads that stall are refused before anything reads them."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, File, UploadFile
+from starlette.datastructures import Headers
+from starlette.testclient import TestClient
+
+from aslseg.errors import BadSettingsError
+from aslseg.serving.exposure import bound_host, require_safe_exposure
+from aslseg.serving.guard import RequestGuard, install_guard
+from aslseg.settings import load_settings
+
+
+def guarded(**conf: str) -> TestClient:
+    """A client of an application with the guard, which is called ``seg.example``."""
+    host = FastAPI()
+
+    @host.get("/read")
+    @host.put("/change")
+    @host.delete("/change")
+    def answer() -> str:
+        return "done"
+
+    @host.post("/upload")
+    def upload(file: UploadFile = File(...)) -> int:  # noqa: B008 - FastAPI's form
+        return len(file.file.read())
+
+    install_guard(host, load_settings({"hosts": "seg.example", **conf}, env={})[0])
+    return TestClient(host, base_url="http://seg.example")
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "POST"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://seg.example.evil.example"},
+        {"origin": "http://seg.example:8080"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+    ],
+)
+def test_foreign_pages_change_nothing(method: str, headers: dict[str, str]) -> None:
+    answer = guarded().request(method, "/change", headers=headers)
+    assert answer.status_code == 403
+    assert "refused" in answer.json()["detail"]
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_a_preflight_from_a_foreign_page_allows_nothing(method: str) -> None:
+    asked = {"origin": "http://evil.example", "access-control-request-method": method}
+    answer = guarded().options("/change", headers=asked)
+    assert not answer.is_success
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("headers", [{}, {"origin": "http://seg.example"}, {"sec-fetch-site": "same-origin"}])
+def test_own_pages_and_programs_pass(headers: dict[str, str]) -> None:
+    assert guarded().put("/change", headers=headers).json() == "done"
+
+
+def test_an_origin_can_be_allowed() -> None:
+    client, viewer = guarded(origins="https://viewer.example, https://other.example/"), "https://viewer.example"
+    assert client.put("/change", headers={"origin": viewer}).headers["access-control-allow-origin"] == viewer
+    asked = {"origin": viewer, "access-control-request-method": "PUT"}
+    assert client.options("/change", headers=asked).is_success
+    assert client.put("/change", headers={"origin": "https://other.example"}).is_success
+    assert client.put("/change", headers={"origin": "http://viewer.example"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        ("seg.example", True),
+        ("SEG.example:8000", True),
+        ("localhost:8000", True),
+        (socket.gethostname(), True),
+        ("127.0.0.1:8000", True),
+        ("10.1.2.3", True),
+        ("[::1]:8000", True),
+        ("evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("", False),
+        ("[::1", False),
+    ],
+)
+def test_names_of_the_server(host: str, known: bool) -> None:
+    guard = RequestGuard(FastAPI(), hosts=["seg.example"])
+    refusal = guard.refusal("GET", Headers({"host": host}))
+    assert (refusal is None) == known
+    if refusal is not None:
+        assert refusal[0] == 400
+        assert "hosts" in refusal[1]
+
+
+def test_large_requests_are_refused_by_their_header_and_by_their_bytes() -> None:
+    client = guarded(max_upload_gb="1e-6")
+    assert client.post("/upload", files={"file": b"x" * 2000}).status_code == 413
+
+    def pieces() -> Iterable[bytes]:
+        yield from (b"x" * 500 for _ in range(4))
+
+    chunked = client.post("/upload", content=pieces(), headers={"content-type": "multipart/form-data; boundary=b"})
+    assert chunked.status_code == 413
+    assert client.post("/upload", files={"file": b"x" * 300}).json() == 300
+
+
+@pytest.mark.parametrize("pieces", [[], [b"some"]])
+def test_an_upload_that_stalls_is_dropped(pieces: list[bytes]) -> None:
+    host = FastAPI()
+
+    @host.post("/upload")
+    def upload(file: UploadFile = File(...)) -> int:  # noqa: B008 - FastAPI's form
+        return 0
+
+    host.add_middleware(RequestGuard, stall_seconds=0.05)
+    sent: list[Any] = []
+    left = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
+
+    async def receive() -> Any:
+        if left:
+            return left.pop(0)
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=b")]
+    scope = {"type": "http", "method": "POST", "path": "/upload", "raw_path": b"/upload", "query_string": b""}
+    scope |= {"headers": headers, "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1)}
+    asyncio.run(host(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert (b"connection", b"close") in sent[0]["headers"]
+    assert b"stalled" in sent[1]["body"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "host"),
+    [
+        (["start_server", "--app", "a", "--host", "127.0.0.1"], "127.0.0.1"),
+        (["start_server", "-i", "10.0.0.1", "--port", "1"], "10.0.0.1"),
+        (["start_server", "--host=::1"], "::1"),
+        (["start_server", "--app", "a"], "0.0.0.0"),
+        (["tests/"], "127.0.0.1"),
+    ],
+)
+def test_the_address_that_the_server_was_told(arguments: list[str], host: str) -> None:
+    assert bound_host(arguments) == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "seg.example"])
+def test_no_network_without_authentication(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MONAI_LABEL_AUTH_ENABLE", raising=False)
+    with pytest.raises(BadSettingsError, match=r"--host 127\.0\.0\.1.*token_file.*insecure true"):
+        require_safe_exposure(host, load_settings({}, env={})[0])
+    for conf in ({"insecure": "true"}, {"token_file": "tokens"}):
+        require_safe_exposure(host, load_settings(conf, env={})[0])
+    monkeypatch.setenv("MONAI_LABEL_AUTH_ENABLE", "True")
+    require_safe_exposure(host, load_settings({}, env={})[0])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_this_machine_alone_needs_no_authentication(host: str) -> None:
+    require_safe_exposure(host, load_settings({}, env={})[0])

@@ -1,0 +1,108 @@
+"""Health, metrics, and MONAI Label's coroutines in threads."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.testclient import TestClient
+
+from aslseg.serving.health import check_health
+from aslseg.serving.http_errors import RefusedError
+from aslseg.serving.metrics import Metrics, RequestTimer
+from aslseg.serving.routes import _in_thread
+from aslseg.serving.threads import without_loop
+from aslseg.settings import Paths, load_settings
+
+
+def health(studies: Path, store: Any = None, **conf: str) -> dict[str, Any]:
+    settings = load_settings({"min_free_gb": "0", **conf}, env={})[0]
+    return check_health(Paths(settings, studies), settings, store or SimpleNamespace())
+
+
+def test_health(tmp_path: Path) -> None:
+    (tmp_path / ".aslseg").mkdir()
+    assert health(tmp_path)["status"] == "ok"
+    full = health(tmp_path, min_free_gb="1e9")
+    assert full["status"] == "failing"
+    assert "Free some space" in full["checks"]["disk"]
+    (tmp_path / ".aslseg" / "ledger.sqlite").write_bytes(b"damaged" * 1000)
+    assert "ledger.sqlite" in health(tmp_path)["checks"]["ledger"]
+
+
+def test_health_names_a_lock_and_a_recovery(tmp_path: Path) -> None:
+    (tmp_path / ".aslseg").mkdir()
+
+    def locked() -> None:
+        raise RefusedError("locked by process 1", 503)
+
+    found = health(tmp_path, SimpleNamespace(require_unlocked=locked, recovered="from its backup"))
+    assert (found["status"], found["checks"]["lock"]) == ("failing", "locked by process 1")
+    assert found["recovered"] == "from its backup"
+
+
+def test_a_studies_folder_that_has_gone(tmp_path: Path) -> None:
+    assert "is not there" in health(tmp_path / "gone")["checks"]["studies"]
+
+
+def test_requests_are_measured_by_route() -> None:
+    metrics, host = Metrics(), FastAPI()
+    host.user_middleware.append(Middleware(RequestTimer, metrics=metrics))
+
+    @host.get("/scans/{case}")
+    def scan(case: str) -> str:
+        if case == "bad":
+            raise ValueError(case)
+        return case
+
+    client = TestClient(host, raise_server_exceptions=False)
+    for path in ("/scans/Mueller_Anna", "/scans/Maier", "/scans/bad", "/nowhere/Mueller_Anna"):
+        client.get(path)
+    metrics.observe_stages("aslseg", {"ssl": 0.2, "write": 0.01})
+    metrics.watch("aslseg_cache_bytes", "Bytes", {"scans": lambda: 7.0}, "cache")
+    text = metrics.render().decode()
+    assert 'aslseg_request_seconds_count{method="GET",route="/scans/{case}",status="200"} 2.0' in text
+    assert 'aslseg_request_seconds_count{method="GET",route="/scans/{case}",status="500"} 1.0' in text
+    assert 'aslseg_request_seconds_count{method="GET",route="none",status="404"} 1.0' in text
+    assert 'aslseg_stage_seconds_sum{model="aslseg",stage="ssl"} 0.2' in text
+    assert 'aslseg_cache_bytes{cache="scans"} 7.0' in text
+    assert "aslseg_requests_in_flight 0.0" in text
+    assert "process_resident_memory_bytes" in text
+    assert "Mueller" not in text
+
+
+def test_a_coroutine_that_blocks_runs_in_a_thread() -> None:
+    host, seen = FastAPI(), []
+
+    @host.get("/blocking")
+    async def blocking(number: int = 1) -> int:
+        seen.append(threading.current_thread())
+        return number
+
+    @host.get("/loop")
+    async def loop() -> None:
+        seen.append(threading.current_thread())
+
+    host.router.routes[:] = [_in_thread(r) if getattr(r, "path", "") == "/blocking" else r for r in host.router.routes]
+    with TestClient(host) as client:
+        assert client.get("/blocking?number=5").json() == 5
+        assert client.get("/blocking?number=five").status_code == 422
+        client.get("/loop")
+    assert seen[0] is not seen[1]
+
+
+def test_a_coroutine_that_waits_is_no_plain_function() -> None:
+    class Wait:
+        def __await__(self) -> Any:
+            yield
+
+    async def waits() -> None:
+        await Wait()
+
+    with pytest.raises(RuntimeError, match="waits on the event loop"):
+        without_loop(waits)()
