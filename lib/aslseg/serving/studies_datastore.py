@@ -94,7 +94,7 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
             with self._exclusive(0.0):
                 self._reconcile_datastore()
         except RefusedError as error:
-            logger.warning("the datastore was not read again: %s", error)
+            logger.info("the datastore was not read again: %s", error)
             return
         self._seen = stamp if time.time_ns() - max(stamp) > TICK_NS else None
 

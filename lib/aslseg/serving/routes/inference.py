@@ -29,8 +29,11 @@ SESSION = re.compile(r"[0-9a-f-]{8,64}")
 
 def add_routes(router: APIRouter, app: ServedApp) -> None:
     """Add the routes to a router."""
-    _add_pathology(router)
+    _inference(router, app)
+    _sessions(router, app)
 
+
+def _inference(router: APIRouter, app: ServedApp) -> None:
     @router.post("/infer/{model}")
     def run(
         background_tasks: BackgroundTasks,
@@ -68,6 +71,13 @@ def add_routes(router: APIRouter, app: ServedApp) -> None:
         reply = infer.send_response(app.datastore(), result, output, background_tasks)
         return _compressed(reply, http.headers.get("accept-encoding", ""))
 
+    @router.post("/infer/wsi/{model}")
+    @router.post("/infer/wsi_v2/{model}")
+    def pathology(model: str, user: User = USER) -> Any:
+        raise RefusedError("ASLseg works on volumes, not on whole-slide images; use /infer", 404)
+
+
+def _sessions(router: APIRouter, app: ServedApp) -> None:
     @router.put("/session/")
     def new_session(
         background_tasks: BackgroundTasks,
@@ -85,13 +95,6 @@ def add_routes(router: APIRouter, app: ServedApp) -> None:
             check_untrusted(save_upload(files[0], Path(folder), "image"), Limits(app.settings.max_upload_voxels))
         files[0].file.seek(0)
         return session.create_session(background_tasks, False, expiry, files)
-
-
-def _add_pathology(router: APIRouter) -> None:
-    @router.post("/infer/wsi/{model}")
-    @router.post("/infer/wsi_v2/{model}")
-    def pathology(model: str, user: User = USER) -> Any:
-        raise RefusedError("ASLseg works on volumes, not on whole-slide images; use /infer", 404)
 
 
 def _scan(
