@@ -35,16 +35,6 @@ class Agreement:
     flags: tuple[str, ...] = ()
 
 
-def dice(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Dice of two masks of one shape, 2 |a and b| / (|a| + |b|); None where both are empty.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    both, first, second = _counts(np.asarray(a, bool), np.asarray(b, bool), 1)[0]
-    return 2 * both / (first + second) if first + second else None
-
-
 def compare(a: np.ndarray, b: np.ndarray, labels: Labels) -> Agreement:
     """Dice per label of two class maps (i, j, k) with values 0..N, over the whole volume.
 

@@ -3,7 +3,8 @@ import warnings
 import numpy as np
 import pytest
 
-from aslseg.agreement.measures import compare, dice, hd95, score, surface_distances
+from aslseg.agreement.measures import compare, hd95, score, surface_distances
+from aslseg.compute.overlap import dice
 from aslseg.types import Labels
 
 LABELS = Labels.parse("liver,tumour", "tumour:liver")
