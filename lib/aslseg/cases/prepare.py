@@ -56,7 +56,7 @@ def prepare(volume: Volume, settings: Settings, spacing: Spacing) -> tuple[np.nd
     """Bring one scan to the working grid: (i, j, k) float32 in 0..1, and the grid.
 
     Raises:
-        BadImageError: The working grid is far larger than that of the median scan and than the scan itself, as where the
+        BadImageError: The working grid is far larger than that of the median scan and than the scan itself; then the
             voxel size is wrong.
     """
     grid = Grid.of(volume, spacing)
