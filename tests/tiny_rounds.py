@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ SAM = Architecture(
 def tiny_sam(path: Path) -> Path:
     """A SAM file with random weights."""
     torch.manual_seed(0)
-    save_weights(path, build(SAM).state_dict(), {"kind": "sam", "architecture": asdict(SAM)})
+    save_weights(path, build(SAM).state_dict(), {"kind": "sam", "architecture": SAM.to_metadata()})
     return path
 
 

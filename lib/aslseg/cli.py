@@ -6,18 +6,19 @@ them, so that ``aslseg --help`` is quick and threads can be set before torch sta
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from aslseg import console
 from aslseg.commands.importing import import_folder
+from aslseg.commands.ledger import ledger_app
+from aslseg.commands.options import Conf, Json, Studies, read_settings, show
 from aslseg.errors import AslsegError, BadSettingsError
 
 if TYPE_CHECKING:
@@ -29,24 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Semi-supervised segmentation with SAM in the loop, as a MONAI Label app. Research use only.",
 )
-ledger_app = typer.Typer(no_args_is_help=True, help="The decisions of rounds: list them, check them, undo them.")
 app.add_typer(ledger_app, name="ledger")
 app.command("import")(import_folder)
-
-Conf = Annotated[
-    list[str] | None,
-    typer.Option("--conf", metavar="KEY VALUE", help="A setting, as for monailabel; KEY=VALUE works too. Repeatable."),
-]
-Studies = Annotated[
-    Path,
-    typer.Option(
-        "--studies",
-        parser=console.studies_folder,
-        metavar="FOLDER",
-        help="Folder with the scans (MONAI Label studies folder).",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -57,11 +42,11 @@ def info(
     conf: Conf = None,
 ) -> None:
     """Versions, settings and where they come from, plug-ins, published models."""
-    settings, origin = _settings(conf)
+    settings, origin = read_settings(conf)
     if sam_checkpoint is not None:
         from aslseg.sam.modeling.checkpoints import describe
 
-        return _show(describe(sam_checkpoint, settings), as_json)
+        return show(describe(sam_checkpoint, settings), as_json)
     from aslseg.compute.hardware import resolved
     from aslseg.models.published import list_published
     from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS
@@ -79,7 +64,7 @@ def info(
         "models": list_published(settings, studies),
     }
     if as_json or not console.on_terminal(sys.stdout):
-        return _show(found, as_json)
+        return show(found, as_json)
     console.print_info(found)
 
 
@@ -97,7 +82,7 @@ def phantom(
 
     with console.progress() as report:
         result = write_studies(out, cases, labelled, seed, overwrite=overwrite, report=report)
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
@@ -119,7 +104,7 @@ def train(
             return
         with console.progress() as report:
             summary = train_stage(kind, studies, settings, report)
-    _show(summary, as_json)
+    show(summary, as_json)
 
 
 @app.command("round")
@@ -140,11 +125,11 @@ def round_(
             with console.progress() as report:
                 summaries.append(run_round(studies, settings, report))
             if not as_json:
-                _show(console.brief(summaries[-1]), False)
+                show(console.brief(summaries[-1]), False)
     if not leading:
         return
     if as_json:
-        _show(summaries[0] if rounds == 1 else summaries, True)
+        show(summaries[0] if rounds == 1 else summaries, True)
 
 
 @app.command()
@@ -156,7 +141,7 @@ def rank(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     with console.progress() as report:
         scores = rank_studies(studies, settings, report)
     if as_json:
-        return _show(scores, True)
+        return show(scores, True)
     if console.on_terminal(sys.stdout):
         rows = ((case, f"{agreement:.4f}") for case, agreement in scores.items())
         return console.print_table("Lowest agreement first", ("scan", "agreement"), rows)
@@ -177,7 +162,7 @@ def embed(
 
     with console.progress() as report:
         summary = embed_studies(studies, settings, cases, report)
-    _show(summary, as_json)
+    show(summary, as_json)
 
 
 @app.command()
@@ -198,7 +183,7 @@ def infer(
 
     with console.progress() as report:
         written, skipped = segment_files(model, input_, output, Paths(settings, studies), settings, report)
-    _show({"written": written, "skipped": skipped}, as_json)
+    show({"written": written, "skipped": skipped}, as_json)
     if skipped or not written:
         raise typer.Exit(1)
 
@@ -221,7 +206,7 @@ def evaluate(
     with console.progress() as report:
         result = evaluate_folders(pred, truth, settings.label_set, unit, regions, report)  # type: ignore[arg-type]
     if as_json:
-        return _show(result, True)
+        return show(result, True)
     text = to_markdown(result)
     if console.on_terminal(sys.stdout):
         return console.print_markdown(text)
@@ -276,73 +261,9 @@ def token(
     typer.echo(line)
 
 
-@ledger_app.command("list")
-def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
-    """List rounds and promotions, with their current state."""
-    from dataclasses import asdict
-
-    ledger = _ledger(studies, conf)
-    rounds, promotions = ledger.rounds(), ledger.promotions(active_only=False)
-    if as_json:
-        return _show({"rounds": [asdict(r) for r in rounds], "promotions": [asdict(p) for p in promotions]}, True)
-    if console.on_terminal(sys.stdout) and rounds:
-        return console.print_ledger(rounds, promotions)
-    for line in console.ledger_lines(rounds, promotions):
-        typer.echo(line)
-
-
-@ledger_app.command("rollback")
-def ledger_rollback(
-    studies: Studies,
-    number: Annotated[int, typer.Option("--round", help="Undo this round and all later ones.")],
-    conf: Conf = None,
-    as_json: Json = False,
-) -> None:
-    """Restore labels and published models to their state before a round; human labels stay."""
-    settings = _settings(conf)[0]
-    from aslseg.rounds.masks import roll_back
-    from aslseg.settings import Paths
-
-    lines = roll_back(Paths(settings, studies), number)
-    if as_json:
-        return _show({"round": number, "done": lines}, True)
-    for line in lines:
-        typer.echo(line)
-
-
-@ledger_app.command("verify")
-def ledger_verify(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
-    """Check the ledger's hash chain, and that the label files match it; exit code 1 if not."""
-    settings = _settings(conf)[0]
-    from aslseg.rounds.masks import verify_label_files
-    from aslseg.settings import Paths
-
-    problems = verify_label_files(Paths(settings, studies))
-    if as_json:
-        _show({"ok": not problems, "problems": problems}, True)
-    else:
-        for problem in problems or ["the ledger and all label files are as they were written"]:
-            typer.echo(problem)
-    if problems:
-        raise typer.Exit(1)
-
-
-def _ledger(studies: Path, conf: list[str] | None) -> Any:
-    from aslseg.rounds.ledger import Ledger
-    from aslseg.settings import Paths
-
-    return Ledger(Paths(_settings(conf)[0], studies).ledger)
-
-
-def _settings(conf: list[str] | None) -> tuple[Settings, dict[str, str]]:
-    from aslseg.settings import load_settings
-
-    return load_settings(console.conf_pairs(conf))
-
-
 def _ready(conf: list[str] | None) -> Settings:
     """The settings; sets the environment variables that torch's threads read when they start."""
-    settings = _settings(conf)[0]
+    settings = read_settings(conf)[0]
     # OpenMP threads that spin while they wait starve each other as soon as two processes share a machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if settings.threads:
@@ -376,11 +297,6 @@ def _leading(settings: Settings) -> Iterator[bool]:
     yield True
     # not after an error: torchrun then ends the other processes, which may be in the middle of a step
     worker.stop_workers()
-
-
-def _show(content: Any, as_json: bool) -> None:
-    for line in [json.dumps(content, indent=2, default=str)] if as_json else console.lines(content):
-        typer.echo(line)
 
 
 def main() -> NoReturn:

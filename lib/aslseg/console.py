@@ -239,20 +239,6 @@ class PlainProgress:
         self.write("  ".join(text for text in texts if text))
 
 
-@contextmanager
-def progress(write: Callable[[str], None]) -> Iterator[ProgressCallback]:
-    """Give a callback that shows progress on stderr: a bar on a terminal, or now and then a line in a log.
-
-    Args:
-        write: Takes a line for the log.
-    """
-    if on_terminal(sys.stderr):
-        with progress_bar() as report:
-            yield report
-    else:
-        yield PlainProgress(write)
-
-
 def _numbers(numbers: Mapping[str, Any]) -> list[str]:
     return [f"{name} {short(value)}" for name, value in numbers.items()]
 

@@ -172,4 +172,4 @@ def _summary(plan: Plan, studies: Path, done: Sequence[Done]) -> dict[str, Any]:
 
 
 def _progress() -> AbstractContextManager[ProgressCallback]:
-    return console.progress(lambda text: typer.echo(text, err=True))
+    return console.progress()

@@ -238,7 +238,8 @@ class ClickTask(MaskTask):
                 inside = inside[inside[:, 2] == k]
         else:
             more |= self._draw_object(session, asked, request, out, opened)
-            more["notes"] += ["the object grows on; the next click or update shows more of it"] * more["growing"]
+            if more["growing"]:
+                more["notes"].append("the object grows on; the next click or update shows more of it")
         # the clicked voxels themselves are in or out, even where SAM's coarser mask says otherwise
         out[tuple(inside.T)] = 1
         out[tuple(asked.background.T)] = 0

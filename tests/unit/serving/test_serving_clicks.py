@@ -111,6 +111,14 @@ def test_slices_around_the_clicked_one_are_encoded_ahead(served: Served, tmp_pat
     assert [n for n in range(SHAPE[2]) if session.predictor.is_embedded(n)] == list(range(2, 19))
 
 
+def test_the_reply_says_where_the_object_ended_and_why(served: Served, tmp_path: Path) -> None:
+    ball(tmp_path / "case.nii")
+    _, told = served.ask("case", whole=True)
+    reason = "the IoU that SAM predicts is too low"
+    assert told["stopped"] == [{"axis": 2, "slice": k, "reason": reason} for k in (3, 17)]
+    assert served.ask("case", client="else")[1]["stopped"] == [], "it grows on"
+
+
 def test_a_client_cannot_say_that_a_scan_is_an_upload(served: Served, tmp_path: Path) -> None:
     ball(tmp_path / "kept.nii")
     assert served.ask("kept", once=True)[1]["growing"] is True, "an unknown parameter"

@@ -1,0 +1,72 @@
+"""``aslseg ledger``: the decisions of rounds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from aslseg import console
+from aslseg.commands.options import Conf, Json, Studies, read_settings, show
+
+ledger_app = typer.Typer(no_args_is_help=True, help="The decisions of rounds: list them, check them, undo them.")
+
+
+@ledger_app.command("list")
+def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
+    """List rounds and promotions, with their current state."""
+    from dataclasses import asdict
+
+    ledger = _ledger(studies, conf)
+    rounds, promotions = ledger.rounds(), ledger.promotions(active_only=False)
+    if as_json:
+        return show({"rounds": [asdict(r) for r in rounds], "promotions": [asdict(p) for p in promotions]}, True)
+    if console.on_terminal(sys.stdout) and rounds:
+        return console.print_ledger(rounds, promotions)
+    for line in console.ledger_lines(rounds, promotions):
+        typer.echo(line)
+
+
+@ledger_app.command("rollback")
+def ledger_rollback(
+    studies: Studies,
+    number: Annotated[int, typer.Option("--round", help="Undo this round and all later ones.")],
+    conf: Conf = None,
+    as_json: Json = False,
+) -> None:
+    """Restore labels and published models to their state before a round; human labels stay."""
+    settings = read_settings(conf)[0]
+    from aslseg.rounds.masks import roll_back
+    from aslseg.settings import Paths
+
+    lines = roll_back(Paths(settings, studies), number)
+    if as_json:
+        return show({"round": number, "done": lines}, True)
+    for line in lines:
+        typer.echo(line)
+
+
+@ledger_app.command("verify")
+def ledger_verify(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
+    """Check the ledger's hash chain, and that the label files match it; exit code 1 if not."""
+    settings = read_settings(conf)[0]
+    from aslseg.rounds.masks import verify_label_files
+    from aslseg.settings import Paths
+
+    problems = verify_label_files(Paths(settings, studies))
+    if as_json:
+        show({"ok": not problems, "problems": problems}, True)
+    else:
+        for problem in problems or ["the ledger and all label files are as they were written"]:
+            typer.echo(problem)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _ledger(studies: Path, conf: list[str] | None) -> Any:
+    from aslseg.rounds.ledger import Ledger
+    from aslseg.settings import Paths
+
+    return Ledger(Paths(read_settings(conf)[0], studies).ledger)
