@@ -70,6 +70,12 @@ class CascadeCache:
         # stages on whole volumes share the processor; with two at once clicks would be slow
         self._computing = threading.Lock()
 
+    @property
+    def bytes(self) -> int:
+        """Memory of all scans and stages."""
+        with self._lock:
+            return sum(scan.bytes for scan in self._scans.values())
+
     def open(self, path: Path, times: dict[str, float] | None = None) -> CachedScan:
         """Read and prepare a scan, unless it is in memory.
 

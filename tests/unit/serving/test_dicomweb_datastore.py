@@ -61,9 +61,9 @@ def test_labels_of_a_series_stay_listed_when_it_is_fetched_again(tmp_path: Path)
     uid = str(slices[0].SeriesInstanceUID)
     pacs = Pacs(slices[:4])
     store = open_store(pacs, tmp_path)
-    volume = read_image(Path(store.get_image_uri(uid)))
     label = tmp_path / "label.nii.gz"
-    write_label(label, volume.array > 0, volume.affine)
+    scan = read_image(Path(store.get_image_uri(uid)))
+    write_label(label, np.zeros(scan.array.shape, np.uint8), scan.affine)
     store.save_label(uid, str(label), "draft", {"by": "test"})
     pacs.series[uid] = slices
     again = open_store(pacs, tmp_path)
