@@ -1,6 +1,9 @@
-"""Tumours of real livers (../shared/data/lits_tumour), split by patient: what the second stage finds.
+"""Tumours of real livers (../shared/data/lits_tumour), split by patient: what the SSL model finds.
 
-python scripts/bench_lits.py second --steps 800 --out work/a      # second stage alone, inside the true liver
+    python benchmarks/bench_lits.py second --steps 600 --out work/second   # second stage alone, inside the true liver
+    python benchmarks/bench_lits.py whole --steps 2000 --out work/whole    # both stages, as a round trains them
+
+Settings over the defaults with --conf; --labelled 4 takes the first four. An --out that holds a model is only scored.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from scipy import ndimage
 
+from aslseg.agreement.lesions import count_lesions
 from aslseg.cases.prepare import PreparedStore, working_spacing
 from aslseg.cases.prepared import Prepared
 from aslseg.cases.studies import Case
+from aslseg.compute.overlap import dice
 from aslseg.compute.weights import load_weights
 from aslseg.settings import Settings, load_settings
 from aslseg.ssl import engine, nested, predict, training
@@ -60,16 +64,13 @@ def prepared(
 
 
 def lesion_score(found: np.ndarray, true: np.ndarray) -> dict[str, float | int | None]:
-    """Dice, lesions found, false lesions (26 neighbours; a single shared voxel counts) and volumes in voxels."""
-    a, n_found = ndimage.label(found, np.ones((3, 3, 3)))
-    b, n_true = ndimage.label(true, np.ones((3, 3, 3)))
-    both = found & true
-    total = int(found.sum() + true.sum())
+    """Dice, lesions and volumes (voxels) of tumour masks."""
+    counts = count_lesions(found, true)
     return {
-        "dice": 2 * int(both.sum()) / total if total else None,
-        "lesions": n_true,
-        "found": len(np.unique(b[both])),
-        "false": n_found - len(np.unique(a[both])),
+        "dice": dice(found, true),
+        "lesions": counts.true,
+        "found": counts.found,
+        "false": counts.false,
         "voxels": int(true.sum()),
         "predicted": int(found.sum()),
     }
@@ -110,10 +111,6 @@ def show(rows: list[dict]) -> str:
             f"voxels {t['voxels']} predicted {t['predicted']}"
         )
     return "\n".join(lines)
-
-
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    return 2 * int((a & b).sum()) / max(int(a.sum() + b.sum()), 1)
 
 
 def second_only(arguments: argparse.Namespace, settings: Settings) -> None:

@@ -31,12 +31,11 @@ def plain(maps: Tensor) -> Tensor:
 def varied(maps: Tensor, generator: torch.Generator) -> Tensor:
     """The same with changed intensities, and the parent as the first stage might have drawn it.
 
-    Brightness changes little, since it is relative to the parent already; contrast changes much, by a factor of up to 2
-    either way, since lesions of other patients have another one.
+    Brightness changes little, since it is relative to the parent already.
     """
     n = len(maps)
     u = torch.rand(n, 5, generator=generator).to(maps.device)[:, :, None, None, None, None] * 2 - 1
-    image = 0.5 + (maps[:, :1] - 0.5) * 2 ** u[:, 0] + 0.04 * u[:, 1]
+    image = 0.5 + (maps[:, :1] - 0.5) * (1 + 0.25 * u[:, 0]) + 0.04 * u[:, 1]
     noise = torch.randn(image.shape, generator=generator).to(maps.device)
     image = image + 0.03 * (u[:, 2] + 1) / 2 * noise
     coarse = torch.randn(n, 1, 5, 5, 4, generator=generator).to(maps.device)
