@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
-from aslseg.agreement.measures import dice
+from aslseg.compute.overlap import dice
 from aslseg.cases.prepare import prepare, working_spacing
 from aslseg.cases.prepared import Prepared
 from aslseg.settings import load_settings
