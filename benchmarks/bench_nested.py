@@ -17,9 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
-from aslseg.compute.overlap import dice
 from aslseg.cases.prepare import prepare, working_spacing
 from aslseg.cases.prepared import Prepared
+from aslseg.compute.overlap import dice
 from aslseg.settings import load_settings
 from aslseg.ssl import predict, training
 from aslseg.volume.phantom import make_phantom
