@@ -38,9 +38,9 @@ import torch
 from scipy import ndimage
 
 from aslseg.adaptation.train import faulty_regions
-from aslseg.agreement.measures import dice
 from aslseg.cases.prepare import PreparedStore, working_spacing
 from aslseg.cases.studies import Case
+from aslseg.compute.overlap import dice
 from aslseg.errors import AslsegError, NotEnoughCasesError
 from aslseg.files import sha256, write_json
 from aslseg.prompts.from_client import ClientPrompt

@@ -33,10 +33,10 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
-from aslseg.agreement.measures import dice
 from aslseg.cases.prepared import Prepared
 from aslseg.compute.augment import centre
 from aslseg.compute.device import bfloat16_pays
+from aslseg.compute.overlap import dice
 from aslseg.compute.sliding_window import BATCHES, Blend
 from aslseg.files import write_json
 from aslseg.registry import NETWORKS

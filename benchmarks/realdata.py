@@ -21,7 +21,8 @@ import torch
 from scipy import stats
 
 from aslseg.agreement.evaluate import METRICS, evaluate_folders
-from aslseg.agreement.measures import compare, dice
+from aslseg.agreement.measures import compare
+from aslseg.compute.overlap import dice
 from aslseg.files import write_json
 from aslseg.models.cascade import Cascade
 from aslseg.models.kinds import ModelKind

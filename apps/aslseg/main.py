@@ -26,7 +26,8 @@ class Aslseg(app.ServedApp, MONAILabelApp):
     def init_infers(self) -> dict[str, InferTask]:
         """Slicer runs the first one by itself on the next sample."""
         scans = CascadeCache(Models(self.settings, self.paths))
-        desk = ClickSessions(scans.models)
+        clicks = ClickSessions(scans.models)
+        self._watch(scans, clicks)
         return {
             "ssl": MaskTask(scans, ModelKind.SSL, (ModelKind.SSL,), "Automatic mask of the semi-supervised network"),
             "aslseg": CascadeTask(
@@ -41,9 +42,21 @@ class Aslseg(app.ServedApp, MONAILabelApp):
                 (ModelKind.SSL, ModelKind.ADAPTER),
                 "Adaptation network on SAM's mask, or on the mask sent along",
             ),
-            "sam": ClickTask(scans, desk, "Click in and outside a structure, or draw a box around it; whole object"),
-            "sam_2d": ClickTask(scans, desk, "The same on the slice that is shown, and only there", dimension=2),
+            "sam": ClickTask(scans, clicks, "Click in and outside a structure, or draw a box around it; whole object"),
+            "sam_2d": ClickTask(scans, clicks, "The same on the slice that is shown, and only there", dimension=2),
         }
+
+    def _watch(self, scans: CascadeCache, clicks: ClickSessions) -> None:
+        """Caches and work ahead, for Prometheus."""
+        caches = {
+            "cascade": lambda: scans.bytes,
+            "click_scans": lambda: clicks.scans.bytes,
+            "click_sessions": lambda: clicks.bytes,
+            "embeddings": lambda: clicks.cache.bytes,
+        }
+        self.metrics.watch("aslseg_cache_bytes", "Memory of a cache", caches, "cache")
+        jobs = {"clicks": lambda: len(clicks.background)}
+        self.metrics.watch("aslseg_background_jobs", "Jobs that are done ahead of a request", jobs, "kind")
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """Both clients show the progress of the first one."""

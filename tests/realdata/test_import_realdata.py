@@ -8,11 +8,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from aslseg.agreement.measures import dice
 from aslseg.cases.importing.plan import Options, Plan, make_plan
 from aslseg.cases.importing.transfer import transfer
 from aslseg.cases.split import split
 from aslseg.cases.studies import read_studies
+from aslseg.compute.overlap import dice
 from aslseg.settings import Paths, load_settings
 from aslseg.volume.dicom_series import find_series, read_stack, stack
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from aslseg.agreement.evaluate import evaluate_folders
-from aslseg.agreement.measures import dice
 from aslseg.cases.prepare import prepare, working_spacing
 from aslseg.cases.split import split
 from aslseg.cases.studies import read_studies
+from aslseg.compute.overlap import dice
 from aslseg.prompts.frame import SlicePrompt
 from aslseg.sam.modeling import build
 from aslseg.sam.predictor.embeddings import encode_slices

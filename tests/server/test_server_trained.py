@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import requests
 
-from aslseg.agreement.measures import dice
+from aslseg.compute.overlap import dice
 from aslseg.types import Labels, Volume
 from aslseg.volume.io import read_image, read_label
 

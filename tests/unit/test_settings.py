@@ -233,9 +233,9 @@ def test_text_is_parsed_once_and_written_back_as_it_was(name: str, text: str, va
 
 
 def test_labels_may_have_no_name_that_clients_use_otherwise() -> None:
-    from aslseg.serving import params
+    from aslseg.serving.params import REFUSED, InferenceParams
 
-    words = {*params.PROMPTS, *params.RESULT, *params.OTHER, *params.CLICKS, *params.REFUSED}
+    words = {*REFUSED, *InferenceParams.model_fields}
     assert words <= RESERVED_NAMES
 
 

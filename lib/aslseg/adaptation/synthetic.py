@@ -28,6 +28,7 @@ from aslseg.adaptation.geometry_mm import (
     random_voxel,
     signed_distance,
 )
+from aslseg.compute.overlap import dice
 from aslseg.types import Labels
 
 Operator = Callable[[np.ndarray, np.ndarray | None, Spacing, np.random.Generator, float], np.ndarray]
@@ -350,12 +351,6 @@ def draw_severity(rng: np.random.Generator, most: float = 1.0) -> float:
     return float(most * rng.uniform(0.3, 1))
 
 
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """2 |a and b| / (|a| + |b|) of two bool masks; 1 where both are empty."""
-    total = int(a.sum()) + int(b.sum())
-    return 2 * int((a & b).sum()) / total if total else 1.0
-
-
 def calibrate(
     masks: Sequence[np.ndarray], spacing: Spacing, target: float, rng: np.random.Generator, draws: int = 40
 ) -> float:
@@ -381,6 +376,7 @@ def calibrate(
         scores = []
         for n in range(draws):
             mask = masks[n % len(masks)]
-            scores.append(dice(corrupt_region(mask, None, spacing, trial, draw_severity(trial, middle)), mask))
+            corrupted = corrupt_region(mask, None, spacing, trial, draw_severity(trial, middle))
+            scores.append(dice(corrupted, mask) or 0.0)
         low, high = (middle, high) if np.median(scores) > target else (low, middle)
     return (low + high) / 2

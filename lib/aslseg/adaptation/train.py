@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from aslseg.adaptation.network import AdaptationNetwork, strides_for
 from aslseg.adaptation.synthetic import corrupt, draw_severity, soft_pair, soften
+from aslseg.cases.patches import fit_start
 from aslseg.cases.prepare import automatic_patch
 from aslseg.cases.prepared import Prepared
 from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
@@ -157,7 +158,7 @@ class Samples:
             start = voxel - patch // 2 + rng.integers(-(patch // 4), patch // 4 + 1)
         else:
             start = rng.integers(0, np.maximum(shape - patch, 0) + 1)
-        return np.where(shape > patch, np.clip(start, 0, np.maximum(shape - patch, 0)), -((patch - shape) // 2))
+        return fit_start(start, shape, patch)
 
     def _synthetic(
         self,

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from aslseg.agreement.measures import score
+from aslseg.agreement.lesions import LesionCounts, count_lesions
+from aslseg.agreement.measures import DISTANCES, score
 from aslseg.compute.bounding_box import bounding_box
-from aslseg.errors import AslsegError, BadLabelError, NotEnoughCasesError
-from aslseg.types import Labels, ProgressCallback, Volume, no_progress
-from aslseg.volume.io import case_id, extension, read_image
-from aslseg.volume.placement import AFFINE_TOLERANCE_MM
+from aslseg.errors import AslsegError, NotEnoughCasesError
+from aslseg.types import Labels, ProgressCallback, no_progress
+from aslseg.volume.io import case_id, extension, read_header, read_label
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("dice", "jaccard", "hd95", "asd")
+TITLES = {
+    **{"dice": "Dice", "jaccard": "Jaccard", "sensitivity": "sensitivity", "specificity": "specificity"},
+    **{"hd": "HD", "hd95": "HD95", "hd95_max": "HD95 max", "asd": "ASD", "assd": "ASSD"},
+}
+METRICS = tuple(TITLES)
 
 
 def evaluate_folders(
@@ -40,10 +45,11 @@ def evaluate_folders(
         report: Called with (done, total) after each case.
 
     Returns:
-        JSON-able: ``cases`` (id to label to dice, jaccard, hd95, asd, flags), ``summary`` (label to metric to mean,
-        std and n, and how often truth and prediction were empty), ``missing`` (truth without prediction, not part of
-        any mean), ``extra`` (prediction without truth), ``problems`` (id to the reason why the pair was not scored),
-        ``unit``, ``regions``, ``labels``. ``std`` is the sample standard deviation (n - 1), None below two cases.
+        JSON-able: ``cases`` (id to label to what :func:`aslseg.agreement.measures.score` gives, and ``lesions``),
+        ``summary`` (label to metric to mean, std and n, how often truth and prediction were empty, and the lesions of
+        all cases), ``missing`` (truth without prediction, not part of any mean), ``extra`` (prediction without
+        truth), ``problems`` (id to the reason why the pair was not scored), ``unit``, ``regions``, ``labels``. ``std``
+        is the sample standard deviation (n - 1), None below two cases.
 
     Raises:
         NotEnoughCasesError: A folder is missing, or no prediction has a truth.
@@ -77,16 +83,31 @@ def evaluate_folders(
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """The summary of :func:`evaluate_folders` as a table, mean ± sample standard deviation, and the cases left out."""
+    """The summary of :func:`evaluate_folders` as tables, mean ± sample standard deviation, and what was left out.
+
+    Lesions are counted over all scans; see :mod:`aslseg.agreement.lesions`.
+    """
     unit = "mm" if result["unit"] == "mm" else "voxels"
-    lines = [
-        f"| {'region' if result['regions'] else 'label'} | cases | Dice | Jaccard | HD95 ({unit}) | ASD ({unit}) |",
-        "|---|---|---|---|---|---|",
-    ]
+    kind = "region" if result["regions"] else "label"
+    titles = [TITLES[m] + (f" ({unit})" if m in DISTANCES else "") for m in METRICS]
+    lines = [f"| {kind} | cases | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    lesions = [f"| {kind} | true | found | recall | predicted | F1 | false a scan |", "|---" * 7 + "|"]
     for name in result["labels"]:
         summary = result["summary"][name]
-        values = [_plus_minus(summary[m], 3 if m in ("dice", "jaccard") else 2) for m in METRICS]
+        values = [_plus_minus(summary[m], 2 if m in DISTANCES else 3) for m in METRICS]
         lines.append(f"| {name} | {summary['dice']['n']} | {' | '.join(values)} |")
+        found = summary["lesions"]
+        rates = [_number(found[k]) for k in ("recall", "f1", "false_per_scan")]
+        cells = [name, found["true"], found["found"], rates[0], found["predicted"], *rates[1:]]
+        lesions.append(f"| {' | '.join(map(str, cells))} |")
+    notes = _notes(result)
+    heading = "Lesions (components in the 26-neighbourhood; one shared voxel counts as found):"
+    tables = [*lines, "", heading, "", *lesions]
+    return "\n".join(tables + ([""] + [f"- {note}" for note in notes] if notes else [])) + "\n"
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    """What was empty, missing or not scored."""
     notes = []
     for name in result["labels"]:
         empty = {k: v for k, v in result["summary"][name].items() if k.startswith("empty") and v}
@@ -95,8 +116,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     for key in ("missing", "extra"):
         if result[key]:
             notes.append(f"{key} predictions: {', '.join(result[key])}")
-    notes += [f"not scored: {case}: {reason}" for case, reason in result["problems"].items()]
-    return "\n".join(lines + ([""] + [f"- {note}" for note in notes] if notes else [])) + "\n"
+    return notes + [f"not scored: {case}: {reason}" for case, reason in result["problems"].items()]
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -110,35 +130,17 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _score_pair(pred: Path, truth: Path, labels: Labels, unit: str, regions: bool) -> dict[str, Any]:
-    a, b = read_image(pred), read_image(truth)
-    _require_same_grid(a, b, pred)
-    for volume, path in ((a, pred), (b, truth)):
-        wrong = [float(v) for v in np.unique(volume.array) if v not in range(len(labels) + 1)]
-        if wrong:
-            raise BadLabelError(
-                f"{path}: values {wrong[:5]} are not among 0..{len(labels)} ({', '.join(labels.names)}); "
-                "set `labels` to what the files hold"
-            )
-    box = _joint_box(a.array, b.array)
-    inside = [v.array[box].astype(np.uint8) for v in (a, b)]
+    grid = read_header(truth)
+    maps = [read_label(path, grid, labels) for path in (pred, truth)]
+    box = _joint_box(*maps)
+    inside = [m[box] for m in maps]
     masks = [labels.regions(m) if regions else [m == n + 1 for n in range(len(labels))] for m in inside]
-    spacing = b.spacing if unit == "mm" else None
-    return {name: score(masks[0][n], masks[1][n], spacing) for n, name in enumerate(labels.names)}
-
-
-def _require_same_grid(pred: Volume, truth: Volume, path: Path) -> None:
-    if pred.array.shape != truth.array.shape:
-        raise BadLabelError(
-            f"{path.name}: prediction of shape {pred.array.shape}, truth of shape {truth.array.shape}; "
-            "resample the prediction to the truth's grid"
-        )
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * [*truth.array.shape, 1]
-    off = float(np.abs(corners @ (pred.affine - truth.affine).T).max())
-    if off > max(AFFINE_TOLERANCE_MM, 0.1 * min(truth.spacing)):
-        raise BadLabelError(
-            f"{path.name}: the prediction's affine places it up to {off:.1f} mm away from the truth; "
-            "write it with the geometry of the scan"
-        )
+    spacing = grid.spacing if unit == "mm" else None
+    scores = {}
+    for n, name in enumerate(labels.names):
+        pair = masks[0][n], masks[1][n]
+        scores[name] = score(*pair, spacing, maps[1].size) | {"lesions": asdict(count_lesions(*pair))}
+    return scores
 
 
 def _joint_box(a: np.ndarray, b: np.ndarray) -> tuple[slice, ...]:
@@ -157,7 +159,19 @@ def _summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
         }
     for flag in ("empty prediction", "empty truth", "empty in both"):
         summary[flag.replace(" ", "_")] = sum(flag in s["flags"] for s in scores)
+    counted = [s["lesions"] for s in scores]
+    total = LesionCounts(**{f.name: sum(c[f.name] for c in counted) for f in fields(LesionCounts)})
+    summary["lesions"] = {
+        **asdict(total),
+        "recall": total.recall,
+        "f1": total.f1,
+        "false_per_scan": total.false / len(counted) if counted else None,
+    }
     return summary
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _plus_minus(value: dict[str, Any], digits: int) -> str:

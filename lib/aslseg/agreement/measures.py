@@ -17,6 +17,8 @@ import numpy as np
 
 from aslseg.types import Labels
 
+DISTANCES = ("hd", "hd95", "hd95_max", "asd", "assd")
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -31,16 +33,6 @@ class Agreement:
     per_label: dict[str, float | None]
     mean: float
     flags: tuple[str, ...] = ()
-
-
-def dice(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Dice of two masks of one shape, 2 |a and b| / (|a| + |b|); None where both are empty.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    both, first, second = _counts(np.asarray(a, bool), np.asarray(b, bool), 1)[0]
-    return 2 * both / (first + second) if first + second else None
 
 
 def compare(a: np.ndarray, b: np.ndarray, labels: Labels) -> Agreement:
@@ -94,30 +86,45 @@ def hd95(forth: np.ndarray, back: np.ndarray) -> float:
     return float(np.percentile(np.concatenate([forth, back]), 95))
 
 
-def score(pred: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None) -> dict[str, Any]:
+def score(
+    pred: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None, voxels: int | None = None
+) -> dict[str, Any]:
     """All measures of a predicted against a true mask.
 
-    Where both masks are empty, Dice and Jaccard are 1; where one is, 0. Distances are None in both cases.
+    Where both masks are empty, Dice and Jaccard are 1; where one is, 0. Distances are None in both cases, and
+    sensitivity is None without truth.
 
     Args:
         pred, truth: Masks (i, j, k).
         spacing: Voxel size in mm; None measures in voxels.
+        voxels: Voxels of the whole scan where the masks are a part of it, for the specificity.
 
     Returns:
-        ``dice``, ``jaccard``, ``hd95`` (pooled), ``asd`` (mean distance from the predicted to the true surface, one
-        direction, as medpy's ``asd(pred, truth)``), and ``flags``.
+        ``dice``, ``jaccard``, ``sensitivity``, ``specificity``, ``flags``, and the distances ``hd`` (largest of both
+        directions), ``hd95`` (pooled), ``hd95_max`` (the larger of the two directed percentiles, as MONAI's
+        ``HausdorffDistanceMetric``), ``asd`` (mean distance from the predicted to the true surface, one direction, as
+        medpy's ``asd(pred, truth)``) and ``assd`` (mean of both directions' means, as medpy's ``assd``).
     """
     both, predicted, true = _counts(np.asarray(pred, bool), np.asarray(truth, bool), 1)[0]
+    outside = (voxels or truth.size) - true
+    rates = {
+        "sensitivity": both / true if true else None,
+        "specificity": (outside - predicted + both) / outside if outside else None,
+    }
     if not predicted or not true:
         value = 0.0 if predicted or true else 1.0
         flag = "empty prediction" if true else "empty truth" if predicted else "empty in both"
-        return {"dice": value, "jaccard": value, "hd95": None, "asd": None, "flags": [flag]}
+        return {"dice": value, "jaccard": value, **rates, **dict.fromkeys(DISTANCES), "flags": [flag]}
     forth, back = surface_distances(pred, truth, spacing)
     return {
         "dice": 2 * both / (predicted + true),
         "jaccard": both / (predicted + true - both),
+        **rates,
+        "hd": float(max(forth.max(), back.max())),
         "hd95": hd95(forth, back),
+        "hd95_max": float(max(np.percentile(forth, 95), np.percentile(back, 95))),
         "asd": float(forth.mean()),
+        "assd": float((forth.mean() + back.mean()) / 2),
         "flags": [],
     }
 

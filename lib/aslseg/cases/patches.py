@@ -69,7 +69,7 @@ class PatchSampler:
 
     def _crop(self, case: Prepared, start: np.ndarray) -> Patch:
         shape, patch = np.array(case.image.shape), np.array(self.patch)
-        start = np.where(shape > patch, np.clip(start, 0, np.maximum(shape - patch, 0)), -((patch - shape) // 2))
+        start = fit_start(start, shape, patch)
         inside = tuple(slice(max(s, 0), min(s + p, n)) for s, p, n in zip(start, patch, shape, strict=True))
         pad = [(int(max(-s, 0)), int(max(s + p - n, 0))) for s, p, n in zip(start, patch, shape, strict=True)]
         image = _padded(_float(case.image[inside]), pad)
@@ -80,6 +80,15 @@ class PatchSampler:
         else:
             inner = case.weight * _float(case.voxel_weight[inside])
         return Patch(image, label, _padded(inner, pad))
+
+
+def fit_start(start: np.ndarray, shape: np.ndarray, patch: np.ndarray) -> np.ndarray:
+    """Move the first voxel of a patch so that the patch lies in the volume; a smaller volume lies in its middle.
+
+    Args:
+        start, shape, patch: Voxels along each axis, (3,).
+    """
+    return np.where(shape > patch, np.clip(start, 0, np.maximum(shape - patch, 0)), -((patch - shape) // 2))
 
 
 def _float(volume: Any) -> Any:

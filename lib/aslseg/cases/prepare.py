@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 Spacing = tuple[float, float, float] | None
 
+MAX_ENLARGEMENT = 25  # voxels of a scan's working grid, as a multiple of what the median scan may have
+
 
 def working_spacing(volumes: Iterable[Volume], settings: Settings) -> Spacing:
     """The working spacing for the setting ``spacing``.
@@ -51,8 +53,21 @@ def working_spacing(volumes: Iterable[Volume], settings: Settings) -> Spacing:
 
 
 def prepare(volume: Volume, settings: Settings, spacing: Spacing) -> tuple[np.ndarray, Grid]:
-    """Bring one scan to the working grid: (i, j, k) float32 in 0..1, and the grid."""
+    """Bring one scan to the working grid: (i, j, k) float32 in 0..1, and the grid.
+
+    Raises:
+        BadImageError: The working grid is far larger than that of the median scan and than the scan itself; then the
+            voxel size is wrong.
+    """
     grid = Grid.of(volume, spacing)
+    most = max(MAX_ENLARGEMENT * settings.max_working_voxels, math.prod(grid.native_shape))
+    if math.prod(grid.shape) > most:
+        i, j, k = (float(f"{size:.3g}") for size in volume.spacing)
+        raise BadImageError(
+            f"a scan of {' x '.join(map(str, grid.native_shape))} voxels of {i} x {j} x {k} mm would have "
+            f"{math.prod(grid.shape):.2g} voxels on the working grid, more than {most:.2g}; correct its voxel size, "
+            "crop it, or raise max_working_voxels"
+        )
     return grid.to_working(normalise(volume.array, settings)), grid
 
 
@@ -83,20 +98,22 @@ class PreparedStore:
         files = [entry.with_name(f"{entry.name}.{part}.npy") for part in ("label", "image")]
         wanted = files if case.label else files[1:]
         volume = None
-        if not all(f.exists() for f in wanted):
+        arrays = {f: array for f in wanted if (array := _open_array(f)) is not None}
+        if len(arrays) < len(wanted):
             volume = read_image(case.image, self.settings.max_voxels)
             image, grid = prepare(volume, self.settings, self.spacing)
             if case.label:
                 label = read_label(case.label, volume, self.settings.label_set, self.settings.max_voxels)
                 save_array(files[0], grid.label_to_working(label, self.settings.label_set))
             save_array(files[1], image)
+            arrays = {f: np.load(f, mmap_mode="r") for f in wanted}
         grid = Grid.of(volume or read_header(case.image), self.spacing)
         return Prepared(
             case.id,
             case.patient,
-            np.load(files[1], mmap_mode="r"),
+            arrays[files[1]],
             grid,
-            np.load(files[0], mmap_mode="r") if case.label else None,
+            arrays.get(files[0]),
             image_hash=image_hash,
             label_hash=label_hash,
         )
@@ -111,6 +128,17 @@ class PreparedStore:
                 logger.warning("skipped case %s: %s", case.id, error)
                 skipped[case.id] = str(error)
         return prepared, skipped
+
+
+def _open_array(path: Path) -> np.ndarray | None:
+    """Map a kept array; None where there is none, or a damaged one, which is computed again."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s is damaged (%s); it is computed again", path.name, error)
+        return None
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

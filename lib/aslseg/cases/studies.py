@@ -131,6 +131,12 @@ def segmentations(paths: Iterable[Path]) -> dict[Path, str]:
     return found
 
 
+def without_segmentations(images: dict[str, str]) -> dict[str, str]:
+    """Case id to file name, without what :func:`segmentations` finds."""
+    found = segmentations(map(Path, images.values()))
+    return {case: name for case, name in images.items() if Path(name) not in found}
+
+
 def _images(folder: Path) -> tuple[dict[str, Path], list[str]]:
     found: dict[str, Path] = {}
     problems = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from aslseg.cases.intensity_check import unusual_intensities
 from aslseg.cases.prepare import PreparedStore, Spacing, working_spacing
 from aslseg.cases.prepared import Prepared
 from aslseg.cases.split import split
@@ -90,6 +91,7 @@ def prepare_cases(
         cases.sources |= {c.id: case for c in loaded}
         group += loaded
         report(done, len(listed) + len(others))
+    _leave_out_unusual(cases, studies, settings)
     _leave_out_copies(cases)
     _check(cases, studies, settings)
     return cases
@@ -115,6 +117,18 @@ def _spacing(train: list[Case], settings: Settings, paths: Paths) -> tuple[Spaci
     if not volumes:
         raise NotEnoughCasesError(f"no labelled scan can be read: {'; '.join(bad.values())}")
     return working_spacing(volumes, settings), bad
+
+
+def _leave_out_unusual(cases: RoundCases, studies: Studies, settings: Settings) -> None:
+    """Leave out scans whose intensities no person has confirmed; see :mod:`aslseg.cases.intensity_check`."""
+    labelled = [*cases.train, *cases.validation]
+    found, warnings = unusual_intensities(labelled, cases.without_label, settings, studies.confirmed)
+    cases.warnings += warnings
+    cases.skipped |= found
+    for group in (cases.train, cases.validation, cases.unlabelled, cases.predict_only):
+        group[:] = [c for c in group if c.id not in found]
+    for reason in found.values():
+        logger.warning("skipped case %s", reason)
 
 
 def _leave_out_copies(cases: RoundCases) -> None:

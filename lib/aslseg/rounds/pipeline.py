@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from aslseg.adaptation import train as adapter_train
-from aslseg.agreement import measures
 from aslseg.agreement.verdict import Reference, reference
 from aslseg.cases.prepare import PreparedStore, Spacing, save_array
 from aslseg.cases.prepared import Prepared
 from aslseg.cases.studies import PSEUDO
 from aslseg.compute.hardware import resolved
+from aslseg.compute.overlap import dice
 from aslseg.errors import BadWeightsError
 from aslseg.models.cascade import NEEDS, CascadeInput, compute
 from aslseg.models.files import ModelSet
@@ -267,7 +267,7 @@ class RoundPipeline:
             predicted = self.labels.regions(self.decode(maps(case)))
             true = self.labels.regions(np.asarray(case.label))
             for values, a, b in zip(found, predicted, true, strict=True):
-                value = measures.dice(a, b)
+                value = dice(a, b)
                 if value is not None:
                     values.append(value)
         means = [float(np.mean(v)) for v in found if v]

@@ -31,7 +31,7 @@ from aslseg.serving.guard import install_guard
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.infer import BatchInference, InferenceRequest, answer, request_from_mapping
 from aslseg.serving.logs import configure_logs
-from aslseg.serving.metrics import Metrics, RequestTimer
+from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies
 from aslseg.serving.strategies import Leases
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
@@ -200,6 +200,7 @@ class ServedApp(MONAILabelApp):
         install(host, self)
         install_guard(host, self.settings)
         host.user_middleware.insert(0, Middleware(RequestTimer, metrics=self.metrics))
+        watch_studies(self.metrics, self.paths, self.datastore())
         self.start_first_round()
 
     def _is_case(self, word: str) -> bool:

@@ -42,6 +42,9 @@ class Background:
         ready.wait()
         torch.set_num_threads(threads)  # the number that the thread sets also counts for threads that start later
 
+    def __len__(self) -> int:
+        return len(self._jobs)
+
     def click(self) -> AbstractContextManager[None]:
         """A context in which no step begins, and one that has begun pauses where it can."""
         return self._priority.click()

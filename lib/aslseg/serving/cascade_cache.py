@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from aslseg.cases.prepare import Spacing, working_spacing
+from aslseg.compute.byte_lru import ByteLRU
 from aslseg.errors import NoModelError
 from aslseg.files import FileStamp
 from aslseg.models.cascade import CascadeInput, StageOutput, compute, compute_chain
@@ -64,11 +64,16 @@ class CascadeCache:
     """
 
     def __init__(self, models: Models, limit: int = LIMIT_BYTES) -> None:
-        self.models, self.limit = models, limit
-        self._scans: OrderedDict[tuple[object, ...], CachedScan] = OrderedDict()
+        self.models = models
+        self._scans: ByteLRU[tuple[object, ...], CachedScan] = ByteLRU(limit, lambda scans: sum(s.bytes for s in scans))
         self._lock = threading.Lock()
         # stages on whole volumes share the processor; with two at once clicks would be slow
         self._computing = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all scans and stages."""
+        return self._scans.bytes
 
     def open(self, path: Path, times: dict[str, float] | None = None) -> CachedScan:
         """Read and prepare a scan, unless it is in memory.
@@ -81,10 +86,9 @@ class CascadeCache:
             BadImageError: As :func:`aslseg.volume.io.read_image`.
         """
         key = self._key(path)
-        with self._lock:
-            if key in self._scans:
-                self._scans.move_to_end(key)
-                return self._scans[key]
+        found = self._scans.get(key)
+        if found is not None:
+            return found
         start, settings = time.perf_counter(), self.models.settings
 
         def load() -> Volume:
@@ -95,15 +99,14 @@ class CascadeCache:
         if times is not None:
             times["pre"] = time.perf_counter() - start
         with self._lock:
-            scan = self._scans.setdefault(key, CachedScan(key, given))
-            self._trim(scan)
+            scan = self._scans.get(key) or CachedScan(key, given)
+            self._scans.put(key, scan)
         return scan
 
     def known(self, path: Path, kind: ModelKind) -> tuple[tuple[object, ...], np.ndarray] | None:
         """The scan's key and a stage's regions (N, i, j, k), if they are in memory; computes nothing."""
         key = self._key(path)
-        with self._lock:
-            scan = self._scans.get(key)
+        scan = self._scans.get(key)
         output = scan.stages.get(kind) if scan else None
         return None if output is None else (key, output.regions)
 
@@ -120,8 +123,7 @@ class CascadeCache:
         """
         with scan.lock, self._computing:
             output = compute_chain(kind, self.models.get, scan.given, self.models.settings, scan.stages, times)
-        with self._lock:
-            self._trim(scan)
+        self._scans.put(scan.key, scan)
         return output.regions
 
     def adapt(self, scan: CachedScan, drawn: np.ndarray) -> np.ndarray:
@@ -156,8 +158,3 @@ class CascadeCache:
                 stored = model.metadata["spacing"]
                 return tuple(stored) if stored else None
         return working_spacing([volume], self.models.settings)
-
-    def _trim(self, newest: CachedScan) -> None:
-        while sum(s.bytes for s in self._scans.values()) > self.limit and len(self._scans) > 1:
-            oldest = next(k for k, s in self._scans.items() if s is not newest)
-            del self._scans[oldest]

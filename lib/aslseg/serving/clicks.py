@@ -68,6 +68,11 @@ class ClickSessions:
                 self._cache = EmbeddingCache(settings.embedding_memory_mb * 1e6, store)
             return self._cache
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the sessions."""
+        return self._sessions.bytes
+
     def session(
         self, opened: OpenScan, automatic: Callable[[], AutomaticMask] | None, owner: tuple[object, ...]
     ) -> ClickSession:

@@ -1,4 +1,4 @@
-"""Masks on the wire: gzip that does not look twice at empty slices, and NRRD around it.
+"""Masks as bytes for clients: a gzip stream that compresses empty slices once, and NRRD around it.
 
 Most slices of a mask are empty. One of them is compressed once and its bytes are repeated; its checksum too, since
 appending a fixed block to data changes a CRC by an affine map over GF(2). The result is one ordinary gzip stream, as
@@ -91,7 +91,7 @@ def _deflated(block: memoryview | bytes, level: int = LEVEL) -> bytes:
 
 @cache
 def _zeros(length: int) -> tuple[bytes, Callable[[int], int]]:
-    """So many zero bytes compressed, and what they do to a CRC."""
+    """A block of zero bytes, compressed, and the function by which appending it changes a CRC."""
     block = bytes(length)
     constant = zlib.crc32(block, 0)
     columns = [zlib.crc32(block, 1 << bit) ^ constant for bit in range(32)]

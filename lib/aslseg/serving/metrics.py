@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from monailabel.interfaces.datastore import Datastore
+from monailabel.utils.async_tasks.utils import processes
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -15,6 +17,9 @@ from prometheus_client import (
     generate_latest,
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from aslseg.rounds.progress import read_progress
+from aslseg.settings import Paths
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100, 300)
@@ -68,6 +73,24 @@ class Metrics:
     def render(self) -> bytes:
         """All measurements as text."""
         return generate_latest(self.registry)
+
+
+def watch_studies(metrics: Metrics, paths: Paths, store: Datastore) -> None:
+    """Add the gauges of one studies folder: its scans, the running tasks, and the round."""
+    cases = {name: lambda name=name: float(store.status()[name]) for name in ("total", "completed")}
+    metrics.watch("aslseg_cases", "Scans, and those with a human label", cases, "kind")
+    tasks = {kind: lambda kind=kind: len(processes(kind)) for kind in ("train", "scoring", "batch_infer")}
+    metrics.watch("aslseg_tasks_running", "Processes of MONAI Label's task queues", tasks, "queue")
+
+    def progress(key: str) -> float:
+        return float(read_progress(paths.home / "progress.json").get(key) or 0)
+
+    def running() -> float:
+        return float(read_progress(paths.home / "progress.json")["state"] == "running")
+
+    round_now = {"number": lambda: progress("round"), "fraction": lambda: progress("part"), "running": running}
+    text = "Number of the last round, the fraction of it that is done, and whether it runs"
+    metrics.watch("aslseg_round", text, round_now, "value")
 
 
 class RequestTimer:

@@ -136,6 +136,11 @@ class ScanCache:
         self._scans: ByteLRU[tuple[object, ...], _ReadScan] = ByteLRU(limit, lambda s: sum(r.array.nbytes for r in s))
         self._lock, self._reading = threading.Lock(), threading.Lock()
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the scans."""
+        return self._scans.bytes
+
     def open(self, path: Path, native: bool = False) -> OpenScan:
         """Read a scan, or find it again.
 

@@ -13,7 +13,7 @@ from aslseg.volume.io import write_label
 
 
 def write_result(class_map: np.ndarray, affine: np.ndarray, extension: str = ".nrrd", compress: bool = True) -> Path:
-    """Write a mask into a temporary file; whoever takes it removes it.
+    """Write a mask into a temporary file, which the caller removes.
 
     OHIF reads the voxels and ignores the header, so the array is written as it is: never resampled or turned.
 

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
-from aslseg.cases.studies import ORIGINAL, PSEUDO
+from aslseg.cases.studies import ORIGINAL, PSEUDO, without_segmentations
 from aslseg.files import FileStamp, atomic_file
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.links import trusted
@@ -177,7 +177,7 @@ class SharedJsonFile:
             tags = {tag: listed(folder, root) for tag, folder in folders.items() if trusted(folder, root)}
             before = self._datastore.objects
             objects = {}
-            for case, name in images.items():
+            for case, name in without_segmentations(images).items():
                 old = before.get(case)
                 image = old.image if old and case + old.image.ext == name else new_entry(case, name)
                 kept = old.labels if old else {}

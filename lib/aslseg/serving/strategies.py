@@ -1,4 +1,4 @@
-"""Which scan next: from the agreement that the last round wrote into the ledger, without any computing."""
+"""The order in which scans are handed out: by the agreement that the last round wrote into the ledger."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ANYBODY = {None, "", "user-xyz", "admin"}
 
 
 class Leases:
-    """Who was given which scan; nobody else gets it for half an hour.
+    """Scans that were handed out to somebody, and to nobody else for half an hour.
 
     Args:
-        seconds: How long.
+        seconds: Length of a lease.
         clock: Monotonic seconds.
     """
 
@@ -31,7 +31,7 @@ class Leases:
         self._lock = threading.Lock()
 
     def take(self, ranked: list[str], client: str) -> str | None:
-        """The first scan that nobody else holds, now held by ``client``; its own scans come before new ones.
+        """The first scan that nobody else has, leased to ``client`` now; a scan that it has already comes first.
 
         Where all are held, the first of all: a second opinion is better than no work.
         """
@@ -100,7 +100,7 @@ class Random(Strategy):
 
 
 def client_of(request: Mapping[str, Any]) -> str:
-    """Who asks. Slicer's default name stands for everybody, so it is nobody in particular: each call is its own."""
+    """Who asks. Slicer's default name may be anybody, so that each call with it counts as another person."""
     name = request.get("client_id")
     return str(name)[:128] if name not in ANYBODY else f"anybody-{time.monotonic_ns()}"
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import logging
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
 
-from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO, segmentations
+from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.errors import BadImageError
 from aslseg.files import atomic_file, sha256
 from aslseg.rounds.ledger import Ledger
@@ -94,7 +94,7 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
             with self._exclusive(0.0):
                 self._reconcile_datastore()
         except RefusedError as error:
-            logger.warning("the datastore was not read again: %s", error)
+            logger.info("the datastore was not read again: %s", error)
             return
         self._seen = stamp if time.time_ns() - max(stamp) > TICK_NS else None
 
@@ -107,14 +107,6 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
     def has_case(self, name: str) -> bool:
         """Whether there is a scan with this id, as far as is known without looking at the disk."""
         return name in self._datastore.objects
-
-    def _list_files(self, path: str, patterns: Sequence[str]) -> dict[str, str]:
-        """What lies in a folder; a segmentation among the scans is never handed out as one."""
-        found: dict[str, str] = super()._list_files(path, patterns)
-        if Path(path) != self.root:
-            return found
-        passed_over = segmentations(map(Path, found))
-        return {name: file for name, file in found.items() if Path(name) not in passed_over}
 
     def refresh(self) -> None:
         self._seen = None

@@ -10,7 +10,6 @@ Positions and directions are those of DICOM (LPS, mm; PS3.3 C.7.6.2.1.1) until :
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,12 +26,11 @@ from aslseg.errors import BadImageError
 from aslseg.types import Volume
 from aslseg.volume.io import LPS_TO_RAS, write_image
 
-logger = logging.getLogger(__name__)
-
 TOLERANCE_MM = 0.1
 ORIENTATION_TOLERANCE = 3e-4  # of a unit vector: less than the tolerance above over the width of a body
 SAME_PLACE_MM = 0.01
 STRAY_FRACTION = 0.25
+BARE_EXTENSIONS = (".dcm", ".ima")
 TAGS = (
     "SOPClassUID",
     "SOPInstanceUID",
@@ -127,37 +125,34 @@ class Stack:
     notes: tuple[str, ...] = ()
 
 
-def find_series(folder: Path) -> list[Series]:
+def find_series(folder: Path, unreadable: list[str] | None = None) -> list[Series]:
     """Every series below a folder, by SeriesInstanceUID; files that are not DICOM are passed over.
+
+    Args:
+        folder: Searched with everything below it.
+        unreadable: Gets a line for each damaged DICOM file.
 
     Returns:
         Sorted by uid.
-
-    Raises:
-        BadImageError: A DICOM file whose header cannot be understood.
     """
     found: dict[str, list[tuple[Path, Dataset]]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
         header = read_header(path)
         if header is not None and header.get("SeriesInstanceUID"):
             found.setdefault(str(header.SeriesInstanceUID), []).append((path, header))
+        elif header is None and path.suffix.lower() in BARE_EXTENSIONS and unreadable is not None:
+            unreadable.append(f"{path.relative_to(folder)}: not readable as DICOM; copy or export it again")
     return [_series(uid, files) for uid, files in sorted(found.items())]
 
 
 def read_header(path: Path) -> Dataset | None:
-    """The tags of a DICOM file that place it; None if the file is not DICOM.
-
-    Raises:
-        BadImageError: The file cannot be read, or its header is damaged.
-    """
+    """The tags of a DICOM file that place it; None if the file is not DICOM, or damaged."""
     # some exports lack the preamble and the file meta information of PS3.10
-    force = path.suffix.lower() in (".dcm", ".ima")
+    force = path.suffix.lower() in BARE_EXTENSIONS
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS), force=force)
-    except InvalidDicomError:
+    except (InvalidDicomError, OSError, ValueError, EOFError, AttributeError):
         return None
-    except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise BadImageError(f"{path.name}: not readable as DICOM ({error}); copy or export it again") from None
     return header if "SOPClassUID" in header else None
 
 

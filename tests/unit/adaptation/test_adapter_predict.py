@@ -12,8 +12,8 @@ from monai.inferers import sliding_window_inference
 from aslseg.adaptation.network import AdaptationNetwork
 from aslseg.adaptation.predict import AdapterModel, load
 from aslseg.adaptation.train import crop
-from aslseg.agreement.measures import dice
 from aslseg.compute.augment import centre
+from aslseg.compute.overlap import dice
 from aslseg.compute.weights import save_weights
 from aslseg.errors import BadWeightsError
 from aslseg.settings import Settings

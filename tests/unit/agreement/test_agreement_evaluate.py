@@ -31,7 +31,10 @@ def folders(tmp_path):
 
 def test_scores_per_case_and_label(folders):
     result = evaluate_folders(*folders, LABELS)
-    assert result["cases"]["a"]["liver"] == {"dice": 1.0, "jaccard": 1.0, "hd95": 0.0, "asd": 0.0, "flags": []}
+    perfect = dict.fromkeys(("dice", "jaccard", "sensitivity", "specificity"), 1.0)
+    perfect |= dict.fromkeys(("hd", "hd95", "hd95_max", "asd", "assd"), 0.0)
+    lesions = {"true": 1, "found": 1, "predicted": 1, "false": 0}
+    assert result["cases"]["a"]["liver"] == {**perfect, "flags": [], "lesions": lesions}
     tumour = result["cases"]["b"]["tumour"]
     assert (tumour["dice"], tumour["hd95"], tumour["asd"]) == (0.0, 2.0, 2.0)
     assert evaluate_folders(*folders, LABELS, unit="voxel")["cases"]["b"]["tumour"]["hd95"] == 1.0
@@ -72,12 +75,12 @@ def test_missing_extra_and_broken_are_listed_not_scored(folders):
     assert result["summary"]["liver"]["dice"]["n"] == 2
     assert set(result["problems"]) == {"broken", "moved", "cut", "odd"}
     assert "truncated or not an image" in result["problems"]["broken"]
-    assert "mm away from the truth" in result["problems"]["moved"]
+    assert "mm away from its scan" in result["problems"]["moved"]
     assert "shape (11, 10, 10)" in result["problems"]["cut"]
-    assert "values [5.0, 10.0] are not among 0..2" in result["problems"]["odd"]
+    assert "values [5, 10] are not among 0..2" in result["problems"]["odd"]
     table = to_markdown(result)
     assert "missing predictions: unpredicted" in table
-    assert "not scored: cut: cut.nii.gz" in table
+    assert "not scored: cut: label cut.nii.gz" in table
 
 
 def test_other_extensions_match_by_name(folders, tmp_path):
@@ -100,7 +103,7 @@ def test_empty_labels_do_not_spoil_the_summary(tmp_path):
     assert tumour["hd95"] == {"mean": None, "std": None, "n": 0}
     assert (tumour["empty_in_both"], tumour["empty_prediction"], tumour["empty_truth"]) == (2, 1, 0)
     table = to_markdown(result)
-    assert "| tumour | 3 | 0.667 ± 0.577 | 0.667 ± 0.577 | – | – |" in table
+    assert "| tumour | 3 | 0.667 ± 0.577 | 0.667 ± 0.577 |" in table
     assert "tumour: empty prediction 1×, empty in both 2×" in table
 
 
@@ -122,3 +125,43 @@ def test_progress_is_reported(folders):
     seen = []
     evaluate_folders(*folders, LABELS, report=lambda done, total, **_: seen.append((done, total)))
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_masks_in_another_order_of_axes_and_named_segments(tmp_path):
+    truth = map_with()
+    write_label(tmp_path / "truth" / "a.nii.gz", truth, AFFINE)
+    turned = AFFINE @ np.array([[0, 0, -1, truth.shape[0] - 1], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    write_label(tmp_path / "pred" / "a.nii.gz", truth.transpose(1, 2, 0)[:, :, ::-1], turned)
+    result = evaluate_folders(tmp_path / "pred", tmp_path / "truth", LABELS)
+    assert result["summary"]["tumour"]["dice"]["mean"] == 1.0
+
+
+def test_lesions_are_summed_over_the_scans(tmp_path):
+    def scan(*voxels):
+        mask = np.zeros((9, 9, 9), np.uint8)
+        for voxel in voxels:
+            mask[voxel] = 2
+        return mask
+
+    pairs = {
+        "a": (scan((1, 1, 1), (7, 7, 7)), scan((1, 1, 1), (4, 4, 4))),
+        "b": (scan((1, 1, 1)), scan()),
+    }
+    for case, (pred, truth) in pairs.items():
+        write_label(tmp_path / "pred" / f"{case}.nii.gz", pred, AFFINE)
+        write_label(tmp_path / "truth" / f"{case}.nii.gz", truth, AFFINE)
+    result = evaluate_folders(tmp_path / "pred", tmp_path / "truth", LABELS)
+    found = result["summary"]["tumour"]["lesions"]
+    assert {k: found[k] for k in ("true", "found", "predicted", "false")} == {
+        "true": 2,
+        "found": 1,
+        "predicted": 3,
+        "false": 2,
+    }
+    assert (found["recall"], found["false_per_scan"]) == (0.5, 1.0)
+    assert found["f1"] == pytest.approx(2 * 0.5 / 3 / (0.5 + 1 / 3))
+    table = to_markdown(result)
+    assert "| tumour | 2 | 1 | 0.500 | 3 | 0.400 | 1.000 |" in table
+    assert "26-neighbourhood" in table
+    assert result["cases"]["b"]["tumour"]["sensitivity"] is None
+    assert result["cases"]["b"]["tumour"]["specificity"] == pytest.approx(728 / 729)

@@ -3,7 +3,8 @@ import warnings
 import numpy as np
 import pytest
 
-from aslseg.agreement.measures import compare, dice, hd95, score, surface_distances
+from aslseg.agreement.measures import compare, hd95, score, surface_distances
+from aslseg.compute.overlap import dice
 from aslseg.types import Labels
 
 LABELS = Labels.parse("liver,tumour", "tumour:liver")
@@ -32,8 +33,10 @@ def test_shifted_cube_by_hand():
     assert found == {
         "dice": 0.75,
         "jaccard": pytest.approx(48 / 80),
-        "hd95": 1.0,
-        "asd": pytest.approx(20 / 56),
+        "sensitivity": 0.75,
+        "specificity": pytest.approx((CUBE.size - 80) / (CUBE.size - 64)),
+        **dict.fromkeys(("hd", "hd95", "hd95_max"), 1.0),
+        **dict.fromkeys(("asd", "assd"), pytest.approx(20 / 56)),
         "flags": [],
     }
 
@@ -107,15 +110,17 @@ def test_empty_masks_are_flagged_and_have_no_distance():
     assert score(nothing, nothing, None) == {
         "dice": 1.0,
         "jaccard": 1.0,
-        "hd95": None,
-        "asd": None,
+        "sensitivity": None,
+        "specificity": 1.0,
+        **dict.fromkeys(("hd", "hd95", "hd95_max", "asd", "assd")),
         "flags": ["empty in both"],
     }
     assert score(nothing, CUBE, None) == {
         "dice": 0.0,
         "jaccard": 0.0,
-        "hd95": None,
-        "asd": None,
+        "sensitivity": 0.0,
+        "specificity": 1.0,
+        **dict.fromkeys(("hd", "hd95", "hd95_max", "asd", "assd")),
         "flags": ["empty prediction"],
     }
     assert score(CUBE, nothing, None)["flags"] == ["empty truth"]
@@ -173,3 +178,37 @@ def test_compare_refuses_what_is_no_class_map():
         compare(np.full((2, 2, 2), 3), np.zeros((2, 2, 2), np.uint8), LABELS)
     with pytest.raises(ValueError, match=r"values 0\.\.2"):
         compare(np.full((2, 2, 2), np.nan), np.zeros((2, 2, 2), np.uint8), LABELS)
+
+
+def test_every_measure_of_two_shifted_cubes():
+    """Two cubes of 4 x 4 x 4 voxels, one moved by two along the first axis; all counted by hand."""
+    pred, truth = np.zeros((10, 8, 8), bool), np.zeros((10, 8, 8), bool)
+    truth[2:6, 2:6, 2:6] = True
+    pred[4:8, 2:6, 2:6] = True
+    found = score(pred, truth, (1.5, 1, 1))
+    assert (found["dice"], found["jaccard"], found["sensitivity"]) == (0.5, pytest.approx(1 / 3), 0.5)
+    assert found["specificity"] == pytest.approx((640 - 64 - 32) / (640 - 64))
+    assert found["hd"] == found["hd95_max"] == 3.0
+    assert found["asd"] == found["assd"]  # by symmetry
+    whole = score(pred[2:8, 2:6, 2:6], truth[2:8, 2:6, 2:6], (1.5, 1, 1), voxels=640)
+    assert whole["specificity"] == found["specificity"]
+
+
+def test_directed_distances_differ_where_one_mask_has_a_spur():
+    truth = np.zeros((40, 5, 5), bool)
+    truth[:4, 1:4, 1:4] = True
+    pred = truth.copy()
+    pred[4:34, 2, 2] = True
+    found = score(pred, truth, None)
+    assert found["hd"] == 30
+    assert found["hd95_max"] > found["hd95"] > 0
+    # back from the truth, only the voxel under the spur, which is no surface of the prediction, is one voxel away
+    assert found["assd"] == pytest.approx((found["asd"] + 1 / 34) / 2)
+
+
+def test_rates_of_empty_masks():
+    empty, full = np.zeros((2, 2, 2), bool), np.ones((2, 2, 2), bool)
+    found = [score(a, b, None) for a, b in ((empty, empty), (full, empty), (empty, full), (full, full))]
+    assert [f["sensitivity"] for f in found] == [None, None, 0, 1]
+    assert [f["specificity"] for f in found] == [1, 0, None, None]
+    assert all(f["hd"] is f["assd"] is f["hd95_max"] is None for f in found[:3])

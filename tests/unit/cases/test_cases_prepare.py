@@ -146,3 +146,32 @@ def test_patch_is_never_too_small_for_batch_norm():
 
 def test_patch_by_setting_is_rounded_to_16():
     assert automatic_patch([], Settings(patch="100,90,20")) == (96, 96, 16)
+
+
+def test_a_scan_of_a_wrong_voxel_size_is_skipped_with_the_reason(tmp_path, case):
+    scan, _ = make_phantom(0, 3, shape=SHAPE)
+    affine = np.diag([40.0, 40.0, 40.0, 1.0])
+    write_image(tmp_path / "big.nii.gz", Volume(scan.array, affine))
+    big = Case("big", tmp_path / "big.nii.gz", "Q", "unlabelled")
+    store = PreparedStore(tmp_path / "cache", Settings(max_working_voxels=2000), (1.0, 1.0, 1.0))
+    prepared, skipped = PreparedStore(tmp_path / "cache", SETTINGS, None).load_all([case])
+    assert (len(prepared), skipped) == (1, {})
+    prepared, skipped = store.load_all([big])
+    assert not prepared
+    assert "24 x 24 x 8 voxels of 40.0 x 40.0 x 40.0 mm" in skipped["big"]
+    assert "correct its voxel size" in skipped["big"]
+
+
+@pytest.mark.parametrize("part", ["image", "label"])
+@pytest.mark.parametrize("left", [0.5, 0.0])
+def test_a_damaged_prepared_case_is_computed_again(tmp_path, case, part, left, caplog):
+    store = PreparedStore(tmp_path / "cache", SETTINGS, None)
+    first = {"image": np.array(store.load(case).image), "label": np.array(store.load(case).label)}
+    (file,) = (tmp_path / "cache").glob(f"x-*.{part}.npy")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * left)])
+    with caplog.at_level(logging.WARNING):
+        again = store.load(case)
+    assert np.array_equal(getattr(again, part), first[part])
+    assert "is damaged" in caplog.text
+    assert file.read_bytes() == content

@@ -15,7 +15,7 @@ from aslseg.serving import series_cache
 from aslseg.serving.dicomweb_datastore import DicomWebDatastore
 from aslseg.serving.http_errors import RefusedError
 from aslseg.settings import Paths, load_settings
-from aslseg.volume.io import LPS_TO_RAS, read_image
+from aslseg.volume.io import LPS_TO_RAS, read_image, write_label
 from synthetic_dicom import CORONAL, Pacs, make_series
 
 
@@ -62,7 +62,8 @@ def test_labels_of_a_series_stay_listed_when_it_is_fetched_again(tmp_path: Path)
     pacs = Pacs(slices[:4])
     store = open_store(pacs, tmp_path)
     label = tmp_path / "label.nii.gz"
-    label.write_bytes(Path(store.get_image_uri(uid)).read_bytes())
+    scan = read_image(Path(store.get_image_uri(uid)))
+    write_label(label, np.zeros(scan.array.shape, np.uint8), scan.affine)
     store.save_label(uid, str(label), "draft", {"by": "test"})
     pacs.series[uid] = slices
     again = open_store(pacs, tmp_path)

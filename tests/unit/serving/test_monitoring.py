@@ -12,9 +12,10 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.testclient import TestClient
 
+from aslseg.files import write_json
 from aslseg.serving.health import check_health
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.metrics import Metrics, RequestTimer
+from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies
 from aslseg.serving.routes import _in_thread
 from aslseg.serving.threads import without_loop
 from aslseg.settings import Paths, load_settings
@@ -106,3 +107,16 @@ def test_a_coroutine_that_waits_is_no_plain_function() -> None:
 
     with pytest.raises(RuntimeError, match="waits on the event loop"):
         without_loop(waits)()
+
+
+def test_the_round_and_the_scans_are_measured(tmp_path: Path) -> None:
+    paths, metrics = Paths(load_settings({}, env={})[0], tmp_path), Metrics()
+    store = SimpleNamespace(status=lambda: {"total": 7, "completed": 3, "label_tags": {}})
+    watch_studies(metrics, paths, store)  # type: ignore[arg-type]
+    assert 'aslseg_round{value="running"} 0.0' in metrics.render().decode(), "no round yet"
+    write_json(paths.home / "progress.json", {"state": "done", "round": 4, "part": 0.5})
+    text = metrics.render().decode()
+    assert 'aslseg_cases{kind="completed"} 3.0' in text
+    assert 'aslseg_tasks_running{queue="train"} 0.0' in text
+    assert 'aslseg_round{value="number"} 4.0' in text
+    assert 'aslseg_round{value="fraction"} 0.5' in text

@@ -1,4 +1,4 @@
-"""The viewer's bundle as the wheel has it can still be patched_text, and only that one is."""
+"""The viewer's bundle as the wheel has it can still be patched, and other files are left alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     assert patched_text(file.with_suffix(".css"), LABELS) is None
 
 
-def test_a_bundle_that_reads_differently_is_patched_text_where_it_can_be(
+def test_a_bundle_that_reads_differently_is_patched_where_it_can_be(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "bundle.js"

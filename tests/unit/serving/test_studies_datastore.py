@@ -275,7 +275,7 @@ for n in range(30):
 def test_two_processes_lose_nothing(folder: Path) -> None:
     command = [sys.executable, "-c", SAVER, str(folder)]
     running = [subprocess.Popen([*command, name], cwd=Path(__file__).parent) for name in ("a", "b")]
-    assert [p.wait(120) for p in running] == [0, 0]
+    assert [p.wait(600) for p in running] == [0, 0]
     store = open_store(folder)
     found = {k for n in range(3) for k in store.get_image_info(f"case{n}")}
     assert {f"{p}{n}" for p in "ab" for n in range(30)} <= found

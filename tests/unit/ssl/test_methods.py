@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from aslseg.agreement.measures import dice
 from aslseg.compute.augment import centre
+from aslseg.compute.overlap import dice
 from aslseg.compute.weights import load_weights
 from aslseg.errors import BadSettingsError, BadWeightsError, NotEnoughCasesError, TrainingDivergedError
 from aslseg.registry import NETWORKS, SSL_METHODS

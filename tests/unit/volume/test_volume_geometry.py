@@ -5,7 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from aslseg.agreement.measures import dice
+from aslseg.compute.overlap import dice
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from aslseg.agreement.measures import dice
 from aslseg.cases.studies import read_studies
+from aslseg.compute.overlap import dice
 from aslseg.errors import BadSettingsError
 from aslseg.types import Labels
 from aslseg.volume.io import read_image, read_label

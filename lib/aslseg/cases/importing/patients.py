@@ -10,6 +10,7 @@ import re
 import secrets
 from pathlib import Path
 
+from aslseg.cases.patients import read_patients
 from aslseg.errors import BadSettingsError
 from aslseg.files import atomic_file, read_text
 
@@ -66,21 +67,6 @@ def safe_name(name: str) -> str:
     return UNSAFE.sub("_", name).strip("._-")[:MAX_NAME]
 
 
-def read_patients(folder: Path) -> dict[str, str]:
-    """Case to patient from the ``patients.csv`` of a folder; empty without the file.
-
-    Raises:
-        BadSettingsError: The file has no columns case and patient.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        return {}
-    text = read_text(path)
-    separator, columns = _header(path, text)
-    rows = csv.DictReader(text.splitlines()[1:], columns, delimiter=separator)
-    return {row["case"]: row["patient"] for row in rows if row.get("case") and row.get("patient")}
-
-
 def add_patient(folder: Path, case: str, patient: str) -> bool:
     """Add a line to ``patients.csv`` if the case has none; existing lines are never changed.
 
@@ -88,11 +74,11 @@ def add_patient(folder: Path, case: str, patient: str) -> bool:
         Whether a line was added.
 
     Raises:
-        BadSettingsError: As :func:`read_patients`.
+        BadSettingsError: The file cannot be understood.
     """
-    if case in read_patients(folder):
-        return False
     path = folder / FILE
+    if case in read_patients(path, [case]).patients:
+        return False
     before = read_text(path) if path.is_file() else "case,patient\n"
     separator, columns = _header(path, before)
     line = io.StringIO()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from aslseg.cases.importing.pairs import Found, LabelFile, Layout, Pair
-from aslseg.cases.importing.patients import Pseudonyms, read_patients, safe_name
+from aslseg.cases.importing.patients import FILE, Pseudonyms, safe_name
 from aslseg.cases.importing.values import Meaning, Question, label_values, parse_map, understand
+from aslseg.cases.patients import read_patients
 from aslseg.errors import AslsegError, BadSettingsError, NotEnoughCasesError
 from aslseg.registry import LAYOUTS
 from aslseg.settings import Paths, Settings
@@ -140,7 +141,8 @@ def _matches(path: Path, source: Path, pattern: str) -> bool:
 
 def _named(found: Found, source: Path, pseudonyms: Pseudonyms, settings: Settings) -> list[Pair]:
     """Pairs with ids and patients that may stand in a studies folder."""
-    patients, pairs = read_patients(source), []
+    patients = read_patients(source / FILE, [pair.case for pair in found.pairs]).patients
+    pairs = []
     for pair in found.pairs:
         if isinstance(pair.scan, Series):
             if pair.scan.modality != settings.modality.upper():

@@ -19,7 +19,7 @@ from aslseg.cases.importing.plan import Plan, counts_values
 from aslseg.cases.importing.values import Meaning, whole_numbers
 from aslseg.cases.studies import FINAL
 from aslseg.errors import AslsegError, BadImageError, BadLabelError, DiskFullError
-from aslseg.files import atomic_file
+from aslseg.files import atomic_file, write_errors
 from aslseg.settings import Settings
 from aslseg.types import Labels, ProgressCallback, Volume, no_progress
 from aslseg.volume.dicom_series import Series, read_stack, stack, write_volume
@@ -193,9 +193,10 @@ def _on_grid(path: Path, array: np.ndarray, affine: np.ndarray, scan: Volume, la
 
 
 def _same_file(source: Path, present: Path) -> bool:
-    if not present.exists():  # a link to nothing
+    try:
+        return extension(source) == extension(present) and filecmp.cmp(source, present, shallow=False)
+    except OSError:  # a link to nothing, or a file that may not be read: reading it says so
         return False
-    return extension(source) == extension(present) and filecmp.cmp(source, present, shallow=False)
 
 
 def _require_same(volume: Volume, there: Volume, path: Path) -> None:
@@ -208,10 +209,11 @@ def _require_same(volume: Volume, there: Volume, path: Path) -> None:
 
 def _link(source: Path, target: Path) -> None:
     """A symbolic link that appears at once; never written through."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
-    try:
-        os.symlink(source.resolve(), temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.symlink(source.resolve(), temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)

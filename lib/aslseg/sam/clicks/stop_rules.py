@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 from scipy import ndimage
 
+from aslseg.compute.overlap import dice
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 from aslseg.sam.clicks.slice_mask import IntensityStats
 from aslseg.settings import Settings
@@ -152,5 +153,5 @@ def first_reason(rules: Iterable[Rule[T]], grown: T, limits: StopRules) -> StopR
 
 def agree(one: np.ndarray, other: np.ndarray, min_dice: float) -> bool:
     """Whether two masks (i, j) are, by Dice, the same; two empty ones are."""
-    total = int(one.sum()) + int(other.sum())
-    return not total or 2 * int((one & other).sum()) / total >= min_dice
+    found = dice(one, other)
+    return found is None or found >= min_dice

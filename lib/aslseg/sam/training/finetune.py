@@ -35,7 +35,7 @@ MaskCorruptor = Callable[[Prepared, np.random.Generator], np.ndarray]
 OBJECTS_PER_SLICE = 3
 MASKS_PER_CASE, MAX_MASKS = 3, 24  # faulty ones
 FAULTY_FRACTION = 0.5  # of the slices of cases with faulty masks use them; other faulty prompts are made in 2-D
-# jittered true boxes (docs/science.md, section 1.2), points as of annotators, and prompts as from an SSL mask
+# jittered true boxes (docs/science.md §1.2), points as of annotators, and prompts as from an SSL mask
 KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.25, "faulty+box": 0.1, "faulty": 0.05}
 CORRECTED_FRACTION = 0.75  # of the batches have rounds of clicks
 CORRECTIONS = {"point": 3}  # rounds of clicks by kind, else one

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aslseg.compute.random_field import smooth_field
+
 MIN_PIXELS = 12  # of an object, before the slice is resized
 
 
 def field(rng: np.random.Generator, size: int, cells: float) -> np.ndarray:
     """A smooth random field (size, size) with about unit variance and ``cells`` bumps across."""
     n = max(3, round(cells) + 2)
-    coarse = torch.from_numpy(rng.standard_normal((1, 1, n, n), np.float32))
-    return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=False)[0, 0].numpy() * 1.3
+    return smooth_field(torch.from_numpy(rng.standard_normal((1, n, n), np.float32)), size)[0].numpy()
 
 
 def outline(rng: np.random.Generator, size: int, radius: float, centre: np.ndarray) -> np.ndarray:

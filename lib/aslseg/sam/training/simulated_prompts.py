@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from aslseg.compute.random_field import smooth_field
 from aslseg.prompts.corrections import enforce_clicks
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
 from aslseg.sam.modeling.build import SAMModel, ellipses
@@ -106,8 +107,7 @@ def random_pixels(masks: Tensor, count: int, scale: float, generator: torch.Gene
 
 def noise_field(count: int, size: int, cells: int, generator: torch.Generator) -> Tensor:
     """Smooth random fields (count, size, size) with about unit variance, ``cells`` bumps across."""
-    coarse = torch.randn(count, 1, cells, cells, generator=generator)
-    return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=False)[:, 0] * 1.3
+    return smooth_field(torch.randn(count, cells, cells, generator=generator), size)
 
 
 def corrupt(target: Tensor, generator: torch.Generator) -> Tensor:

@@ -29,7 +29,11 @@ SESSION = re.compile(r"[0-9a-f-]{8,64}")
 
 def add_routes(router: APIRouter, app: ServedApp) -> None:
     """Add the routes to a router."""
+    _inference(router, app)
+    _sessions(router, app)
 
+
+def _inference(router: APIRouter, app: ServedApp) -> None:
     @router.post("/infer/{model}")
     def run(
         background_tasks: BackgroundTasks,
@@ -72,6 +76,8 @@ def add_routes(router: APIRouter, app: ServedApp) -> None:
     def pathology(model: str, user: User = USER) -> Any:
         raise RefusedError("ASLseg works on volumes, not on whole-slide images; use /infer", 404)
 
+
+def _sessions(router: APIRouter, app: ServedApp) -> None:
     @router.put("/session/")
     def new_session(
         background_tasks: BackgroundTasks,

@@ -136,6 +136,14 @@ def test_a_localizer_inside_a_series_is_left_out_with_a_note_and_a_gap_is_refuse
     assert len(list(importing.studies.glob("*.nii.gz"))) == 1
 
 
+def test_a_damaged_dicom_file_is_said_and_the_others_are_imported(importing):
+    write_series(importing.source / "a", make_series(6))
+    (importing.source / "a" / "im999.dcm").write_bytes(b"")
+    plan = importing.plan()
+    assert plan.passed_over == ["a/im999.dcm: not readable as DICOM; copy or export it again"]
+    assert importing.run()[0].scan == "written"
+
+
 def test_label_without_a_scan_is_said(importing):
     make_two_folders(importing.source)
     label(importing.source / "Masks" / "zoe_mask.nii.gz", 1)

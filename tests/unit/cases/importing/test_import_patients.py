@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import os
 
 import pytest
 
-from aslseg.cases.importing.patients import Pseudonyms, add_patient, read_patients, safe_name
+from aslseg.cases.importing.patients import Pseudonyms, add_patient, safe_name
 from aslseg.cases.importing.plan import Options
+from aslseg.cases.patients import read_patients as read_table
 from aslseg.cases.studies import read_studies
 from aslseg.errors import BadSettingsError
 from foreign_folders import scan
 from synthetic_dicom import make_series, write_series
+
+
+def read_patients(folder):
+    with (folder / "patients.csv").open(newline="") as file:
+        return {row["case"]: row["patient"] for row in csv.DictReader(file)}
 
 
 def series_of(importing, *patients):
@@ -92,16 +99,17 @@ def test_lines_that_are_there_stay(tmp_path):
 
 
 def test_a_table_that_excel_wrote_goes_on_as_it_is(tmp_path):
-    (tmp_path / "patients.csv").write_bytes("Case;Patient\r\na;Müller\r\n".encode("cp1252"))
-    assert read_patients(tmp_path) == {"a": "Müller"}
-    add_patient(tmp_path, "b", "p2")
-    assert read_patients(tmp_path) == {"a": "Müller", "b": "p2"}
+    path = tmp_path / "patients.csv"
+    path.write_bytes("Case;Patient\r\na;Müller\r\n".encode("cp1252"))
+    assert add_patient(tmp_path, "b", "p2")
+    assert not add_patient(tmp_path, "b", "p2")
+    assert read_table(path, ["a", "b"]).patients == {"a": "Müller", "b": "p2"}
 
 
 def test_a_table_without_the_columns_is_refused(tmp_path):
     (tmp_path / "patients.csv").write_text("scan;person\na;b\n")
-    with pytest.raises(BadSettingsError, match="columns case,patient"):
-        read_patients(tmp_path)
+    with pytest.raises(BadSettingsError, match=r"expected case,patient\[,role\]"):
+        add_patient(tmp_path, "a", "p")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from aslseg.cases.importing.pairs import LABEL_NAME, Found, LabelFile, Pair, image_files, labelled_stem
-from aslseg.volume.dicom_series import Series, find_series
+from aslseg.volume.dicom_series import BARE_EXTENSIONS, Series, find_series
 from aslseg.volume.io import case_id, extension
 
 MAGIC_AT, MAGIC = 128, b"DICM"
@@ -21,8 +21,9 @@ class Dicom:
         return any(_is_dicom(p) for p in source.rglob("*") if p.is_file() and extension(p) is None)
 
     def pairs(self, source: Path) -> Found:
-        pairs, passed_over = [], []
-        for series in find_series(source):
+        pairs: list[Pair] = []
+        passed_over: list[str] = []
+        for series in find_series(source, passed_over):
             reason = _no_scan(series)
             if reason:
                 passed_over.append(f"series {series.description or 'without description'}: {reason}")
@@ -40,7 +41,7 @@ class Dicom:
 
 
 def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() in (".dcm", ".ima"):
+    if path.suffix.lower() in BARE_EXTENSIONS:
         return True
     try:
         with path.open("rb") as file:
