@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 from aslseg.cases.prepared import Prepared
 
@@ -21,12 +22,15 @@ KEPT_VOXELS = 4000
 class Patch:
     """One crop: image (i, j, k) float32 in 0..1, class map uint8, voxel weights float32.
 
+    ``parent`` is the crop of :attr:`aslseg.cases.prepared.Prepared.parent` as float32, None where the case has none.
+
     NumPy arrays; tensors on the device that the case is held on (:func:`aslseg.cases.prepared.load_within_budget`).
     """
 
     image: Any
     label: Any
     weight: Any
+    parent: Any = None
 
 
 class PatchSampler:
@@ -49,6 +53,10 @@ class PatchSampler:
         fixed = np.random.default_rng(0)
         self.foreground = [{} if c.label is None else _class_voxels(c.label, classes, fixed) for c in self.cases]
 
+    def draw_batch(self, rng: np.random.Generator, count: int) -> list[Patch]:
+        """The patches of a batch."""
+        return [self.draw(rng) for _ in range(count)]
+
     def draw(self, rng: np.random.Generator) -> Patch:
         """One random patch."""
         group = self.human or self.promoted
@@ -59,13 +67,15 @@ class PatchSampler:
         shape = case.image.shape
         if foreground and rng.random() < FOREGROUND_PART:
             values = sorted(foreground)
-            voxels = foreground[values[int(rng.integers(len(values)))]]
-            centre = np.array(np.unravel_index(voxels[int(rng.integers(len(voxels)))], shape))
-            jitter = [int(rng.integers(-(p // 4), p // 4 + 1)) for p in self.patch]
-            start = centre - np.array(self.patch) // 2 + jitter
-        else:
-            start = np.array([int(rng.integers(0, max(s - p, 0) + 1)) for s, p in zip(shape, self.patch, strict=True)])
+            return self._around(case, foreground[values[int(rng.integers(len(values)))]], rng)
+        start = np.array([int(rng.integers(0, max(s - p, 0) + 1)) for s, p in zip(shape, self.patch, strict=True)])
         return self._crop(case, start)
+
+    def _around(self, case: Prepared, voxels: np.ndarray, rng: np.random.Generator) -> Patch:
+        """A patch with one of the voxels (flat indices) near its middle."""
+        centre = np.array(np.unravel_index(voxels[int(rng.integers(len(voxels)))], case.image.shape))
+        jitter = [int(rng.integers(-(p // 4), p // 4 + 1)) for p in self.patch]
+        return self._crop(case, centre - np.array(self.patch) // 2 + jitter)
 
     def _crop(self, case: Prepared, start: np.ndarray) -> Patch:
         shape, patch = np.array(case.image.shape), np.array(self.patch)
@@ -79,7 +89,57 @@ class PatchSampler:
             inner = _like(ones, case.image) * case.weight
         else:
             inner = case.weight * _float(case.voxel_weight[inside])
-        return Patch(image, label, _padded(inner, pad))
+        parent = None if case.parent is None else _padded(_float(case.parent[inside]), pad)
+        return Patch(image, label, _padded(inner, pad), parent)
+
+
+class ComponentSampler(PatchSampler):
+    """Draws batches in which rare classes are present, and their small components as often as the large ones.
+
+    At least one patch of each batch lies around a component of each rare class that any case holds (as many classes
+    as there are patches, in random order). The case is drawn first, then one of its components (26 neighbours), then a
+    voxel of it, so that many small lesions are not outweighed by a large one. The other patches are drawn as by
+    :class:`PatchSampler`.
+
+    Args:
+        cases, patch, classes: As for :class:`PatchSampler`.
+        rare: Values of the rare classes.
+    """
+
+    def __init__(self, cases: Sequence[Prepared], patch: Sequence[int], classes: int, rare: Sequence[int]) -> None:
+        super().__init__(cases, patch, classes)
+        fixed = np.random.default_rng(0)
+        self.components = {value: self._components(value, fixed) for value in rare}
+
+    def _components(self, value: int, rng: np.random.Generator) -> dict[int, list[np.ndarray]]:
+        """Case number to voxels of each component, at most 4000 a case; only cases that have the class."""
+        found = {}
+        for n, case in enumerate(self.cases):
+            if value not in self.foreground[n]:
+                continue
+            label = case.label.cpu().numpy() if isinstance(case.label, torch.Tensor) else case.label
+            numbers, count = ndimage.label(np.asarray(label) == value, np.ones((3, 3, 3)))
+            flat = np.flatnonzero(numbers)
+            order = np.argsort(numbers.ravel()[flat], kind="stable")
+            parts = np.split(flat[order], np.cumsum(np.bincount(numbers.ravel()[flat])[1:])[:-1])
+            most = max(1, KEPT_VOXELS // count)
+            found[n] = [p if len(p) <= most else rng.choice(p, most, replace=False) for p in parts]
+        return found
+
+    def draw_batch(self, rng: np.random.Generator, count: int) -> list[Patch]:
+        """The patches of a batch."""
+        present = [value for value, cases in self.components.items() if cases]
+        chosen = [present[int(n)] for n in rng.permutation(len(present))[:count]]
+        return [self._rare(value, rng) for value in chosen] + [self.draw(rng) for _ in range(count - len(chosen))]
+
+    def _rare(self, value: int, rng: np.random.Generator) -> Patch:
+        cases = self.components[value]
+        human, promoted = ([n for n in group if n in cases] for group in (self.human, self.promoted))
+        group = human or promoted
+        if human and promoted and rng.random() >= HUMAN_PART:
+            group = promoted
+        n = group[int(rng.integers(len(group)))]
+        return self._around(self.cases[n], cases[n][int(rng.integers(len(cases[n])))], rng)
 
 
 def fit_start(start: np.ndarray, shape: np.ndarray, patch: np.ndarray) -> np.ndarray:

@@ -37,6 +37,9 @@ def dice_loss(
 ) -> Tensor:
     """1 - (2 sum(w p y) + e) / (sum(w p^2) + sum(w y) + e), summed over the batch, averaged over foreground classes.
 
+    Averaged are the classes that the batch holds, all where it holds none: the term of a class that is not there is
+    1 whatever the network says of it.
+
     Args:
         p: Probabilities (B, C, i, j, k).
         target: (B, i, j, k) int64 class map.
@@ -45,8 +48,11 @@ def dice_loss(
         epsilon: e.
     """
     w = 1.0 if weight is None else weight[:, None]
-    overlap, size = _overlap_and_size(p[:, 1:], _one_hot(target, p)[:, 1:], w, squared, (0, 2, 3, 4))
-    return (1 - (2 * overlap + epsilon) / (size + epsilon)).mean()
+    truth = _one_hot(target, p)[:, 1:]
+    overlap, size = _overlap_and_size(p[:, 1:], truth, w, squared, (0, 2, 3, 4))
+    present = (w * truth).sum((0, 2, 3, 4)) > 0
+    losses = 1 - (2 * overlap + epsilon) / (size + epsilon)
+    return weighted_mean(losses, torch.where(present.any(), present, ~present).to(losses.dtype))
 
 
 def region_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:

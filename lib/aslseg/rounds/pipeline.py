@@ -31,7 +31,7 @@ from aslseg.sam.cfr import canvas
 from aslseg.sam.modeling import build as sam_build
 from aslseg.sam.training import finetune
 from aslseg.settings import Paths, Settings, relevant
-from aslseg.ssl import engine
+from aslseg.ssl import training
 from aslseg.types import ProgressCallback
 from aslseg.volume.io import read_image, require_free_disk
 
@@ -129,7 +129,7 @@ class RoundPipeline:
         labelled = [*cases.train, *(p.case for p in promoted)]
 
         def train(out: Path) -> dict[str, Any]:
-            return engine.train(
+            return training.train(
                 labelled,
                 cases.unlabelled,
                 s,

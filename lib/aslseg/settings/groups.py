@@ -10,12 +10,14 @@ from aslseg.settings.server import ServerSettings
 _SAM = {name for name in Settings.model_fields if name.startswith("sam_")}
 _SAM_PROMPTS = {"sam_prompts", "sam_zoom", "box_margin", "min_component"}
 _SAM_FILES = {"sam_checkpoint", "sam_base"}
+_NESTED = {name for name in Settings.model_fields if name.startswith("nested_")}
 
 # Settings that only some steps see; all others (labels, windows, seed, whatever is added) count for every step.
 # Iterations, spacing and the SAM file are given to the steps that use them as numbers and hashes.
 GROUPS = {
     "ssl": {"ssl_method", "network", "batch_labelled", "batch_unlabelled", "accumulate", "learning_rate", "schedule"}
-    | {"compile", "consistency", "ema_decay", "flips"},
+    | {"compile", "consistency", "ema_decay", "flips"}
+    | _NESTED,
     "predict": {"overlap", "flips"},
     "sam": (_SAM - _SAM_PROMPTS - _SAM_FILES) | {"flips"},
     "prompts": _SAM_PROMPTS,
@@ -33,12 +35,16 @@ GROUPS = {
 def relevant(settings: Settings, *groups: str) -> dict[str, Any]:
     """The settings that a step depends on: its groups and everything that belongs to no group.
 
+    Without nested labels the second stage's settings do not count.
+
     Steps are found again by the hash of this, so names and words stay those of version 0.1, with the values of
     settings that have become constants since.
     """
     left_out = set().union(*(names for group, names in GROUPS.items() if group not in groups))
     for group in groups:
         left_out -= GROUPS[group]
+    if not any(parent is not None for parent in settings.label_set.parents):
+        left_out |= _NESTED
     values = settings.model_dump(exclude=left_out | GROUPS["machine"])
     if values.get("sam_train") == "med2d_adapter":
         values["sam_train"] = "adapter"

@@ -9,11 +9,11 @@ from pydantic import model_validator
 from aslseg.registry import suggest
 from aslseg.settings.running import ClickSettings, MachineSettings, RoundSettings
 from aslseg.settings.server import ServerSettings
-from aslseg.settings.training import AdapterSettings, DataSettings, SAMSettings, SSLSettings
+from aslseg.settings.training import AdapterSettings, DataSettings, NestedSettings, SAMSettings, SSLSettings
 from aslseg.types import Labels
 
 SECTIONS = (
-    *(DataSettings, SSLSettings, SAMSettings, AdapterSettings),
+    *(DataSettings, SSLSettings, NestedSettings, SAMSettings, AdapterSettings),
     *(ClickSettings, RoundSettings, ServerSettings, MachineSettings),
 )
 
@@ -26,6 +26,7 @@ class Settings(
     ClickSettings,
     AdapterSettings,
     SAMSettings,
+    NestedSettings,
     SSLSettings,
     DataSettings,
 ):

@@ -153,6 +153,48 @@ class SSLSettings(Section):
     )
 
 
+class NestedSettings(Section):
+    """Second stage of the SSL model, for labels that lie in another one (nested)."""
+
+    nested_fraction: float = setting(
+        0.6,
+        "Fraction of the SSL network's training steps that a network of its own for nested labels gets; 0: one network "
+        "learns all labels",
+        example="0.5",
+        ge=0,
+        lt=1,
+    )
+    nested_margin: float = setting(
+        15.0,
+        "Distance around the parent's bounding box within which nested labels are looked for",
+        unit="mm",
+        example="25",
+        ge=0,
+    )
+    nested_range: float = setting(
+        0.25,
+        "Difference from the parent's median intensity at which the second stage's intensities end, as a fraction of "
+        "the window (CT) or of the scan's range (MR)",
+        example="0.15",
+        gt=0,
+    )
+    nested_voxels: float = setting(
+        1e6,
+        "Most voxels of the parent's box; its grid is the working grid, or coarser if the median box would have more",
+        unit="voxels",
+        example="2e6",
+        gt=1e3,
+    )
+    nested_synthetic: float = setting(
+        0.5,
+        "Fraction of the second stage's labelled training patches that get synthetic lesions of the nested labels; "
+        "0: none",
+        example="0",
+        ge=0,
+        le=1,
+    )
+
+
 class SAMSettings(Section):
     """SAM."""
 

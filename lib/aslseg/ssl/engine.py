@@ -15,23 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from torch import Tensor, nn
+from torch import nn
 
-from aslseg.cases.patches import Patch, PatchSampler
 from aslseg.cases.prepare import Spacing, automatic_patch
 from aslseg.cases.prepared import Prepared, load_within_budget
-from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.compute.hardware import resolved
 from aslseg.compute.schedules import SCHEDULES
-from aslseg.compute.weights import load_weights, save_weights
+from aslseg.compute.weights import load_weights, read_metadata, save_weights
 from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
 from aslseg.files import sha256
 from aslseg.registry import NETWORKS, SSL_METHODS
 from aslseg.settings import Settings
 from aslseg.ssl import checkpoint, compiling, distributed, tracking
+from aslseg.ssl.batches import Batches
+from aslseg.ssl.learned import Probabilities, class_probabilities, described, not_learned, warn_of
 from aslseg.ssl.methods.base import Batch, Method
 from aslseg.ssl.monitor import TrainingMonitor
+from aslseg.ssl.nested_batches import NestedBatches
 from aslseg.types import ProgressCallback, no_progress
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ CHECKPOINT_EVERY = 250
 CHECKPOINT_MINUTES = 10.0
 MOST_SKIPPED = 20
 STATISTICS_BATCHES = 30
+CLASS_BATCHES = 8
 
 
 class Trainer:
@@ -71,14 +73,13 @@ class Trainer:
         self.patch = automatic_patch([c.image.shape for c in labelled], settings)
         # oneDNN's bfloat16 weight gradient of a 2 x 2 feature map differs from run to run (seen in torch 2.11)
         self.bf16 = bfloat16_pays(self.device) and min(self.patch[:2]) >= 48
-        classes = len(settings.label_set)
         cases = self._held([*labelled, *map(without_label, unlabelled)])
-        self.labelled = PatchSampler(cases[: len(labelled)], self.patch, classes)
-        self.unlabelled = PatchSampler(cases[len(labelled) :], self.patch, classes) if unlabelled else None
+        source = Batches if labelled[0].parent is None else NestedBatches
+        self.batches = source(cases[: len(labelled)], cases[len(labelled) :], settings, self.patch, self.device)
         torch.manual_seed(settings.seed)
-        factory = NETWORKS.get(settings.network)
+        factory, outputs = NETWORKS.get(settings.network), len(settings.label_set) + 1
         self.method: Method = SSL_METHODS.get(settings.ssl_method)(
-            lambda extra=0: factory(classes + 1 + extra, self.patch), settings
+            lambda extra=0: factory(outputs + extra, self.patch, **self.batches.network), settings
         )
         self.method.to(self.device, memory_format=torch.channels_last_3d)
         if init is not None:
@@ -103,39 +104,8 @@ class Trainer:
         return load_within_budget(cases, budget)
 
     def batch(self, step: int) -> Batch:
-        """The patches of a step, augmented, on the device; depends on nothing but seed and step."""
-        s = self.settings
-        rng = np.random.default_rng([s.seed, step])
-        torch.manual_seed(s.seed * 1_000_003 + step)
-        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
-        drawn = [self.labelled.draw(rng) for _ in range(s.batch_labelled)]
-        image = self._images([d.image for d in drawn])
-        maps = self._maps(drawn)
-        grid = random_geometry(image.shape, generator, s.flips)
-        image = random_intensity(warp(image, grid), generator)
-        maps = warp(maps.float(), grid, "nearest")
-        if self.unlabelled and s.batch_unlabelled and s.ssl_method != "supervised":
-            strong = self._images([self.unlabelled.draw(rng).image for _ in range(s.batch_unlabelled)])
-            weak = warp(strong, random_geometry(strong.shape, generator, s.flips))
-            strong = random_intensity(weak, generator)
-        else:
-            strong = weak = image[:0]
-        layout = torch.channels_last_3d
-        return Batch(
-            centre(image).contiguous(memory_format=layout),
-            maps[:, 0].long(),
-            maps[:, 1],
-            centre(strong).contiguous(memory_format=layout),
-            centre(weak).contiguous(memory_format=layout),
-        )
-
-    def _images(self, crops: list[Any]) -> Tensor:
-        return torch.stack([torch.as_tensor(c).to(self.device) for c in crops])[:, None]
-
-    def _maps(self, drawn: list[Patch]) -> Tensor:
-        """Class maps and voxel weights (B, 2, i, j, k), float32."""
-        pairs = [torch.stack([torch.as_tensor(d.label).float(), torch.as_tensor(d.weight)]) for d in drawn]
-        return torch.stack([pair.to(self.device) for pair in pairs])
+        """The patches of a step; see :class:`Batches`."""
+        return self.batches(step)
 
     def step(self, step: int) -> dict[str, float]:
         """One optimiser step, of the mean gradient of ``accumulate`` batches.
@@ -219,6 +189,12 @@ class Trainer:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 network(torch.cat([batch.image, batch.unlabelled]))
 
+    def class_probabilities(self, network: nn.Module, first: int) -> Probabilities:
+        """How well a network knows each class on the labelled patches of some steps; see :mod:`aslseg.ssl.learned`."""
+        batches = (self.batch(step) for step in range(first, first + CLASS_BATCHES))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return class_probabilities(network, batches, self.settings.label_set.names)
+
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs."""
         return {
@@ -236,9 +212,9 @@ class Trainer:
     def describe(self) -> str:
         """What is trained with what, in a line."""
         s, parameters = self.settings, sum(p.numel() for p in self.method.predictor.parameters())
-        unlabelled = len(self.unlabelled.cases) if self.unlabelled else 0
+        unlabelled = len(self.batches.unlabelled.cases) if self.batches.unlabelled else 0
         return (
-            f"{s.ssl_method}, {s.network} with {parameters / 1e6:.2f} M parameters, {len(self.labelled.cases)} "
+            f"{s.ssl_method}, {s.network} with {parameters / 1e6:.2f} M parameters, {len(self.batches.labelled.cases)} "
             f"labelled and {unlabelled} unlabelled cases, {s.accumulate} x ({s.batch_labelled} + {s.batch_unlabelled}) "
             f"patches of {self.patch} a step, {distributed.world()} x {self.device} in "
             f"{'bfloat16' if self.bf16 else 'float32'}"
@@ -256,8 +232,9 @@ def train(
     init: Path | None = None,
     logs: Path | None = None,
     report: ProgressCallback = no_progress,
+    reuse: bool = False,
 ) -> dict[str, Any]:
-    """Train the SSL model.
+    """Train one network.
 
     A checkpoint beside ``out`` is written every 250 steps or ten minutes; a run with the same inputs that finds one
     goes on from it and ends with the same weights as an uninterrupted run.
@@ -272,10 +249,12 @@ def train(
         init: Model to start from; None starts from random weights.
         logs: Folder for the curves that the setting ``tracking`` asks for; ``tracking`` beside ``out`` by default.
         report: Called with (step, iterations, loss=...).
+        reuse: A file that a run with the same inputs has written is left as it is.
 
     Returns:
-        ``loss`` (mean of the last 100 steps), ``seconds``, ``seconds_per_step``, ``steps`` (of this call),
-        ``skipped_steps`` (gradients not finite), ``patch``, ``sha256``.
+        ``loss`` (mean of the last 100 steps), ``classes`` and ``not_learned`` (:mod:`aslseg.ssl.learned`),
+        ``seconds``, ``seconds_per_step``, ``steps`` (of this call), ``skipped_steps`` (gradients not finite),
+        ``patch``, ``sha256``.
 
     Raises:
         NotEnoughCasesError: No labelled case.
@@ -288,7 +267,11 @@ def train(
     metadata = _metadata(trainer, spacing, init)
     path = out.with_name(f"{out.stem}.checkpoint.pt")
     owner = checkpoint.fingerprint(metadata, settings, trainer.method.state_dict(), labelled, unlabelled)
+    if reuse:
+        metadata["inputs"] = owner
     monitor = TrainingMonitor(iterations, report)
+    if reuse and _written(trainer, out, owner):
+        return _result(trainer, monitor, out, 0, started, None)
     first = _resume(trainer, monitor, path, owner)
     job = {"iterations": iterations, "init": str(init or ""), "checkpoint": str(path), "owner": owner, "first": first}
     with distributed.with_workers(labelled, unlabelled, settings, out.with_name(f"{out.stem}.share"), **job):
@@ -296,11 +279,32 @@ def train(
     trainer.refresh_statistics()
     save_weights(out, trainer.method.predictor.state_dict(), metadata)
     path.unlink(missing_ok=True)
+    steps = iterations - first
+    return _result(trainer, monitor, out, steps, started, seconds / steps if steps else None)
+
+
+def _written(trainer: Trainer, out: Path, owner: str) -> bool:
+    """Whether a run with the same inputs has written the file; then the trainer has its weights."""
+    if not out.exists() or read_metadata(out).get("inputs") != owner:
+        return False
+    logger.info("%s: same inputs as before, reused", out.name)
+    trainer.method.predictor.load_state_dict(load_weights(out, "ssl")[0])
+    return True
+
+
+def _result(
+    trainer: Trainer, monitor: TrainingMonitor, out: Path, steps: int, started: float, pace: float | None
+) -> dict[str, Any]:
+    """What :func:`train` returns."""
+    classes = trainer.class_probabilities(trainer.method.predictor, trainer.iterations)
+    warn_of(classes)
     return {
         "loss": monitor.loss(100),
+        "classes": classes,
+        "not_learned": not_learned(classes),
         "seconds": time.monotonic() - started,
-        "seconds_per_step": seconds / (iterations - first) if iterations > first else None,
-        "steps": iterations - first,
+        "seconds_per_step": pace,
+        "steps": steps,
         "skipped_steps": trainer.skipped,
         "patch": list(trainer.patch),
         "sha256": sha256(out),
@@ -338,12 +342,13 @@ def _run(trainer: Trainer, monitor: TrainingMonitor, path: Path, owner: str, log
             speed = (now - started) / (monitor.done - first)
             left = speed * (total - monitor.done) / 60
             logger.info(
-                "step %d of %d, loss %.4f, %.3f s a step, %.0f min left",
+                "step %d of %d, loss %.4f, %.3f s a step, %.0f min left%s",
                 monitor.done,
                 total,
                 monitor.loss(50),
                 speed,
                 left,
+                described(trainer.class_probabilities(trainer.method.student, monitor.done)),
             )
 
     engine = Engine(lambda _, number: trainer.step(number))
@@ -363,6 +368,7 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
         "labels": list(settings.label_set.names),
         "network": settings.network,
         "method": settings.ssl_method,
+        "options": dict(trainer.batches.network),
         "outputs": len(settings.label_set) + 1 + trainer.method.extra_outputs,
         "patch": list(trainer.patch),
         "flips": settings.flips,
@@ -376,5 +382,5 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
 
 
 def without_label(case: Prepared) -> Prepared:
-    """The case without anything that a label could have come from."""
-    return Prepared(case.id, case.patient, case.image, case.grid)
+    """The case without anything that a label could have come from; its parent is a predicted one."""
+    return Prepared(case.id, case.patient, case.image, case.grid, parent=case.parent)

@@ -1,7 +1,7 @@
 """Networks of the SSL model: the SSL papers' V-Net, a small one for CPUs, and MONAI's by name.
 
-Every factory takes (classes, patch) and returns a module from (B, 1, i, j, k) to logits (B, classes, i, j, k) for
-i, j, k multiples of 16.
+Every factory takes (classes, patch, channels) and returns a module from (B, channels, i, j, k) to
+logits (B, classes, i, j, k) for i, j, k multiples of 16.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class VNet(nn.Module):
     Args:
         classes: Output channels, background included.
         filters: Channels of the first level, doubled at each of four strided convolutions.
+        channels: Input channels.
         norm: ``batch`` (the papers') or ``instance`` (the same in training and prediction, whatever the batch).
         dropout: Drop probability after the deepest block.
         head_dropout: Drop probability after the last block. With 8 filters, half of 8 channels gone at each step leaves
@@ -30,12 +31,18 @@ class VNet(nn.Module):
     DECODER = (1, 2, 3, 3)
 
     def __init__(
-        self, classes: int, filters: int = 16, norm: str = "batch", dropout: float = 0.5, head_dropout: float = 0.5
+        self,
+        classes: int,
+        filters: int = 16,
+        norm: str = "batch",
+        dropout: float = 0.5,
+        head_dropout: float = 0.5,
+        channels: int = 1,
     ) -> None:
         super().__init__()
         width = [filters * 2**level for level in range(5)]
         self.encoder = nn.ModuleList(
-            _convolutions(n, 1 if level == 0 else width[level], width[level], norm)
+            _convolutions(n, channels if level == 0 else width[level], width[level], norm)
             for level, n in enumerate(self.ENCODER)
         )
         self.down = nn.ModuleList(
@@ -49,7 +56,7 @@ class VNet(nn.Module):
         self.norm = norm
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, 1, i, j, k) to the features of the five levels, (B, filters 2^l, i / 2^l, j / 2^l, k / 2^l)."""
+        """(B, C, i, j, k) to the features of the five levels, (B, filters 2^l, i / 2^l, j / 2^l, k / 2^l)."""
         features = []
         for level in range(4):
             features.append(self.encoder[level](x))
@@ -128,27 +135,27 @@ def _convolutions(count: int, inputs: int, outputs: int, norm: str) -> nn.Sequen
     return nn.Sequential(*layers)
 
 
-def vnet(classes: int, patch: Sequence[int]) -> nn.Module:
+def vnet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
     """The papers' V-Net: 16 filters, batch norm."""
-    return VNet(classes)
+    return VNet(classes, channels=channels)
 
 
-def vnet_small(classes: int, patch: Sequence[int]) -> nn.Module:
+def vnet_small(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
     """V-Net with 8 filters (2.4 M parameters), quick enough to train on a CPU overnight; no dropout before its head."""
-    return VNet(classes, filters=8, head_dropout=0.0)
+    return VNet(classes, filters=8, head_dropout=0.0, channels=channels)
 
 
-def unet(classes: int, patch: Sequence[int]) -> nn.Module:
+def unet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
     """MONAI's residual U-Net, 16 to 256 channels."""
-    return UNet(3, 1, classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2)
+    return UNet(3, channels, classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2)
 
 
-def segresnet(classes: int, patch: Sequence[int]) -> nn.Module:
+def segresnet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
     """MONAI's SegResNet, 16 filters."""
-    return SegResNet(3, 16, 1, classes)
+    return SegResNet(3, 16, channels, classes)
 
 
-def dynunet(classes: int, patch: Sequence[int]) -> nn.Module:
+def dynunet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
     """MONAI's DynUNet with nnU-Net's plain layout; axes that reach four voxels are no longer halved."""
     from monai.networks.nets import DynUNet
 
@@ -159,4 +166,4 @@ def dynunet(classes: int, patch: Sequence[int]) -> nn.Module:
         size = [n // s for n, s in zip(size, stride, strict=True)]
         kernels.append([3, 3, 3])
         strides.append(stride)
-    return DynUNet(3, 1, classes, kernels, strides, strides[1:], filters=(16, 32, 64, 128, 160))
+    return DynUNet(3, channels, classes, kernels, strides, strides[1:], filters=(16, 32, 64, 128, 160))

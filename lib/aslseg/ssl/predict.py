@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,28 @@ from aslseg.compute.augment import centre
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.compute.fuse_batch_norm import fuse_batch_norm
 from aslseg.compute.losses import predictive_entropy
-from aslseg.compute.sliding_window import Blend, out_of_memory, plans, slabs
+from aslseg.compute.sliding_window import Blend, Where, out_of_memory, plans, slabs
 from aslseg.compute.weights import load_weights
 from aslseg.errors import BadWeightsError, NotEnoughMemoryError
 from aslseg.registry import NETWORKS
 from aslseg.settings import Settings
+from aslseg.ssl.nested import (
+    FIRST,
+    Branch,
+    Geometry,
+    View,
+    branches,
+    first_settings,
+    largest,
+    look,
+    put,
+    second_prefix,
+    settings_of,
+    split,
+    top_level,
+)
+from aslseg.ssl.nested_batches import plain
+from aslseg.volume.geometry import resize
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +76,11 @@ class SSLModel:
         self.network = folded.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     @property
+    def classes(self) -> int:
+        """Number of classes, background included."""
+        return len(self.metadata["labels"]) + 1
+
+    @property
     def spacing(self) -> tuple[float, float, float] | None:
         """Working spacing in mm, None for the scans' own."""
         stored = self.metadata["spacing"]
@@ -83,7 +105,7 @@ class SSLModel:
         batches get smaller, then windows, then the CPU takes over; the log and ``notes`` say so.
 
         Args:
-            image: (i, j, k) float32 in 0..1; may be a memory map.
+            image: (i, j, k) float32 in 0..1, or (C, i, j, k) for a network of C channels; may be a memory map.
             regions: Region probabilities (:meth:`aslseg.types.Labels.region_probabilities`) instead of the classes'.
             uncertainty: Also the entropy of the averaged class probabilities over that of a coin with 1 + N sides: 0
                 where one class is certain, 1 where all are equally likely.
@@ -92,9 +114,21 @@ class SSLModel:
         Raises:
             NotEnoughMemoryError: Not even the smallest windows fit.
         """
-        labels, classes = self.settings.label_set, len(self.metadata["labels"]) + 1
-        values = np.empty((classes - regions, *image.shape), np.float32)
-        uncertainty_map = np.empty(image.shape, np.float32) if uncertainty else None
+        labels = self.settings.label_set
+        values = np.empty((self.classes - regions, *image.shape[-3:]), np.float32)
+        uncertainty_map = np.empty(image.shape[-3:], np.float32) if uncertainty else None
+
+        def take(where: Where, found: Tensor) -> None:
+            if uncertainty_map is not None:
+                uncertainty_map[where] = entropy(found).cpu().numpy()
+            p = found.cpu().numpy()
+            values[:, *where] = labels.region_probabilities(p) if regions else p
+
+        notes = self._slide(image, take, blend)
+        return Prediction(values, uncertainty_map, notes)
+
+    def _slide(self, image: np.ndarray, take: Callable[[Where, Tensor], None], blend: Blend) -> tuple[str, ...]:
+        """Give class probabilities slab by slab to ``take``, again from the start after a shortage; returns notes."""
         notes: list[str] = []
         i, j, k = self.metadata["patch"]
         for plan in plans(self.device, (i, j, k)):
@@ -102,13 +136,10 @@ class SSLModel:
                 notes[-1] += f"; went on with {plan}"
                 logger.warning("%s", notes[-1])
             try:
-                network = self._probabilities(plan.device, classes)
-                for where, found in slabs(image, network, classes, plan, self.settings.overlap, blend):
-                    if uncertainty_map is not None:
-                        uncertainty_map[where] = entropy(found).cpu().numpy()
-                    p = found.cpu().numpy()
-                    values[:, *where] = labels.region_probabilities(p) if regions else p
-                return Prediction(values, uncertainty_map, tuple(notes))
+                network = self._probabilities(plan.device, self.classes)
+                for where, found in slabs(image, network, self.classes, plan, self.settings.overlap, blend):
+                    take(where, found)
+                return tuple(notes)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -116,8 +147,8 @@ class SSLModel:
             if plan.device.type == "cuda":
                 torch.cuda.empty_cache()
         raise NotEnoughMemoryError(
-            f"not enough memory to predict a scan of {' x '.join(map(str, image.shape))} voxels, even with {plan}; "
-            "free some memory or choose a coarser spacing"
+            f"not enough memory to predict a scan of {' x '.join(map(str, image.shape[-3:]))} voxels, even with "
+            f"{plan}; free some memory or choose a coarser spacing"
         )
 
     def _probabilities(self, device: torch.device, classes: int) -> Callable[[Tensor], Tensor]:
@@ -141,25 +172,141 @@ class SSLModel:
         return probabilities
 
 
+class NestedModel:
+    """A first network for the top-level labels, and one inside each parent; used as :class:`SSLModel` is.
+
+    Args:
+        first: Network of the top-level labels.
+        second: What is nested in which parent, where it is looked for, and by which network.
+        metadata: Of the whole file.
+        settings: Labels and overlap.
+    """
+
+    def __init__(
+        self,
+        first: SSLModel,
+        second: Sequence[tuple[Branch, Geometry, SSLModel]],
+        metadata: dict[str, Any],
+        settings: Settings,
+    ) -> None:
+        self.first, self.second = first, list(second)
+        self.metadata, self.settings = metadata, settings
+
+    @property
+    def spacing(self) -> tuple[float, float, float] | None:
+        """Working spacing in mm, None for the scans' own."""
+        return self.first.spacing
+
+    def predict(self, image: np.ndarray) -> np.ndarray:
+        """Class probabilities (1 + N, i, j, k) of a volume on the working grid; channels sum to 1. See :meth:`run`."""
+        return self.run(image).values
+
+    def regions(self, image: np.ndarray) -> np.ndarray:
+        """Region probabilities (N, i, j, k) of a volume on the working grid. See :meth:`run`."""
+        return self.run(image, regions=True).values
+
+    def run(
+        self, image: np.ndarray, *, regions: bool = False, uncertainty: bool = False, blend: Blend = "gaussian"
+    ) -> Prediction:
+        """Predict a volume: the first stage everywhere, then the second inside each parent's box.
+
+        In the box the second stage decides what belongs to the parent, and the first stage shares out what does not
+        among the other top-level labels. Where a parent is not found, the whole scan is its box, and ``notes`` says so.
+
+        Args:
+            image: (i, j, k) float32 in 0..1 on the working grid.
+            regions, uncertainty, blend: As for :meth:`SSLModel.run`.
+
+        Raises:
+            NotEnoughMemoryError: As :meth:`SSLModel.run`.
+        """
+        labels = self.settings.label_set
+        found = self.first.run(image, blend=blend)
+        classes = found.values.argmax(0)
+        p = np.zeros((len(labels) + 1, *image.shape), np.float32)
+        top = top_level(labels)
+        p[[0, *(n + 1 for n in top)]] = found.values
+        notes = list(found.notes)
+        for branch, geometry, model in self.second:
+            parent = largest(classes == top.index(branch.parent) + 1)
+            if not parent.any():
+                notes.append(
+                    f"{labels.names[branch.parent]} was not found; "
+                    f"the whole scan was searched for {', '.join(branch.labels.names[1:])}"
+                )
+                logger.warning("%s", notes[-1])
+            view = look(image, parent, geometry)
+            inside, more = inner_probabilities(model, view, blend)
+            notes += more
+            put(p[:, *view.where], inside, branch)
+        return Prediction(*_finished(p, self.settings, regions, uncertainty), tuple(notes))
+
+
+def inner_probabilities(model: SSLModel, view: View, blend: Blend = "gaussian") -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class probabilities (1 + M, i, j, k) of the second stage, on the working grid's box, and notes."""
+    maps = torch.from_numpy(np.stack([view.image, view.parent.astype(np.float32)]))
+    found = model.run(plain(maps[None])[0].numpy(), blend=blend)
+    shape = tuple(s.stop - s.start for s in view.where)
+    p = np.stack([resize(channel, shape) for channel in found.values])
+    return p / p.sum(0), found.notes
+
+
+def _finished(
+    p: np.ndarray, settings: Settings, regions: bool, uncertainty: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Class or region probabilities, and uncertainty; slice by slice, so that no second copy of them is held."""
+    labels = settings.label_set
+    doubt = np.empty(p.shape[1:], np.float32) if uncertainty else None
+    for i in range(p.shape[1]):
+        if doubt is not None:
+            doubt[i] = entropy(torch.from_numpy(p[:, i])).numpy()
+        if regions:
+            p[:-1, i] = labels.region_probabilities(p[:, i])
+    return (p[:-1] if regions else p), doubt
+
+
 def entropy(probabilities: Tensor) -> Tensor:
     """Entropy of (C, ...) class probabilities over its largest value, ln C: (...) in 0..1."""
     return (predictive_entropy(probabilities[None])[0] / math.log(len(probabilities))).clamp_(0, 1)
 
 
-def load(path: Path, settings: Settings) -> SSLModel:
-    """Load a model written by :func:`aslseg.ssl.engine.train`.
+def load(path: Path, settings: Settings) -> SSLModel | NestedModel:
+    """Load a model written by :func:`aslseg.ssl.training.train`, of one stage or of two.
 
     Raises:
         BadWeightsError: Damaged, of another kind, or trained for other labels.
     """
     state, metadata = load_weights(path, "ssl")
-    labels = list(settings.label_set.names)
-    if metadata["labels"] != labels:
+    labels = settings.label_set
+    if metadata["labels"] != list(labels.names):
         raise BadWeightsError(
-            f"{path.name} was trained for {', '.join(metadata['labels'])}, but labels = {', '.join(labels)}; "
+            f"{path.name} was trained for {', '.join(metadata['labels'])}, but labels = {', '.join(labels.names)}; "
             "use another model_dir or set labels to what the model knows"
         )
-    network = NETWORKS.get(metadata["network"])(metadata.get("outputs", len(labels) + 1), metadata["patch"])
+    if "stages" not in metadata:
+        return stage_model(path, state, metadata, settings)
+    stored = metadata["stages"]
+    found = {labels.names[b.parent]: b for b in branches(labels)}
+    if not set(stored["second"]) <= set(found):
+        raise BadWeightsError(
+            f"{path.name} was trained with {', '.join(stored['second'])} as the parents of nested labels, but nested = "
+            f"{settings.nested!r}; set nested to what the model knows or retrain it"
+        )
+    first = stage_model(path, split(state, FIRST), stored["first"], first_settings(settings))
+    second = []
+    for name, entry in stored["second"].items():
+        branch = found[name]
+        model = stage_model(
+            path, split(state, second_prefix(name)), entry["model"], settings_of(settings, branch.labels)
+        )
+        second.append((branch, Geometry.of(entry["geometry"]), model))
+    return NestedModel(first, second, metadata, settings)
+
+
+def stage_model(path: Path, state: dict[str, Tensor], metadata: dict[str, Any], settings: Settings) -> SSLModel:
+    """One network of a file with what belongs to it."""
+    outputs = metadata.get("outputs", len(metadata["labels"]) + 1)
+    network = NETWORKS.get(metadata["network"])(outputs, metadata["patch"], **metadata.get("options", {}))
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

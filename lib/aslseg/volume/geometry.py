@@ -55,7 +55,7 @@ class Grid:
         Anti-aliased where it shrinks (area averaging), so that thin slices are not skipped.
         """
         canonical = nib.orientations.apply_orientation(array, _orientation(self.affine))
-        return _resize(np.ascontiguousarray(canonical, np.float32), self.shape)
+        return resize(np.ascontiguousarray(canonical, np.float32), self.shape)
 
     def label_to_working(self, class_map: np.ndarray, labels: Labels) -> np.ndarray:
         """A class map on the scan's grid to the working grid, uint8.
@@ -66,11 +66,11 @@ class Grid:
         if self.shape == self.canonical_shape:
             return np.ascontiguousarray(canonical, np.uint8)
         masks = (np.isin(canonical, labels.members(n)) for n in range(len(labels)))
-        return labels.decode(_resize(mask.astype(np.float32), self.shape) for mask in masks)
+        return labels.decode(resize(mask.astype(np.float32), self.shape) for mask in masks)
 
     def to_native(self, array: np.ndarray) -> np.ndarray:
         """A float array on the working grid back to the scan's grid, trilinear."""
-        canonical = _resize(np.asarray(array, np.float32), self.canonical_shape)
+        canonical = resize(np.asarray(array, np.float32), self.canonical_shape)
         back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), _orientation(self.affine))
         return np.ascontiguousarray(nib.orientations.apply_orientation(canonical, back))
 
@@ -84,7 +84,7 @@ def _orientation(affine: np.ndarray) -> np.ndarray:
     return nib.orientations.io_orientation(affine)
 
 
-def _resize(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+def resize(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """Trilinear resize of (i, j, k), each axis averaged first where it shrinks by more than half a voxel."""
     if array.shape == shape:
         return array

@@ -172,3 +172,19 @@ def test_entropy_of_knowing_nothing_and_everything():
     p = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1, 0, 0], [0.5, 0.5, 0]]).reshape(3, 3, 1, 1, 1)
     found = predictive_entropy(p).flatten().tolist()
     assert found == pytest.approx([math.log(3), 0, math.log(2)], abs=1e-5)
+
+
+def test_a_class_that_is_not_there_leaves_the_dice_term():
+    p = torch.rand(2, 3, 4, 4, 4).softmax(1)
+    target = (torch.rand(2, 4, 4, 4) < 0.5).long()
+    merged = torch.stack([p[:, 0] + p[:, 2], p[:, 1]], 1)
+    assert dice_loss(p, target) == pytest.approx(dice_loss(merged, target).item())
+    # with none there, what any class is given is still seen
+    nothing = torch.zeros_like(target)
+    assert dice_loss(p, nothing) == pytest.approx(1, abs=1e-5)
+    # a class whose voxels all weigh nothing is not there
+    target[0, 0, 0, 0] = 2
+    weight = torch.ones(target.shape)
+    weight[0, 0, 0, 0] = 0
+    without = dice_loss(p, torch.where(target == 2, 0, target), weight)
+    assert dice_loss(p, target, weight) == pytest.approx(without.item())

@@ -17,7 +17,7 @@ from aslseg.rounds.masks import roll_back, verify_label_files
 from aslseg.rounds.progress import read_progress
 from aslseg.rounds.run import run_round
 from aslseg.settings import Paths
-from aslseg.ssl import engine
+from aslseg.ssl import training
 from aslseg.volume.io import read_image
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
@@ -25,13 +25,13 @@ from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_stud
 @pytest.mark.usefixtures("plausible")
 def test_two_rounds_and_a_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     studies = tiny_studies(tmp_path)
-    train, learned = engine.train, []
+    train, learned = training.train, []
 
     def spied(labelled: list[Prepared], *rest: Any, **more: Any) -> dict[str, Any]:
         learned.append(labelled)
         return train(labelled, *rest, **more)
 
-    monkeypatch.setattr(engine, "train", spied)
+    monkeypatch.setattr(training, "train", spied)
     # a promotion that CFR ignores: it takes every scan
     settings = tiny_settings(tmp_path, recipe="cfr", sam_train="lora", promote_fraction=0.1, promote_threshold="1")
     paths = Paths(settings, studies)

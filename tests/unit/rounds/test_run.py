@@ -128,13 +128,13 @@ def test_validation_is_never_learned_from_nor_promoted(tmp_path: Path, monkeypat
     shutil.copy(studies / f"{judge}.nii.gz", studies / "copy.nii.gz")
     (studies / "patients.csv").write_text(f"case,patient,role\n{judge},P,validation\nphantom_005,P,\n")
     seen: list[set[str]] = []
-    train = pipeline.engine.train
+    train = pipeline.training.train
 
     def watched(labelled: Any, unlabelled: Any, *rest: Any, **more: Any) -> Any:
         seen.append({c.id for c in (*labelled, *unlabelled)})
         return train(labelled, unlabelled, *rest, **more)
 
-    monkeypatch.setattr(pipeline.engine, "train", watched)
+    monkeypatch.setattr(pipeline.training, "train", watched)
     summary = run_round(studies, settings)
     learned = set().union(*seen)
     assert not learned & {judge, "copy", "phantom_005"}

@@ -254,7 +254,10 @@ def test_batches_do_not_depend_on_the_memory_budget(make_case, quick, tmp_path):
         settings = quick(ssl_method="mean_teacher", training_memory_gb=budget)
         trainer = engine.Trainer(cases[:2], cases[2:], settings, 10)
         in_memory.append(
-            [not isinstance(c.image, np.memmap) for c in trainer.labelled.cases + trainer.unlabelled.cases]
+            [
+                not isinstance(c.image, np.memmap)
+                for c in trainer.batches.labelled.cases + trainer.batches.unlabelled.cases
+            ]
         )
         batches.append(trainer.batch(4))
     assert in_memory == [[False] * 4, [True, True, False, False], [True] * 4]

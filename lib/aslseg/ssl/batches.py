@@ -1,0 +1,99 @@
+"""The batch of a step: patches of two streams, augmented; depends on nothing but seed and step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aslseg.cases.patches import Patch, PatchSampler
+from aslseg.cases.prepared import Prepared
+from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
+from aslseg.settings import ResolvedSettings
+from aslseg.ssl.methods.base import Batch
+
+
+class Batches:
+    """Batches by their number.
+
+    Args:
+        labelled: Human-labelled cases, and promoted ones.
+        unlabelled: Cases of the unlabelled stream.
+        settings: Batch sizes, flips, seed.
+        patch: Patch shape in voxels.
+        device: Where batches are made and lie.
+
+    Attributes:
+        network: What the network's factory is called with for these images, besides classes and patch.
+        labelled, unlabelled: Samplers of the streams; the second is None without unlabelled cases.
+    """
+
+    network: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(
+        self,
+        labelled: Sequence[Prepared],
+        unlabelled: Sequence[Prepared],
+        settings: ResolvedSettings,
+        patch: tuple[int, int, int],
+        device: torch.device,
+    ) -> None:
+        self.settings, self.device = settings, device
+        self.labelled = self.sampler(labelled, patch)
+        self.unlabelled = PatchSampler(unlabelled, patch, len(settings.label_set)) if unlabelled else None
+
+    def sampler(self, labelled: Sequence[Prepared], patch: tuple[int, int, int]) -> PatchSampler:
+        """Draws labelled patches."""
+        return PatchSampler(labelled, patch, len(self.settings.label_set))
+
+    def draw(self, rng: np.random.Generator) -> list[Patch]:
+        """The labelled patches of a batch."""
+        return self.labelled.draw_batch(rng, self.settings.batch_labelled)
+
+    def strong(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """Images (B, C, i, j, k) with changed intensities."""
+        return random_intensity(image, generator)
+
+    def weak(self, image: Tensor) -> Tensor:
+        """Images (B, C, i, j, k) as they are when a network predicts."""
+        return image
+
+    def __call__(self, number: int) -> Batch:
+        """A batch, on the device."""
+        s = self.settings
+        rng = np.random.default_rng([s.seed, number])
+        torch.manual_seed(s.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + number)
+        drawn = self.draw(rng)
+        image, maps = self._images(drawn), self._maps(drawn)
+        grid = random_geometry(image.shape, generator, s.flips)
+        image = self.strong(warp(image, grid), generator)
+        maps = warp(maps.float(), grid, "nearest")
+        if self.unlabelled and s.batch_unlabelled and s.ssl_method != "supervised":
+            free = self._images(self.unlabelled.draw_batch(rng, s.batch_unlabelled))
+            free = warp(free, random_geometry(free.shape, generator, s.flips))
+            strong, weak = self.strong(free, generator), self.weak(free)
+        else:
+            strong = weak = image[:0]
+        layout = torch.channels_last_3d
+        return Batch(
+            centre(image).contiguous(memory_format=layout),
+            maps[:, 0].long(),
+            maps[:, 1],
+            centre(strong).contiguous(memory_format=layout),
+            centre(weak).contiguous(memory_format=layout),
+        )
+
+    def _images(self, drawn: list[Patch]) -> Tensor:
+        """Images (B, 1, i, j, k), in the second stage with the parent's depth (B, 2, i, j, k)."""
+        channels = [[d.image] if d.parent is None else [d.image, d.parent] for d in drawn]
+        return torch.stack([torch.stack([torch.as_tensor(c).to(self.device) for c in pair]) for pair in channels])
+
+    def _maps(self, drawn: list[Patch]) -> Tensor:
+        """Class maps and voxel weights (B, 2, i, j, k), float32."""
+        pairs = [torch.stack([torch.as_tensor(d.label).float(), torch.as_tensor(d.weight)]) for d in drawn]
+        return torch.stack([pair.to(self.device) for pair in pairs])

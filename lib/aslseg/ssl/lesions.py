@@ -1,0 +1,188 @@
+"""Synthetic lesions for the second stage of nested labels, drawn into patches of real parents.
+
+After Hu et al., "Label-Free Liver Tumor Segmentation" (CVPR 2023): elastic shapes, blurred edges and texture. Contrasts
+and sizes follow the labelled lesions as far as there are any, and wide distributions otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from aslseg.cases.patches import Patch
+from aslseg.cases.prepared import Prepared
+from aslseg.types import Labels
+
+# as many labelled lesions as count as much as the wide distributions
+ENOUGH = 8
+RADIUS_MM = (2.5, 25.0)
+# contrast of the wide distribution, in standard deviations of the parent's intensities
+CONTRAST = (0.7, 3.0)
+# lesions darker and brighter than their parent that are assumed before any is seen
+PRIOR_DARKER, PRIOR_BRIGHTER = 3, 1
+MOST = 4
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """What the labelled lesions of a class look like.
+
+    Attributes:
+        contrasts: Median of each lesion less the median of its parent, in units of the view's intensities.
+        radii: Radius of the ball of the same volume, mm.
+        deviation: Robust standard deviation of the parent's intensities, the same units.
+    """
+
+    contrasts: tuple[float, ...]
+    radii: tuple[float, ...]
+    deviation: float
+
+    @classmethod
+    def of(cls, cases: Sequence[Prepared], value: int, parent: Sequence[int]) -> Appearance:
+        """Measured on labelled cases.
+
+        Args:
+            cases: Views with labels.
+            value: Of the lesion's class.
+            parent: Values that make up the parent without its lesions.
+        """
+        contrasts, radii, deviations = [], [], []
+        for case in cases:
+            image, label = _numpy(case.image), _numpy(case.label)
+            around = image[np.isin(label, parent)]
+            if not around.size:
+                continue
+            middle = np.median(around)
+            deviations.append(1.4826 * np.median(np.abs(around - middle)))
+            numbers, _ = ndimage.label(label == value, np.ones((3, 3, 3)))
+            for n, found in enumerate(ndimage.find_objects(numbers), 1):
+                inside = numbers[found] == n
+                contrasts.append(float(np.median(image[found][inside]) - middle))
+                radii.append(float((3 * inside.sum() * math.prod(case.grid.spacing) / (4 * math.pi)) ** (1 / 3)))
+        return cls(tuple(contrasts), tuple(radii), float(np.median(deviations)) if deviations else 0.1)
+
+    def draw(self, rng: np.random.Generator) -> tuple[float, float]:
+        """A contrast and a radius in mm."""
+        n = len(self.contrasts)
+        chosen = int(rng.integers(n)) if n else 0
+        if n and rng.random() < n / (n + ENOUGH):
+            contrast = self.contrasts[chosen] * rng.uniform(0.7, 1.3)
+        else:
+            darker = PRIOR_DARKER + sum(c < 0 for c in self.contrasts)
+            sign = -1 if rng.random() < darker / (n + PRIOR_DARKER + PRIOR_BRIGHTER) else 1
+            contrast = sign * rng.uniform(*CONTRAST) * self.deviation
+        if n and rng.random() < n / (n + ENOUGH):
+            radius = self.radii[chosen] * math.exp(rng.normal(0, 0.25))
+        else:
+            radius = math.exp(rng.uniform(*np.log(RADIUS_MM)))
+        return float(contrast), float(np.clip(radius, *RADIUS_MM))
+
+
+class Lesions:
+    """Draws lesions into patches.
+
+    Args:
+        cases: Labelled views, to measure the lesions on.
+        labels: Label set of the second stage.
+        chance: That a patch gets any.
+    """
+
+    def __init__(self, cases: Sequence[Prepared], labels: Labels, chance: float) -> None:
+        self.spacing = cases[0].grid.spacing
+        self.chance = chance
+        inner = [n for n, parent in enumerate(labels.parents) if parent is not None]
+        # a lesion lies in the class of its parent itself
+        self.hosts = {n + 1: labels.parents[n] + 1 for n in inner}  # type: ignore[operator]
+        self.appearance = {v: Appearance.of(cases, v, [host]) for v, host in self.hosts.items()}
+
+    def into(self, patch: Patch, rng: np.random.Generator) -> Patch:
+        """The patch with lesions of random classes, or as it is."""
+        if rng.random() >= self.chance:
+            return patch
+        image, label = _numpy(patch.image).copy(), _numpy(patch.label).copy()
+        for _ in range(int(min(1 + rng.poisson(1), MOST))):
+            value = list(self.hosts)[int(rng.integers(len(self.hosts)))]
+            place = np.flatnonzero(label == self.hosts[value])
+            if place.size:
+                centre = np.unravel_index(place[int(rng.integers(place.size))], label.shape)
+                self._paint(image, label, value, np.array(centre), rng)
+        return replace(patch, image=_like(image, patch.image), label=_like(label, patch.label))
+
+    def _paint(
+        self, image: np.ndarray, label: np.ndarray, value: int, centre: np.ndarray, rng: np.random.Generator
+    ) -> None:
+        look = self.appearance[value]
+        contrast, radius = look.draw(rng)
+        reach = np.ceil(1.7 * radius / np.array(self.spacing)).astype(int) + 2
+        where = tuple(
+            slice(max(c - r, 0), min(c + r + 1, n)) for c, r, n in zip(centre, reach, label.shape, strict=True)
+        )
+        mm = np.stack(
+            np.meshgrid(
+                *((np.arange(w.start, w.stop) - c) * s for w, c, s in zip(where, centre, self.spacing, strict=True)),
+                indexing="ij",
+            )
+        )
+        inner = self._shape(mm, radius, rng)
+        host = ndimage.gaussian_filter((label[where] == self.hosts[value]).astype(np.float32), 0.5)
+        edge = rng.uniform(0.3, 1.5) * min(1.0, radius / 6) + 0.2
+        mask = host / (1 + np.exp(-np.clip(inner / edge, -30, 30)))
+        within = mask > 0.5
+        if not within.any():
+            return
+        # labelled lesions are measured with their blurred borders, and so count these
+        contrast /= float(np.median(mask[within]))
+        # what lies around the parent must not shine into it
+        parent = np.where(label[where] > 0, image[where], 0.5)
+        image[where] += mask * self._inside(parent, inner, contrast, radius, look.deviation, rng)
+        np.clip(image, 0, 1, out=image)
+        label[where][within & (label[where] == self.hosts[value])] = value
+
+    def _shape(self, mm: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
+        """Depth in mm below the border of a random blob around the origin."""
+        axes = radius * np.exp(rng.normal(0, 0.2, 3))
+        turn, _ = np.linalg.qr(rng.standard_normal((3, 3)))
+        r = np.sqrt(np.square(np.tensordot(turn, mm, 1) / axes[:, None, None, None]).sum(0))
+        rough = rng.uniform(0.05, 0.35)
+        return radius * (1 + rough * self._field(r.shape, radius / 2, rng) - r)
+
+    def _inside(
+        self,
+        image: np.ndarray,
+        inner: np.ndarray,
+        contrast: float,
+        radius: float,
+        deviation: float,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """What is added to the image inside of a lesion."""
+        texture = rng.uniform(0, 0.6) * deviation * self._field(image.shape, rng.uniform(1.5, 5), rng)
+        # vessels end at a lesion: what is larger than noise fades
+        smooth = ndimage.gaussian_filter(image, 1.5)
+        added = contrast + texture + rng.uniform(0.2, 0.9) * (0.5 - smooth)
+        if radius > 5 and rng.random() < 0.3:
+            width = rng.uniform(1, 3)
+            added += -np.sign(contrast) * rng.uniform(0.3, 1.2) * abs(contrast) * np.exp(-np.square(inner / width))
+        if radius > 8 and rng.random() < 0.3:
+            # a core that differs more, as necrosis does
+            added += contrast * rng.uniform(0.2, 0.8) / (1 + np.exp(-np.clip((inner - radius / 2) / 2, -30, 30)))
+        return added
+
+    def _field(self, shape: tuple[int, ...], sigma_mm: float, rng: np.random.Generator) -> np.ndarray:
+        """Smooth noise of zero mean and unit variance."""
+        field = ndimage.gaussian_filter(rng.standard_normal(shape), sigma_mm / np.array(self.spacing))
+        return (field - field.mean()) / max(float(field.std()), 1e-6)
+
+
+def _numpy(array: Any) -> np.ndarray:
+    return array.cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+
+
+def _like(array: np.ndarray, model: Any) -> Any:
+    return torch.from_numpy(array).to(model.device) if isinstance(model, torch.Tensor) else array

@@ -1,0 +1,279 @@
+"""The second stage of nested labels: a tumour is looked for inside its liver, at intensities relative to the liver's.
+
+A label that has others nested in it (``nested``, ``tumour:liver``) is found by a first network, to which a tumour is
+liver. A second network sees the parent's box on a grid of its own, with intensities relative to the parent's median:
+the livers of several scans differ by more HU than a tumour differs from its liver, so that no absolute value means
+tumour. This module says which labels belong to a stage and makes the second stage's view of a scan;
+:mod:`aslseg.ssl.training` trains both, :mod:`aslseg.ssl.predict` puts their predictions together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from aslseg.cases.prepare import Spacing
+from aslseg.cases.prepared import Prepared
+from aslseg.settings import Settings
+from aslseg.types import Labels
+from aslseg.volume.geometry import Grid, resize
+
+# names of the stages' tensors in a model file start with these
+FIRST = "first."
+
+
+def second_prefix(parent: str) -> str:
+    """Beginning of the names of a second stage's tensors."""
+    return f"second.{parent}."
+
+
+def split(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The tensors of one stage, under the names that its network knows."""
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+# distances from the parent's border are cut off here
+REACH_MM = 15.0
+# smaller components of a predicted parent, as a part of its largest, do not widen its box
+LEAST_COMPONENT = 0.2
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A top-level label with everything nested in it.
+
+    Attributes:
+        parent: Index of the top-level label.
+        values: Values of the members in the whole label set, the parent's own first.
+        labels: The members as a label set of their own, value n + 1 for ``values[n]``.
+    """
+
+    parent: int
+    values: tuple[int, ...]
+    labels: Labels
+
+    def inner(self, class_map: np.ndarray) -> np.ndarray:
+        """A class map of the whole label set to one of the members, uint8; everything else is background."""
+        table = np.zeros(256, np.uint8)
+        table[list(self.values)] = np.arange(1, len(self.values) + 1)
+        return table[class_map]
+
+
+def branches(labels: Labels) -> list[Branch]:
+    """The top-level labels that have others nested in them."""
+    found = []
+    for top in top_level(labels):
+        members = [value - 1 for value in labels.members(top)]
+        if len(members) > 1:
+            parents = [labels.parents[n] for n in members]
+            inner = Labels(
+                tuple(labels.names[n] for n in members), tuple(None if p is None else members.index(p) for p in parents)
+            )
+            found.append(Branch(top, tuple(n + 1 for n in members), inner))
+    return found
+
+
+def top_level(labels: Labels) -> list[int]:
+    """Indices of the labels that lie in no other."""
+    return [n for n, parent in enumerate(labels.parents) if parent is None]
+
+
+def merged(class_map: np.ndarray, labels: Labels) -> np.ndarray:
+    """A class map with every nested label counted as its top-level parent; values 1.. in the order of `top_level`."""
+    table = np.zeros(256, np.uint8)
+    for value, top in enumerate(top_level(labels), 1):
+        table[labels.members(top)] = value
+    return table[class_map]
+
+
+def settings_of(settings: Settings, labels: Labels) -> Settings:
+    """The settings with another label set."""
+    pairs = tuple((n, labels.names[p]) for n, p in zip(labels.names, labels.parents, strict=True) if p is not None)
+    return settings.model_copy(update={"labels": labels.names, "nested": pairs})
+
+
+def first_settings(settings: Settings) -> Settings:
+    """The settings of the first stage: top-level labels only."""
+    names = settings.label_set.names
+    top = [names[n] for n in top_level(settings.label_set)]
+    return settings_of(settings, Labels(tuple(top), (None,) * len(top)))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the second stage's grid lies in the working grid; stored with the model.
+
+    Attributes:
+        spacing: Voxel size of the view in mm.
+        working: Voxel size of the working grid in mm; (1, 1, 1) where the scans' own is used, whatever it is.
+        margin: Around the parent, mm.
+        half_range: Intensities this far from the parent's median (in 0..1 of the working image) become 0 and 1.
+        centre: Typical median of the parent, for scans in which no parent is found.
+    """
+
+    spacing: tuple[float, float, float]
+    working: tuple[float, float, float]
+    margin: float
+    half_range: float
+    centre: float
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Geometry:
+        """As stored in a model file, where tuples have become lists."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        return cls(**values)
+
+    def stored(self) -> dict[str, Any]:
+        """For a model file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class View:
+    """The second stage's view of a scan.
+
+    Attributes:
+        where: The box on the working grid.
+        image: (i, j, k) float32 in 0..1, 0.5 at the parent's median.
+        parent: Where the parent's border is, see :func:`depth`.
+    """
+
+    where: tuple[slice, slice, slice]
+    image: np.ndarray
+    parent: np.ndarray
+
+
+def look(image: np.ndarray, parent: np.ndarray, geometry: Geometry) -> View:
+    """The view of a scan for the mask of the parent; without a parent, of the whole scan.
+
+    Args:
+        image: (i, j, k) float32 in 0..1 on the working grid.
+        parent: (i, j, k) bool on the working grid.
+        geometry: Of the model.
+    """
+    where = box(parent, geometry)
+    inside = np.asarray(image[where], np.float32)
+    mask = parent[where]
+    centre = float(np.median(inside[mask])) if mask.any() else geometry.centre
+    shape = view_shape(mask.shape, geometry)
+    relative = 0.5 + (resize(inside, shape) - centre) / (2 * geometry.half_range)
+    return View(where, np.clip(relative, 0, 1), depth(resize(mask.astype(np.float32), shape) >= 0.5, geometry))
+
+
+def box(parent: np.ndarray, geometry: Geometry) -> tuple[slice, slice, slice]:
+    """The parent's bounding box with the margin, within the scan; the whole scan where there is no parent."""
+    if not parent.any():
+        i, j, k = (slice(0, n) for n in parent.shape)
+        return i, j, k
+    found = []
+    for axis, (n, mm) in enumerate(zip(parent.shape, geometry.working, strict=True)):
+        there = np.flatnonzero(parent.any(tuple(a for a in range(3) if a != axis)))
+        margin = int(np.ceil(geometry.margin / mm))
+        found.append(slice(max(int(there[0]) - margin, 0), min(int(there[-1]) + 1 + margin, n)))
+    return found[0], found[1], found[2]
+
+
+def view_shape(shape: Sequence[int], geometry: Geometry) -> tuple[int, int, int]:
+    """Shape of the view of a box of the working grid."""
+    i, j, k = (max(1, round(n * w / s)) for n, w, s in zip(shape, geometry.working, geometry.spacing, strict=True))
+    return i, j, k
+
+
+def depth(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """How deep inside a mask on the view's grid a voxel lies, in mm, float16.
+
+    0 is 15 mm or more outside, 15 the border, 30 is 15 mm or more inside: what lies outside of a scan is outside of
+    the parent as well.
+    """
+    if not mask.any():
+        return np.zeros(mask.shape, np.float16)
+    inside = ndimage.distance_transform_edt(mask, geometry.spacing)
+    outside = ndimage.distance_transform_edt(~mask, geometry.spacing)
+    return (np.clip(inside - outside, -REACH_MM, REACH_MM) + REACH_MM).astype(np.float16)
+
+
+def largest(mask: np.ndarray) -> np.ndarray:
+    """A predicted parent without its small components (26 neighbours)."""
+    numbers, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    if count < 2:
+        return mask
+    sizes = np.bincount(numbers.ravel())
+    sizes[0] = 0
+    return (sizes >= LEAST_COMPONENT * sizes.max())[numbers]
+
+
+def view_case(case: Prepared, parent: np.ndarray, branch: Branch, geometry: Geometry) -> Prepared:
+    """A case as the second stage trains on it; the label, if there is one, on the view's grid."""
+    view = look(case.image, parent, geometry)
+    label = weight = None
+    if case.label is not None:
+        inner = branch.inner(np.asarray(case.label[view.where]))
+        masks = (m.astype(np.float32) for m in branch.labels.regions(inner))
+        label = branch.labels.decode(resize(m, view.image.shape) for m in masks)  # type: ignore[arg-type]
+    if case.voxel_weight is not None:
+        part = np.asarray(case.voxel_weight[view.where], np.float32)
+        weight = resize(part, view.image.shape).astype(np.float16)  # type: ignore[arg-type]
+    return replace(
+        case,
+        image=view.image,
+        grid=_grid(view.image.shape, geometry),
+        label=label,
+        voxel_weight=weight,
+        parent=view.parent,
+    )
+
+
+def _grid(shape: tuple[int, ...], geometry: Geometry) -> Grid:
+    i, j, k = shape
+    return Grid((i, j, k), np.diag([*geometry.spacing, 1.0]), (i, j, k), (i, j, k), geometry.spacing)
+
+
+def geometry(labelled: Sequence[Prepared], branch: Branch, settings: Settings, spacing: Spacing) -> Geometry:
+    """The second stage's grid for labelled cases on the working grid.
+
+    The view's voxels are the working grid's, coarsened along the finest axis or axes until the median box has at most
+    ``nested_voxels``.
+
+    Args:
+        labelled: On the working grid, with the labels of the whole set.
+        branch: Whose members are looked for.
+        settings: Margin, range and size.
+        spacing: Of the working grid; None for the scans' own.
+    """
+    working = spacing or (1.0, 1.0, 1.0)
+    first = Geometry(working, working, settings.nested_margin, settings.nested_range, 0.5)
+    shapes, centres = [], []
+    for case in labelled:
+        parent = np.zeros(0) if case.label is None else np.isin(case.label, branch.values)
+        if parent.any():
+            shapes.append([s.stop - s.start for s in box(parent, first)])
+            centres.append(float(np.median(np.asarray(case.image)[parent])))
+    if not shapes:
+        return first
+    size, voxel = np.median(shapes, axis=0) * working, np.array(working)
+    while np.prod(size / voxel) > settings.nested_voxels:
+        finest = voxel.min()
+        voxel[voxel <= finest * 1.001] *= 1.02
+    x, y, z = (round(float(v), 4) for v in voxel)
+    return replace(first, spacing=(x, y, z), centre=float(np.median(centres)))
+
+
+def put(p: np.ndarray, inside: np.ndarray, branch: Branch) -> None:
+    """Put the second stage's probabilities into those of the whole label set, in place.
+
+    Args:
+        p: (1 + N, i, j, k) of the first stage in the box.
+        inside: (1 + M, i, j, k), first what lies outside of the parent, then its members.
+        branch: The members.
+    """
+    others = [c for c in range(len(p)) if c not in branch.values]
+    rest = p[others]
+    total = rest.sum(0)
+    # nothing but the parent came into question there: what is no parent after all is background
+    rest[0] += np.where(total < 1e-6, 1, 0)
+    p[others] = rest / rest.sum(0) * inside[0]
+    p[list(branch.values)] = inside[1:]

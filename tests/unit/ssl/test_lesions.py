@@ -1,0 +1,125 @@
+"""Synthetic lesions: where they lie, what they look like, and that a generator repeats them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from aslseg.cases.patches import Patch
+from aslseg.cases.prepared import Prepared
+from aslseg.ssl.lesions import RADIUS_MM, Appearance, Lesions
+from aslseg.types import Labels, Volume
+from aslseg.volume.geometry import Grid
+
+LABELS = Labels.parse("liver,tumour", "tumour:liver")
+SHAPE = (40, 36, 30)
+
+
+def view(lesions: int = 1, contrast: float = -0.2, spacing: float = 2.0) -> Prepared:
+    """A labelled view: a parent with cubic lesions of 27 voxels."""
+    rng = np.random.default_rng(0)
+    label = np.zeros(SHAPE, np.uint8)
+    label[4:36, 4:32, 4:26] = 1
+    for n in range(lesions):
+        label[8 + 6 * n : 11 + 6 * n, 10:13, 10:13] = 2
+    image = (0.1 + 0.4 * (label > 0) + contrast * (label == 2) + rng.normal(0, 0.02, SHAPE)).astype(np.float32)
+    return Prepared("a", "a", image, Grid.of(Volume(image, np.diag([spacing] * 3 + [1])), None), label)
+
+
+def patch_of(case: Prepared) -> Patch:
+    return Patch(case.image, case.label, np.ones(SHAPE, np.float32), np.zeros(SHAPE, np.float32))
+
+
+def test_labelled_lesions_are_measured_one_by_one():
+    found = Appearance.of([view(3, -0.2), view(1, 0.1)], 2, [1])
+    assert np.allclose(sorted(found.contrasts), [-0.2, -0.2, -0.2, 0.1], atol=0.02)
+    assert np.allclose(found.radii, (3 * 27 * 8 / (4 * np.pi)) ** (1 / 3))
+    assert found.deviation == pytest.approx(0.02, rel=0.1)
+
+
+def test_many_labelled_lesions_decide_and_none_leave_it_wide():
+    rng = np.random.default_rng(0)
+    many = Appearance((-0.2,) * 80, (6.0,) * 80, 0.05)
+    none = Appearance((), (), 0.05)
+    contrasts, radii = np.array([many.draw(rng) for _ in range(500)]).T
+    assert np.median(contrasts) == pytest.approx(-0.2, abs=0.02)
+    assert np.median(radii) == pytest.approx(6, abs=0.5)
+    contrasts, radii = np.array([none.draw(rng) for _ in range(500)]).T
+    assert 0.1 < (contrasts > 0).mean() < 0.4
+    assert np.abs(contrasts).min() >= 0.7 * 0.05
+    assert RADIUS_MM[0] <= radii.min() < 4 < 15 < radii.max() <= RADIUS_MM[1]
+
+
+def test_lesions_lie_in_the_parent_and_nothing_changes_far_from_them():
+    case = view(0)
+    before = case.image.copy(), case.label.copy()
+    drawn = Lesions([view()], LABELS, 1.0).into(patch_of(case), np.random.default_rng(3))
+    new = drawn.label == 2
+    assert new.sum() > 20
+    assert (case.label[new] == 1).all()
+    assert (drawn.label[~new] == case.label[~new]).all()
+    outside = case.label == 0
+    far = outside & (np.abs(drawn.image - case.image) > 0.02)
+    assert far.mean() < 0.01
+    assert drawn.image.min() >= 0
+    assert drawn.image.max() <= 1
+    # what the sampler holds is not painted over
+    assert (case.image == before[0]).all()
+    assert (case.label == before[1]).all()
+
+
+def test_they_look_like_the_labelled_ones():
+    lesions = Lesions([view(4, -0.2)] * 20, LABELS, 1.0)
+    rng, differences = np.random.default_rng(5), []
+    for _ in range(20):
+        case = view(0)
+        drawn = lesions.into(patch_of(case), rng)
+        if (drawn.label == 2).any():
+            differences.append(np.median(drawn.image[drawn.label == 2]) - 0.5)
+    assert np.median(differences) == pytest.approx(-0.2, abs=0.06)
+
+
+def test_a_generator_repeats_them_on_arrays_and_on_tensors():
+    lesions, case = Lesions([view()], LABELS, 1.0), view(0)
+    one, two = (lesions.into(patch_of(case), np.random.default_rng(7)) for _ in range(2))
+    assert (one.image == two.image).all()
+    assert (one.label == two.label).all()
+    tensors = Patch(torch.from_numpy(case.image), torch.from_numpy(case.label), one.weight, one.parent)
+    three = lesions.into(tensors, np.random.default_rng(7))
+    assert torch.equal(three.image, torch.from_numpy(one.image))
+    assert torch.equal(three.label, torch.from_numpy(one.label))
+    other = lesions.into(patch_of(case), np.random.default_rng(8))
+    assert (other.label != one.label).any()
+
+
+def test_a_patch_without_parent_stays_as_it_is_and_so_does_every_patch_at_chance_0():
+    case = view(0)
+    empty = Patch(case.image, np.zeros_like(case.label), None, None)
+    assert (Lesions([view()], LABELS, 1.0).into(empty, np.random.default_rng(0)).image == case.image).all()
+    patch = patch_of(case)
+    assert Lesions([view()], LABELS, 0.0).into(patch, np.random.default_rng(0)) is patch
+
+
+def test_a_label_in_a_nested_label_gets_lesions_in_that_one():
+    labels = Labels.parse("liver,tumour,necrosis", "tumour:liver,necrosis:tumour")
+    lesions = Lesions([view()], labels, 1.0)
+    assert lesions.hosts == {2: 1, 3: 2}
+    case = view(0)
+    case.label[12:28, 10:26, 8:22] = 2
+    rng, seen = np.random.default_rng(0), np.zeros(SHAPE, bool)
+    for _ in range(10):
+        drawn = lesions.into(patch_of(case), rng)
+        seen |= drawn.label == 3
+    assert seen.any()
+
+
+def test_lesions_of_one_voxel_and_cases_without_parent_are_no_obstacle():
+    case = view(0)
+    case.label[20, 20, 20] = 2
+    bare = view(0)
+    bare.label[:] = 0
+    found = Appearance.of([case, bare], 2, [1])
+    assert len(found.contrasts) == 1
+    drawn = Lesions([bare, case], LABELS, 1.0).into(patch_of(case), np.random.default_rng(1))
+    assert (drawn.label == 2).sum() > 1

@@ -1,0 +1,187 @@
+"""The second stage's view of a scan: which labels it has, its box, its relative intensities, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from aslseg.cases.prepared import Prepared
+from aslseg.settings import load_settings
+from aslseg.ssl import nested
+from aslseg.ssl.nested import REACH_MM, Geometry
+from aslseg.ssl.nested_batches import plain, varied
+from aslseg.types import Labels, Volume
+from aslseg.volume.geometry import Grid
+
+LABELS = Labels.parse("liver,spleen,tumour,necrosis", "tumour:liver,necrosis:tumour")
+UNIT = Geometry((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), 2.0, 0.25, 0.5)
+SHAPE = (20, 18, 16)
+
+
+def scan(level: float = 0.6, contrast: float = -0.1) -> tuple[np.ndarray, np.ndarray]:
+    """A parent with a child of a few voxels in it; (i, j, k) image and class map of liver and tumour."""
+    image = np.full(SHAPE, 0.1, np.float32)
+    label = np.zeros(SHAPE, np.uint8)
+    label[5:14, 4:12, 6:12] = 1
+    label[8:10, 7:9, 8:10] = 2
+    image[label == 1], image[label == 2] = level, level + contrast
+    return image, label
+
+
+def case(image: np.ndarray, label: np.ndarray | None) -> Prepared:
+    return Prepared("a", "a", image, Grid.of(Volume(image, np.eye(4)), None), label)
+
+
+def liver() -> nested.Branch:
+    return nested.branches(Labels.parse("liver,tumour", "tumour:liver"))[0]
+
+
+def test_everything_nested_in_a_top_level_label_is_one_branch():
+    (branch,) = nested.branches(LABELS)
+    assert (branch.parent, branch.values) == (0, (1, 3, 4))
+    assert branch.labels == Labels(("liver", "tumour", "necrosis"), (None, 0, 1))
+    assert branch.inner(np.arange(5)).tolist() == [0, 1, 0, 2, 3]
+    assert nested.merged(np.arange(5), LABELS).tolist() == [0, 1, 2, 1, 1]
+    assert nested.branches(Labels.parse("liver,spleen")) == []
+
+
+def test_each_stage_has_the_settings_of_its_labels():
+    settings = load_settings({"labels": "liver,spleen,tumour", "nested": "tumour:liver"}, env={})[0]
+    first = nested.first_settings(settings)
+    assert (first.labels, first.nested) == (("liver", "spleen"), ())
+    (branch,) = nested.branches(settings.label_set)
+    second = nested.settings_of(settings, branch.labels)
+    assert second.label_set == Labels(("liver", "tumour"), (None, 0))
+    assert second.seed == settings.seed
+
+
+@pytest.mark.parametrize("level", [0.3, 0.6, 0.8])
+def test_intensities_are_relative_to_the_parents_median(level):
+    image, label = scan(level)
+    view = nested.look(image, label > 0, UNIT)
+    inside = label[view.where]
+    assert np.allclose(view.image[inside == 1], 0.5)
+    assert np.allclose(view.image[inside == 2], 0.5 - 0.1 / 0.5)
+    assert view.image.min() == pytest.approx(max(0.0, 0.5 + (0.1 - level) / 0.5))
+
+
+def test_the_box_has_the_margin_within_the_scan():
+    _, label = scan()
+    assert nested.box(label > 0, UNIT) == np.s_[3:16, 2:14, 4:14]
+    label[0, 0, 0] = 1
+    assert nested.box(label > 0, UNIT) == np.s_[0:16, 0:14, 0:14]
+
+
+def test_without_a_parent_the_view_is_the_whole_scan_around_the_usual_median():
+    image, label = scan(0.5)
+    view = nested.look(image, np.zeros(SHAPE, bool), UNIT)
+    assert view.image.shape == SHAPE
+    assert np.allclose(view.image[label == 1], 0.5)
+    assert not view.parent.any()
+
+
+def test_a_finer_grid_gives_a_larger_view():
+    image, label = scan()
+    fine = replace(UNIT, spacing=(0.5, 1.0, 2.0))
+    view = nested.look(image, label > 0, fine)
+    box = [s.stop - s.start for s in view.where]
+    assert view.image.shape == (2 * box[0], box[1], box[2] // 2)
+
+
+def test_depth_is_in_mm_and_cut_off():
+    mask = np.zeros((60, 3, 3), bool)
+    mask[20:] = True
+    deep = nested.depth(mask, replace(UNIT, spacing=(2.0, 1.0, 1.0)))[:, 1, 1].astype(float)
+    assert deep[0] == 0
+    assert deep[-1] == 2 * REACH_MM
+    assert deep[21] - deep[20] == 2
+    assert deep[19] < REACH_MM < deep[20]
+
+
+def test_small_islands_of_a_predicted_parent_do_not_count():
+    mask = np.zeros(SHAPE, bool)
+    mask[2:8, 2:8, 2:8] = True
+    mask[12:16, 12:16, 2:8] = True  # nearly half as large: a second kidney
+    mask[18, 1, 14] = True
+    kept = nested.largest(mask)
+    assert kept.sum() == mask.sum() - 1
+    assert not kept[18, 1, 14]
+
+
+def test_labels_weights_and_parents_of_a_case_lie_on_the_views_grid():
+    image, label = scan()
+    whole = replace(case(image, label), voxel_weight=np.full(SHAPE, 0.25, np.float16), weight=0.5)
+    seen = nested.view_case(whole, label > 0, liver(), UNIT)
+    assert seen.image.shape == seen.label.shape == seen.voxel_weight.shape == seen.parent.shape == (13, 12, 10)
+    assert (seen.label == label[3:16, 2:14, 4:14]).all()
+    assert seen.label.dtype == np.uint8
+    assert (seen.voxel_weight == 0.25).all()
+    assert seen.weight == 0.5
+    assert seen.grid.spacing == UNIT.spacing
+
+
+def test_a_lesion_of_one_voxel_survives_where_the_grid_is_not_coarser():
+    image, label = scan()
+    label[label == 2] = 1
+    label[8, 8, 8] = 2
+    assert (nested.view_case(case(image, label), label > 0, liver(), UNIT).label == 2).sum() == 1
+
+
+def test_a_parent_cut_by_the_scans_edge_is_deep_there():
+    image, label = scan()
+    label[:, :, :4] = 1
+    view = nested.look(image, label > 0, UNIT)
+    assert view.where[2].start == 0
+    assert (view.parent[:, :, 0] > REACH_MM).all()
+
+
+def test_a_nested_label_without_its_parent_is_the_parent_of_its_scan():
+    image, label = scan()
+    label[label == 1] = 0
+    seen = nested.view_case(case(image, label), np.isin(label, (1, 2)), liver(), UNIT)
+    assert sorted(np.unique(seen.label)) == [0, 2]
+
+
+def test_the_grid_is_the_working_grid_coarsened_to_the_size_wanted():
+    image, label = scan(0.7)
+    cases = [case(image, label), case(image, None), case(image, np.zeros_like(label))]
+    settings = load_settings({"nested_margin": "2", "nested_voxels": "1e6", "nested_range": "0.2"}, env={})[0]
+    found = nested.geometry(cases, liver(), settings, (1.0, 1.0, 2.0))
+    assert (found.spacing, found.working, found.half_range) == ((1.0, 1.0, 2.0), (1.0, 1.0, 2.0), 0.2)
+    assert found.centre == pytest.approx(0.7)
+    coarse = nested.geometry(cases, liver(), settings.model_copy(update={"nested_voxels": 400}), None)
+    assert coarse.spacing[0] == coarse.spacing[2] > 1
+    assert np.prod(nested.view_shape((13, 12, 10), coarse)) < 500
+    assert Geometry.of(found.stored()) == found
+
+
+def test_the_second_stage_says_what_is_parent_and_the_first_shares_out_the_rest():
+    (branch,) = nested.branches(Labels.parse("liver,spleen,tumour", "tumour:liver"))
+    p = np.zeros((4, 1, 1, 3), np.float32)
+    p[:3, 0, 0, 0] = 0.2, 0.5, 0.3
+    p[:3, 0, 0, 1] = 0.0, 1.0, 0.0  # nothing but liver came into question
+    p[:3, 0, 0, 2] = 0.5, 0.0, 0.5
+    inside = np.zeros((3, 1, 1, 3), np.float32)
+    inside[:, 0, 0, 0] = 0.5, 0.4, 0.1
+    inside[:, 0, 0, 1] = 0.6, 0.3, 0.1
+    inside[:, 0, 0, 2] = 0.0, 0.2, 0.8
+    nested.put(p, inside, branch)
+    assert np.allclose(p[:, 0, 0, 0], [0.2, 0.4, 0.3, 0.1])
+    assert np.allclose(p[:, 0, 0, 1], [0.6, 0.3, 0.0, 0.1])
+    assert np.allclose(p[:, 0, 0, 2], [0.0, 0.2, 0.0, 0.8])
+
+
+def test_network_input_is_reproducible_and_the_parent_now_and_then_missing():
+    maps = torch.rand(40, 2, 8, 8, 8)
+    maps[:, 1] *= 2 * REACH_MM
+    one, two = (varied(maps, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, varied(maps, torch.Generator().manual_seed(4)))
+    missing = (one[:, 1] == 0).flatten(1).all(1).float().mean()
+    assert 0 < missing < 0.4
+    kept = plain(maps)
+    assert torch.equal(kept[:, 0], maps[:, 0])
+    assert 0 <= kept[:, 1].min() < 0.1 < 0.9 < kept[:, 1].max() <= 1

@@ -1,0 +1,222 @@
+"""Both stages of nested labels in one model file: training, going on after a kill, prediction, bad input."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from aslseg.cases.prepared import Prepared
+from aslseg.compute.weights import load_weights, read_metadata, save_weights
+from aslseg.errors import BadWeightsError
+from aslseg.files import sha256
+from aslseg.ssl import engine, predict, training
+from aslseg.types import Volume
+from aslseg.volume.geometry import Grid
+
+SHAPE = (40, 36, 20)
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(engine, "STATISTICS_BATCHES", 1)
+    monkeypatch.setattr(engine, "CLASS_BATCHES", 1)
+
+
+@pytest.fixture
+def settings(tiny_settings):
+    def make(**changes: object):
+        nested = {"labels": "liver,tumour", "nested": "tumour:liver", "nested_margin": 4, "network": "unet"}
+        sizes = {"ssl_method": "supervised", "batch_labelled": 1, "batch_unlabelled": 1, "overlap": 0}
+        return tiny_settings(**{**nested, **sizes, **changes})
+
+    return make
+
+
+def case(name: str, tumour: bool = True, liver: bool = True, labelled: bool = True) -> Prepared:
+    """A dark scan with a bright liver, in it a lesion of less contrast."""
+    rng = np.random.default_rng(len(name))
+    label = np.zeros(SHAPE, np.uint8)
+    if liver:
+        label[8:32, 8:28, 4:16] = 1
+    if tumour:
+        label[14:18, 12:16, 8:11] = 2
+    image = np.select([label == 1, label == 2], [0.7, 0.55], 0.2) + rng.normal(0, 0.03, SHAPE)
+    grid = Grid.of(Volume(image, np.eye(4)), None)
+    return Prepared(name, name, np.clip(image, 0, 1).astype(np.float32), grid, label if labelled else None)
+
+
+def run(out, settings, cases=None, free=(), **options):
+    cases = [case("a"), case("bb")] if cases is None else cases
+    return training.train(cases, list(free), settings, out, **{"iterations": STEPS, "spacing": None, **options})
+
+
+def test_two_stages_are_one_file_that_keeps_the_contract(tmp_path, settings):
+    out = tmp_path / "ssl.safetensors"
+    shown = []
+    result = run(out, settings(), report=lambda done, total, **_: shown.append((done, total)))
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["ssl.safetensors"]
+    assert shown == [(n + 1, STEPS) for n in range(STEPS)]
+    assert result["sha256"] == sha256(out)
+    assert result["steps"] == STEPS
+    assert set(result["classes"]) == {"liver", "tumour"}
+    metadata = read_metadata(out)
+    assert metadata["labels"] == ["liver", "tumour"]
+    assert metadata["stages"]["first"]["labels"] == ["liver"]
+    assert [metadata["stages"][s]["iterations"] for s in ("first",)] == [2]
+    assert metadata["stages"]["second"]["liver"]["model"]["iterations"] == 3
+
+    model = predict.load(out, settings())
+    image = case("ccc").image
+    found = model.run(image, uncertainty=True)
+    assert found.values.shape == (3, *SHAPE)
+    assert np.allclose(found.values.sum(0), 1, atol=1e-5)
+    assert found.uncertainty.shape == SHAPE
+    assert 0 <= found.uncertainty.min() <= found.uncertainty.max() <= 1
+    regions = model.regions(image)
+    expected = settings().label_set.region_probabilities(found.values)
+    assert np.array_equal(regions, expected)
+    assert np.array_equal(model.predict(image), found.values)
+    assert model.spacing is None
+
+
+def test_labels_without_a_parent_are_trained_as_before(tmp_path, settings):
+    flat = settings(nested="")
+    run(tmp_path / "one.safetensors", flat)
+    engine.train([case("a"), case("bb")], [], flat, tmp_path / "two.safetensors", iterations=STEPS, spacing=None)
+    assert sha256(tmp_path / "one.safetensors") == sha256(tmp_path / "two.safetensors")
+    assert isinstance(predict.load(tmp_path / "one.safetensors", flat), predict.SSLModel)
+
+
+def test_one_network_for_all_labels_on_request_and_its_old_files_still_load(tmp_path, settings):
+    single = settings(nested_fraction=0)
+    run(tmp_path / "ssl.safetensors", single)
+    assert "stages" not in read_metadata(tmp_path / "ssl.safetensors")
+    state, metadata = load_weights(tmp_path / "ssl.safetensors", "ssl")
+    # as files were written before there were two stages
+    save_weights(tmp_path / "old.safetensors", state, {k: v for k, v in metadata.items() if k != "options"})
+    model = predict.load(tmp_path / "old.safetensors", settings())
+    assert model.regions(case("a").image).shape == (2, *SHAPE)
+
+
+@pytest.mark.parametrize("method", ["bcp_mt", "cps", "dtc"])
+def test_methods_with_unlabelled_scans_train_in_both_stages(tmp_path, settings, method, monkeypatch):
+    monkeypatch.setattr("aslseg.ssl.predict.largest", lambda mask: case("x").label > 0)
+    monkeypatch.setattr("aslseg.ssl.nested.largest", lambda mask: case("x").label > 0)
+    out = tmp_path / "ssl.safetensors"
+    result = run(out, settings(ssl_method=method), free=[case("ccc", labelled=False)])
+    assert result["steps"] == STEPS
+    assert np.allclose(predict.load(out, settings()).predict(case("a").image).sum(0), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["vnet_small", "segresnet", "dynunet"])
+def test_networks_take_the_parent_as_a_second_channel(tmp_path, settings, network):
+    out = tmp_path / "ssl.safetensors"
+    run(out, settings(network=network), iterations=2)
+    assert read_metadata(out)["stages"]["second"]["liver"]["model"]["options"]["channels"] == 2
+    assert predict.load(out, settings()).predict(case("a").image).shape == (3, *SHAPE)
+
+
+@pytest.mark.parametrize("killed_at", [1, 4])
+def test_a_killed_training_goes_on_in_its_stage(tmp_path, settings, monkeypatch, killed_at):
+    monkeypatch.setattr(engine, "CHECKPOINT_EVERY", 1)
+    run(tmp_path / "whole.safetensors", settings())
+
+    def kill(done: int, total: int, **_: float) -> None:
+        if done == killed_at:
+            raise KeyboardInterrupt
+
+    out, done = tmp_path / "killed.safetensors", []
+    with pytest.raises(KeyboardInterrupt):
+        run(out, settings(), report=kill)
+    assert not out.exists()
+    run(out, settings(), report=lambda step, total, **_: done.append(step))
+    assert done[0] == killed_at
+    whole, resumed = (load_weights(p, "ssl")[0] for p in (tmp_path / "whole.safetensors", out))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_a_second_training_goes_on_from_both_stages(tmp_path, settings):
+    first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
+    run(first, settings())
+    run(again, settings(learning_rate=1e-9), init=first)
+    before, after = (load_weights(p, "ssl")[0] for p in (first, again))
+    assert all(torch.allclose(before[k], after[k], atol=1e-5) for k in before if "running" not in k)
+    assert read_metadata(again)["init"] == sha256(first)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["again.safetensors", "first.safetensors"]
+
+
+def test_a_model_of_one_stage_cannot_start_two(tmp_path, settings):
+    old = tmp_path / "old.safetensors"
+    run(old, settings(nested_fraction=0))
+    with pytest.raises(BadWeightsError, match="does not fit"):
+        run(tmp_path / "ssl.safetensors", settings(), init=old)
+
+
+def test_a_parent_that_is_not_found_is_said_and_the_whole_scan_searched(tmp_path, settings, caplog):
+    out = tmp_path / "ssl.safetensors"
+    run(out, settings())
+    model = predict.load(out, settings())
+    model.first.run = lambda image, **_: predict.Prediction(np.stack([np.ones(SHAPE), np.zeros(SHAPE)]))
+    found = model.run(case("a").image)
+    assert found.notes == ("liver was not found; the whole scan was searched for tumour",)
+    assert found.values[2].max() > 0
+    assert np.allclose(found.values.sum(0), 1, atol=1e-5)
+
+
+def test_scans_without_tumours_without_liver_or_without_any_are_no_obstacle(tmp_path, settings, caplog):
+    caplog.set_level(logging.INFO)
+    cases = [case("a"), case("bb", tumour=False), case("ccc", liver=False), case("dddd", tumour=False, liver=False)]
+    run(tmp_path / "ssl.safetensors", settings(), cases)
+    assert "tumour is labelled in 2 of 4 scans" in caplog.text
+
+
+def test_without_a_labelled_tumour_synthetic_ones_are_learned_and_one_label_is_enough(tmp_path, settings, caplog):
+    result = run(tmp_path / "ssl.safetensors", settings(nested_synthetic=1), [case("a", tumour=False)])
+    assert result["classes"]["tumour"][0] is not None
+    off = run(tmp_path / "off.safetensors", settings(nested_synthetic=0), [case("a", tumour=False)])
+    assert off["classes"]["tumour"][0] is None
+    assert "tumour" not in off["not_learned"]
+
+
+def test_without_a_labelled_parent_there_is_one_network(tmp_path, settings, caplog):
+    empty = case("a", tumour=False, liver=False)
+    run(tmp_path / "ssl.safetensors", settings(), [empty])
+    assert "no labelled scan shows liver: no second stage for tumour" in caplog.text
+    assert "stages" not in read_metadata(tmp_path / "ssl.safetensors")
+
+
+def test_promoted_cases_keep_their_weights_in_the_second_stage(tmp_path, settings, monkeypatch):
+    seen = []
+    real = engine.train
+    monkeypatch.setattr(
+        engine, "train", lambda labelled, *a, **k: seen.append(list(labelled)) or real(labelled, *a, **k)
+    )
+    promoted = replace(case("bb"), weight=0.5, voxel_weight=np.full(SHAPE, 0.25, np.float16))
+    run(tmp_path / "ssl.safetensors", settings(), [case("a"), promoted])
+    human, machine = seen[1]
+    assert human.voxel_weight is None
+    assert machine.weight == 0.5
+    assert (np.asarray(machine.voxel_weight) == 0.25).all()
+
+
+def test_a_model_of_other_nesting_is_refused(tmp_path, settings):
+    out = tmp_path / "ssl.safetensors"
+    run(out, settings())
+    with pytest.raises(BadWeightsError, match="liver as the parents of nested labels"):
+        predict.load(out, settings(nested=""))
+
+
+def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path, settings):
+    clean = case("ccc")
+    poisoned = replace(clean, label=np.full(SHAPE, 2, np.uint8))
+    hashes = []
+    for n, free in enumerate((clean, poisoned)):
+        out = tmp_path / f"{n}.safetensors"
+        run(out, settings(ssl_method="mean_teacher"), free=[free])
+        hashes.append(sha256(out))
+    assert hashes[0] == hashes[1]
