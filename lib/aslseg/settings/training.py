@@ -158,7 +158,7 @@ class NestedSettings(Section):
 
     nested_fraction: float = setting(
         0.0,
-        "Fraction of the SSL network's training steps that a network of its own for nested labels gets (docs/nested.md); "
+        "Fraction of the SSL network's steps that a network of its own for nested labels gets (docs/nested.md); "
         "0: one network learns all labels",
         example="0.6",
         ge=0,
