@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException
+from monailabel.config import settings as platform
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -48,7 +49,7 @@ class RequestGuard:
     ) -> None:
         self.app, self.max_bytes, self.stall_seconds = app, max_bytes, stall_seconds
         self.hosts = {"localhost", socket.gethostname().lower(), *(h.lower() for h in hosts)}
-        self.origins = {o.rstrip("/").lower() for o in origins}
+        self.origins = {origin.lower() for origin in origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with 400, 403 or 413, or pass the request on."""
@@ -121,8 +122,9 @@ def _length(headers: Headers) -> int:
 
 
 def install_guard(host: FastAPI, settings: Settings) -> None:
-    """Put the guard in front, and MONAI Label's CORS headers for every origin away."""
-    origins = _listed(settings.origins)
+    """Put the guard in front, in place of MONAI Label's CORS headers, which allow every origin by default."""
+    allowed = [*_listed(settings.origins), *map(str, platform.MONAI_LABEL_CORS_ORIGINS)]
+    origins = [origin.rstrip("/") for origin in allowed]
     host.user_middleware[:] = [
         Middleware(RequestGuard, hosts=_listed(settings.hosts), origins=origins, max_bytes=settings.max_upload_gb * 1e9)
     ]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 BEFORE = """
 import json, os, threading
 from pathlib import Path
-from aslseg.serving.priority import AHEAD, ROUND, step_back
+from aslseg.serving.priority import AHEAD, ROUND, lower_priority
 os.setpriority(os.PRIO_PROCESS, 0, START)
 own, ready, end = threading.get_native_id(), threading.Event(), threading.Event()
 other = threading.Thread(target=lambda: (ready.set(), end.wait()))
@@ -52,16 +52,16 @@ def run(code: str, start: int = HERE) -> list[int]:
 
 
 def test_a_thread_steps_back_alone() -> None:
-    assert run("step_back(AHEAD)" + AFTER) == [19, HERE]
+    assert run("lower_priority(AHEAD)" + AFTER) == [19, HERE]
 
 
 def test_a_process_steps_back_with_all_its_threads() -> None:
-    assert run("step_back(ROUND, whole=True)" + AFTER) == [max(10, HERE)] * 2
+    assert run("lower_priority(ROUND, whole=True)" + AFTER) == [max(10, HERE)] * 2
 
 
 def test_nobody_becomes_more_urgent() -> None:
     start = max(15, HERE)
-    assert run("step_back(ROUND, whole=True)" + AFTER, start) == [start] * 2
+    assert run("lower_priority(ROUND, whole=True)" + AFTER, start) == [start] * 2
 
 
 def test_a_round_has_what_annotators_leave() -> None:

@@ -31,6 +31,7 @@ def _quick(monkeypatch):
 def settings(tiny_settings):
     def make(**changes: object):
         nested = {"labels": "liver,tumour", "nested": "tumour:liver", "nested_margin": 4, "network": "unet"}
+        nested |= {"nested_fraction": 0.6}
         sizes = {"ssl_method": "supervised", "batch_labelled": 1, "batch_unlabelled": 1, "overlap": 0}
         return tiny_settings(**{**nested, **sizes, **changes})
 

@@ -145,4 +145,4 @@ def test_what_it_refuses(small: Prepared, tiny_file: Path, tmp_path: Path, setti
         canvas.load(tiny_file, settings)
     canvas.train([small], settings.model_copy(update={"sam_iterations": 0}), out, init=tiny_file)
     with pytest.raises(BadWeightsError, match=r"segments 2 labels \(liver, tumour\), settings name 1 \(heart\)"):
-        canvas.load(out, settings.model_copy(update={"labels": "heart"}))
+        canvas.load(out, settings.model_copy(update={"labels": ("heart",)}))

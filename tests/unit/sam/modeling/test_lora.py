@@ -84,7 +84,7 @@ def test_cfrs_files_are_recognised_and_merged(cfr: tuple[Path, dict, Settings], 
     path, whole, settings = cfr
     found = read(path, settings)
     assert (found.kind, found.lora, found.missing, found.unexpected) == ("cfr_lora", 4, (), ())
-    assert found.architecture == replace(tiny.architecture, masks=2, canvas=True, scaling="zscore")
+    assert found.architecture == replace(tiny.architecture, masks=2, canvas=True).with_conventions(scaling="zscore")
     for key, value in whole.items():
         torch.testing.assert_close(found.state[key], value, atol=1e-6, rtol=1e-6)
     model = canvas.load(path, settings)
