@@ -200,6 +200,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     conf = {"labels": "liver,tumour", "nested": "tumour:liver", "modality": "ct", "ssl_method": "supervised"}
+    conf |= {"nested_fraction": "0.6"}
     settings = load_settings(conf | dict(pair.split("=", 1) for pair in arguments.conf), env={})[0]
     torch.set_num_threads(settings.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
     arguments.out.mkdir(parents=True, exist_ok=True)
