@@ -95,6 +95,8 @@ def _flag(value: Any) -> Any:
     return found
 
 
+MEANING = {"undo": "expected how many of the last clicks to leave out, from 0"}
+
 Number = Annotated[int | float, BeforeValidator(_number)]
 Numbers = Annotated[list[Number], Field(max_length=MAX_POINTS)]
 Points = Annotated[list[Annotated[list[Number], Field(min_length=3, max_length=3)]], Field(max_length=MAX_POINTS)]
@@ -184,7 +186,8 @@ def _refusal(error: ErrorDetails) -> RefusedError:
     if error["type"] == "too_long" and len(error["loc"]) == 1:
         limit = error["ctx"]["max_length"]
         return RefusedError(f"{name}: more than {limit} entries; save the label and go on with new clicks", 413)
-    text = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    text = MEANING.get(name) or str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    text = text.replace("a valid ", "a ")
     return RefusedError(f"{name}: {text[:1].lower()}{text[1:]}, got {str(error['input'])[:80]!r}")
 
 
