@@ -17,7 +17,7 @@ from pathlib import Path
 from aslseg.serving.priority import AHEAD, ROUND, lower_priority
 os.setpriority(os.PRIO_PROCESS, 0, START)
 own, ready, end = threading.get_native_id(), threading.Event(), threading.Event()
-other = threading.Thread(target=lambda: (ready.set(), end.wait()))
+other = threading.Thread(target=lambda: (ready.set(), end.wait()), daemon=True)
 other.start()
 ready.wait()
 def niceness():
@@ -29,7 +29,7 @@ end.set()
 """
 TRAINER = """
 from aslseg.serving.trainers import Trainer
-from aslseg.settings import Places, load_settings
+from aslseg.settings import Paths, load_settings
 settings, _ = load_settings({}, env={})
 def work(studies, settings, report):
     import subprocess, sys
@@ -37,7 +37,7 @@ def work(studies, settings, report):
     print(json.dumps([*niceness().values(), int(subprocess.run(child, capture_output=True, check=True).stdout)]))
     end.set()
     return {}
-Trainer(settings, Places(settings, Path(".")), work, "")({}, None)
+Trainer(settings, Paths(settings, Path(".")), work, "")({}, None)
 """
 
 
@@ -46,7 +46,7 @@ HERE = os.getpriority(os.PRIO_PROCESS, 0) if hasattr(os, "getpriority") else 0  
 
 def run(code: str, start: int = HERE) -> list[int]:
     script = BEFORE.replace("START", str(start)) + code
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout))
 
