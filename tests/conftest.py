@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tiny_server import TINY, TINY_SHAPE
+
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 300
 
@@ -169,21 +171,6 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     yield begin
     for server in running:
         server.stop()
-
-
-# the smallest settings with which every stage really trains
-TINY = {
-    "ssl_iterations": 70,
-    "retrain_iterations": 5,
-    "sam_iterations": 2,
-    "adapter_iterations": 8,
-    "patch_voxels": 16000,
-    "batch_unlabelled": 1,
-    "batch_labelled": 1,
-    "sam_batch": 2,
-    "overlap": 0.25,
-}
-TINY_SHAPE = (56, 48, 24)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import requests
 from aslseg.rounds.ledger import Ledger
 from aslseg.serving.tokens import ROLES, new_token_line
 from aslseg.volume.phantom import write_studies
-from conftest import TINY, TINY_SHAPE
+from tiny_server import TINY, TINY_SHAPE
 
 CASE = "phantom_000"
 OPEN = {"/", "/docs", "/openapi.json", "/favicon.ico", "/aslseg/health", "/auth/", "/auth/token"}

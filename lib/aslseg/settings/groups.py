@@ -35,7 +35,7 @@ GROUPS = {
 def relevant(settings: Settings, *groups: str) -> dict[str, Any]:
     """The settings that a step depends on: its groups and everything that belongs to no group.
 
-    Without nested labels the second stage's settings do not count.
+    Without a second stage, or without nested labels, its settings do not count.
 
     Steps are found again by the hash of this, so names and words stay those of version 0.1, with the values of
     settings that have become constants since.
@@ -43,7 +43,7 @@ def relevant(settings: Settings, *groups: str) -> dict[str, Any]:
     left_out = set().union(*(names for group, names in GROUPS.items() if group not in groups))
     for group in groups:
         left_out -= GROUPS[group]
-    if not any(parent is not None for parent in settings.label_set.parents):
+    if not settings.nested_fraction or not any(parent is not None for parent in settings.label_set.parents):
         left_out |= _NESTED
     values = settings.model_dump(exclude=left_out | GROUPS["machine"])
     if values.get("sam_train") == "med2d_adapter":
