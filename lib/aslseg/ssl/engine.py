@@ -362,13 +362,14 @@ def _run(trainer: Trainer, monitor: TrainingMonitor, path: Path, owner: str, log
 
 def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str, Any]:
     """What a model file says about itself."""
-    settings = trainer.settings
+    settings, options = trainer.settings, dict(trainer.batches.network)
     return {
         "kind": "ssl",
         "labels": list(settings.label_set.names),
         "network": settings.network,
         "method": settings.ssl_method,
-        "options": dict(trainer.batches.network),
+        # only where there are any: checkpoints are recognised by what is said here
+        **({"options": options} if options else {}),
         "outputs": len(settings.label_set) + 1 + trainer.method.extra_outputs,
         "patch": list(trainer.patch),
         "flips": settings.flips,
