@@ -5,6 +5,7 @@ Truth is read here only, after a round has ended; the rounds see the studies fol
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import time
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from aslseg.agreement.evaluate import METRICS, evaluate_folders
+from aslseg.agreement.evaluate import METRICS, evaluate_folders, plus_minus
 from aslseg.agreement.measures import compare
 from aslseg.compute.overlap import dice
 from aslseg.files import write_json
@@ -173,7 +174,7 @@ def table(result: dict[str, Any], names: list[str]) -> str:
         for stage, summary in row["heldout"].items():
             for name in names:
                 s = summary[name]
-                cells = " | ".join(_cell(s[m], 3 if m in ("dice", "jaccard") else 2) for m in METRICS)
+                cells = " | ".join(plus_minus(s[m], 3 if m in ("dice", "jaccard") else 2) for m in METRICS)
                 lines.append(f"| {row['round']} | {stage} | {name} | {cells} | {s['dice']['n']} |")
     lines += [
         "",
@@ -202,11 +203,14 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _cell(metric: dict[str, Any], digits: int) -> str:
-    if metric["mean"] is None:
-        return "-"
-    spread = "" if metric["std"] is None else f" ± {metric['std']:.{digits}f}"
-    return f"{metric['mean']:.{digits}f}{spread}"
+def arguments_of(doc: str | None, data_set: str) -> argparse.Namespace:
+    """The command line of an experiment: ``data``, ``out``, ``rounds``, and ``conf`` as ``KEY=VALUE``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / data_set)
+    parser.add_argument("--out", type=Path, default=Path("work") / data_set)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")
+    return parser.parse_args()
 
 
 def pictures(experiment: Experiment, settings: Settings, row: dict[str, Any]) -> None:

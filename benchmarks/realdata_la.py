@@ -8,7 +8,6 @@ scans lies outside the studies folder and is read for scoring only. About 50 min
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import nibabel as nib
@@ -16,7 +15,7 @@ import numpy as np
 
 from aslseg.types import Volume
 from aslseg.volume.io import read_image, write_image, write_label
-from realdata import Experiment, run_experiment
+from realdata import Experiment, arguments_of, run_experiment
 
 LABELLED, UNLABELLED, HELD_OUT = 8, 40, 16
 CONF = {"labels": "atrium", "modality": "mr", "spacing": "native", "promote_threshold": "0.85"}
@@ -49,12 +48,7 @@ def build(data: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / "la")
-    parser.add_argument("--out", type=Path, default=Path("work/la"))
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, "la")
     conf = CONF | dict(pair.split("=", 1) for pair in arguments.conf)
     experiment = Experiment("la", "Left atrium, MR, half resolution", arguments.out, conf, arguments.rounds)
     if not (arguments.out / "heldout").exists():

@@ -8,11 +8,10 @@ unlabelled: the rest. Nine labelled volumes of four patients show that the loop 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
-from realdata import Experiment, run_experiment
+from realdata import Experiment, arguments_of, run_experiment
 
 LABELLED, HELD_OUT, UNLABELLED = (0, 1, 4), (6, 7, 8, 9, 10), (5, 11, 12, 13)
 # Patient 4 holds nearly all of the labelled tumour and must be trained on; the other labelled patient judges.
@@ -36,12 +35,7 @@ def build(data: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / "lits")
-    parser.add_argument("--out", type=Path, default=Path("work/lits"))
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, "lits")
     conf = CONF | dict(pair.split("=", 1) for pair in arguments.conf)
     if not (arguments.out / "heldout").exists():
         build(arguments.data, arguments.out)

@@ -94,7 +94,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     lesions = [f"| {kind} | true | found | recall | predicted | F1 | false a scan |", "|---" * 7 + "|"]
     for name in result["labels"]:
         summary = result["summary"][name]
-        values = [_plus_minus(summary[m], 2 if m in DISTANCES else 3) for m in METRICS]
+        values = [plus_minus(summary[m], 2 if m in DISTANCES else 3) for m in METRICS]
         lines.append(f"| {name} | {summary['dice']['n']} | {' | '.join(values)} |")
         found = summary["lesions"]
         rates = [_number(found[k]) for k in ("recall", "f1", "false_per_scan")]
@@ -174,7 +174,8 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _plus_minus(value: dict[str, Any], digits: int) -> str:
+def plus_minus(value: dict[str, Any], digits: int) -> str:
+    """Mean ± sample standard deviation of an entry of the summary, or a dash without values."""
     if value["mean"] is None:
         return "–"
     spread = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
