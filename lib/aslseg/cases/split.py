@@ -1,4 +1,4 @@
-"""Who is trained on and who judges: by patient, by a stable hash, human labels only."""
+"""The split into training and validation: by patient, by a stable hash, human labels only."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def split(studies: Studies, fraction: float, before: Collection[str] = ()) -> li
             f"or put label files into {studies.root}/labels/final"
         )
     labelled = {studies.patients[c] for c in studies.final}
-    judges = validation_patients(labelled, fraction, studies.fixed_roles, before)
+    validation = validation_patients(labelled, fraction, studies.fixed_roles, before)
     cases = []
     for case, image in studies.images.items():
         patient = studies.patients[case]
         if case in studies.final:
-            role = "validation" if patient in judges else "train"
+            role = "validation" if patient in validation else "train"
             cases.append(Case(case, image, patient, role, studies.final[case]))  # type: ignore[arg-type]
-        elif patient not in judges:
+        elif patient not in validation:
             cases.append(Case(case, image, patient, "unlabelled"))
     return cases
