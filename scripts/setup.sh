@@ -32,7 +32,8 @@ setup() {
             fi
         fi
         echo "Installing packages (several minutes and 7 GB the first time) ..."
-        "$ROOT/.venv/bin/python" -m pip install --quiet -r "$ROOT/requirements.txt" || exit 1
+        # bytecode is made at the first import, for what is imported; making all of it takes as long as the rest
+        "$ROOT/.venv/bin/python" -m pip install --quiet --no-compile -r "$ROOT/requirements.txt" || exit 1
         "$ROOT/.venv/bin/python" -m pip install --quiet --no-deps -e "$ROOT" || exit 1
         echo "$stamp" > "$ROOT/.venv/aslseg.stamp"
     fi

@@ -256,13 +256,13 @@ def _finished(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Class or region probabilities, and uncertainty; slice by slice, so that no second copy of them is held."""
     labels = settings.label_set
-    doubt = np.empty(p.shape[1:], np.float32) if uncertainty else None
+    entropies = np.empty(p.shape[1:], np.float32) if uncertainty else None
     for i in range(p.shape[1]):
-        if doubt is not None:
-            doubt[i] = entropy(torch.from_numpy(p[:, i])).numpy()
+        if entropies is not None:
+            entropies[i] = entropy(torch.from_numpy(p[:, i])).numpy()
         if regions:
             p[:-1, i] = labels.region_probabilities(p[:, i])
-    return (p[:-1] if regions else p), doubt
+    return (p[:-1] if regions else p), entropies
 
 
 def entropy(probabilities: Tensor) -> Tensor:
