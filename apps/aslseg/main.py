@@ -24,18 +24,20 @@ class Aslseg(app.ServedApp, MONAILabelApp):
     """The app that MONAI Label finds here: the first name of this file that has MONAILabelApp as a direct base."""
 
     def init_infers(self) -> dict[str, InferTask]:
-        """Slicer runs the first one by itself on the next sample."""
+        """Slicer runs the first one by itself on the next sample, in place of the mask that it has loaded."""
+        # CFR publishes no adaptation network
+        last = ModelKind.SSL if self.settings.recipe == "cfr" else ModelKind.ADAPTER
         scans = CascadeCache(Models(self.settings, self.paths))
         clicks = ClickSessions(scans.models)
         self._watch(scans, clicks)
         return {
-            "ssl": MaskTask(scans, ModelKind.SSL, (ModelKind.SSL,), "Automatic mask of the semi-supervised network"),
             "aslseg": CascadeTask(
                 scans,
-                ModelKind.ADAPTER,
-                (ModelKind.SSL, ModelKind.ADAPTER),
-                "Automatic mask, redrawn by SAM and refined by the adaptation network",
+                last,
+                (ModelKind.SSL, last),
+                "The best automatic mask: the one that the last round stored, or redrawn by SAM and refined now",
             ),
+            "ssl": MaskTask(scans, ModelKind.SSL, (ModelKind.SSL,), "Automatic mask of the semi-supervised network"),
             "adapter": AdapterTask(
                 scans,
                 ModelKind.ADAPTER,
@@ -74,9 +76,9 @@ class Aslseg(app.ServedApp, MONAILabelApp):
         lowest = "Lowest agreement first: where a human helps most"
         highest = "Highest agreement first: quick confirmations"
         return {
-            "agreement": ByAgreement(ledger, self.leases, False, lowest),
-            "confirm": ByAgreement(ledger, self.leases, True, highest),
-            "random": Random(self.leases, np.random.default_rng()),
+            "agreement": ByAgreement(ledger, self.leases, self.scan_checks, False, lowest),
+            "confirm": ByAgreement(ledger, self.leases, self.scan_checks, True, highest),
+            "random": Random(self.leases, self.scan_checks, np.random.default_rng()),
         }
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:

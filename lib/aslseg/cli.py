@@ -134,9 +134,9 @@ def round_(
 
 @app.command()
 def rank(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
-    """Agreement of every scan without a human label, lowest first, with the published models."""
+    """Agreement of every scan without a human label, lowest first; measured again where scan or models have changed."""
     settings = _ready(conf)
-    from aslseg.rounds.run import rank_studies
+    from aslseg.rounds.ranking import rank_studies
 
     with console.progress() as report:
         scores = rank_studies(studies, settings, report)

@@ -1,5 +1,7 @@
+import hashlib
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,82 @@ def test_paths_of_a_dicomweb_address(tmp_path):
     assert paths.ledger.is_relative_to(paths.models)
     assert Paths(Settings(model_dir=str(tmp_path)), "http://127.0.0.1:8042/dicom-web").models == tmp_path
     assert Paths(Settings(home=str(tmp_path / "h")), "http://x").cache == tmp_path / "h" / "cache"
+
+
+@pytest.fixture
+def app_folder(tmp_path, monkeypatch):
+    """Models go below this folder, not below the checkout's app."""
+    monkeypatch.setenv("ASLSEG_APP_DIR", str(tmp_path / "app"))
+    return tmp_path / "app"
+
+
+def used(studies, **conf):
+    """A studies folder from which something was published."""
+    studies.mkdir(parents=True, exist_ok=True)
+    paths = Paths(Settings(**conf), studies)
+    paths.remember_models()
+    return paths
+
+
+def test_models_are_found_again_when_the_studies_folder_is_moved(tmp_path, app_folder):
+    models = used(tmp_path / "old").models
+    assert models.parent == app_folder / "model"
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "old").rename(tmp_path / "disk" / "new name")
+    moved = Paths(Settings(), tmp_path / "disk" / "new name")
+    assert moved.models == models
+    moved.remember_models()
+    (tmp_path / "disk").rename(tmp_path / "disk2")
+    assert Paths(Settings(), tmp_path / "disk2" / "new name").models == models, "a second time"
+
+
+def test_a_folder_of_the_version_before_has_its_models_where_they_were(tmp_path, app_folder):
+    """It has no models.json; the key is that of its absolute path."""
+    studies = tmp_path / "studies"
+    key = hashlib.sha256(str(studies).encode()).hexdigest()[:8]
+    assert Paths(Settings(), studies).models == app_folder / "model" / f"studies-{key}"
+    assert used(studies).models == app_folder / "model" / f"studies-{key}"
+
+
+@pytest.mark.parametrize("home", ["", "state"])
+def test_a_copy_of_a_studies_folder_has_models_of_its_own(tmp_path, app_folder, home):
+    inside = lambda studies: {"home": str(studies / home)} if home else {}  # noqa: E731
+    first = used(tmp_path / "a", **inside(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    copied = Paths(Settings(**inside(tmp_path / "b")), tmp_path / "b")
+    assert copied.models != first.models
+    copied.remember_models()
+    assert Paths(Settings(**inside(tmp_path / "b")), tmp_path / "b").models == copied.models
+    assert Paths(Settings(**inside(tmp_path / "a")), tmp_path / "a").models == first.models
+
+
+def test_a_home_elsewhere_follows_a_folder_that_was_moved(tmp_path, app_folder):
+    conf = {"home": str(tmp_path / "home")}
+    first = used(tmp_path / "a", **conf)
+    (tmp_path / "b").mkdir()
+    assert Paths(Settings(**conf), tmp_path / "b").models != first.models, "another folder with the same home"
+    (tmp_path / "b").rmdir()
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert Paths(Settings(**conf), tmp_path / "b").models == first.models
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"folder": "../../etc", "studies": "/x"}', '{"folder": "..", "studies": "/x"}', "\xff"]
+)
+def test_what_is_no_name_of_a_folder_is_passed_over(tmp_path, app_folder, text):
+    studies = tmp_path / "studies"
+    (studies / ".aslseg").mkdir(parents=True)
+    plain = Paths(Settings(), studies).models
+    (studies / ".aslseg" / "models.json").write_text(text, encoding="latin-1")
+    assert Paths(Settings(), studies).models == plain
+
+
+def test_a_model_dir_of_the_settings_is_used_as_it_is(tmp_path, app_folder):
+    conf = {"model_dir": str(tmp_path / "models")}
+    assert used(tmp_path / "a", **conf).models == tmp_path / "models"
+    assert not (tmp_path / "a" / ".aslseg" / "models.json").exists()
+    used(tmp_path / "a")
+    assert Paths(Settings(**conf), tmp_path / "a").models == tmp_path / "models"
 
 
 def test_groups_name_existing_settings_once() -> None:

@@ -57,7 +57,8 @@ def manifest(paths: Paths) -> dict[str, dict[str, Any]]:
 
 
 def put_manifest(paths: Paths, models: dict[str, dict[str, Any]]) -> None:
-    """Replace the manifest; from then on these models are served."""
+    """Replace the manifest; from then on these models are served, wherever the studies folder is moved."""
+    paths.remember_models()
     write_json(paths.models / "manifest.json", {"models": models})
 
 

@@ -24,6 +24,12 @@ from aslseg.files import atomic_file, write_json
 logger = logging.getLogger(__name__)
 
 
+def folder_name(name: str, inputs: dict[str, Any]) -> str:
+    """The name of the folder of a step with these inputs."""
+    text = json.dumps([name, inputs], sort_keys=True)
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+
+
 class ArtefactStore:
     """The artefact folders of a studies folder.
 
@@ -37,8 +43,7 @@ class ArtefactStore:
 
     def folder(self, name: str, inputs: dict[str, Any]) -> Path:
         """The folder of a step with these inputs, made if new."""
-        text = json.dumps([name, inputs], sort_keys=True)
-        folder = self.root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+        folder = self.root / folder_name(name, inputs)
         if not (folder / "inputs.json").exists():
             write_json(folder / "inputs.json", inputs)
         self.used.add(folder.name)
@@ -82,28 +87,40 @@ class CachedProbabilities:
         self.folder, self.make = folder, make
 
     def __call__(self, case: Prepared) -> np.ndarray:
-        path = self._path(case)
-        kept = self._read(path)
+        kept = read_probabilities(self.folder, case.id, case.image_hash)
         if kept is None:
-            kept = np.rint(np.clip(self.make(case), 0, 1) * 255).astype(np.uint8)
-            with atomic_file(path) as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, regions=kept)
-        return kept.astype(np.float32) / np.float32(255)
+            made = np.rint(np.clip(self.make(case), 0, 1) * 255).astype(np.uint8)
+            with atomic_file(self._path(case)) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, regions=made)
+            kept = made.astype(np.float32) / np.float32(255)
+        return kept
 
     def has(self, case: Prepared) -> bool:
         """Whether it is on disk already."""
         return self._path(case).exists()
 
     def _path(self, case: Prepared) -> Path:
-        return self.folder / f"{case.id}-{case.image_hash[:12]}.npz"
+        return _path(self.folder, case.id, case.image_hash)
 
-    @staticmethod
-    def _read(path: Path) -> np.ndarray | None:
-        if not path.exists():
-            return None
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return np.asarray(file["regions"])
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-            logger.warning("%s is damaged (%s); computed again", path.name, type(error).__name__)
-            return None
+
+def read_probabilities(folder: Path, case: str, image_hash: str) -> np.ndarray | None:
+    """Region probabilities (R, i, j, k) float32 of a case; None if they are not there, or damaged.
+
+    Args:
+        folder: Of the step.
+        case: Id of the scan.
+        image_hash: SHA-256 of its file.
+    """
+    path = _path(folder, case, image_hash)
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return np.asarray(file["regions"]).astype(np.float32) / np.float32(255)
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        logger.warning("%s is damaged (%s); computed again", path.name, type(error).__name__)
+        return None
+
+
+def _path(folder: Path, case: str, image_hash: str) -> Path:
+    return folder / f"{case}-{image_hash[:12]}.npz"

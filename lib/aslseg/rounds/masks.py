@@ -6,6 +6,7 @@ and then carried out by :func:`sync_label_files`, which can be run again after a
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -133,15 +134,35 @@ def human_labels(root: Path) -> set[str]:
     return {case_id(p) for p in folder.iterdir() if extension(p)} if folder.is_dir() else set()
 
 
+def unwritable_labels(studies: Studies) -> str | None:
+    """Why machine masks cannot be shown: their folders cannot be written, as on a share with read-only scans."""
+    folders = [studies.label_path(tag, "").parent for tag in (PSEUDO, ORIGINAL)]
+    closed = [folder for folder in folders if not _writable(folder)]
+    if not closed:
+        return None
+    return (
+        f"{closed[0]} cannot be written: models are trained and published, but machine masks stay in the home folder "
+        "and no client shows them. Give this user write access to it"
+    )
+
+
+def _writable(folder: Path) -> bool:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return os.access(existing, os.W_OK | os.X_OK)
+
+
 def sync_label_files(ledger: Ledger, studies: Studies, paths: Paths) -> list[str]:
     """Bring the label files in line with the ledger; can be repeated at any time.
+
+    A folder that cannot be written is passed over; a later call, once it can be, brings it in line.
 
     Returns:
         What was written or removed, as ``tag/case``.
     """
     store, human, changed = MaskStore(paths.home), human_labels(studies.root), []
     for tag in (PSEUDO, ORIGINAL):
-        for case, event in sorted(ledger.masks(tag).items()):
+        masks = ledger.masks(tag) if _writable(studies.label_path(tag, "").parent) else {}
+        for case, event in sorted(masks.items()):
             if case not in studies.images or (case in human and event.kind == "mask"):
                 continue
             if _sync_one(studies.label_path(tag, case), event, store):

@@ -26,6 +26,7 @@ from aslseg.rounds.artefacts import ArtefactStore, CachedProbabilities
 from aslseg.rounds.cases import RoundCases
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.masks import MaskStore
+from aslseg.rounds.predictions import PREDICTION_STEPS, prediction_inputs
 from aslseg.rounds.progress import Progress
 from aslseg.sam.cfr import canvas
 from aslseg.sam.modeling import build as sam_build
@@ -34,31 +35,6 @@ from aslseg.settings import Paths, Settings, relevant
 from aslseg.ssl import training
 from aslseg.types import ProgressCallback
 from aslseg.volume.io import read_image, require_free_disk
-
-
-@dataclass(frozen=True)
-class PredictionStep:
-    """How the predictions of a kind of model are named on disk; another name would not find those made before.
-
-    Attributes:
-        name: First part of the folder's name.
-        output: Key of this folder among the inputs of later steps.
-        settings: Groups of settings that the result depends on.
-        single: Settings beside the groups that it depends on.
-    """
-
-    name: str
-    output: str
-    settings: tuple[str, ...] = ()
-    single: tuple[str, ...] = ()
-
-
-PREDICTION_STEPS = {
-    ModelKind.SSL: PredictionStep("predict", "regions", ("predict",)),
-    ModelKind.SAM: PredictionStep("redraw", "redrawn", ("prompts",)),
-    ModelKind.ADAPTER: PredictionStep("refine", "refined", ("predict",)),
-    ModelKind.CANVAS: PredictionStep("draw", "drawn", single=("sam_canvas",)),
-}
 
 
 @dataclass(frozen=True)
@@ -212,21 +188,16 @@ class RoundPipeline:
             kind: The last model.
             models: It, and those that it needs.
         """
-        step, settings = PREDICTION_STEPS[kind], self.settings
+        settings = self.settings
         before = {need: self.predict(need, models) for need in NEEDS[kind]}
-        inputs = {
-            kind.value: models.sha256(kind),
-            "settings": relevant(settings, *step.settings),
-            **{PREDICTION_STEPS[need].output: maps.folder.name for need, maps in before.items()},
-            **{name: getattr(settings, name) for name in step.single},
-        }
+        inputs = prediction_inputs(kind, models, settings)
         get_model = _once(partial(load_model, kind, models[kind], settings))
 
         def make(case: Prepared) -> np.ndarray:
             given = {need: maps(case) for need, maps in before.items()}
             return compute(kind, get_model(), self._input(case), given, settings).regions
 
-        return CachedProbabilities(self.artefacts.folder(step.name, inputs), make)
+        return CachedProbabilities(self.artefacts.folder(PREDICTION_STEPS[kind].name, inputs), make)
 
     def consensus(self, first: CachedProbabilities, second: CachedProbabilities) -> CachedProbabilities:
         """The mean of the SSL model's and the adaptation network's probabilities."""

@@ -20,6 +20,7 @@ from aslseg.rounds.gate import publish_better
 from aslseg.rounds.ledger import Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
 from aslseg.rounds.pipeline import Promoted, RoundPipeline
+from aslseg.rounds.ranking import settings_key
 from aslseg.types import ProgressCallback
 
 
@@ -99,20 +100,32 @@ def conclude(
     }
 
 
-def assess(state: RoundState, report: ProgressCallback) -> None:
-    """Compare both networks' masks of every scan without a human label, judge its mask, and record the agreement.
+def assess(
+    state: RoundState,
+    report: ProgressCallback,
+    cases: Sequence[Prepared] | None = None,
+    kept: Sequence[Score] = (),
+) -> None:
+    """Compare both networks' masks of scans without a human label, judge each mask, and record the agreement.
 
     Everything is measured on the working grid. Fills ``state.assessments`` and replaces the ledger's scores.
+
+    Args:
+        state: The round.
+        report: Called with (done, total).
+        cases: The scans; by default every one without a human label.
+        kept: Scores of other scans that stay.
     """
     p = state.pipeline
-    cases = p.cases.without_label
+    cases = p.cases.without_label if cases is None else cases
+    settings = settings_key(p.settings)
     for done, case in enumerate(cases, 1):
         agreement = compare(p.decode(state.ssl_maps(case)), p.decode(state.second_maps(case)), p.labels)
         mask = p.decode(state.masks(case))
         verdict = judge(agreement, mask, case.grid.spacing, p.reference, p.settings, case.image.shape)
         state.assessments[case.id] = CaseAssessment(agreement, verdict)
         report(done, len(cases))
-    p.ledger.set_scores(
+    measured = [
         Score(
             case,
             p.number,
@@ -123,10 +136,12 @@ def assess(state: RoundState, report: ProgressCallback) -> None:
                 "promote": found.verdict.promote,
                 "reasons": list(found.verdict.reasons),
                 "models": state.models.hashes,
+                "settings": settings,
             },
         )
         for case, found in state.assessments.items()
-    )
+    ]
+    p.ledger.set_scores([*kept, *measured])
 
 
 def promotion_details(

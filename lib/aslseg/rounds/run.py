@@ -1,4 +1,4 @@
-"""Running a round, a single training or a ranking on a studies folder: lock, ledger, cases, progress, cleaning up."""
+"""Running a round or a single training on a studies folder: lock, ledger, cases, progress, cleaning up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.compute.hardware import resolved
 from aslseg.errors import AslsegError, DiskFullError
 from aslseg.files import FULL, write_json
-from aslseg.models.cascade import published_files
 from aslseg.models.files import ModelSet
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import find_published
@@ -23,10 +22,9 @@ from aslseg.rounds.cases import RoundCases, prepare_cases
 from aslseg.rounds.gate import publish_better
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.lock import round_lock
-from aslseg.rounds.masks import sync_label_files
+from aslseg.rounds.masks import sync_label_files, unwritable_labels
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress
-from aslseg.rounds.promotion import RoundState, assess
 from aslseg.settings import Paths, ResolvedSettings, Settings
 from aslseg.settings.paths import require_writable
 from aslseg.types import ProgressCallback, no_progress
@@ -78,6 +76,7 @@ def run_round(
         progress = Progress(paths.home / "progress.json", expected, report, number)
         with _record_outcome(progress, ledger, number):
             _remove_stale_temporaries(paths, found)
+            paths.remember_models()
             sync_label_files(ledger, found, paths)
             opened = {r.number: r.seq for r in ledger.rounds()}[number]
             cases = _cases(found, settings, paths, ledger, progress)
@@ -123,7 +122,7 @@ def train_stage(
     require_writable(settings, "home", "model_dir")
     paths, wanted = paths or Paths(settings, studies), ModelKind(kind)
     needed = PUBLISHED_KINDS[: PUBLISHED_KINDS.index(wanted) + 1]
-    with _opened(studies, settings, paths, report, ("prepare", *needed, "publish")) as pipeline:
+    with opened_pipeline(studies, settings, paths, report, ("prepare", *needed, "publish")) as pipeline:
         progress, promoted = pipeline.progress, pipeline.promoted_before()
         files = {}
         with progress.stage("ssl") as shown:
@@ -148,37 +147,8 @@ def train_stage(
     }
 
 
-def rank_studies(
-    studies: Path, settings: Settings, report: ProgressCallback = no_progress, *, paths: Paths | None = None
-) -> dict[str, float]:
-    """Measure the agreement of every scan without a human label with the published models, into the ledger.
-
-    Returns:
-        Case to mean agreement, lowest first.
-
-    Raises:
-        NoModelError: Nothing is published yet.
-    """
-    settings = resolved(settings)
-    require_writable(settings, "home")
-    paths = paths or Paths(settings, studies)
-    models = published_files(paths, ModelKind.ADAPTER)
-    stages = {ModelKind.SSL: "predict", ModelKind.SAM: "redraw", ModelKind.ADAPTER: "refine"}
-    with _opened(studies, settings, paths, report, ("prepare", *stages.values())) as pipeline:
-        maps = {}
-        for kind, stage in stages.items():
-            with pipeline.progress.stage(stage) as shown:
-                maps[kind] = pipeline.fill(pipeline.predict(kind, models), pipeline.cases.without_label, shown)
-        ssl_maps = maps[ModelKind.SSL]
-        state = RoundState(pipeline, models, ssl_maps, maps[ModelKind.ADAPTER], "ssl", ssl_maps)
-        assess(state, no_progress)
-        pipeline.progress.finish()
-    scores = ((case, found.agreement.mean) for case, found in state.assessments.items())
-    return dict(sorted(scores, key=lambda pair: (pair[1], pair[0])))
-
-
 @contextmanager
-def _opened(
+def opened_pipeline(
     studies: Path, settings: ResolvedSettings, paths: Paths, report: ProgressCallback, stages: Sequence[str]
 ) -> Iterator[RoundPipeline]:
     """Hold the studies folder for work that is no round, and give a pipeline over its cases."""
@@ -189,6 +159,7 @@ def _opened(
         expected = expected_seconds(found, settings, _last_summary(ledger))
         progress = Progress(paths.home / "progress.json", {s: expected[s] for s in stages}, report)
         with _record_outcome(progress, ledger, None):
+            paths.remember_models()
             cases = _cases(found, settings, paths, ledger, progress)
             yield RoundPipeline(paths, settings, ledger, cases, progress)
 
@@ -215,8 +186,12 @@ def expected_seconds(studies: Studies, settings: ResolvedSettings, before: dict[
 
 def _cases(studies: Studies, settings: Settings, paths: Paths, ledger: Ledger, progress: Progress) -> RoundCases:
     before = ledger.validation_patients()
+    unwritable = unwritable_labels(studies)
+    if unwritable:
+        logger.warning("%s", unwritable)
     with progress.stage("prepare") as shown:
         cases = prepare_cases(studies, settings, paths, before, shown)
+    cases.warnings += [unwritable] if unwritable else []
     new = sorted({c.patient for c in cases.validation} - before)
     ledger.append([Entry("validation", details={"patient": p}) for p in new])
     return cases

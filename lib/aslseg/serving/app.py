@@ -20,6 +20,7 @@ from monailabel.utils.sessions import SessionInfo, Sessions
 from starlette.middleware import Middleware
 
 from aslseg import __version__
+from aslseg.cases.scan_checks import ScanChecks
 from aslseg.errors import AslsegError, BadSettingsError
 from aslseg.models.kinds import PUBLISHED_KINDS
 from aslseg.models.published import find_published
@@ -29,9 +30,10 @@ from aslseg.serving.embed import embed_studies
 from aslseg.serving.exposure import bound_host, require_safe_exposure
 from aslseg.serving.guard import install_guard
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.infer import BatchInference, InferenceRequest, answer, request_from_mapping
+from aslseg.serving.infer import BatchInference, InferenceRequest, answer, request_from_mapping, without_model
 from aslseg.serving.logs import configure_logs
 from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies
+from aslseg.serving.scan_watch import watch_headers
 from aslseg.serving.strategies import Leases
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
@@ -61,6 +63,7 @@ class ServedApp(MONAILabelApp):
             refuse_to_start(str(error), 2)
         self.paths = Paths(self.settings, studies)
         self.leases = Leases()
+        self.scan_checks = ScanChecks(self.settings.max_voxels)
         self.metrics = Metrics()
         try:
             super().__init__(
@@ -84,7 +87,9 @@ class ServedApp(MONAILabelApp):
         if self.paths.studies is None:
             self.studies = self.studies.rstrip("/").strip()
             return connect(self.studies, self.settings, self.paths)
-        return StudiesDatastore(self.studies, self.settings, self.paths)
+        store = StudiesDatastore(self.studies, self.settings, self.paths)
+        self.paths.remember_models()
+        return store
 
     def _load_sessions(self, load: bool = False) -> Sessions | None:
         path = platform.MONAI_LABEL_SESSION_PATH or str(self.paths.home / "sessions")
@@ -122,6 +127,8 @@ class ServedApp(MONAILabelApp):
         store = datastore or self.datastore()
         if not isinstance(request, InferenceRequest):
             request = request_from_mapping(request, store)
+        if not request.model:
+            return without_model(request, self.settings, self.paths)
         result = answer(self._infers, request, store)
         self.metrics.observe_stages(request.model, result["params"].get("latencies", {}))
         return result
@@ -201,6 +208,8 @@ class ServedApp(MONAILabelApp):
         install_guard(host, self.settings)
         host.user_middleware.insert(0, Middleware(RequestTimer, metrics=self.metrics))
         watch_studies(self.metrics, self.paths, self.datastore())
+        if self.paths.studies is not None:
+            watch_headers(self.paths.studies, self.scan_checks)
         self.start_first_round()
 
     def _is_case(self, word: str) -> bool:

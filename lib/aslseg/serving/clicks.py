@@ -25,6 +25,7 @@ from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.infer import InferenceRequest, MaskTask
 from aslseg.serving.open_scans import OpenScan, ScanCache
 from aslseg.volume.io import read_image
+from aslseg.volume.segments import label_value
 
 if TYPE_CHECKING:
     from aslseg.sam.clicks.automatic_mask import AutomaticMask
@@ -179,13 +180,16 @@ class ClickTask(MaskTask):
         return names[int(classes[0]) - 1] if 1 <= int(classes[0]) <= len(names) else None
 
     def _prompt(self, request: InferenceRequest, shape: tuple[int, int, int]) -> ClientPrompt:
-        """The prompt of a client with its label.
+        """The prompt of a client with its label, under the name that the settings have.
 
         Raises:
             BadPromptError: As :func:`aslseg.prompts.from_client.parse`.
+            BadLabelError: The clicked segment is none of the labels, so that it could not be saved.
             RefusedError: The same clicks are foreground and background.
         """
-        prompt = replace(parse(request.params.prompts, shape), label=self._label(request))
+        label, labels = self._label(request), self.scans.models.settings.label_set
+        known = labels.names[label_value(label, labels) - 1] if label else None
+        prompt = replace(parse(request.params.prompts, shape), label=known)
         if len(prompt.foreground) and np.array_equal(prompt.foreground, prompt.background):
             raise RefusedError(
                 "the same clicks came as foreground and as background; in OHIF choose the object's row again (not "

@@ -15,15 +15,22 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from aslseg.cases.studies import ORIGINAL
-from aslseg.errors import AslsegError, NoModelError
+from aslseg.compute.weights import read_metadata
+from aslseg.errors import AslsegError, LedgerError, NoModelError
+from aslseg.files import FileHashes
 from aslseg.models.kinds import ModelKind
-from aslseg.serving.cascade_cache import CachedScan, CascadeCache
+from aslseg.models.loaded import Models
+from aslseg.rounds.ledger import Ledger, Score
+from aslseg.rounds.predictions import find_prediction
+from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.labels import decode_label
 from aslseg.serving.params import InferenceParams, validate_params
 from aslseg.serving.results import write_result
+from aslseg.settings import Paths, Settings
 from aslseg.types import Labels, Volume
-from aslseg.volume.io import read_image
+from aslseg.volume.geometry import Grid
+from aslseg.volume.io import read_header, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +151,7 @@ class MaskTask(InferTask):
         scan = self.scans.open(path, times)
         regions = self.scans.stage(scan, self.kind, times)
         more = {"notes": list(scan.notes)} if scan.notes else {}
-        return _native(scan, regions, self.scans.models.settings.label_set, times), scan.grid.affine, more
+        return _native(scan.grid, regions, self.scans.models.settings.label_set, times), scan.grid.affine, more
 
 
 class CascadeTask(MaskTask):
@@ -162,31 +169,73 @@ class CascadeTask(MaskTask):
 
     def _stored(self, case: str, image: Path, times: dict[str, float]) -> Volume | None:
         models = self.scans.models
-        if models.paths.studies is None:
-            return None
         sidecar = models.paths.home / "original" / f"{case}.json"
-        path = models.paths.studies / "labels" / ORIGINAL / f"{case}.nii.gz"
         start = time.perf_counter()
         try:
-            written = json.loads(sidecar.read_text())["models"]
-            if written != models.hashes() or image.stat().st_mtime_ns > path.stat().st_mtime_ns:
+            if json.loads(sidecar.read_text())["models"] != models.hashes():
                 return None
-            stored = read_image(path)
-        except (AslsegError, OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
+        found = stored_mask(models.paths, case, image)
         times["read"] = time.perf_counter() - start
-        return Volume(stored.array.astype(np.uint8), stored.affine)
+        return found
+
+
+def stored_mask(paths: Paths, case: str, image: Path) -> Volume | None:
+    """The mask that clients show for a scan (tag ``original``), uint8; None without one that was made for this file."""
+    if paths.studies is None:
+        return None
+    label = paths.studies / "labels" / ORIGINAL / f"{case}.nii.gz"
+    try:
+        if image.stat().st_mtime_ns > label.stat().st_mtime_ns:
+            return None
+        stored = read_image(label)
+    except (AslsegError, OSError):
+        return None
+    return Volume(stored.array.astype(np.uint8), stored.affine)
+
+
+def without_model(request: InferenceRequest, settings: Settings, paths: Paths) -> dict[str, Any]:
+    """The answer to a request without a model: the stored mask of the scan, or an empty one.
+
+    3D Slicer asks so by itself on the next sample while no automatic model is published. It then shows what comes in
+    place of the mask that it has loaded, so both must be the same.
+
+    Raises:
+        BadImageError: The scan cannot be read.
+    """
+    start, scan = time.perf_counter(), read_header(request.path)
+    stored = stored_mask(paths, request.case, request.path) if request.case else None
+    if stored is None or stored.array.shape != scan.array.shape:
+        stored = None
+    class_map = np.zeros(scan.array.shape, np.uint8) if stored is None else stored.array
+    file = write_result(class_map, scan.affine, request.params.result_extension, request.params.result_compress)
+    params = {
+        "label_names": settings.label_set.values,
+        "latencies": {"total": round(time.perf_counter() - start, 3)},
+        "source": "nothing stored" if stored is None else "stored",
+    }
+    return {"label": str(file), "tag": request.params.label_tag, "file": str(file), "params": params}
 
 
 class AdapterTask(MaskTask):
-    """The adaptation network on SAM's mask, or on the mask that the client sends along (``label``)."""
+    """The adaptation network on SAM's mask, or on the mask that the client sends along (``label``).
+
+    What a round has refined is not computed again, as long as its SAM and its adaptation network are published. The SSL
+    network may have been retrained since.
+    """
+
+    def __init__(self, scans: CascadeCache, kind: ModelKind, needs: tuple[ModelKind, ...], description: str) -> None:
+        super().__init__(scans, kind, needs, description)
+        self._hashes = FileHashes()
 
     def mask(
         self, path: Path, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """As :meth:`MaskTask.mask`."""
         if request.label_file is None:
-            return super().mask(path, request, times)
+            refined = self._refined(request.case, path, times) if request.case else None
+            return super().mask(path, request, times) if refined is None else (*refined, {"source": "stored"})
         labels = self.scans.models.settings.label_set
         scan = self.scans.open(path, times)
         shape = np.broadcast_to(np.float32(0), scan.grid.native_shape)
@@ -195,7 +244,33 @@ class AdapterTask(MaskTask):
         working = labels.regions(scan.grid.label_to_working(drawn, labels))
         regions = self.scans.adapt(scan, working)
         times["adapter"] = time.perf_counter() - start
-        return _native(scan, regions, labels, times), scan.grid.affine, {"source": "label"}
+        return _native(scan.grid, regions, labels, times), scan.grid.affine, {"source": "label"}
+
+    def _refined(self, case: str, path: Path, times: dict[str, float]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Class map (i, j, k) on the scan's grid and its affine, from what the round that ranked the scan has kept."""
+        models, start = self.scans.models, time.perf_counter()
+        score, ssl = _score(models, case), models.published(ModelKind.SSL)
+        if score is None or ssl is None:
+            return None
+        regions = find_prediction(ModelKind.ADAPTER, score, self._hashes(path), models.paths, models.settings)
+        spacing = read_metadata(ssl.path).get("spacing")
+        grid = Grid.of(read_header(path), tuple(spacing) if spacing else None)
+        if regions is None or regions.shape[1:] != grid.shape:
+            return None
+        times["read"] = time.perf_counter() - start
+        return _native(grid, regions, models.settings.label_set, times), grid.affine
+
+
+def _score(models: Models, case: str) -> Score | None:
+    """The score of a scan, if the SAM and the adaptation network that it was measured with are published."""
+    try:
+        scores = Ledger(models.paths.ledger).scores()
+    except LedgerError:
+        return None
+    score, published = next((s for s in scores if s.case == case), None), models.hashes()
+    made_with = score.details.get("models", {}) if score else {}
+    same = all(kind in published and made_with.get(kind) == published[kind] for kind in ("sam", "adapter"))
+    return score if same else None
 
 
 def answer(tasks: Mapping[str, InferTask], request: InferenceRequest, store: Datastore) -> dict[str, Any]:
@@ -256,9 +331,9 @@ class BatchInference:
         return found
 
 
-def _native(scan: CachedScan, regions: np.ndarray, labels: Labels, times: dict[str, float]) -> np.ndarray:
+def _native(grid: Grid, regions: np.ndarray, labels: Labels, times: dict[str, float]) -> np.ndarray:
     start = time.perf_counter()
-    class_map = scan.grid.regions_to_native(regions, labels)
+    class_map = grid.regions_to_native(regions, labels)
     times["post"] = time.perf_counter() - start
     return class_map
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
+from aslseg.cases.scan_checks import ScanChecks
+from aslseg.errors import BadImageError
 from aslseg.rounds.ledger import Ledger, Score
 
+logger = logging.getLogger(__name__)
+
 LEASE_SECONDS = 30 * 60
+REMEMBERED_SECONDS = 12 * 3600
+"""How long it counts that somebody was given a scan and left it."""
 ANYBODY = {None, "", "user-xyz", "admin"}
 
 
@@ -27,76 +36,134 @@ class Leases:
 
     def __init__(self, seconds: float = LEASE_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self.clock = seconds, clock
-        self._held: dict[str, tuple[str, float]] = {}
+        self._held: dict[str, tuple[str, float]] = {}  # case to client and end of the lease
+        self._given: dict[tuple[str, str], tuple[int, float]] = {}  # client and case to how often, and when last
         self._lock = threading.Lock()
 
-    def take(self, ranked: list[str], client: str) -> str | None:
-        """The first scan that nobody else has, leased to ``client`` now; a scan that it has already comes first.
+    def take(self, ranked: Sequence[str], client: str, usable: Callable[[str], bool] = bool) -> str | None:
+        """The scan for ``client``, leased to them now; None where no scan is usable.
 
-        Where all are held, the first of all: a second opinion is better than no work.
+        Who asks again without saving wants another one, so the scans that ``client`` was given least often come first.
+        Among these are first those that nobody else has, in the order of ``ranked``, and then those that somebody else
+        was given longest ago: a second opinion is better than no work.
+
+        Args:
+            ranked: Ids of scans, the best first.
+            client: Who asks.
+            usable: Whether a scan can be handed out; asked of one scan after the other until one is.
         """
-        with self._lock:
-            now = self.clock()
-            self._held = {c: h for c, h in self._held.items() if h[1] > now}
-            free = [c for c in ranked if self._held.get(c, (client, 0))[0] == client]
-            chosen = next(iter(free), None) or next(iter(ranked), None)
-            if chosen is not None:
-                self._held[chosen] = (client, now + self.seconds)
-            return chosen
+        unusable: set[str] = set()
+        while True:
+            with self._lock:
+                chosen = self._choose([c for c in ranked if c not in unusable] if unusable else ranked, client)
+                if chosen is None:
+                    return None
+                before = self._held.get(chosen)
+                self._held[chosen] = (client, self.clock() + self.seconds)
+            # outside the lock: it may read the scan
+            if usable(chosen):
+                self._count(client, chosen)
+                return chosen
+            unusable.add(chosen)
+            with self._lock:
+                self._held.pop(chosen, None)
+                if before is not None:
+                    self._held[chosen] = before
 
     def release(self, case: str) -> None:
         """The scan is done."""
         with self._lock:
             self._held.pop(case, None)
 
+    def _choose(self, ranked: Sequence[str], client: str) -> str | None:
+        now = self.clock()
+        self._held = {c: h for c, h in self._held.items() if h[1] > now}
+        self._given = {key: g for key, g in self._given.items() if g[1] > now - REMEMBERED_SECONDS}
+        given = {case: times for (who, case), (times, _) in self._given.items() if who == client}
+        others = {c: end for c, (who, end) in self._held.items() if who != client}
+        return min(ranked, key=lambda case: (given.get(case, 0), others.get(case, 0.0)), default=None)
 
-class ByAgreement(Strategy):
+    def _count(self, client: str, case: str) -> None:
+        with self._lock:
+            times, _ = self._given.get((client, case), (0, 0.0))
+            self._given[client, case] = times + 1, self.clock()
+
+
+class HandsOut(Strategy):
+    """Hands out scans that have no human label and can be read.
+
+    Args:
+        leases: Shared by all strategies.
+        checks: Shared too: what reading a scan gave.
+        description: Shown to annotators.
+    """
+
+    def __init__(self, leases: Leases, checks: ScanChecks, description: str) -> None:
+        super().__init__(description)
+        self.leases, self.checks = leases, checks
+
+    @abstractmethod
+    def ranked(self, cases: list[str]) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
+        """The cases in the order in which they are handed out, and a function that says why one of them was chosen."""
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """``{"id", "reason", ...}``, or nothing when every scan that can be read has a human label."""
+        ranked, reason = self.ranked(sorted(datastore.get_unlabeled_images()))
+        chosen = self.leases.take(ranked, client_of(request), lambda case: self._readable(case, datastore))
+        return {"id": chosen, **reason(chosen)} if chosen else {}
+
+    def _readable(self, case: str, datastore: Datastore) -> bool:
+        try:
+            return self.checks.read(Path(datastore.get_image_uri(case))).error is None
+        except BadImageError as error:  # a series of a PACS that is no volume
+            logger.warning("%s is not handed out: %s", case, error)
+            return False
+
+
+class ByAgreement(HandsOut):
     """Scans without a human label, ordered by agreement.
 
     Args:
         ledger: Scores.
-        leases: Shared by all strategies.
+        leases, checks, description: As for :class:`HandsOut`.
         highest: Highest agreement first instead of lowest.
-        description: Shown to annotators.
     """
 
-    def __init__(self, ledger: Ledger, leases: Leases, highest: bool, description: str) -> None:
-        super().__init__(description)
-        self.ledger, self.leases, self.highest = ledger, leases, highest
+    def __init__(self, ledger: Ledger, leases: Leases, checks: ScanChecks, highest: bool, description: str) -> None:
+        super().__init__(leases, checks, description)
+        self.ledger, self.highest = ledger, highest
 
-    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """``{"id", "agreement", "reason", "rank"}``, or nothing when every scan has a human label."""
+    def ranked(self, cases: list[str]) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
+        """By agreement, then those that are not scored yet; with ``rank`` and ``agreement`` in the reason."""
         scores = {s.case: s for s in self.ledger.scores()}
-        open_cases = sorted(datastore.get_unlabeled_images())
-        scored = sorted((c for c in open_cases if c in scores), key=lambda c: (scores[c].agreement, c))
+        scored = sorted((c for c in cases if c in scores), key=lambda c: (scores[c].agreement, c))
         if self.highest:
             scored.reverse()
-        ranked = scored + [c for c in open_cases if c not in scores]
-        chosen = self.leases.take(ranked, client_of(request))
-        if chosen is None:
-            return {}
-        rank = ranked.index(chosen) + 1
-        return {"id": chosen, "rank": rank, **_reason(scores.get(chosen), rank, len(scored), self.highest)}
+        ranked = scored + [c for c in cases if c not in scores]
+
+        def reason(case: str) -> dict[str, Any]:
+            rank = ranked.index(case) + 1
+            return {"rank": rank, **_reason(scores.get(case), rank, len(scored), self.highest)}
+
+        return ranked, reason
 
 
-class Random(Strategy):
+class Random(HandsOut):
     """Any scan without a human label.
 
     Args:
-        leases: Shared by all strategies.
+        leases, checks: As for :class:`HandsOut`.
         generator: Source of the choice.
     """
 
-    def __init__(self, leases: Leases, generator: np.random.Generator) -> None:
-        super().__init__("Any scan without a human label")
-        self.leases, self.generator = leases, generator
+    def __init__(self, leases: Leases, checks: ScanChecks, generator: np.random.Generator) -> None:
+        super().__init__(leases, checks, "Any scan without a human label")
+        self.generator = generator
 
-    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """``{"id", "reason"}``, or nothing when every scan has a human label."""
-        ranked = sorted(datastore.get_unlabeled_images())
-        self.generator.shuffle(ranked)
-        chosen = self.leases.take(ranked, client_of(request))
-        return {"id": chosen, "reason": "chosen at random"} if chosen else {}
+    def ranked(self, cases: list[str]) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
+        """In an order that is drawn anew for each request."""
+        self.generator.shuffle(cases)
+        return cases, lambda _: {"reason": "chosen at random"}
 
 
 def client_of(request: Mapping[str, Any]) -> str:

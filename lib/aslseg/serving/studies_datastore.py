@@ -24,6 +24,7 @@ from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.errors import BadImageError
 from aslseg.files import atomic_file, sha256
 from aslseg.rounds.ledger import Ledger
+from aslseg.serving.empty_labels import EmptyLabels
 from aslseg.serving.http_errors import RefusedError, safe_name
 from aslseg.serving.kept_files import KeptFiles, copy_file, remove_stale_temporaries
 from aslseg.serving.labels import decode_label
@@ -66,6 +67,7 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         self._seen: tuple[int, ...] | None = None
         self.root = Path(studies).resolve()
         self.saved, self.kept = SavedLabels(Ledger(paths.ledger)), KeptFiles(paths.home)
+        self._empty = EmptyLabels(settings.label_set)
         config = self.root / "datastore_v2.json"
         had_json = any(config.with_name(f"{config.name}{ending}").exists() for ending in ("", *BACKUPS))
         try:
@@ -224,7 +226,8 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         """Save a label, checked against its scan and decoded by name; a human one that it replaces stays as a version.
 
         Raises:
-            RefusedError: Unknown scan, unsafe tag, the tag that only rounds write, or a locked datastore.
+            RefusedError: Unknown scan, unsafe tag, the tag that only rounds write, a locked datastore, or an empty
+                human label that was not said to be meant (:mod:`aslseg.serving.empty_labels`).
             BadLabelError: The label does not fit its scan. As with every refusal but that of an unsafe name, the upload
                 is kept in ``parked`` and the message says where.
         """
@@ -241,6 +244,8 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         require_free_disk(self.root, self.settings.min_free_gb)
         image = read_image(self.root / f"{case}{obj.image.ext}", self.settings.max_voxels)
         class_map = decode_label(source, image, info.get("label_info"), self.settings.label_set)
+        if tag == FINAL:
+            self._empty.require_meant(case, class_map, info)
         info = self._canonical(info) | {"ts": int(time.time()), "name": target.name}
         with self._changed():
             obj = self._known(case)

@@ -78,7 +78,7 @@ def label_value(name: str, labels: Labels) -> int:
         nearest = suggest(same_name(name), list(known))
         raise BadLabelError(
             f"segment {name!r} is not one of the labels {', '.join(labels.names)}; {nearest} "
-            "Rename or remove the segment and save again"
+            "Rename or remove the segment and try again"
         )
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from aslseg.agreement.verdict import Verdict
 from aslseg.cases.split import hash_fraction
 from aslseg.compute.weights import read_metadata
 from aslseg.errors import BadWeightsError, LedgerError, NoModelError, NotEnoughCasesError, RoundRunningError
-from aslseg.rounds import pipeline, promotion
+from aslseg.rounds import pipeline, promotion, run
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.lock import round_lock
 from aslseg.rounds.masks import roll_back, verify_label_files
 from aslseg.rounds.progress import read_progress
-from aslseg.rounds.run import rank_studies, run_round, train_stage
+from aslseg.rounds.ranking import rank_studies
+from aslseg.rounds.run import run_round, train_stage
 from aslseg.settings import Paths
 from aslseg.volume.io import read_image, write_label
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
@@ -249,6 +251,29 @@ def test_the_working_spacing_is_kept_once_a_model_is_published(tmp_path: Path) -
     # a spacing that is asked for is taken, and the published model is judged on its own grid
     coarse = train_stage("ssl", studies, tiny_settings(tmp_path, spacing="16,16,20"))
     assert "Dice" in coarse["published"][0]
+
+
+@pytest.mark.usefixtures("plausible")
+def test_scans_on_a_read_only_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State elsewhere (`home`, `model_dir`): said before anything is trained, and the training is not in vain."""
+    studies, home = tiny_studies(tmp_path, cases=4, labelled=2), tmp_path / "home"
+    settings = tiny_settings(tmp_path, home=str(home))
+    access, before = os.access, label_hashes(studies)
+    with monkeypatch.context() as patched:
+        read_only = lambda path, mode: not Path(path).is_relative_to(studies) and access(path, mode)  # noqa: E731
+        patched.setattr(os, "access", read_only)
+        stages: list[str] = []
+        patched.setattr(
+            run.logger, "warning", lambda text, *args: stages.append("warned" if "cannot be written" in args[0] else "")
+        )
+        summary = run_round(studies, settings, lambda done, total, **shown: stages.append(shown.get("stage", "")))
+    assert stages.index("warned") < stages.index("ssl")
+    assert "labels/aslseg_pseudo cannot be written" in summary["warnings"][0]
+    assert set(published_hashes(settings, studies)) == {"ssl", "sam", "adapter"}
+    assert label_hashes(studies) == before
+    second = run_round(studies, settings)
+    assert second["warnings"] == []
+    assert {name.partition("/")[0] for name in label_hashes(studies).keys() - before.keys()} >= {"original"}
 
 
 def test_a_missing_sam_file_is_named(tmp_path: Path, quick: None) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from aslseg.errors import BadLabelError
 from aslseg.models.loaded import Models
 from aslseg.sam.modeling.architecture import Architecture, build
 from aslseg.sam.modeling.build import SAMModel
@@ -208,3 +209,20 @@ def test_without_clicks_and_label_nobody_guesses_which_of_several(
     assert stages == asked
     assert told["source"] == ("automatic mask" if asked else "nothing clicked")
     assert mask.any() == bool(asked)
+
+
+def test_a_segment_that_can_be_clicked_can_be_submitted(served: Served) -> None:
+    """A click on another segment is refused at once, not the label after an hour of drawing."""
+    ball(served.folder / "a.nii")
+    with pytest.raises(BadLabelError, match="segment 'Segment_1' is not one of the labels liver, tumour"):
+        served.ask("a", label="Segment_1")
+    with pytest.raises(BadLabelError, match="did you mean 'tumour'"):
+        served.ask("a", label="Tumor")
+
+
+def test_capitals_do_not_count_and_come_back_as_they_were(served: Served) -> None:
+    ball(served.folder / "a.nii")
+    spelt, told = served.ask("a", label=" LIVER", whole=True)
+    plain, _ = served.ask("a", label="liver", whole=True)
+    assert np.array_equal(spelt, plain)
+    assert told["label_names"] == {" LIVER": 1}, "the name of the client's own segment"

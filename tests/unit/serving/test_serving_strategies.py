@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
+from aslseg.cases.scan_checks import ScanChecks
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.serving.scoring import AgreementScoring
 from aslseg.serving.strategies import ByAgreement, Leases, Random
 
 
 class Store:
-    """The two things that strategies and scoring ask of a datastore."""
+    """What strategies and scoring ask of a datastore."""
 
-    def __init__(self, cases: list[str]) -> None:
-        self.cases, self.infos = cases, {}
+    def __init__(self, cases: list[str], folder: Path) -> None:
+        self.cases, self.infos, self.folder = cases, {}, folder
+        for case in cases:
+            nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), np.int16), np.eye(4)), self.get_image_uri(case))
 
     def get_unlabeled_images(self) -> list[str]:
-        return self.cases
+        return list(self.cases)
+
+    def get_image_uri(self, case: str) -> str:
+        return str(self.folder / f"{case}.nii.gz")
 
     def update_infos(self, infos: dict) -> None:
         self.infos |= infos
@@ -32,47 +39,109 @@ def ledger(tmp_path: Path) -> Ledger:
     return ledger
 
 
-def test_lowest_and_highest_first_without_labelled_ones(ledger: Ledger) -> None:
-    store = Store(["a", "b", "c", "new"])
-    lowest = ByAgreement(ledger, Leases(), False, "")({"client_id": "ann"}, store)
+def by_agreement(ledger: Ledger, leases: Leases | None = None, highest: bool = False) -> ByAgreement:
+    return ByAgreement(ledger, leases or Leases(), ScanChecks(1e6), highest, "")
+
+
+def at_random(seed: int = 0, leases: Leases | None = None) -> Random:
+    return Random(leases or Leases(), ScanChecks(1e6), np.random.default_rng(seed))
+
+
+def test_lowest_and_highest_first_without_labelled_ones(ledger: Ledger, tmp_path: Path) -> None:
+    store = Store(["a", "b", "c", "new"], tmp_path)
+    lowest = by_agreement(ledger)({"client_id": "ann"}, store)
     assert (lowest["id"], lowest["agreement"], lowest["rank"]) == ("b", 0.2, 1)
     assert "lowest agreement" in lowest["reason"]
-    assert ByAgreement(ledger, Leases(), True, "")({"client_id": "ann"}, store)["id"] == "a"
+    assert by_agreement(ledger, highest=True)({"client_id": "ann"}, store)["id"] == "a"
 
 
 def test_without_scores_in_the_order_of_names(tmp_path: Path) -> None:
-    result = ByAgreement(Ledger(tmp_path / "none.sqlite"), Leases(), False, "")({}, Store(["y", "x"]))
+    result = by_agreement(Ledger(tmp_path / "none.sqlite"))({}, Store(["y", "x"], tmp_path))
     assert (result["id"], result["agreement"]) == ("x", None)
     assert not (tmp_path / "none.sqlite").exists()
 
 
-def test_two_annotators_never_share_until_the_lease_ends(ledger: Ledger) -> None:
-    now = [0.0]
-    leases, store = Leases(60, lambda: now[0]), Store(["a", "b", "c"])
-    strategy = ByAgreement(ledger, leases, False, "")
+def test_two_annotators_share_only_when_nothing_else_is_left(ledger: Ledger, tmp_path: Path) -> None:
+    leases, store = Leases(), Store(["a", "b", "c"], tmp_path)
+    strategy = by_agreement(ledger, leases)
     order = [strategy({"client_id": who}, store)["id"] for who in ("ann", "bob", "ann", "bob", "eve")]
-    assert order == ["b", "c", "b", "c", "a"]
+    assert order == ["b", "c", "a", "b", "c"], "bob and eve get what was handed out longest ago"
+
+
+def test_a_lease_ends(ledger: Ledger, tmp_path: Path) -> None:
+    now = [0.0]
+    store = Store(["a", "b", "c"], tmp_path)
+    strategy = by_agreement(ledger, Leases(60, lambda: now[0]))
+    assert strategy({"client_id": "ann"}, store)["id"] == "b"
+    assert strategy({"client_id": "bob"}, store)["id"] == "c"
     now[0] = 61
-    assert strategy({"client_id": "bob"}, store)["id"] == "b"
+    assert strategy({"client_id": "eve"}, store)["id"] == "b"
 
 
-def test_nobody_in_particular_gets_another_each_time(ledger: Ledger) -> None:
-    strategy, store = ByAgreement(ledger, Leases(), False, ""), Store(["a", "b", "c"])
-    assert {strategy({"client_id": "user-xyz"}, store)["id"] for _ in range(3)} == {"a", "b", "c"}
-    assert strategy({"client_id": "user-xyz"}, store)["id"] == "b", "all are held: better than no work"
+def test_asking_again_without_saving_gives_another_one(ledger: Ledger, tmp_path: Path) -> None:
+    leases, store = Leases(), Store(["a", "b", "c"], tmp_path)
+    strategy = by_agreement(ledger, leases)
+    order = [strategy({"client_id": "ann"}, store)["id"] for _ in range(7)]
+    assert order == ["b", "c", "a", "b", "c", "a", "b"], "from the beginning once all were seen"
+    store.cases.remove("c")
+    leases.release("c")
+    assert [strategy({"client_id": "ann"}, store)["id"] for _ in range(3)] == ["a", "b", "a"]
 
 
-def test_nothing_left(ledger: Ledger) -> None:
-    assert ByAgreement(ledger, Leases(), False, "")({}, Store([])) == {}
-    assert Random(Leases(), np.random.default_rng(0))({}, Store([])) == {}
+def test_what_was_left_in_the_morning_comes_first_again_the_next_day(ledger: Ledger, tmp_path: Path) -> None:
+    now = [0.0]
+    strategy, store = by_agreement(ledger, Leases(60, lambda: now[0])), Store(["a", "b", "c"], tmp_path)
+    assert strategy({"client_id": "ann"}, store)["id"] == "b"
+    now[0] = 120
+    assert strategy({"client_id": "ann"}, store)["id"] == "c"
+    now[0] = 24 * 3600
+    assert strategy({"client_id": "ann"}, store)["id"] == "b"
 
 
-def test_random_takes_any(ledger: Ledger) -> None:
-    strategy, store = Random(Leases(), np.random.default_rng(0)), Store(["a", "b", "c"])
-    assert {strategy({}, store)["id"] for _ in range(3)} == {"a", "b", "c"}
+def test_nobody_in_particular_gets_another_each_time(ledger: Ledger, tmp_path: Path) -> None:
+    strategy, store = by_agreement(ledger), Store(["a", "b", "c"], tmp_path)
+    order = [strategy({"client_id": "user-xyz"}, store)["id"] for _ in range(6)]
+    assert order == ["b", "c", "a"] * 2, "all are held: better than no work, and not always the same"
 
 
-def test_scoring_copies_the_ledger(ledger: Ledger) -> None:
-    store = Store(["a"])
+def test_nothing_left(ledger: Ledger, tmp_path: Path) -> None:
+    assert by_agreement(ledger)({}, Store([], tmp_path)) == {}
+    assert at_random()({}, Store([], tmp_path)) == {}
+
+
+def test_random_takes_any_and_all(tmp_path: Path) -> None:
+    store = Store(["a", "b", "c"], tmp_path)
+    first = [at_random(seed)({"client_id": "ann"}, store)["id"] for seed in range(60)]
+    assert all(10 <= first.count(case) <= 30 for case in "abc"), first
+    strategy = at_random()
+    assert {strategy({"client_id": "ann"}, store)["id"] for _ in range(3)} == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("kind", ["agreement", "random"])
+def test_a_scan_that_cannot_be_read_is_never_handed_out(ledger: Ledger, tmp_path: Path, kind: str) -> None:
+    store = Store(["a", "b", "c"], tmp_path)
+    cut = Path(store.get_image_uri("b"))
+    cut.write_bytes(cut.read_bytes()[:-9])
+    strategy = by_agreement(ledger) if kind == "agreement" else at_random()
+    assert {strategy({"client_id": "ann"}, store)["id"] for _ in range(5)} == {"a", "c"}
+    assert [m.partition(":")[0] for m in strategy.checks.messages()] == ["b.nii.gz"]
+    store.cases[:] = ["b"]
+    assert strategy({"client_id": "ann"}, store) == {}
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), cut)
+    assert strategy({"client_id": "ann"}, store)["id"] == "b", "once it was copied again"
+
+
+def test_a_scan_that_cannot_be_read_stays_with_nobody(ledger: Ledger, tmp_path: Path) -> None:
+    """Another annotator's lease on it, from before it was damaged, is as it was."""
+    leases, store = Leases(), Store(["a", "b"], tmp_path)
+    assert leases.take(["b", "a"], "ann") == "b"
+    assert leases.take(["b", "a"], "ann", lambda case: case != "b") == "a"
+    assert leases.take(["b"], "bob", lambda case: False) is None
+    assert leases.take(["a", "b"], "bob") == "b"
+    assert store.cases == ["a", "b"]
+
+
+def test_scoring_copies_the_ledger(ledger: Ledger, tmp_path: Path) -> None:
+    store = Store(["a"], tmp_path)
     assert AgreementScoring(ledger)({}, store) == {"scored": 4}
     assert store.infos["b"]["aslseg"]["agreement"] == 0.2

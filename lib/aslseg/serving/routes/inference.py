@@ -71,6 +71,20 @@ def _inference(router: APIRouter, app: ServedApp) -> None:
         reply = infer.send_response(app.datastore(), result, output, background_tasks)
         return _compressed(reply, http.headers.get("accept-encoding", ""))
 
+    @router.post("/infer/")
+    def run_without_model(
+        background_tasks: BackgroundTasks,
+        image: str = "",
+        session_id: str = "",
+        params: Annotated[str, Form()] = "{}",
+        user: User = USER,
+    ) -> Any:
+        """Slicer's own request on the next sample, while none of the models that it lists is automatic."""
+        path, case = _scan(app, image, session_id, None, Path())
+        found = validate_params(parse_json(params or "{}"))
+        result = app.infer(InferenceRequest("", path, found, case))
+        return infer.send_response(app.datastore(), result, None, background_tasks)
+
     @router.post("/infer/wsi/{model}")
     @router.post("/infer/wsi_v2/{model}")
     def pathology(model: str, user: User = USER) -> Any:
