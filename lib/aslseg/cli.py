@@ -18,7 +18,7 @@ import typer
 from aslseg import console
 from aslseg.commands.importing import import_folder
 from aslseg.commands.ledger import ledger_app
-from aslseg.commands.options import Conf, Json, Studies, read_settings, show
+from aslseg.commands.options import LOCAL, Conf, Json, Studies, read_settings, show
 from aslseg.errors import AslsegError, BadSettingsError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ app.command("import")(import_folder)
 def info(
     as_json: Json = False,
     studies: Annotated[Path | None, typer.Option("--studies", help="Only models of this studies folder.")] = None,
-    sam_checkpoint: Annotated[Path | None, typer.Option(help="Describe this SAM file instead.")] = None,
+    sam_checkpoint: Annotated[Path | None, typer.Option(help="Describe this SAM file instead.", **LOCAL)] = None,
     conf: Conf = None,
 ) -> None:
     """Versions, settings and where they come from, plug-ins, published models."""
@@ -70,7 +70,7 @@ def info(
 
 @app.command()
 def phantom(
-    out: Annotated[Path, typer.Argument(help="Studies folder to make.")],
+    out: Annotated[Path, typer.Argument(help="Studies folder to make.", **LOCAL | {"metavar": "OUT"})],
     cases: Annotated[int, typer.Option(help="Scans.")] = 12,
     labelled: Annotated[int, typer.Option(help="How many of them get a label.")] = 4,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
@@ -168,8 +168,11 @@ def embed(
 @app.command()
 def infer(
     model: Annotated[str, typer.Option(help="ssl, sam, adapter or aslseg (all of them in turn).")],
-    input_: Annotated[Path, typer.Option("--input", help="A scan, or a folder of scans.")],
-    output: Annotated[Path, typer.Option("--output", help="Label file, or folder of label files.")],
+    input_: Annotated[Path, typer.Option("--input", help="A scan, or a folder of scans.", **LOCAL)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", help="Label file, or folder of label files.", **LOCAL),
+    ],
     studies: Annotated[Path, typer.Option("--studies", help="Studies folder whose published models are used.")],
     conf: Conf = None,
     as_json: Json = False,
@@ -190,8 +193,8 @@ def infer(
 
 @app.command()
 def evaluate(
-    pred: Annotated[Path, typer.Option(help="Folder of predicted labels.")],
-    truth: Annotated[Path, typer.Option(help="Folder of true labels, same file names.")],
+    pred: Annotated[Path, typer.Option(help="Folder of predicted labels.", **LOCAL)],
+    truth: Annotated[Path, typer.Option(help="Folder of true labels, same file names.", **LOCAL)],
     unit: Annotated[str, typer.Option(help="Unit of the distances: mm or voxel.")] = "mm",
     regions: Annotated[bool, typer.Option(help="Score a label together with what lies inside it.")] = False,
     conf: Conf = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import Counter
@@ -64,13 +65,31 @@ def studies_folder(text: str) -> Path:
     Raises:
         BadSettingsError: It is a DICOMweb address.
     """
-    if text.startswith(("http://", "https://")):
+    if _is_address(text):
         raise BadSettingsError(
             f"--studies {text}: a DICOMweb address, but this command reads labelled scans from a folder. Start "
             f"the server on the address (aslseg serve --studies {text}), and train on a folder of exported scans "
             "(docs/dicom.md)"
         )
     return Path(text)
+
+
+def local_path(text: str) -> Path:
+    """The value of an option or argument that must be a file or folder on this machine.
+
+    Raises:
+        BadSettingsError: It is an address.
+    """
+    if _is_address(text):
+        raise BadSettingsError(
+            f"{text}: an address, but a file or folder on this machine is expected; export the scans into a folder "
+            "first (docs/dicom.md)"
+        )
+    return Path(text)
+
+
+def _is_address(text: str) -> bool:
+    return re.match(r"https?:/", text, re.IGNORECASE) is not None
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aslseg import console
+from aslseg.commands.options import LOCAL
 from aslseg.errors import BadSettingsError
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ ROWS = 12
 
 
 def import_folder(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder that holds the scans, in any known layout.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="Folder that holds the scans, in any known layout.", **LOCAL | {"metavar": "SRC"}),
+    ],
     studies: Annotated[str, typer.Argument(metavar="DST", help="Studies folder; made if it is missing.")],
     link: Annotated[
         bool, typer.Option("--link/--copy", help="Link to scans that need no conversion, or copy them.")

@@ -26,6 +26,8 @@ Studies = Annotated[
         help="Folder with the scans (MONAI Label studies folder).",
     ),
 ]
+LOCAL: dict[str, Any] = {"parser": console.local_path, "metavar": "PATH"}
+"""For options and arguments that are files or folders on this machine."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -13,7 +13,7 @@ from aslseg.files import write_json
 from aslseg.resources import app_dir
 from aslseg.settings.model import Settings
 
-ADDRESS = re.compile(r"(https?):/+")
+ADDRESS = re.compile(r"(https?):/+", re.IGNORECASE)
 FOLDER_NAME = re.compile(r"[^/\\\x00-\x1f]{1,255}")
 MODELS_FILE = "models.json"
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from aslseg.registry import RECIPES
 from aslseg.settings.base import Section, setting
-from aslseg.settings.values import DeviceName, LabelThresholds, Thresholds, registered
+from aslseg.settings.values import DeviceName, FolderName, LabelThresholds, Thresholds, registered
 
 # torch's generators are seeded with this number times about a million, plus the step, which must fit into 64 bits
 LARGEST_SEED = 2**32 - 1
@@ -146,14 +146,14 @@ class MachineSettings(Section):
     seed: int = setting(
         1337, "Seed of every random generator of a training", example="1", common=True, ge=0, le=LARGEST_SEED
     )
-    home: str = setting(
+    home: FolderName = setting(
         "",
         "Folder for the ledger, the files of rounds and caches; empty: .aslseg in the studies folder",
         unit="folder",
         example="/data/aslseg",
         common=True,
     )
-    model_dir: str = setting(
+    model_dir: FolderName = setting(
         "",
         "Folder of the published models, which servers may share; empty: one per studies folder, below the app's own",
         unit="folder",

@@ -115,6 +115,12 @@ def _device(text: str) -> str:
     return text
 
 
+def _folder(text: str) -> str:
+    if re.match(r"https?:/", text, re.IGNORECASE):
+        raise ValueError(f"expected a folder on this machine, got the address {text}; the studies may be one")
+    return text
+
+
 def registered(registry: Registry, *more: str) -> BeforeValidator:
     """For names of plug-ins, and further words beside them."""
     return _text(lambda value: known(value, [*registry, *more], registry.kind))
@@ -133,3 +139,4 @@ PatchSize = Annotated[Literal["auto"] | tuple[int, int, int], _text(_patch), Pla
 LabelThresholds = Annotated[Thresholds, _text(Thresholds.parse), PlainSerializer(str)]
 PromptKinds = Annotated[tuple[str, ...], _text(_prompts), PlainSerializer("+".join)]
 DeviceName = Annotated[str, _text(_device)]
+FolderName = Annotated[str, _text(_folder)]

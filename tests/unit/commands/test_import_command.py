@@ -137,6 +137,40 @@ def test_commands_that_need_a_folder_recognise_an_address(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["import", "ADDRESS", "out"],
+        ["phantom", "ADDRESS"],
+        ["info", "--sam-checkpoint", "ADDRESS"],
+        ["infer", "--model", "ssl", "--studies", "s", "--output", "out", "--input", "ADDRESS"],
+        ["infer", "--model", "ssl", "--studies", "s", "--input", "scans", "--output", "ADDRESS"],
+        ["evaluate", "--pred", "ADDRESS", "--truth", "t"],
+        ["evaluate", "--pred", "p", "--truth", "ADDRESS"],
+        ["info", "--conf", "home", "ADDRESS"],
+        ["info", "--conf", "model_dir", "ADDRESS"],
+        ["round", "--studies", "ADDRESS"],
+    ],
+)
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8042/dicom-web", "HTTPS://pacs.example/dicom-web"])
+def test_an_address_in_the_place_of_a_folder_is_recognised(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    command: list[str],
+    address: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["aslseg", *(word.replace("ADDRESS", address) for word in command)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert f"{address}: " in err or f"address {address};" in err
+    assert "folder" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_address_that_went_through_pathlib_is_still_an_address() -> None:
     from aslseg.settings import Paths, Settings
 

@@ -57,10 +57,11 @@ def test_nothing_is_measured_while_nothing_changes(rounded: Any, measured: list[
     assert rank_studies(studies, settings) == stored
     assert list(stored.values()) == sorted(stored.values())
     assert measured == []
+    conf = settings.model_dump(exclude_unset=True)
     code = (
         "import sys; from pathlib import Path; from aslseg.rounds.ranking import rank_studies; "
         "from aslseg.settings import Settings; "
-        f"rank_studies(Path({str(studies)!r}), Settings(**{settings.model_dump(exclude_unset=True)!r})); sys.exit('torch' in sys.modules)"
+        f"rank_studies(Path({str(studies)!r}), Settings(**{conf!r})); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
