@@ -85,7 +85,7 @@ def test_round_publishes_ranks_and_promotes(trained: Any) -> None:
         assert 0 <= store[case]["image"]["info"]["aslseg"]["agreement"] <= 1
     promoted = {p["case"] for p in status["promotions"]}
     assert promoted == {c for c, o in store.items() if "aslseg_pseudo" in o["labels"]}
-    assert list(trained.client().info()["models"]) == ["ssl", "aslseg", "adapter", "sam", "sam_2d"]
+    assert list(trained.client().info()["models"]) == ["aslseg", "ssl", "adapter", "sam", "sam_2d"]
 
 
 def test_every_model_on_a_case(trained: Any) -> None:
@@ -110,6 +110,15 @@ def test_stored_mask_comes_at_once(trained: Any) -> None:
     stored = nib.load(Path(trained.studies) / "labels" / "original" / f"{case}.nii.gz")
     file, _ = trained.client().infer("aslseg", case, {"result_extension": ".nii.gz"})
     assert (np.asarray(nib.load(file).dataobj) == np.asarray(stored.dataobj)).all()
+
+
+def test_what_the_round_refined_is_not_computed_again(trained: Any) -> None:
+    case = waiting(trained)
+    file, result = trained.client().infer("adapter", case, {})
+    assert result["source"] == "stored"
+    mask_of(file, scan_of(trained, case))
+    file, result = trained.client().infer("adapter", "", {}, file=str(Path(trained.studies) / f"{case}.nii.gz"))
+    assert "source" not in result, "an upload is computed"
 
 
 def test_clicks_on_a_trained_server(trained: Any) -> None:

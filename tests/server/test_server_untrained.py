@@ -45,7 +45,7 @@ def test_info(untrained: Any) -> None:
 def test_next_sample(untrained: Any) -> None:
     for strategy in ("agreement", "confirm", "random"):
         sample = untrained.client().next_sample(strategy, {})
-        assert sample["id"] in {"phantom_000", "phantom_001", "phantom_002", "broken"}
+        assert sample["id"] in {"phantom_000", "phantom_001", "phantom_002"}, "the broken one is never handed out"
         assert Path(sample["path"]).is_file()
         assert sample["reason"]
 
@@ -84,6 +84,7 @@ def test_status_page(untrained: Any) -> None:
     assert page.ok
     assert "No round has run yet" in page.text
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert "broken.nii.gz: cannot be read as an image" in page.text, "handed out it was not, so the page says why"
     assert requests.get(f"{untrained.url}/aslseg/status", timeout=60).json()["cases"]["total"] == 4
 
 

@@ -18,7 +18,11 @@ MOST = 50
 
 
 def collect(
-    settings: Settings, paths: Paths, store: dict[str, Any], errors: Sequence[dict[str, Any]] = ()
+    settings: Settings,
+    paths: Paths,
+    store: dict[str, Any],
+    errors: Sequence[dict[str, Any]] = (),
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Collect the current round, published models, ranking, promotions, files passed over, and the last errors.
 
@@ -27,6 +31,7 @@ def collect(
         paths: The studies folder.
         store: Counts of the datastore (``total``, ``completed``, ``label_tags``).
         errors: Failed training tasks, each with ``model``, ``time`` and its last ``lines``.
+        notes: What is unusual about scans that were read.
     """
     ledger, failures = Ledger(paths.ledger), list(errors)
     progress = read_progress(paths.home / "progress.json")
@@ -38,12 +43,14 @@ def collect(
     except LedgerError as error:
         scores, promotions, rounds = [], [], []
         failures.append({"model": "ledger", "time": None, "lines": [str(error)]})
+    last: dict[str, Any] = next((r.summary for r in reversed(rounds) if r.summary), {})
     return {
         "labels": list(settings.label_set.names),
         "progress": progress,
         "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
-        "problems": _problems(paths),
+        "problems": [*_problems(paths), *notes],
+        "warnings": [*last.get("warnings", []), *map(_named, last.get("skipped", {}).items())],
         "rounds": [
             {"round": r.number, "state": r.state, "opened": r.opened, "closed": r.closed, "error": r.error}
             for r in reversed(rounds)
@@ -58,6 +65,12 @@ def collect(
         ][:MOST],
         "errors": failures[-MOST:],
     }
+
+
+def _named(skipped: tuple[str, str]) -> str:
+    """Why a round left a scan out, with its name."""
+    case, reason = skipped
+    return reason if case in reason else f"{case}: {reason}"
 
 
 def _problems(paths: Paths) -> list[str]:

@@ -77,7 +77,8 @@ def label_value(name: str, labels: Labels) -> int:
     if found is None:
         nearest = suggest(same_name(name), list(known))
         raise BadLabelError(
-            f"segment {name!r} is not one of the labels {', '.join(labels.names)}; {nearest} "
+            f"segment {name!r} is not one of the labels {', '.join(labels.names)}; {nearest}"
+            f"{'' if nearest.endswith('?') else '.'} "
             "Rename or remove the segment and try again"
         )
     return found

@@ -102,3 +102,26 @@ def test_what_is_passed_over_stands_on_the_page(paths: Paths) -> None:
     assert "gone&lt;b&gt;.nii.gz: a link to /not/mounted.nii.gz, which is not there" in page
     (paths.studies / "patients.csv").write_text("id,person\n")
     assert "patients.csv: line 1: columns" in render(status(paths))
+
+
+def test_labels_without_a_scan_and_notes_on_headers_stand_on_the_page(paths: Paths) -> None:
+    assert paths.studies is not None
+    (paths.studies / "labels" / "final").mkdir(parents=True)
+    (paths.studies / "anna.nii.gz").write_bytes(b"scan")
+    (paths.studies / "labels" / "final" / "ana.nii.gz").write_bytes(b"label")
+    settings, note = load_settings({}, env={})[0], "anna.nii.gz: its header is in micrometres; converted to millimetres"
+    page = render(collect(settings, paths, STORE, notes=[note]))
+    assert "labels/final/ana.nii.gz: no scan &#39;ana&#39; in the folder; did you mean &#39;anna&#39;?" in page
+    assert note in page
+
+
+def test_what_the_last_round_left_out_stands_on_the_page(paths: Paths) -> None:
+    ledger = Ledger(paths.ledger)
+    number, _ = ledger.open_round({})
+    assert "left out" not in render(status(paths)), "nothing is known before it ends"
+    skipped = {"b": "b.nii.gz: 3 voxels are NaN", "c": "a scan of 9 x 9 x 9 voxels"}
+    ledger.close_round(number, {"skipped": skipped, "warnings": ["no validation cases"]})
+    page = render(status(paths))
+    assert "scans that it left out" in page
+    for text in ("no validation cases", "<li>b.nii.gz: 3 voxels are NaN", "c: a scan of 9 x 9 x 9 voxels"):
+        assert text in page

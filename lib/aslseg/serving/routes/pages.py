@@ -58,7 +58,7 @@ def _status(router: APIRouter, app: ServedApp) -> None:
             for t in tasks or []
             if t["status"] == "ERROR"
         ]
-        return collect(app.settings, app.paths, app.datastore().status(), errors)
+        return collect(app.settings, app.paths, app.datastore().status(), errors, app.scan_checks.messages())
 
     @router.get("/aslseg/status")
     def status(user: User = USER) -> Any:
