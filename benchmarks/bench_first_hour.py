@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aslseg.errors import AslsegError
@@ -27,24 +27,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="file for the table; by default it is printed")
     out: Path | None = parser.parse_args().out
-    warnings.filterwarnings("ignore")
-    notes: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("aslseg").addHandler(handler)
-    logging.getLogger("aslseg").propagate = False
-    rows = ["| input | what happens | said | s |", "|---|---|---|---|"]
-    for group, name, function in INPUTS:
-        notes.clear()
-        with tempfile.TemporaryDirectory(prefix="first-hour-") as folder:
-            what, text, seconds = happened(function, Path(folder), notes)
-            text = text.replace(folder, "").replace("|", "/").replace("\n", " ")
-        rows.append(f"| {group}: {name} | {what} | {text} | {seconds:.2f} |")
-    text = "\n".join(rows) + "\n"
+    rows = [f"| {name} | {what} | {text} | {seconds:.2f} |" for name, what, text, seconds in table()]
+    text = "\n".join(["| input | what happens | said | s |", "|---|---|---|---|", *rows]) + "\n"
     if out:
         out.write_text(text)
     else:
         sys.stdout.write(text)
+
+
+def table() -> Iterator[tuple[str, str, str, float]]:
+    """Input, what happens to it, what people are shown, and seconds."""
+    notes: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("aslseg").addHandler(handler)
+    try:
+        for group, name, function in INPUTS:
+            notes.clear()
+            with tempfile.TemporaryDirectory(prefix="first-hour-") as folder, warnings.catch_warnings(action="ignore"):
+                what, text, seconds = happened(function, Path(folder), notes)
+            yield f"{group}: {name}", what, text.replace(folder, "").replace("|", "/").replace("\n", " "), seconds
+    finally:
+        logging.getLogger("aslseg").removeHandler(handler)
 
 
 def happened(function: Callable[[Path], str | None], folder: Path, notes: list[str]) -> tuple[str, str, float]:
