@@ -64,6 +64,12 @@ class ArtefactStore:
             write_json(out.with_name("result.json"), result)
         return out
 
+    @staticmethod
+    def result(model: Path) -> dict[str, Any]:
+        """The numbers that the training of a model file gave; none where it was killed before it wrote them."""
+        path = model.with_name("result.json")
+        return json.loads(path.read_text()) if path.exists() else {}
+
     def prune(self, keep: Iterable[str]) -> None:
         """Delete the folders that are not among ``keep``."""
         kept = set(keep)

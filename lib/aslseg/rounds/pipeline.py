@@ -33,6 +33,7 @@ from aslseg.sam.modeling import build as sam_build
 from aslseg.sam.training import finetune
 from aslseg.settings import Paths, Settings, relevant
 from aslseg.ssl import training
+from aslseg.ssl.learned import warnings_of
 from aslseg.types import ProgressCallback
 from aslseg.volume.io import read_image, require_free_disk
 
@@ -80,6 +81,8 @@ class RoundPipeline:
         self.labels = settings.label_set
         self.artefacts = ArtefactStore(paths.rounds / "steps")
         self.masks = MaskStore(paths.home)
+        # about the SSL model that was trained last
+        self.not_learned: list[str] = []
 
     # training
 
@@ -117,7 +120,9 @@ class RoundPipeline:
                 report=report,
             )
 
-        return self._model("ssl", inputs, train)
+        path = self._model("ssl", inputs, train)
+        self.not_learned = warnings_of(self.artefacts.result(path).get("classes", {}))
+        return path
 
     def train_sam(self, report: ProgressCallback) -> Path:
         """SAM, fine-tuned on the human labels."""

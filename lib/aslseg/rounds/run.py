@@ -85,7 +85,7 @@ def run_round(
             summary |= {
                 "round": number,
                 "continued": continued,
-                "warnings": cases.warnings,
+                "warnings": cases.warnings + pipeline.not_learned,
                 "skipped": cases.skipped,
                 "seconds": progress.seconds,
                 "measured": progress.measured,
@@ -141,7 +141,7 @@ def train_stage(
     return {
         "published": lines,
         "validation": dice,
-        "warnings": pipeline.cases.warnings,
+        "warnings": pipeline.cases.warnings + pipeline.not_learned,
         "skipped": pipeline.cases.skipped,
         "seconds": progress.seconds,
     }

@@ -29,7 +29,7 @@ from aslseg.registry import NETWORKS, SSL_METHODS
 from aslseg.settings import Settings
 from aslseg.ssl import checkpoint, compiling, distributed, tracking
 from aslseg.ssl.batches import Batches
-from aslseg.ssl.learned import Probabilities, class_probabilities, described, not_learned, warn_of
+from aslseg.ssl.learned import Probabilities, class_probabilities, described, not_learned, warnings_of
 from aslseg.ssl.methods.base import Batch, Method
 from aslseg.ssl.monitor import TrainingMonitor
 from aslseg.ssl.nested_batches import NestedBatches
@@ -297,7 +297,8 @@ def _result(
 ) -> dict[str, Any]:
     """What :func:`train` returns."""
     classes = trainer.class_probabilities(trainer.method.predictor, trainer.iterations)
-    warn_of(classes)
+    for line in warnings_of(classes):
+        logger.warning("%s", line)
     return {
         "loss": monitor.loss(100),
         "classes": classes,

@@ -54,17 +54,13 @@ def not_learned(classes: Mapping[str, Sequence[float | None]]) -> list[str]:
     ]
 
 
-def warn_of(classes: Mapping[str, Sequence[float | None]]) -> None:
-    """Log the classes that are not learned."""
-    for name in not_learned(classes):
-        own, elsewhere = classes[name]
-        logger.warning(
-            "%s is not learned: its mean probability is %.3f on its own voxels and %.3f elsewhere; label more scans "
-            "that show it, or train longer (ssl_iterations)",
-            name,
-            own,
-            elsewhere or 0,
-        )
+def warnings_of(classes: Mapping[str, Sequence[float | None]]) -> list[str]:
+    """A line for people for each class that is not learned."""
+    return [
+        f"{name} is not learned: its mean probability is {classes[name][0]:.3f} on its own voxels and "
+        f"{classes[name][1] or 0:.3f} elsewhere; label more scans that show it, or train longer (ssl_iterations)"
+        for name in not_learned(classes)
+    ]
 
 
 def described(classes: Mapping[str, Sequence[float | None]]) -> str:

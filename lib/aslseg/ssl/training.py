@@ -19,6 +19,7 @@ from aslseg.compute.weights import load_weights, save_weights
 from aslseg.files import sha256
 from aslseg.settings import Settings
 from aslseg.ssl import engine, nested
+from aslseg.ssl.learned import not_learned
 from aslseg.ssl.nested import Branch, Geometry
 from aslseg.ssl.predict import load
 from aslseg.types import ProgressCallback, no_progress
@@ -246,5 +247,6 @@ def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     summed = {k: sum(r[k] for r in results) for k in ("seconds", "steps", "skipped_steps")}
     classes: dict[str, Any] = {}
     for result in results:
-        classes |= result["classes"]
-    return results[-1] | summed | {"classes": classes}
+        # the parent as the first stage knows it: where it is not found, nothing in it is
+        classes = result["classes"] | classes
+    return results[-1] | summed | {"classes": classes, "not_learned": not_learned(classes)}

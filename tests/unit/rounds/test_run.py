@@ -48,6 +48,8 @@ def test_two_rounds_rank_and_rollback(tmp_path: Path) -> None:
     assert len(first["promoted"]) == 2  # at most half of three, rounded up
     assert set(first["agreement"]) == {"phantom_003", "phantom_004", "phantom_005"}
     assert all("published, the first one" in line for line in first["published"])
+    # six steps teach no network what a tumour is
+    assert [w for w in first["warnings"] if w.startswith("tumour is not learned")]
     after_first = label_hashes(studies)
     assert {k: v for k, v in after_first.items() if k.startswith("final/")} == human
     assert sorted(k for k in after_first if k.startswith("original/")) == [

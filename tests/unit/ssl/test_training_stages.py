@@ -85,6 +85,16 @@ def test_two_stages_are_one_file_that_keeps_the_contract(tmp_path, settings):
     assert model.spacing is None
 
 
+def test_a_class_that_either_stage_does_not_learn_is_said():
+    numbers = {"seconds": 1.0, "steps": 2, "skipped_steps": 0}
+    first = numbers | {"classes": {"liver": [0.1, 0.1]}, "not_learned": ["liver"]}
+    second = numbers | {"classes": {"liver": [0.9, 0.1], "tumour": [0.8, 0.01]}, "not_learned": []}
+    whole = training._summary([first, second])
+    assert whole["classes"] == {"liver": [0.1, 0.1], "tumour": [0.8, 0.01]}
+    assert whole["not_learned"] == ["liver"]
+    assert (whole["seconds"], whole["steps"]) == (2.0, 4)
+
+
 def test_labels_without_a_parent_are_trained_as_before(tmp_path, settings):
     flat = settings(nested="")
     run(tmp_path / "one.safetensors", flat)
@@ -123,9 +133,13 @@ def test_networks_take_the_parent_as_a_second_channel(tmp_path, settings, networ
 
 
 @pytest.mark.parametrize("killed_at", [1, 4])
-def test_a_killed_training_goes_on_in_its_stage(tmp_path, settings, monkeypatch, killed_at):
+def test_a_killed_training_goes_on_in_its_stage(tmp_path, settings, monkeypatch, caplog, killed_at):
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(engine, "CHECKPOINT_EVERY", 1)
     run(tmp_path / "whole.safetensors", settings())
+    watched = [line for line in caplog.text.splitlines() if "step 1 of" in line]
+    assert "liver 0." in watched[0]
+    assert "tumour 0." in watched[1]
 
     def kill(done: int, total: int, **_: float) -> None:
         if done == killed_at:
@@ -174,6 +188,21 @@ def test_scans_without_tumours_without_liver_or_without_any_are_no_obstacle(tmp_
     cases = [case("a"), case("bb", tumour=False), case("ccc", liver=False), case("dddd", tumour=False, liver=False)]
     run(tmp_path / "ssl.safetensors", settings(), cases)
     assert "tumour is labelled in 2 of 4 scans" in caplog.text
+
+
+@pytest.mark.parametrize("voxels", [1e6, 2000])
+def test_lesions_of_one_voxel_and_a_liver_cut_by_the_scans_edge_are_no_obstacle(tmp_path, settings, voxels):
+    small, cut = case("a", tumour=False), case("bb")
+    small.label[20, 20, 10] = 2
+    cut.label[8:32, 8:28, :4] = 1
+    out, chosen = tmp_path / "ssl.safetensors", settings(nested_voxels=voxels)
+    result = run(out, chosen, [small, cut])
+    assert result["steps"] == STEPS
+    model = predict.load(out, chosen)
+    model.first.run = lambda image, **_: predict.Prediction(np.stack([cut.label == 0, cut.label > 0]).astype(float))
+    found = model.run(cut.image)
+    assert found.notes == ()
+    assert np.allclose(found.values.sum(0), 1, atol=1e-5)
 
 
 def test_without_a_labelled_tumour_synthetic_ones_are_learned_and_one_label_is_enough(tmp_path, settings, caplog):
