@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from aslseg.settings import Paths, Settings
 from aslseg.volume.phantom import write_studies
 
 SHAPE = (24, 24, 8)
+Judged = Callable[[Callable[[str], float]], None]
+"""The fixture ``judged``."""
 SAM = Architecture(
     image_size=32, patch_size=8, embed_dim=16, depth=1, heads=2, window=2, global_blocks=(0,), out_chans=16, mlp_dim=32
 )

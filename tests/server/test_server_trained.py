@@ -83,7 +83,7 @@ def test_round_publishes_ranks_and_promotes(trained: Any) -> None:
         info = store[case]["labels"]["original"]["info"]
         assert list(info["params"]["label_names"]) == ["liver", "tumour"], "Slicer names segments by this order"
         assert 0 <= store[case]["image"]["info"]["aslseg"]["agreement"] <= 1
-    promoted = {p["case"] for p in status["promotions"]}
+    promoted = {p["case"] for p in status["promotions"] if p["status"] == "active"}
     assert promoted == {c for c, o in store.items() if "aslseg_pseudo" in o["labels"]}
     assert list(trained.client().info()["models"]) == ["aslseg", "ssl", "adapter", "sam", "sam_2d"]
 
@@ -259,7 +259,7 @@ def test_save_as_slicer_does_then_roll_back(trained: Any, tmp_path: Path) -> Non
     status = requests.get(f"{trained.url}/aslseg/status", timeout=60).json()
     assert status["rounds"][0]["round"] >= 2
     assert case not in [s["case"] for s in status["ranking"]]
-    from aslseg.rounds.masks import roll_back
+    from aslseg.rounds.rollback import roll_back
     from aslseg.settings import Paths, load_settings
 
     settings, _ = load_settings({"model_dir": str(trained.folder / "models")}, env={})

@@ -15,8 +15,10 @@ import pytest
 import recorded_clicks as recorded
 from aslseg.models.kinds import PUBLISHED_KINDS
 from aslseg.models.published import find_published
+from aslseg.rounds.anchor import read_head
 from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.masks import roll_back, verify_label_files
+from aslseg.rounds.masks import verify_label_files
+from aslseg.rounds.rollback import roll_back
 from aslseg.rounds.run import run_round, train_stage
 from aslseg.settings import Paths, Settings, load_settings
 from aslseg.settings.sources import REMOVED, RENAMED
@@ -104,6 +106,7 @@ def test_ledger_tells_what_was_decided(left: Left) -> None:
     assert [p.case for p in ledger.promotions()] == EXPECTED["promoted"]
     assert {s.case: s.agreement for s in ledger.scores()} == EXPECTED["scores"]
     assert len(ledger.events()) == EXPECTED["events"]
+    assert read_head(ledger.anchor) == ledger.head(), "version 0.1 kept none"
     assert verify_label_files(left.paths) == []
     assert label_hashes(left.studies) == EXPECTED["labels"]
 
@@ -178,11 +181,13 @@ def test_the_next_round_goes_on_from_it(left: Left) -> None:
 def test_every_step_of_a_round_that_was_rolled_back_is_found_again(left: Left) -> None:
     roll_back(left.paths, 1)
     summary = run_round(left.studies, left.settings)
-    # the round starts from what round 1 started from, so that nothing needs computing but ranking and writing
-    assert set(summary["measured"]) <= {"prepare", "rank", "promote", "publish", "originals"}
-    assert summary["promoted"] == EXPECTED["promoted"]
-    assert label_hashes(left.studies) == EXPECTED["labels"]
-    assert published_hashes(left.settings, left.studies) == EXPECTED["models"]
+    # the round starts from what round 1 started from; but what was rolled back is not promoted again
+    assert set(summary["measured"]) <= {"prepare", "rank", "promote", "retrain", "publish", "originals"}
+    assert not set(summary["promoted"] + summary["withdrawn"]) & set(EXPECTED["promoted"])
+    labels = {k: v for k, v in label_hashes(left.studies).items() if "pseudo" not in k}
+    assert labels.keys() == {k for k in EXPECTED["labels"] if "pseudo" not in k}
+    models = published_hashes(left.settings, left.studies)
+    assert {models[kind] for kind in ("sam", "adapter")} < set(EXPECTED["models"].values())
 
 
 @pytest.mark.usefixtures("tiny")

@@ -32,18 +32,29 @@ def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> N
 @ledger_app.command("rollback")
 def ledger_rollback(
     studies: Studies,
-    number: Annotated[int, typer.Option("--round", help="Undo this round and all later ones.")],
+    number: Annotated[int | None, typer.Option("--round", help="Undo this round and all later ones.")] = None,
+    model: Annotated[str | None, typer.Option(help="Serve the model before: ssl, sam or adapter.")] = None,
+    case: Annotated[str | None, typer.Option(help="Take back the promoted mask of this scan.")] = None,
     conf: Conf = None,
     as_json: Json = False,
 ) -> None:
-    """Restore labels and published models to their state before a round; human labels stay."""
+    """Take back a round, a model or a promoted mask; human labels stay. What is taken back does not come again."""
+    if sum(given is not None for given in (number, model, case)) != 1:
+        raise typer.BadParameter("give one of --round N, --model KIND and --case SCAN")
     settings = read_settings(conf)[0]
-    from aslseg.rounds.masks import roll_back
+    from aslseg.rounds import rollback
     from aslseg.settings import Paths
 
-    lines = roll_back(Paths(settings, studies), number)
+    paths = Paths(settings, studies)
+    if number is not None:
+        lines = rollback.roll_back(paths, number)
+    elif model is not None:
+        lines = rollback.roll_back_model(paths, model)
+    else:
+        lines = rollback.roll_back_case(paths, str(case))
     if as_json:
-        return show({"round": number, "done": lines}, True)
+        given = {"round": number, "model": model, "case": case}
+        return show({k: v for k, v in given.items() if v is not None} | {"done": lines}, True)
     for line in lines:
         typer.echo(line)
 

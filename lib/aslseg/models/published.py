@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +17,6 @@ from aslseg.resources import app_dir
 from aslseg.settings import Paths, Settings
 
 logger = logging.getLogger(__name__)
-
-KEEP_FILES = 3
 
 
 @dataclass(frozen=True)
@@ -151,13 +150,19 @@ def stage_files(paths: Paths, chosen: list[Candidate], number: int | None) -> di
     return models
 
 
-def prune(paths: Paths) -> None:
-    """Delete model files that are neither served nor among the newest three of their kind."""
-    served = {m["file"] for m in manifest(paths).values()}
+def prune(paths: Paths, keep: int, needed: Collection[str] = ()) -> None:
+    """Delete model files that nothing needs.
+
+    Args:
+        paths: Where the models are published.
+        keep: So many of each kind stay, the newest.
+        needed: Names of files that stay beside these, as do those that are served.
+    """
+    kept = {m["file"] for m in manifest(paths).values()} | set(needed)
     for kind in PUBLISHED_KINDS:
         files = sorted(paths.models.glob(f"{kind}-*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
-        for path in files[KEEP_FILES:]:
-            if path.name not in served:
+        for path in files[keep:]:
+            if path.name not in kept:
                 path.unlink(missing_ok=True)
 
 

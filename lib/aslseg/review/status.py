@@ -39,10 +39,11 @@ def collect(
         failures.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
     try:
         scores, promotions = ledger.scores(), ledger.promotions(active_only=False)
-        rounds = ledger.rounds()
+        rounds, loss = ledger.rounds(), ledger.loss()
     except LedgerError as error:
-        scores, promotions, rounds = [], [], []
-        failures.append({"model": "ledger", "time": None, "lines": [str(error)]})
+        scores, promotions, rounds, loss = [], [], [], str(error)
+    if loss:
+        failures.append({"model": "ledger", "time": None, "lines": [loss]})
     last: dict[str, Any] = next((r.summary for r in reversed(rounds) if r.summary), {})
     return {
         "labels": list(settings.label_set.names),

@@ -15,8 +15,10 @@ from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.loaded import load_model
 from aslseg.models.published import Candidate, Published, gate
 from aslseg.rounds.artefacts import CachedProbabilities
-from aslseg.rounds.ledger import Entry
+from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.rounds.masks import first_kept_event
 from aslseg.rounds.pipeline import RoundPipeline
+from aslseg.rounds.vetoes import model_vetoes
 from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -48,12 +50,14 @@ def publish_better(
         The models that are published now, a line per kind with the reason, and the candidates' validation Dice.
     """
     best, lines, dice, chosen = made.with_file(ModelKind.SSL, _better_ssl(pipeline, made, retrained)), [], {}, []
-    foreign = False
+    foreign, vetoes = False, model_vetoes(pipeline.ledger)
     for done, kind in enumerate(kinds, 1):
         current = _comparable(pipeline, kind)
         learned = [c.id for c in pipeline.cases.train] + (list(promoted) if kind == ModelKind.SSL else [])
         candidate = _score(pipeline, kind, best, current, tuple(sorted(learned)))
         accepted, line = gate(candidate, current, pipeline.settings.gate_tolerance)
+        if best.sha256(kind) in vetoes:
+            accepted, line = False, f"{kind}: not published; this model was rolled back"
         if foreign and kind != ModelKind.SSL:
             accepted, line = False, f"{kind}: not published; the published ssl works on another spacing"
         if accepted:
@@ -86,7 +90,15 @@ def _serve(pipeline: RoundPipeline, chosen: list[Candidate], lines: list[str]) -
             details = {"before": before, "after": after, "why": lines}
             pipeline.ledger.append([Entry("published", number, details=details)])
         published.put_manifest(pipeline.paths, after)
-    published.prune(pipeline.paths)
+    published.prune(pipeline.paths, pipeline.settings.keep_models, files_of_kept_rounds(pipeline.ledger))
+
+
+def files_of_kept_rounds(ledger: Ledger) -> set[str]:
+    """Model files that a rollback of one of the last rounds needs."""
+    first = first_kept_event(ledger)
+    events = [e for e in ledger.events(kinds=("published",)) if e.seq > first]
+    states = [e.details[when] for e in events for when in ("before", "after")]
+    return {entry["file"] for models in states for entry in models.values()}
 
 
 def _hashes(models: dict[str, dict[str, Any]]) -> dict[str, str]:

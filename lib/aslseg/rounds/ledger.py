@@ -1,25 +1,34 @@
 """The decisions of all rounds in one append-only, hash-chained SQLite table.
 
 An event is never changed. The current state (which mask is promoted, which round is open, who validates) is the last
-event about it, so that a rollback adds events and removes none. Imports no torch.
+event about it, so that a rollback adds events and removes none. The head of the chain is kept in a file of its own
+(:mod:`aslseg.rounds.anchor`). Imports no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from aslseg.errors import DiskFullError, LedgerError
+from aslseg.rounds.anchor import Head, anchor_path, read_head, write_head
+from aslseg.rounds.events import NO_CLOCK, Entry, Event, Promotion, RoundRow, Score
 
-VERSION = 1
+logger = logging.getLogger(__name__)
+
+__all__ = ["Entry", "Event", "Ledger", "Promotion", "RoundRow", "Score"]
+
+VERSION = 2
+"""1: of version 0.1, which kept no head."""
 BUSY_SECONDS = 60
 """How long to wait for another process's transaction."""
 SCHEMA = (
@@ -39,80 +48,6 @@ SCHEMA = (
 COLUMNS = "seq, time, clock, kind, round, case_id, tag, details, previous, hash"
 INSERT = f"INSERT INTO events ({COLUMNS}) VALUES ({', '.join('?' * 10)})"  # noqa: S608 - constants only
 START = "0" * 64
-NO_CLOCK = 0
-"""Value of the column ``clock``, which only events of version 0.1 use; their hashes depend on it."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An event to be appended.
-
-    Attributes:
-        kind: ``opened``, ``failed``, ``closed``, ``rolled back`` (rounds); ``mask``, ``removed`` (label files);
-            ``published``; ``validation``; ``note``.
-        round, case, tag: What it is about, where that applies.
-        details: JSON-serialisable.
-    """
-
-    kind: str
-    round: int | None = None
-    case: str | None = None
-    tag: str | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Event(Entry):
-    """An appended event, with its place in the chain and its UTC time."""
-
-    seq: int = 0
-    time: str = ""
-    previous: str = ""
-    hash: str = ""
-
-    def digest(self, clock: int = NO_CLOCK) -> str:
-        """SHA-256 over everything else, the previous hash and the row's ``clock`` included."""
-        content = [self.seq, self.time, clock, self.kind, self.round, self.case, self.tag, self.details]
-        text = json.dumps([*content, self.previous], sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class RoundRow:
-    """A round, as its events describe it."""
-
-    number: int
-    state: Literal["open", "done", "rolled back"]
-    opened: str
-    seq: int
-    closed: str | None = None
-    summary: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """A promoted mask; ``status`` is ``active``, ``demoted`` or ``rolled back``."""
-
-    case: str
-    round: int
-    time: str
-    sha256: str
-    agreement: dict[str, float | None]
-    threshold: dict[str, float]
-    models: dict[str, str]
-    status: str
-
-
-@dataclass(frozen=True)
-class Score:
-    """The current agreement of one scan; ``agreement`` is the mean over its labels."""
-
-    case: str
-    round: int | None
-    agreement: float
-    details: dict[str, Any]
-    time: str = ""
 
 
 class Ledger:
@@ -124,6 +59,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self.anchor = anchor_path(self.path)
 
     # rounds
 
@@ -177,6 +113,7 @@ class Ledger:
     def promotions(self, active_only: bool = True) -> list[Promotion]:
         """Promoted masks, oldest first."""
         undone = {r.number for r in self.rounds() if r.state == "rolled back"}
+        withdrawn = {e.round for e in self.events(kinds=("withdrawn",))}
         now = self.masks("aslseg_pseudo")
         found = []
         for e in self.events(kinds=("mask",), tag="aslseg_pseudo"):
@@ -184,7 +121,8 @@ class Ledger:
                 continue
             current = now[e.case or ""]
             active = current.seq == e.seq or current.details.get("restored") == e.seq
-            status = "active" if active else "rolled back" if e.round in undone else "demoted"
+            otherwise = "withdrawn" if e.round in withdrawn else "demoted"
+            status = "active" if active else "rolled back" if e.round in undone else otherwise
             if active or not active_only:
                 kept: dict[str, Any] = {k: e.details[k] for k in ("sha256", "agreement", "threshold", "models")}
                 found.append(Promotion(case=e.case or "", round=e.round or 0, time=e.time, status=status, **kept))
@@ -193,21 +131,25 @@ class Ledger:
     # scores and validation
 
     def set_scores(self, scores: Iterable[Score]) -> None:
-        """Replace the agreement of all scans by these."""
-        now = _utc()
+        """Replace the agreement of all scans by these; an event holds their hash. The same ones change nothing."""
+        now, kept = _utc(), sorted(scores, key=lambda s: s.case)
+        number = kept[0].round if kept else None
+        details = {"sha256": _scores_hash(kept), "cases": len(kept)}
         with self._write() as db:
+            last = self._last_scored(db)
+            if last == (number, details) and _scores_hash(_scores(db)) == details["sha256"]:
+                return
             db.execute("DELETE FROM scores")
             db.executemany(
                 "INSERT INTO scores VALUES (?, ?, ?, ?, ?)",
-                [(s.case, s.round, now, s.agreement, json.dumps(s.details, sort_keys=True)) for s in scores],
+                [(s.case, s.round, now, s.agreement, json.dumps(s.details, sort_keys=True)) for s in kept],
             )
+            _insert(db, [Entry("scored", number, details=details)])
 
     def scores(self) -> list[Score]:
         """Current agreements, lowest first (ties by id)."""
         with self._read() as db:
-            query = "SELECT case_id, round, agreement, details, time FROM scores ORDER BY agreement, case_id"
-            rows = db.execute(query).fetchall() if db else []
-        return [Score(case, number, value, json.loads(details), at) for case, number, value, details, at in rows]
+            return sorted(_scores(db), key=lambda s: (s.agreement, s.case)) if db else []
 
     def validation_patients(self) -> set[str]:
         """Patients that were ever chosen to validate models; they stay chosen."""
@@ -221,18 +163,8 @@ class Ledger:
         Raises:
             LedgerError: The file is damaged, of a newer version, or in use by another process for a minute.
         """
-        events = []
         with self._write() as db:
-            last = db.execute("SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1").fetchone()
-            seq, previous = last or (0, START)
-            for e in entries:
-                details = json.loads(json.dumps(e.details))
-                event = Event(e.kind, e.round, e.case, e.tag, details, seq + 1, _utc(), previous)
-                seq, previous = event.seq, event.digest()
-                about = (seq, event.time, NO_CLOCK, e.kind, e.round, e.case, e.tag)
-                db.execute(INSERT, (*about, json.dumps(details, sort_keys=True), event.previous, previous))
-                events.append(replace(event, hash=previous))
-        return events
+            return _insert(db, entries)
 
     def events(self, kinds: tuple[str, ...] = (), tag: str | None = None, number: int | None = None) -> list[Event]:
         """Events in order, all or those of some kinds, a tag, a round."""
@@ -246,11 +178,44 @@ class Ledger:
                 values.append(value)  # type: ignore[arg-type]
         return list(self._select(" AND ".join(where), values))
 
+    def head(self) -> Head:
+        """How many events there are, and the hash of the last one."""
+        with self._read() as db:
+            return _head(db) if db else Head(0, START)
+
+    def loss(self) -> str | None:
+        """What the file beside the ledger knows and the ledger does not; None if nothing is missing.
+
+        The file may be behind: a process that is killed between an event and its head leaves it so.
+        """
+        known = read_head(self.anchor)
+        return self.contradiction(known) if known else None
+
+    def contradiction(self, known: Head) -> str | None:
+        """How the ledger differs from a head that it once had; None if that is one of its events."""
+        if not known.events:
+            return None
+        with self._read() as db:
+            return _contradiction(db, known) if db else f"the file is gone; it had {known.events} events"
+
+    def require_whole(self) -> None:
+        """Nothing may be decided on a ledger that lost events.
+
+        Raises:
+            LedgerError: It did, or cannot be read.
+        """
+        problem = self.loss()
+        if problem:
+            raise LedgerError(
+                f"{self.path}: {problem}. Restore it from a backup, or run `aslseg ledger verify --repair` to go on "
+                "with what labels and reports say"
+            )
+
     def verify(self) -> str | None:
-        """Recompute the hash chain.
+        """Recompute the hash chain, and compare it with its head and with the scores.
 
         Returns:
-            None if it is intact, else the first event that breaks it.
+            None if all is as it was written, else the first thing that is not.
         """
         expected, hash_before = 1, START
         for event, clock in self._rows("1", []):
@@ -259,7 +224,22 @@ class Ledger:
             if event.previous != hash_before or event.digest(clock) != event.hash:
                 return f"event {event.seq} ({event.kind}, {event.time}) was changed after it was written"
             expected, hash_before = expected + 1, event.hash
-        return None
+        if expected > 1 and read_head(self.anchor) is None:
+            return f"{self.anchor.name}, which holds the number of events, is missing or damaged"
+        return self.loss() or self._changed_scores()
+
+    def _changed_scores(self) -> str | None:
+        with self._read() as db:
+            last = self._last_scored(db) if db else None
+            if db is None or last is None or _scores_hash(_scores(db)) == last[1]["sha256"]:
+                return None
+        return "the agreements were changed after they were written; the next round writes them again"
+
+    @staticmethod
+    def _last_scored(db: sqlite3.Connection) -> tuple[int | None, dict[str, Any]] | None:
+        """Round and details of the last event about scores; version 0.1 wrote none."""
+        row = db.execute("SELECT round, details FROM events WHERE kind = 'scored' ORDER BY seq DESC LIMIT 1").fetchone()
+        return (row[0], json.loads(row[1])) if row else None
 
     def _select(self, where: str, values: list[Any]) -> Iterator[Event]:
         return (event for event, _ in self._rows(where, values))
@@ -292,6 +272,23 @@ class Ledger:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
+            self._keep_head(db)
+
+    def _keep_head(self, db: sqlite3.Connection) -> None:
+        """Write the new head; what fails or is killed here leaves one that is behind, which the next event mends."""
+        try:
+            db.execute("BEGIN IMMEDIATE")  # so that heads are written in the order of the events
+            try:
+                known, now = read_head(self.anchor), _head(db)
+                problem = f"{self.anchor.name} is missing" if known is None else _contradiction(db, known)
+                if problem:
+                    logger.error("%s: %s; run `aslseg ledger verify`", self.path, problem)
+                elif known != now:
+                    write_head(self.anchor, now)
+            finally:
+                db.execute("ROLLBACK")
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("%s was not written (%s); the next event writes it", self.anchor, error)
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
@@ -322,14 +319,66 @@ class Ledger:
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > VERSION:
             raise LedgerError(f"{self.path} was written by a newer ASLseg (format {version}); update ASLseg")
-        if version == 0:
+        if version < VERSION:
             db.execute("BEGIN IMMEDIATE")
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                for statement in SCHEMA:
+            try:
+                for statement in SCHEMA if version == 0 else ():
                     db.execute(statement)
-                db.execute(f"PRAGMA user_version = {VERSION}")
-            db.execute("COMMIT")
+                if version < VERSION:
+                    self._keep_first_head(db, version)
+                db.execute("COMMIT")
+            except OSError as error:
+                db.execute("ROLLBACK")
+                if version == 0:
+                    raise
+                logger.warning("%s: its head cannot be kept yet (%s)", self.path, error)
+
+    def _keep_first_head(self, db: sqlite3.Connection, version: int) -> None:
+        """From now on a ledger without the file of its head has lost it. One that lost the ledger keeps its own."""
+        if not self.anchor.exists():
+            write_head(self.anchor, _head(db))
+            if version == 1:
+                logger.info("%s is of version 0.1: its head is kept in %s from now on", self.path, self.anchor.name)
+        db.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _insert(db: sqlite3.Connection, entries: Iterable[Entry]) -> list[Event]:
+    """Append to the chain, within a transaction."""
+    events, head = [], _head(db)
+    for e in entries:
+        details = json.loads(json.dumps(e.details))
+        event = Event(e.kind, e.round, e.case, e.tag, details, head.events + 1, _utc(), head.sha256)
+        head = Head(event.seq, event.digest())
+        about = (event.seq, event.time, NO_CLOCK, e.kind, e.round, e.case, e.tag)
+        db.execute(INSERT, (*about, json.dumps(details, sort_keys=True), event.previous, head.sha256))
+        events.append(replace(event, hash=head.sha256))
+    return events
+
+
+def _head(db: sqlite3.Connection) -> Head:
+    return Head(*(db.execute("SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1").fetchone() or (0, START)))
+
+
+def _contradiction(db: sqlite3.Connection, known: Head) -> str | None:
+    """How the ledger differs from a head that it once had."""
+    row = db.execute("SELECT hash FROM events WHERE seq = ?", [known.events]).fetchone()
+    if row is None and known.events:
+        return f"{known.events - _head(db).events} of {known.events} events are missing at its end"
+    if row is not None and row[0] != known.sha256:
+        return f"event {known.events} is another one than was written"
+    return None
+
+
+def _scores(db: sqlite3.Connection) -> list[Score]:
+    rows = db.execute("SELECT case_id, round, agreement, details, time FROM scores ORDER BY case_id").fetchall()
+    return [Score(case, number, value, json.loads(details), at) for case, number, value, details, at in rows]
+
+
+def _scores_hash(scores: Iterable[Score]) -> str:
+    """SHA-256 of scores in the order of their cases, without times."""
+    text = json.dumps([[s.case, s.round, float(s.agreement), s.details] for s in scores], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_ahead(db: sqlite3.Connection) -> None:

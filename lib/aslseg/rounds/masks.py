@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ import numpy as np
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
 from aslseg.files import atomic_file, sha256, write_json
-from aslseg.models.published import put_manifest
 from aslseg.rounds.ledger import Entry, Event, Ledger
-from aslseg.rounds.lock import round_lock
+from aslseg.rounds.vetoes import mask_vetoes
 from aslseg.settings import Paths
 from aslseg.volume.io import case_id, extension, write_label
 
 KEEP_ROUNDS = 5
+HUMAN_WINS = "a human label was saved meanwhile; it wins"
 
 
 class MaskStore:
@@ -65,14 +66,15 @@ class MaskStore:
 
     def prune(self, ledger: Ledger) -> None:
         """Delete masks that neither the current state nor a rollback of one of the last rounds needs."""
-        rounds = [r for r in ledger.rounds() if r.state != "rolled back"]
-        first = rounds[-KEEP_ROUNDS].seq if len(rounds) > KEEP_ROUNDS else 0
+        first = first_kept_event(ledger)
         needed: set[str] = set()
         for tag in (ORIGINAL, PSEUDO):
             for event in (*ledger.masks(tag).values(), *ledger.masks(tag, before=first).values()):
                 needed |= _hashes(event.details)
             for event in ledger.events(kinds=("mask",), tag=tag):
                 needed |= _hashes(event.details) if event.seq >= first else set()
+        # new masks are compared with those that were taken back
+        needed |= set().union(*mask_vetoes(ledger).values())
         for path in self.folder.glob("*.nii.gz") if first else ():
             if case_id(path) not in needed:
                 path.unlink(missing_ok=True)
@@ -86,12 +88,23 @@ class MaskStore:
         return digest
 
 
+def first_kept_event(ledger: Ledger) -> int:
+    """The event that opened the first of the rounds that can be rolled back; 0 while all can."""
+    rounds = [r for r in ledger.rounds() if r.state != "rolled back"]
+    return rounds[-KEEP_ROUNDS].seq if len(rounds) > KEEP_ROUNDS else 0
+
+
 def _hashes(details: dict[str, Any]) -> set[str]:
     return {h for h in (details.get("sha256"), details.get("disagreement")) if h}
 
 
 def plan_label_changes(
-    ledger: Ledger, studies: Studies, tag: str, number: int, wanted: dict[str, dict[str, Any]]
+    ledger: Ledger,
+    studies: Studies,
+    tag: str,
+    number: int,
+    wanted: Mapping[str, dict[str, Any]],
+    late: Mapping[str, str] | None = None,
 ) -> list[Entry]:
     """Events that lead from the current masks of a tag to the wanted ones.
 
@@ -105,13 +118,17 @@ def plan_label_changes(
         tag: ``original`` or ``aslseg_pseudo``.
         number: The round.
         wanted: Case to details with ``sha256``.
+        late: Cases that may no longer be used, and why; those with a human label are found here.
     """
     now, entries = ledger.masks(tag), []
     store = MaskStore(ledger.path.parent)
     human = human_labels(studies.root)
+    late = {c: HUMAN_WINS for c in wanted if c in human} | dict(late or {})
+    noted = {(e.case, e.details.get("why")) for e in ledger.events(kinds=("note",), tag=tag, number=number)}
     for case, details in sorted(wanted.items()):
-        if case in human:
-            entries.append(Entry("note", number, case, tag, {"why": "a human label was saved meanwhile; it wins"}))
+        if case in late:
+            if (case, late[case]) not in noted:
+                entries.append(Entry("note", number, case, tag, {"why": late[case]}))
             continue
         old = now.get(case)
         if old and old.kind == "mask" and old.details["sha256"] == details["sha256"] and old.round == number:
@@ -122,8 +139,8 @@ def plan_label_changes(
             entries.append(Entry("mask", None, case, tag, found | {"restored": 0}))
         entries.append(Entry("mask", number, case, tag, details))
     for case, old in sorted(now.items()):
-        if tag == PSEUDO and old.kind == "mask" and (case in human or case not in wanted):
-            why = "a human label was saved" if case in human else "not promoted in this round"
+        if tag == PSEUDO and old.kind == "mask" and (case in human or case in late or case not in wanted):
+            why = "a human label was saved" if case in human else late.get(case, "not promoted in this round")
             entries.append(Entry("removed", number, case, tag, {"why": why, "was": old.details["sha256"]}))
     return entries
 
@@ -163,7 +180,7 @@ def sync_label_files(ledger: Ledger, studies: Studies, paths: Paths) -> list[str
     for tag in (PSEUDO, ORIGINAL):
         masks = ledger.masks(tag) if _writable(studies.label_path(tag, "").parent) else {}
         for case, event in sorted(masks.items()):
-            if case not in studies.images or (case in human and event.kind == "mask"):
+            if event.kind == "mask" and (case not in studies.images or case in human):
                 continue
             if _sync_one(studies.label_path(tag, case), event, store):
                 changed.append(f"{tag}/{case}")
@@ -214,71 +231,3 @@ def _sidecar(path: Path, event: Event) -> None:
     content = {"model": "aslseg", **event.details, "round": event.round, "time": event.time}
     if not path.exists() or path.read_text().find(event.time) < 0:
         write_json(path, content)
-
-
-def roll_back(paths: Paths, number: int) -> list[str]:
-    """Undo a round and every later one: promoted masks, ``original`` masks and published models.
-
-    Label files become byte for byte what they were before that round, except where a human has saved one since.
-
-    Returns:
-        Lines that say what was done.
-
-    Raises:
-        LedgerError: No such round, or its masks are no longer kept.
-        RoundRunningError: A round is running.
-    """
-    if paths.studies is None:
-        raise LedgerError("rollback needs the studies folder; give --studies DIR")
-    ledger, studies = Ledger(paths.ledger), read_studies(paths.studies)
-    rounds = {r.number: r for r in ledger.rounds()}
-    if number not in rounds:
-        known = ", ".join(map(str, rounds)) or "none yet"
-        raise LedgerError(f"there is no round {number} in {paths.ledger}; rounds: {known}")
-    with round_lock(paths.home):
-        first = rounds[number].seq
-        undone = [n for n, r in rounds.items() if n >= number and r.state != "rolled back"]
-        if not undone or rounds[number].state == "rolled back":
-            sync_label_files(ledger, studies, paths)
-            return [f"round {number} was rolled back before; nothing to do"]
-        # a killed round may have left files behind the ledger, which would not be recognised as ours below
-        sync_label_files(ledger, studies, paths)
-        entries = [e for tag in (PSEUDO, ORIGINAL) for e in _restoring_entries(ledger, tag, first, number)]
-        published = [e for e in ledger.events(kinds=("published",)) if e.seq > first]
-        lines = [f"round {n} rolled back" for n in undone]
-        if published:
-            # before the ledger, so that a rollback that is killed here can be repeated
-            put_manifest(paths, published[0].details["before"])
-            kinds = ", ".join(sorted(published[0].details["before"])) or "none"
-            lines.append(f"published models are those from before round {number}: {kinds}")
-            before = {"before": published[-1].details["after"], "after": published[0].details["before"]}
-            entries.append(Entry("published", None, details=before | {"why": f"rollback of round {number}"}))
-        entries += [Entry("rolled back", n, details={"by": f"rollback of round {number}"}) for n in undone]
-        ledger.append(entries)
-        lines += [f"{name}: as before round {number}" for name in sync_label_files(ledger, studies, paths)]
-    return lines
-
-
-def _restoring_entries(ledger: Ledger, tag: str, first: int, number: int) -> list[Entry]:
-    """Events that restore the masks of a tag to their state before event ``first``."""
-    then, entries = ledger.masks(tag, before=first), []
-    for case, now in sorted(ledger.masks(tag).items()):
-        old = then.get(case)
-        if old is None:
-            # the file that was there before our first mask was recorded within the round itself
-            found = [e for e in ledger.events(kinds=("mask",), tag=tag) if e.case == case and e.round is None]
-            old = found[0] if found else None
-        if old is not None and old.seq == now.seq:
-            continue
-        if old is None or old.kind == "removed":
-            was = now.details.get("sha256") or now.details.get("was")
-            entries.append(Entry("removed", None, case, tag, {"why": f"rollback of round {number}", "was": was}))
-        else:
-            if not MaskStore(ledger.path.parent).path(old.details["sha256"]).exists():
-                raise LedgerError(
-                    f"round {number} cannot be rolled back: the masks of before it are no longer kept "
-                    f"(the last {KEEP_ROUNDS} rounds are)"
-                )
-            details = old.details | {"restored": old.details.get("restored") or old.seq}
-            entries.append(Entry("mask", old.round, case, tag, details))
-    return entries

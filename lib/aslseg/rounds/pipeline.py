@@ -64,6 +64,9 @@ class RoundPipeline:
         progress: Shows how far each stage is.
         number: The round; None for a single training or a ranking.
         opened: The ledger's event that opened the round; None where there is no round.
+
+    Attributes:
+        dropped: Cases that could not stay promoted, with the reason (:mod:`aslseg.rounds.late`).
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class RoundPipeline:
         self.masks = MaskStore(paths.home)
         # about the SSL model that was trained last
         self.not_learned: list[str] = []
+        self.dropped: dict[str, str] = {}
 
     # training
 

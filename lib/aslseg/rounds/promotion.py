@@ -11,17 +11,21 @@ import numpy as np
 from aslseg.agreement.measures import Agreement, compare
 from aslseg.agreement.verdict import Verdict, judge
 from aslseg.cases.prepared import Prepared
-from aslseg.cases.studies import ORIGINAL, PSEUDO, read_studies
+from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
 from aslseg.models.files import ModelSet
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.gate import publish_better
-from aslseg.rounds.ledger import Score
+from aslseg.rounds.late import NOT_USED, drop_late, late_changes
+from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
 from aslseg.rounds.pipeline import Promoted, RoundPipeline
 from aslseg.rounds.ranking import settings_key
-from aslseg.types import ProgressCallback
+from aslseg.rounds.rollback import withdraw
+from aslseg.rounds.vetoes import MASK_VETO, mask_vetoes
+from aslseg.types import Labels, ProgressCallback
+from aslseg.volume.io import read_image
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class RoundState:
     assessments: dict[str, CaseAssessment] = field(default_factory=dict)
 
 
+SAME_MASK = 0.9
+"""Dice of each label from which two masks of a scan count as the same one."""
+
 Choice = Callable[[RoundState, ProgressCallback], dict[str, dict[str, Any]]]
 """Chooses the cases to promote; case id to its :func:`promotion_details`."""
 
@@ -81,19 +88,26 @@ def conclude(
     with progress.stage("rank") as report:
         assess(state, report)
     with progress.stage("promote") as report:
-        promoted = promote(pipeline, choose(state, report))
-    ids = [p.case.id for p in promoted]
+        wanted = _without_vetoes(pipeline, choose(state, report))
+        promoted = promote(pipeline, wanted)
     with progress.stage("retrain") as report:
+        promoted = without_late(pipeline, promoted)
         retrained = pipeline.train_ssl(promoted, report)
+    learned = {p.case.id: p.mask for p in promoted}
     with progress.stage("publish") as report:
-        published, lines, gated = publish_better(pipeline, models, retrained, ids, report, kinds)
+        published, lines, gated = publish_better(pipeline, models, retrained, list(learned), report, kinds)
+        rejected = published.sha256(ModelKind.SSL) != pipeline.cases.hashes(retrained)
+        settle_promotions(pipeline, wanted, learned, rejected)
+        promoted = without_late(pipeline, [] if rejected else promoted)
     with progress.stage("originals") as report:
         shown = write_originals(state, published, report)
     return {
         "validation": dice | gated,
         "source": state.source,
         "shown": shown,
-        "promoted": ids,
+        "promoted": [p.case.id for p in promoted],
+        "withdrawn": sorted(learned) if rejected else [],
+        "dropped": pipeline.dropped,
         "agreement": {case: found.agreement.mean for case, found in sorted(state.assessments.items())},
         "published": lines,
         "models": {kind.value: str(path) for kind, path in models.items()} | {"retrained": str(retrained)},
@@ -117,12 +131,14 @@ def assess(
         kept: Scores of other scans that stay.
     """
     p = state.pipeline
-    cases = p.cases.without_label if cases is None else cases
+    cases, vetoes = p.cases.without_label if cases is None else cases, mask_vetoes(p.ledger)
     settings = settings_key(p.settings)
     for done, case in enumerate(cases, 1):
         agreement = compare(p.decode(state.ssl_maps(case)), p.decode(state.second_maps(case)), p.labels)
         mask = p.decode(state.masks(case))
         verdict = judge(agreement, mask, case.grid.spacing, p.reference, p.settings, case.image.shape)
+        if case.id in vetoes and _is_vetoed(p, keep_mask(p, case, state.masks), vetoes[case.id]):
+            verdict = Verdict(False, (*verdict.reasons, MASK_VETO))
         state.assessments[case.id] = CaseAssessment(agreement, verdict)
         report(done, len(cases))
     measured = [
@@ -167,20 +183,84 @@ def promotion_details(
     }
 
 
+def _without_vetoes(pipeline: RoundPipeline, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A recipe that asks for no verdict promotes nothing that was rolled back either."""
+    vetoes = mask_vetoes(pipeline.ledger)
+    refused = {c for c, d in wanted.items() if c in vetoes and _is_vetoed(pipeline, d["sha256"], vetoes[c])}
+    return {case: details for case, details in wanted.items() if case not in refused}
+
+
+def _is_vetoed(pipeline: RoundPipeline, digest: str, vetoed: set[str]) -> bool:
+    """Whether a kept mask is one of the vetoed ones, or nearly the same, as each training draws a little otherwise."""
+    if digest in vetoed:
+        return True
+    mask, *others = (
+        read_image(path).array.astype(np.uint8)
+        for path in map(pipeline.masks.path, (digest, *sorted(vetoed)))
+        if path.exists()
+    )
+    return any(_same(mask, other, pipeline.labels) for other in others)
+
+
+def _same(a: np.ndarray, b: np.ndarray, labels: Labels) -> bool:
+    if a.shape != b.shape or max(a.max(), b.max()) > len(labels.names):
+        return False  # of another scan, or of the time when there were more labels
+    return all(value is None or value >= SAME_MASK for value in compare(a, b, labels).per_label.values())
+
+
 def promote(pipeline: RoundPipeline, wanted: dict[str, dict[str, Any]]) -> list[Promoted]:
     """Promote masks, in the ledger first and then as label files.
+
+    Promotions that this round has withdrawn already, before it was killed, are not recorded a second time.
 
     Args:
         pipeline: The round's cases and steps.
         wanted: Case id to its :func:`promotion_details`.
 
     Returns:
-        The promoted cases, without those that a human has labelled meanwhile.
+        The promoted cases, without those that a human has labelled, or whose scan has changed, meanwhile.
     """
     cases = {c.id: c for c in pipeline.cases.unlabelled}
-    record(pipeline, PSEUDO, wanted)
-    now = pipeline.ledger.masks(PSEUDO)
-    return [pipeline.promoted(cases[n], d) for n, d in sorted(wanted.items()) if n in now and now[n].kind == "mask"]
+    late = late_changes(pipeline, wanted)
+    if not _withdrawn(pipeline, {c: d["sha256"] for c, d in wanted.items() if c not in late}):
+        record(pipeline, PSEUDO, wanted)
+    promoted = [pipeline.promoted(cases[n], d) for n, d in sorted(wanted.items()) if n not in late]
+    return without_late(pipeline, promoted)
+
+
+def without_late(pipeline: RoundPipeline, promoted: list[Promoted]) -> list[Promoted]:
+    """The promoted cases without those that can no longer be used; these leave the ledger and the label files too."""
+    late = drop_late(pipeline, PSEUDO, [p.case.id for p in promoted])
+    return [p for p in promoted if p.case.id not in late]
+
+
+def settle_promotions(
+    pipeline: RoundPipeline, wanted: dict[str, dict[str, Any]], learned: dict[str, str], rejected: bool
+) -> None:
+    """Withdraw the promotions of a round whose retrained model is not the one that is published.
+
+    Args:
+        pipeline: The round.
+        wanted: What was promoted.
+        learned: Case to the hash of the mask that the retrained model learned from.
+        rejected: Whether that model is not published.
+    """
+    withdrawn = _withdrawn(pipeline, learned)
+    if withdrawn and not rejected:
+        record(pipeline, PSEUDO, {case: wanted[case] for case in learned})
+    if withdrawn or not rejected:
+        return
+    ledger, studies, number = _round(pipeline)
+    known = {c.id for c in pipeline.cases.unlabelled}
+    before = ledger.masks(PSEUDO)
+    late = {c: NOT_USED for c in before if c not in known} | late_changes(pipeline, before.keys() & known)
+    withdraw(ledger, studies, pipeline.paths, number, learned, late)
+
+
+def _withdrawn(pipeline: RoundPipeline, promoted: dict[str, str]) -> bool:
+    """Whether this round has withdrawn these masks already."""
+    events = pipeline.ledger.events(kinds=("withdrawn",), number=pipeline.number) if pipeline.number else []
+    return bool(events) and events[-1].details["cases"] == promoted
 
 
 def record(pipeline: RoundPipeline, tag: str, wanted: dict[str, dict[str, Any]]) -> None:
@@ -194,11 +274,18 @@ def record(pipeline: RoundPipeline, tag: str, wanted: dict[str, dict[str, Any]])
     Raises:
         LedgerError: This is no round, or it has no studies folder.
     """
+    ledger, studies, number = _round(pipeline)
+    late = late_changes(pipeline, wanted)
+    ledger.append(plan_label_changes(ledger, studies, tag, number, wanted, late))
+    # somebody may have saved a label since
+    drop_late(pipeline, tag, wanted)
+    sync_label_files(ledger, studies, pipeline.paths)
+
+
+def _round(pipeline: RoundPipeline) -> tuple[Ledger, Studies, int]:
     if pipeline.paths.studies is None or pipeline.number is None:
         raise LedgerError("label files are recorded by a round on a studies folder; run one with --studies DIR")
-    studies = read_studies(pipeline.paths.studies)
-    pipeline.ledger.append(plan_label_changes(pipeline.ledger, studies, tag, pipeline.number, wanted))
-    sync_label_files(pipeline.ledger, studies, pipeline.paths)
+    return pipeline.ledger, read_studies(pipeline.paths.studies), pipeline.number
 
 
 def keep_mask(pipeline: RoundPipeline, case: Prepared, masks: CachedProbabilities) -> str:

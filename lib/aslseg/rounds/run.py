@@ -25,6 +25,7 @@ from aslseg.rounds.lock import round_lock
 from aslseg.rounds.masks import sync_label_files, unwritable_labels
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress
+from aslseg.rounds.reports import write_report
 from aslseg.settings import Paths, ResolvedSettings, Settings
 from aslseg.settings.paths import require_writable
 from aslseg.types import ProgressCallback, no_progress
@@ -55,8 +56,10 @@ def run_round(
 
     Returns:
         ``round``, ``continued``, ``validation`` (Dice by mask or model), ``source`` and ``shown`` (whose masks were
-        promoted, and are shown), ``promoted``, ``agreement`` (by case), ``published`` (a line per model), ``models``
-        (this round's files, kept until the round after next), ``warnings``, ``skipped``, ``seconds`` by stage.
+        promoted, and are shown), ``promoted``, ``withdrawn`` (promotions of a rejected round), ``dropped`` (cases
+        that a person labelled or changed meanwhile, with the reason), ``agreement`` (by case), ``published`` (a line
+        per model), ``models`` (this round's files, kept until the round after next), ``warnings``, ``skipped``,
+        ``seconds`` by stage, ``ledger`` (number of events before this round was closed, and the hash of the last one).
 
     Raises:
         AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError.
@@ -69,6 +72,7 @@ def run_round(
     _set_threads(settings)
     with round_lock(paths.home):
         require_free_disk(paths.home, settings.min_free_gb)
+        ledger.require_whole()
         before = _last_summary(ledger)
         number, continued = ledger.open_round({"settings": settings.model_dump()})
         expected = expected_seconds(found, settings, before)
@@ -91,6 +95,7 @@ def run_round(
                 "measured": progress.measured,
             }
             _clean_up(pipeline, number)
+            summary = write_report(paths, ledger, summary)
             ledger.close_round(number, summary)
             progress.finish()
     return summary
@@ -156,6 +161,7 @@ def opened_pipeline(
     _set_threads(settings)
     with round_lock(paths.home):
         require_free_disk(paths.home, settings.min_free_gb)
+        ledger.require_whole()
         expected = expected_seconds(found, settings, _last_summary(ledger))
         progress = Progress(paths.home / "progress.json", {s: expected[s] for s in stages}, report)
         with _record_outcome(progress, ledger, None):
@@ -228,7 +234,7 @@ def _clean_up(pipeline: RoundPipeline, number: int) -> None:
 
 def _remove_stale_temporaries(paths: Paths, studies: Studies) -> None:
     """Delete temporary files of rounds that were killed while writing."""
-    for folder in (paths.rounds, paths.home / "masks", paths.home / "original", paths.models):
+    for folder in (paths.rounds, paths.home / "masks", paths.home / "original", paths.reports, paths.models):
         for path in folder.rglob(".tmp-*"):
             path.unlink(missing_ok=True)
     for tag in (PSEUDO, ORIGINAL):

@@ -23,9 +23,12 @@ from monailabel.datastore.local import ImageLabelModel, LocalDatastore
 from requests import RequestException
 
 from aslseg.cases.studies import FINAL, PSEUDO
+from aslseg.files import sha256
+from aslseg.rounds.ledger import Ledger
 from aslseg.serving.http_errors import RefusedError, safe_name
 from aslseg.serving.kept_files import KeptFiles
 from aslseg.serving.labels import decode_label
+from aslseg.serving.saved_labels import SavedLabels
 from aslseg.serving.series_cache import SeriesCache
 from aslseg.serving.shared_json import SharedJsonFile, new_entry
 from aslseg.settings import Paths, Settings
@@ -95,7 +98,7 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
         self, settings: Settings, paths: Paths, client: DICOMwebClient, listed: dict[str, Any], cache: str
     ) -> None:
         self._prepare_guard(settings, paths)
-        self.kept = KeptFiles(paths.home)
+        self.kept, self.saved = KeptFiles(paths.home), SavedLabels(Ledger(paths.ledger))
         self._ask_again = 0.0
         by_frame = platform.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME
         super().__init__(client, listed, cache, by_frame, convert_to_nifti=True)
@@ -149,7 +152,8 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
             BadLabelError: The label does not fit its series.
         """
         tag, source, info = safe_name(label_tag, "label tag"), Path(label_filename), dict(label_info or {})
-        with self.kept.parked(_uid(image_id), source, info):
+        uid = _uid(image_id)
+        with self.saved.refusals(uid, tag, source, info), self.kept.parked(uid, source, info):
             return self._save_label(image_id, source, tag, info, label_id)
 
     def _save_label(self, image_id: str, source: Path, tag: str, info: dict[str, Any], label_id: str) -> str:
@@ -168,6 +172,7 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
         with tempfile.TemporaryDirectory(prefix="aslseg-") as folder, self._answering():
             path = Path(folder) / "label.nii.gz"
             write_label(path, class_map, image.affine)
+            self.saved.record_saved(_uid(image_id), tag, info | {"sha256": sha256(path)})
             saved = DICOMWebDatastore.save_label(self, image_id, str(path), tag, info, label_id)
         # both are cached for two hours; the case must not be handed out again
         DICOMWebDatastore.get_labeled_images.cache.clear()
@@ -179,6 +184,7 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
         with tempfile.TemporaryDirectory(prefix="aslseg-") as folder:
             path = Path(folder) / "label.nii.gz"
             write_label(path, class_map, affine)
+            self.saved.record_saved(_uid(case), tag, info | {"sha256": sha256(path)})
             return LocalDatastore.save_label(self, case, str(path), tag, info)
 
     def remove_image(self, image_id: str, by: str | None = None) -> None:

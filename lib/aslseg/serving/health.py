@@ -48,4 +48,6 @@ def _require_writable(paths: Paths) -> None:
 
 
 def _require_readable(paths: Paths) -> None:
-    Ledger(paths.ledger).validation_patients()
+    ledger = Ledger(paths.ledger)
+    ledger.validation_patients()
+    ledger.require_whole()

@@ -1,25 +1,28 @@
-"""Labels as the ledger recorded them when they were saved, compared with the files that are there."""
+"""What people saved, deleted or were refused, as the ledger recorded it, compared with the files that are there."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from monailabel.datastore.local import DataModel
 
+from aslseg.errors import AslsegError
 from aslseg.files import sha256
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.serving.shared_json import new_entry
 
 logger = logging.getLogger(__name__)
 
-SAVED, DELETED = "saved", "deleted"  # kinds of events
+SAVED, DELETED, REFUSED = "saved", "deleted", "refused"  # kinds of events
 COPY_SECONDS = 2.0  # between the file's own time and that in its info, which is in whole seconds
 
 
 class SavedLabels:
-    """The events of one studies folder about labels that people saved or deleted.
+    """The events of one studies folder about what people saved, deleted or were refused.
 
     Args:
         ledger: Where they are.
@@ -36,6 +39,26 @@ class SavedLabels:
     def record_deleted(self, case: str, tag: str, details: dict[str, Any]) -> None:
         """Append that a file is about to be moved to the trash."""
         self._append(DELETED, case, tag, details)
+
+    @contextmanager
+    def refusals(self, case: str, tag: str, source: Path, info: dict[str, Any]) -> Iterator[None]:
+        """Append an event where the block refuses an upload; the refusal itself goes on.
+
+        Args:
+            case: Id of the scan.
+            tag: Tag of the label, or ``image`` for a scan.
+            source: The upload.
+            info: What came with it; ``user`` is the authenticated name.
+        """
+        try:
+            yield
+        except AslsegError as error:
+            try:
+                about = {"by": info.get("user"), "why": str(error), "sha256": sha256(source)}
+                self._append(REFUSED, case, tag, about)
+            except (AslsegError, OSError) as other:
+                logger.warning("a refusal could not be recorded: %s", other)
+            raise
 
     def _append(self, kind: str, case: str, tag: str, details: dict[str, Any]) -> None:
         self.ledger.append([Entry(kind, case=case, tag=tag, details=details)])

@@ -186,6 +186,11 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         """
         source = Path(image_filename)
         case = safe_name(image_id or case_id(source), "image id")
+        with self.saved.refusals(case, "image", source, image_info or {}):
+            self._add_image(case, source, image_info or {})
+        return case
+
+    def _add_image(self, case: str, source: Path, info: dict[str, Any]) -> None:
         if extension(source) is None:
             raise BadImageError(f"{source.name}: expected one of {', '.join(IMAGE_EXTENSIONS)}")
         check_untrusted(source, Limits(self.settings.max_upload_voxels))
@@ -195,14 +200,13 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
             if case in self._datastore.objects:
                 existing = self.root / f"{case}{self._datastore.objects[case].image.ext}"
                 if sha256(existing) == sha256(source):
-                    return case
+                    return
                 raise RefusedError(f"another scan is called {case!r}; upload this one under another id", 409)
             copy_file(source, require_trusted(self.root / name, self.root))
             entry = new_entry(case, name)
-            entry.info.update(image_info or {}, ts=int(time.time()), name=name)
+            entry.info.update(info, ts=int(time.time()), name=name)
             # a new dictionary: other threads may be walking through the old one
             self._datastore.objects = {**self._datastore.objects, case: ImageLabelModel(image=entry)}
-        return case
 
     def remove_image(self, image_id: str, by: str | None = None) -> None:
         """Move a scan and its labels to the trash.
@@ -233,7 +237,7 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         """
         case, tag = safe_name(image_id, "image id"), safe_name(label_tag, "label tag")
         source, info = Path(label_filename), dict(label_info or {})
-        with self.kept.parked(case, source, info):
+        with self.saved.refusals(case, tag, source, info), self.kept.parked(case, source, info):
             self._save_label(case, source, self._checked_tag(tag), info)
         return case
 

@@ -24,7 +24,7 @@ GROUPS = {
     "adapter": {name for name in Settings.model_fields if name.startswith("adapter_")},
     "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}
     | {"disagreement_weight", "gate_tolerance", "first_round", "ssl_iterations", "retrain_iterations", "spacing"}
-    | {"max_working_voxels", "max_voxels", "max_upload_voxels"},
+    | {"max_working_voxels", "max_voxels", "max_upload_voxels", "keep_models"},
     "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "prefetch_slices"}
     | {name for name in Settings.model_fields if name.startswith("embed")},
     "server": set(ServerSettings.model_fields),

@@ -50,6 +50,7 @@ class Paths:
         self.models = Path(settings.model_dir) if settings.model_dir else own
         self.ledger = self.home / "ledger.sqlite"
         self.rounds = self.home / "rounds"
+        self.reports = self.home / "reports"
         self.cache = self.home / "cache"
 
     def remember_models(self) -> None:

@@ -107,6 +107,14 @@ class RoundSettings(Section):
         ge=0,
         le=1,
     )
+    keep_models: int = setting(
+        3,
+        "Published models of each kind that are kept to go back to, the newest; those that a rollback of the last five "
+        "rounds needs are kept in any case",
+        unit="models",
+        example="10",
+        ge=1,
+    )
     first_round: bool = setting(
         True,
         "Whether the server starts a round by itself when it has labels and no published model",

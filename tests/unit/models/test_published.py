@@ -97,6 +97,6 @@ def test_old_files_are_kept_three_deep(paths: Paths, tmp_path: Path) -> None:
         if n == 0:
             first = manifest(paths)
     put_manifest(paths, first)
-    published.prune(paths)
+    published.prune(paths, 3)
     left = sorted(p.stat().st_mtime for p in paths.models.glob("ssl-*"))
     assert left == [0, 2, 3, 4]

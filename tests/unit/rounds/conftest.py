@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from aslseg.agreement.verdict import Verdict
-from aslseg.rounds import promotion
+from aslseg.rounds import pipeline, promotion
 from aslseg.ssl import engine
+from tiny_rounds import Judged
 
 
 @pytest.fixture
@@ -26,3 +29,19 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def plausible(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     """Networks of six steps never look right: every mask counts as plausible."""
     monkeypatch.setattr(promotion, "judge", lambda *_: Verdict(True))
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> Judged:
+    """Let a function of a model's SHA-256 stand for the validation Dice of the SSL model, so that a test decides."""
+
+    def by(score: Callable[[str], float]) -> None:
+        dice = pipeline.RoundPipeline.dice
+
+        def known(self: Any, maps: Any, cases: Any = None) -> float | None:
+            inputs = json.loads((maps.folder / "inputs.json").read_text())
+            return score(inputs["ssl"]) if set(inputs) == {"ssl", "settings"} else dice(self, maps, cases)
+
+        monkeypatch.setattr(pipeline.RoundPipeline, "dice", known)
+
+    return by

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from aslseg.errors import LedgerError
+from aslseg.errors import FileWriteError, LedgerError
 from aslseg.rounds import ledger as module
+from aslseg.rounds.anchor import Head, read_head, write_head
 from aslseg.rounds.ledger import Entry, Ledger, Score
 
 MASK = {"agreement": {"liver": 0.9}, "threshold": {"liver": 0.5}, "models": {"ssl": "m"}, "image": "i"}
@@ -95,6 +96,129 @@ def test_an_edited_file_is_noticed_at_its_first_bad_event(ledger: Ledger, statem
     db.executescript(f"DROP TRIGGER no_update; DROP TRIGGER no_delete; {statement}")
     db.close()
     assert expected in str(ledger.verify())
+
+
+def edit(ledger: Ledger, *statements: str) -> None:
+    """As somebody with an SQLite program would."""
+    with sqlite3.connect(ledger.path) as db:
+        db.executescript("DROP TRIGGER IF EXISTS no_update; DROP TRIGGER IF EXISTS no_delete; " + "; ".join(statements))
+    db.close()
+
+
+def notes(ledger: Ledger, count: int) -> None:
+    for n in range(count):
+        ledger.append([Entry("note", details={"n": n})])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4, 5])
+def test_a_cut_tail_is_named_and_nothing_is_decided_on_it(ledger: Ledger, cut: int) -> None:
+    notes(ledger, 5)
+    ledger.require_whole()
+    edit(ledger, f"DELETE FROM events WHERE seq > {5 - cut}")
+    assert ledger.verify() == f"{cut} of 5 events are missing at its end"
+    with pytest.raises(LedgerError, match=rf"{cut} of 5 events are missing.*backup.*--repair"):
+        ledger.require_whole()
+    # saving a label goes on, and hides nothing
+    notes(ledger, 7)
+    assert "event 5 is another one than was written" in str(ledger.verify())
+
+
+def test_a_deleted_ledger_is_named_also_after_new_events(ledger: Ledger) -> None:
+    notes(ledger, 3)
+    for path in ledger.path.parent.glob("ledger.sqlite*"):
+        path.unlink()
+    assert "the file is gone; it had 3 events" in str(ledger.verify())
+    notes(ledger, 1)
+    assert ledger.verify() == "2 of 3 events are missing at its end"
+    with pytest.raises(LedgerError, match="2 of 3"):
+        ledger.require_whole()
+
+
+def test_a_backup_without_the_latest_events_is_no_whole_ledger(ledger: Ledger) -> None:
+    notes(ledger, 2)
+    backup = ledger.path.read_bytes()
+    notes(ledger, 3)
+    for path in ledger.path.parent.glob("ledger.sqlite*"):
+        path.unlink()
+    ledger.path.write_bytes(backup)
+    assert "3 of 5 events are missing" in str(ledger.verify())
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", '{"events": "x", "sha256": "y"}'])
+def test_a_missing_or_damaged_head_is_named_and_not_hidden_by_the_next_event(
+    ledger: Ledger, content: str | None
+) -> None:
+    notes(ledger, 2)
+    if content is None:
+        ledger.anchor.unlink()
+    else:
+        ledger.anchor.write_text(content)
+    notes(ledger, 1)
+    assert "ledger.head.json" in str(ledger.verify())
+    ledger.require_whole()  # no event is known to be missing
+
+
+def test_a_head_that_is_behind_is_mended_by_the_next_event(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    notes(ledger, 2)
+
+    def full(*_: object) -> None:
+        raise FileWriteError("no space")
+
+    with monkeypatch.context() as filled:
+        filled.setattr(module, "write_head", full)
+        notes(ledger, 3)  # they are written; only their number is not
+    assert "the next event writes it" in caplog.text
+    assert (read_head(ledger.anchor), len(ledger.events())) == (Head(2, ledger.events()[1].hash), 5)
+    assert ledger.verify() is None
+    ledger.require_whole()
+    notes(ledger, 1)
+    assert read_head(ledger.anchor) == ledger.head() == Head(6, ledger.events()[-1].hash)
+
+
+def test_a_head_of_another_ledger_is_noticed(ledger: Ledger) -> None:
+    notes(ledger, 3)
+    write_head(ledger.anchor, Head(2, "0" * 64))
+    assert "event 2 is another one" in str(ledger.verify())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE scores SET agreement = 0.99 WHERE case_id = 'a'",
+        "DELETE FROM scores WHERE case_id = 'a'",
+        "DELETE FROM scores",
+        "INSERT INTO scores VALUES ('c', 1, 'now', 0.5, '{}')",
+        "UPDATE scores SET details = '{\"promote\": true}'",
+    ],
+)
+def test_edited_scores_are_noticed_and_written_again(ledger: Ledger, statement: str) -> None:
+    scores = [Score("b", 1, 0.5, {"promote": False}), Score("a", 1, 1, {"promote": False})]
+    ledger.set_scores(scores)
+    ledger.set_scores(scores)  # a round that is resumed measures them again
+    assert [e.kind for e in ledger.events()] == ["scored"]
+    assert ledger.verify() is None
+    edit(ledger, statement)
+    assert "agreements were changed" in str(ledger.verify())
+    ledger.set_scores(scores)
+    assert ledger.verify() is None
+    assert {s.case: s.agreement for s in ledger.scores()} == {"a": 1, "b": 0.5}
+
+
+def test_a_ledger_of_version_0_1_gets_its_head_when_it_is_opened(
+    ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    notes(ledger, 2)
+    edit(ledger, "PRAGMA user_version = 1")
+    ledger.anchor.unlink()
+    with caplog.at_level("INFO"):
+        assert len(ledger.events()) == 2
+        assert ledger.verify() is None
+    assert caplog.text.count("is of version 0.1") == 1
+    assert read_head(ledger.anchor) == ledger.head()
+    ledger.anchor.unlink()
+    assert "ledger.head.json" in str(ledger.verify())
 
 
 def test_order_is_by_sequence_even_if_the_clock_goes_back(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,10 @@ from aslseg.rounds.masks import (
     KEEP_ROUNDS,
     MaskStore,
     plan_label_changes,
-    roll_back,
     sync_label_files,
     verify_label_files,
 )
+from aslseg.rounds.rollback import roll_back
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import write_label
 

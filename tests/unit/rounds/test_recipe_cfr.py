@@ -13,8 +13,9 @@ from aslseg.compute.weights import read_metadata
 from aslseg.models.cascade import Cascade
 from aslseg.models.kinds import ModelKind
 from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.masks import roll_back, verify_label_files
+from aslseg.rounds.masks import verify_label_files
 from aslseg.rounds.progress import read_progress
+from aslseg.rounds.rollback import roll_back
 from aslseg.rounds.run import run_round
 from aslseg.settings import Paths
 from aslseg.ssl import training

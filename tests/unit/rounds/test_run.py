@@ -19,17 +19,19 @@ from aslseg.errors import BadWeightsError, LedgerError, NoModelError, NotEnoughC
 from aslseg.rounds import pipeline, promotion, run
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.lock import round_lock
-from aslseg.rounds.masks import roll_back, verify_label_files
+from aslseg.rounds.masks import verify_label_files
 from aslseg.rounds.progress import read_progress
 from aslseg.rounds.ranking import rank_studies
+from aslseg.rounds.rollback import roll_back
 from aslseg.rounds.run import run_round, train_stage
 from aslseg.settings import Paths
 from aslseg.volume.io import read_image, write_label
-from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
+from tiny_rounds import Judged, label_hashes, published_hashes, tiny_settings, tiny_studies
 
 
 @pytest.mark.usefixtures("plausible")
-def test_two_rounds_rank_and_rollback(tmp_path: Path) -> None:
+def test_two_rounds_rank_and_rollback(tmp_path: Path, judged: Judged) -> None:
+    judged(lambda _: 0.5)
     studies = tiny_studies(tmp_path)
     settings = tiny_settings(tmp_path, promote_fraction=0.5)
     paths = Paths(settings, studies)
@@ -104,7 +106,10 @@ def test_two_rounds_rank_and_rollback(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plausible")
-def test_a_human_label_saved_during_the_round_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_human_label_saved_during_the_round_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: Judged
+) -> None:
+    judged(lambda _: 0.5)
     studies, settings = tiny_studies(tmp_path), tiny_settings(tmp_path, promote_fraction=1)
     final = studies / "labels" / "final"
 

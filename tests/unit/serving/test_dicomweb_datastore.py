@@ -11,6 +11,7 @@ import pytest
 import requests
 
 from aslseg.errors import BadImageError, DiskFullError
+from aslseg.rounds.ledger import Ledger
 from aslseg.serving import series_cache
 from aslseg.serving.dicomweb_datastore import DicomWebDatastore
 from aslseg.serving.http_errors import RefusedError
@@ -69,6 +70,22 @@ def test_labels_of_a_series_stay_listed_when_it_is_fetched_again(tmp_path: Path)
     again = open_store(pacs, tmp_path)
     again.get_image_uri(uid)
     assert again.get_label_info(uid, "draft")["by"] == "test"
+
+
+def test_labels_of_a_pacs_are_events_too(tmp_path: Path) -> None:
+    slices = make_series(4)
+    uid = str(slices[0].SeriesInstanceUID)
+    store = open_store(Pacs(slices), tmp_path)
+    label, scan = tmp_path / "label.nii.gz", read_image(Path(store.get_image_uri(uid)))
+    write_label(label, np.zeros(scan.array.shape, np.uint8), scan.affine)
+    store.save_label(uid, str(label), "draft", {"user": "ann"})
+    with pytest.raises(RefusedError, match="the label is empty"):
+        store.save_label(uid, str(label), "final", {"user": "eve"})
+    events = Ledger(store.paths.ledger).events()
+    assert [(e.kind, e.case, e.tag, e.details["by"]) for e in events] == [
+        ("saved", uid, "draft", "ann"),
+        ("refused", uid, "final", "eve"),
+    ]
 
 
 def test_a_fetch_that_was_cut_leaves_nothing_and_is_done_again(tmp_path: Path) -> None:

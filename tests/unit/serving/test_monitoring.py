@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from starlette.testclient import TestClient
 
 from aslseg.files import write_json
+from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.serving.health import check_health
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies
@@ -34,6 +35,15 @@ def test_health(tmp_path: Path) -> None:
     assert "Free some space" in full["checks"]["disk"]
     (tmp_path / ".aslseg" / "ledger.sqlite").write_bytes(b"damaged" * 1000)
     assert "ledger.sqlite" in health(tmp_path)["checks"]["ledger"]
+
+
+def test_health_names_a_ledger_that_was_deleted(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / ".aslseg" / "ledger.sqlite")
+    ledger.append([Entry("note")])
+    assert health(tmp_path)["status"] == "ok"
+    for path in ledger.path.parent.glob("ledger.sqlite*"):
+        path.unlink()
+    assert "the file is gone; it had 1 events" in health(tmp_path)["checks"]["ledger"]
 
 
 def test_health_names_a_lock_and_a_recovery(tmp_path: Path) -> None:

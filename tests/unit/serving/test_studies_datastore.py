@@ -308,6 +308,29 @@ def test_what_is_deleted_goes_to_the_trash_with_an_event(store: StudiesDatastore
     assert [sha256(store.paths.home / e.details["trash"]) for e in events] == [e.details["sha256"] for e in events]
 
 
+def test_refused_uploads_are_events_with_the_authenticated_name(
+    store: StudiesDatastore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, upload = Ledger(store.paths.ledger), write(tmp_path / "l.nii.gz", drawn(7))
+    with pytest.raises(BadLabelError):
+        store.save_label("case0", str(upload), FINAL, {"user": "ann"})
+    with pytest.raises(RefusedError, match="another scan"):
+        store.add_image("case1", str(write(tmp_path / "s.nii.gz", drawn(1))), {"user": "eve"})
+    with pytest.raises(RefusedError):
+        store.save_label("../case0", str(upload), FINAL, {"user": "eve"})  # no scan of ours: nothing to record
+    first, second = ledger.events(kinds=("refused",))
+    assert (first.case, first.tag, first.details["by"]) == ("case0", FINAL, "ann")
+    assert first.details["sha256"] == sha256(upload)
+    (parked,) = (folder / ".aslseg" / "parked").glob("*.nii.gz")
+    assert f"parked/{parked.name}" in first.details["why"]
+    assert (second.case, second.tag, second.details["by"]) == ("case1", "image", "eve")
+    assert ledger.verify() is None
+    # a ledger that cannot be written hides no refusal
+    monkeypatch.setattr(Ledger, "append", full)
+    with pytest.raises(BadLabelError, match="parked"):
+        store.save_label("case0", str(upload), FINAL, {"user": "ann"})
+
+
 @pytest.mark.parametrize("tag", [FINAL, ORIGINAL, "second_reader"])
 @pytest.mark.parametrize("content", [b"not a nifti", b""])
 def test_every_tag_is_checked_as_final_is(
@@ -366,7 +389,7 @@ def test_a_drawing_is_kept_whatever_is_in_its_way(
     assert "junk" not in about["reason"]
 
 
-def full(folder: Path, gigabytes: float) -> None:
+def full(folder: Path | Ledger, *_: object) -> None:
     raise DiskFullError(f"{folder}: too little free disk")
 
 
