@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from aslseg import cli, console
+from aslseg.files import write_json
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.settings import Paths
 from aslseg.ssl import engine
@@ -140,6 +141,32 @@ def test_a_round_infer_evaluate_and_ledger(run: Run, tmp_path: Path, monkeypatch
     code, out, _ = run("ledger", "verify", "--studies", studies, *conf)
     assert code == 1
     assert "phantom_002.nii.gz: missing" in out
+    code, out, _ = run("ledger", "verify", "--repair", "--studies", studies, *conf)
+    assert code == 0
+    assert out.splitlines()[0] == "labels/original/phantom_002: as the ledger says again"
+    label = studies / "labels" / "final" / "phantom_000.nii.gz"
+    entry = {"ext": ".nii.gz", "info": {"sha256": "0" * 64}}
+    objects = {"phantom_000": {"image": {"ext": ".nii.gz", "info": {}}, "labels": {"final": entry}}}
+    write_json(studies / "datastore_v2.json", {"name": "x", "description": "x", "objects": objects})
+    before = label.read_bytes()
+    assert "another file" in run("ledger", "verify", "--studies", studies, *conf)[1]
+    repaired = json.loads(run("ledger", "verify", "--repair", "--json", "--studies", studies, *conf)[1])
+    assert repaired == {
+        "ok": True,
+        "problems": [],
+        "repaired": ["labels/final/phantom_000.nii.gz: its info was corrected"],
+    }
+    assert label.read_bytes() == before
+
+    code, _, err = run("ledger", "rollback", "--studies", studies, *conf)
+    assert code == 2
+    assert "give one of" in err
+    code, _, err = run("ledger", "rollback", "--studies", studies, "--case", "phantom_000", *conf)
+    assert code == 1
+    assert "'phantom_000' has no promoted mask" in err
+    code, _, err = run("ledger", "rollback", "--studies", studies, "--model", "canvas", *conf)
+    assert code == 1
+    assert "no canvas model is published" in err
     code, _, err = run("ledger", "rollback", "--studies", studies, "--round", 9, *conf)
     assert code == 1
     assert "there is no round 9" in err

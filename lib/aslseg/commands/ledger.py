@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aslseg import console
 from aslseg.commands.options import Conf, Json, Studies, read_settings, show
+
+if TYPE_CHECKING:
+    from aslseg.settings import Paths, Settings
 
 ledger_app = typer.Typer(no_args_is_help=True, help="The decisions of rounds: list them, check them, undo them.")
 
@@ -60,20 +63,41 @@ def ledger_rollback(
 
 
 @ledger_app.command("verify")
-def ledger_verify(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
-    """Check the ledger's hash chain, and that the label files match it; exit code 1 if not."""
+def ledger_verify(
+    studies: Studies,
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended, and say each thing.")] = False,
+    conf: Conf = None,
+    as_json: Json = False,
+) -> None:
+    """Check that ledger, reports and label files are as they were written; exit code 1 if not."""
     settings = read_settings(conf)[0]
     from aslseg.rounds.masks import verify_label_files
     from aslseg.settings import Paths
 
-    problems = verify_label_files(Paths(settings, studies))
+    paths = Paths(settings, studies)
+    done = _repair(studies, paths, settings) if repair else []
+    problems = verify_label_files(paths)
     if as_json:
-        show({"ok": not problems, "problems": problems}, True)
+        show({"ok": not problems, "problems": problems} | ({"repaired": done} if repair else {}), True)
     else:
-        for problem in problems or ["the ledger and all label files are as they were written"]:
-            typer.echo(problem)
+        for line in (*done, *(problems or ["the ledger and all label files are as they were written"])):
+            typer.echo(line)
     if problems:
         raise typer.Exit(1)
+
+
+def _repair(studies: Path, paths: Paths, settings: Settings) -> list[str]:
+    from aslseg.files import sha256
+    from aslseg.rounds.label_info import human_label_infos
+    from aslseg.rounds.repair import repair
+
+    done = repair(paths)
+    if any(info.get("sha256", sha256(path)) != sha256(path) for _, _, path, info in human_label_infos(studies)):
+        # MONAI Label takes seconds to import
+        from aslseg.serving.studies_datastore import StudiesDatastore
+
+        done += StudiesDatastore(str(studies), settings, paths).check_labels(thorough=True)
+    return done
 
 
 def _ledger(studies: Path, conf: list[str] | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,3 +84,9 @@ class Score:
     agreement: float
     details: dict[str, Any]
     time: str = ""
+
+
+def scores_hash(scores: Iterable[Score]) -> str:
+    """SHA-256 of scores in the order of their cases, without times."""
+    text = json.dumps([[s.case, s.round, float(s.agreement), s.details] for s in scores], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,7 +7,6 @@ event about it, so that a rollback adds events and removes none. The head of the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import sqlite3
@@ -21,33 +20,15 @@ from typing import Any
 
 from aslseg.errors import DiskFullError, LedgerError
 from aslseg.rounds.anchor import Head, anchor_path, read_head, write_head
-from aslseg.rounds.events import NO_CLOCK, Entry, Event, Promotion, RoundRow, Score
+from aslseg.rounds.events import NO_CLOCK, Entry, Event, Promotion, RoundRow, Score, scores_hash
+from aslseg.rounds.schema import COLUMNS, INSERT, SCHEMA, START, VERSION
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["Entry", "Event", "Ledger", "Promotion", "RoundRow", "Score"]
 
-VERSION = 2
-"""1: of version 0.1, which kept no head."""
 BUSY_SECONDS = 60
 """How long to wait for another process's transaction."""
-SCHEMA = (
-    """CREATE TABLE events (
-         seq INTEGER PRIMARY KEY, time TEXT NOT NULL, clock INTEGER NOT NULL, kind TEXT NOT NULL, round INTEGER,
-         case_id TEXT, tag TEXT, details TEXT NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL)""",
-    "CREATE INDEX events_kind ON events (kind, round)",
-    "CREATE INDEX events_case ON events (tag, case_id, seq)",
-    """CREATE TRIGGER no_update BEFORE UPDATE ON events
-         BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
-    """CREATE TRIGGER no_delete BEFORE DELETE ON events
-         BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
-    """CREATE TABLE scores (
-         case_id TEXT PRIMARY KEY, round INTEGER, time TEXT NOT NULL, agreement REAL NOT NULL,
-         details TEXT NOT NULL)""",
-)
-COLUMNS = "seq, time, clock, kind, round, case_id, tag, details, previous, hash"
-INSERT = f"INSERT INTO events ({COLUMNS}) VALUES ({', '.join('?' * 10)})"  # noqa: S608 - constants only
-START = "0" * 64
 
 
 class Ledger:
@@ -134,10 +115,10 @@ class Ledger:
         """Replace the agreement of all scans by these; an event holds their hash. The same ones change nothing."""
         now, kept = _utc(), sorted(scores, key=lambda s: s.case)
         number = kept[0].round if kept else None
-        details = {"sha256": _scores_hash(kept), "cases": len(kept)}
+        details = {"sha256": scores_hash(kept), "cases": len(kept)}
         with self._write() as db:
             last = self._last_scored(db)
-            if last == (number, details) and _scores_hash(_scores(db)) == details["sha256"]:
+            if last == (number, details) and scores_hash(_scores(db)) == details["sha256"]:
                 return
             db.execute("DELETE FROM scores")
             db.executemany(
@@ -183,6 +164,11 @@ class Ledger:
         with self._read() as db:
             return _head(db) if db else Head(0, START)
 
+    def accept_head(self) -> None:
+        """Keep the present head, whatever the file says; after a repair."""
+        with self._write() as db:
+            write_head(self.anchor, _head(db))
+
     def loss(self) -> str | None:
         """What the file beside the ledger knows and the ledger does not; None if nothing is missing.
 
@@ -217,6 +203,15 @@ class Ledger:
         Returns:
             None if all is as it was written, else the first thing that is not.
         """
+        broken = self.broken_chain()
+        if broken:
+            return broken
+        if read_head(self.anchor) is None and self.head().events:
+            return f"{self.anchor.name}, which holds the number of events, is missing or damaged"
+        return self.loss() or self.changed_scores()
+
+    def broken_chain(self) -> str | None:
+        """The first event that is missing or was changed."""
         expected, hash_before = 1, START
         for event, clock in self._rows("1", []):
             if event.seq != expected:
@@ -224,14 +219,13 @@ class Ledger:
             if event.previous != hash_before or event.digest(clock) != event.hash:
                 return f"event {event.seq} ({event.kind}, {event.time}) was changed after it was written"
             expected, hash_before = expected + 1, event.hash
-        if expected > 1 and read_head(self.anchor) is None:
-            return f"{self.anchor.name}, which holds the number of events, is missing or damaged"
-        return self.loss() or self._changed_scores()
+        return None
 
-    def _changed_scores(self) -> str | None:
+    def changed_scores(self) -> str | None:
+        """Whether the agreements are others than those that were written."""
         with self._read() as db:
             last = self._last_scored(db) if db else None
-            if db is None or last is None or _scores_hash(_scores(db)) == last[1]["sha256"]:
+            if db is None or last is None or scores_hash(_scores(db)) == last[1]["sha256"]:
                 return None
         return "the agreements were changed after they were written; the next round writes them again"
 
@@ -373,12 +367,6 @@ def _contradiction(db: sqlite3.Connection, known: Head) -> str | None:
 def _scores(db: sqlite3.Connection) -> list[Score]:
     rows = db.execute("SELECT case_id, round, agreement, details, time FROM scores ORDER BY case_id").fetchall()
     return [Score(case, number, value, json.loads(details), at) for case, number, value, details, at in rows]
-
-
-def _scores_hash(scores: Iterable[Score]) -> str:
-    """SHA-256 of scores in the order of their cases, without times."""
-    text = json.dumps([[s.case, s.round, float(s.agreement), s.details] for s in scores], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_ahead(db: sqlite3.Connection) -> None:

@@ -17,7 +17,9 @@ import numpy as np
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
 from aslseg.files import atomic_file, sha256, write_json
+from aslseg.rounds.label_info import label_info_problems
 from aslseg.rounds.ledger import Entry, Event, Ledger
+from aslseg.rounds.reports import contradicting_reports
 from aslseg.rounds.vetoes import mask_vetoes
 from aslseg.settings import Paths
 from aslseg.volume.io import case_id, extension, write_label
@@ -182,21 +184,36 @@ def sync_label_files(ledger: Ledger, studies: Studies, paths: Paths) -> list[str
         for case, event in sorted(masks.items()):
             if event.kind == "mask" and (case not in studies.images or case in human):
                 continue
-            if _sync_one(studies.label_path(tag, case), event, store):
+            if sync_label(studies, paths, tag, case, event, store):
                 changed.append(f"{tag}/{case}")
-            if tag == ORIGINAL:
-                _sidecar(paths.home / "original" / f"{case}.json", event)
+    return changed
+
+
+def sync_label(studies: Studies, paths: Paths, tag: str, case: str, event: Event, store: MaskStore) -> bool:
+    """Bring one label file, and what is kept beside it, in line with the last event about it; whether it changed.
+
+    Raises:
+        LedgerError: Its mask is no longer kept.
+    """
+    changed = _sync_one(studies.label_path(tag, case), event, store)
+    if tag == ORIGINAL:
+        _sidecar(paths.home / "original" / f"{case}.json", event)
     return changed
 
 
 def verify_label_files(paths: Paths) -> list[str]:
-    """Differences from the ledger: a broken chain, label files changed or missing; empty if there are none."""
+    """What is not as it was written: the ledger, its head and its scores, reports, label files; empty if all is."""
     ledger = Ledger(paths.ledger)
     broken = ledger.verify()
-    problems = [f"{paths.ledger}: {broken}"] if broken else []
+    problems = [f"{paths.ledger}: {broken}"] if broken else contradicting_reports(ledger, paths)
     if paths.studies is None:
         return problems
     studies, human = read_studies(paths.studies), human_labels(paths.studies)
+    known = ledger.masks(PSEUDO)
+    for path in sorted((paths.studies / "labels" / PSEUDO).glob("*")):
+        if extension(path) and path.name[0] != "." and case_id(path) not in known:
+            problems.append(f"{path}: not recorded as promoted; only rounds write here")
+    problems += label_info_problems(paths.studies, ledger)
     for tag in (PSEUDO, ORIGINAL):
         for case, event in sorted(ledger.masks(tag).items()):
             path = studies.label_path(tag, case)

@@ -19,6 +19,7 @@ from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.vetoes import mask_vetoes, model_vetoes
 from aslseg.settings import Paths
 
+PARTS = {"summary", "promoted", "validation_patients", "mask_vetoes", "model_vetoes"}
 logger = logging.getLogger(__name__)
 
 
@@ -56,6 +57,9 @@ def read_reports(paths: Paths) -> Iterator[tuple[Path, dict[str, Any]]]:
         try:
             content = json.loads(path.read_text())
             head_of(content)
+            missing = PARTS - content.keys()
+            if missing:
+                raise ValueError(f"{', '.join(sorted(missing))} missing")
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s cannot be read (%s)", path, type(error).__name__)
             continue
@@ -65,3 +69,11 @@ def read_reports(paths: Paths) -> Iterator[tuple[Path, dict[str, Any]]]:
 def head_of(report: dict[str, Any]) -> Head:
     """The ledger's head when a report was written."""
     return Head(**report["summary"]["ledger"])
+
+
+def contradicting_reports(ledger: Ledger, paths: Paths) -> list[str]:
+    """Reports whose head is no part of the ledger, without those that a repair has dealt with."""
+    known = {name for event in ledger.events(kinds=("lost",)) for name in event.details["reports"]}
+    reports = ((path, report) for path, report in read_reports(paths) if path.name not in known)
+    found = ((path, ledger.contradiction(head_of(report))) for path, report in reports)
+    return [f"{paths.ledger}: {why}, says {path.name}" for path, why in found if why]

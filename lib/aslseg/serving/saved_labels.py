@@ -82,16 +82,17 @@ class SavedLabels:
             return DataModel(info=dict(saved["info"]), ext=path.name[len(case) :])
         return new_entry(case, path.name)
 
-    def checked_entry(self, case: str, tag: str, path: Path, entry: DataModel) -> DataModel:
+    def checked_entry(self, case: str, tag: str, path: Path, entry: DataModel, thorough: bool = False) -> DataModel:
         """The entry of a label file, or a new one if it describes another file.
 
-        Only files are hashed that were written after their info, or whose last saving the entry does not know.
+        Only files are hashed that were written after their info, or whose last saving the entry does not know;
+        ``thorough``: all.
         """
         known, saved = entry.info.get("sha256"), self.last().get((case, tag), {})
         if known is None:
             return entry
         later = path.stat().st_mtime > entry.info.get("ts", 0) + COPY_SECONDS
-        if not later and saved.get("sha256", known) == known:
+        if not thorough and not later and saved.get("sha256", known) == known:
             return entry
         found = sha256(path)
         if found == known:

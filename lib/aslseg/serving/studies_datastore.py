@@ -5,7 +5,7 @@ file with those last seen and looks again only if they differ; that also works o
 
 A label is saved in this order, so that a kill at any moment loses nothing: the upload is parked, checked and decoded;
 the ledger records the hash and the info of the new file; the file is replaced; the JSON is written. At the next start
-``_check_labels`` completes what was interrupted.
+``check_labels`` completes what was interrupted.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
             if not had_json and self.saved.last():
                 self.recovered = f"{config.name} was missing; it was rebuilt from the label files and the ledger"
                 logger.error("%s", self.recovered)
-            self._check_labels()
+            self.check_labels()
         except PermissionError as error:
             raise RefusedError(
                 f"{studies} cannot be written ({error.filename}); labels are saved there. Give the server write access "
@@ -364,20 +364,28 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
             if path != target:
                 path.unlink()
 
-    def _check_labels(self) -> None:
-        """Make info and files agree where a kill, or somebody who copied a file, came between them."""
+    def check_labels(self, thorough: bool = False) -> list[str]:
+        """Make info and files agree where a kill, or somebody who copied a file, came between them.
+
+        Args:
+            thorough: Hash every file, not only those that seem to have been written after their info.
+
+        Returns:
+            A line for each info that was corrected.
+        """
         with self._exclusive():
-            changed = 0
+            changed = []
             for case, obj in self._datastore.objects.items():
                 for tag, label in list(obj.labels.items()):
                     path = self.root / "labels" / tag / f"{case}{label.ext}"
-                    checked = self.saved.checked_entry(case, tag, path, label)
+                    checked = self.saved.checked_entry(case, tag, path, label, thorough)
                     if checked is not label:
                         obj.labels = {**obj.labels, tag: checked}
-                        changed += 1
+                        changed.append(f"labels/{tag}/{path.name}: its info was corrected")
             if changed:
-                logger.warning("%d labels are not what their info said; the info was corrected", changed)
+                logger.warning("%d labels are not what their info said; the info was corrected", len(changed))
                 self._update_datastore_file(lock=False)
+            return changed
 
     def _new_label_entry(self, case: str, tag: str, name: str) -> DataModel:
         return self.saved.new_entry(case, tag, self.root / "labels" / tag / name)
