@@ -200,7 +200,7 @@ def evaluate(
     conf: Conf = None,
     as_json: Json = False,
 ) -> None:
-    """Dice, Jaccard, HD95 (pooled) and ASD per case and label, of any two folders of label files."""
+    """Overlap, surface distances and lesions found, per case and label, of any two folders of label files."""
     if unit not in ("mm", "voxel"):
         raise typer.BadParameter(f"expected mm or voxel, got {unit!r}", param_hint="--unit")
     settings = _ready(conf)

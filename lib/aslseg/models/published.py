@@ -46,12 +46,16 @@ class Published:
 
 def manifest(paths: Paths) -> dict[str, dict[str, Any]]:
     """Kind to its entry in the manifest; empty if nothing is published or the manifest cannot be read."""
+    return _read_manifest(paths.models / "manifest.json")
+
+
+def _read_manifest(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        return dict(json.loads((paths.models / "manifest.json").read_text())["models"])
+        return dict(json.loads(file.read_text())["models"])
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s cannot be read (%s); nothing counts as published", paths.models / "manifest.json", error)
+        logger.warning("%s cannot be read (%s); nothing counts as published", file, error)
         return {}
 
 
@@ -164,6 +168,26 @@ def prune(paths: Paths, keep: int, needed: Collection[str] = ()) -> None:
         for path in files[keep:]:
             if path.name not in kept:
                 path.unlink(missing_ok=True)
+
+
+def left_behind(paths: Paths, served: dict[str, dict[str, Any]]) -> str | None:
+    """What to do where nothing is published, but another models' folder serves what this ledger published last.
+
+    So it is where a studies folder was moved that an earlier version used, or where it was copied.
+
+    Args:
+        paths: The studies folder.
+        served: The manifest that the ledger recorded last.
+    """
+    if not served or manifest(paths):
+        return None
+    for file in sorted(paths.models.parent.glob("*/manifest.json")):
+        if _read_manifest(file) == served:
+            return (
+                f"no models are published for this studies folder, but {file.parent} holds those that its ledger "
+                f"published last: it was moved or copied. If it was moved, rename that folder to {paths.models.name}"
+            )
+    return None
 
 
 def list_published(settings: Settings, studies: Path | None = None) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 from aslseg.cases.studies import read_studies
 from aslseg.errors import AslsegError, LedgerError
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
-from aslseg.models.published import Published, find_published
+from aslseg.models.published import Published, find_published, left_behind
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.progress import read_progress
 from aslseg.settings import Paths, Settings
@@ -50,7 +50,7 @@ def collect(
         "progress": progress,
         "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
-        "problems": [*_problems(paths), *notes],
+        "problems": [*_problems(paths, ledger), *notes],
         "warnings": [*last.get("warnings", []), *map(_named, last.get("skipped", {}).items())],
         "rounds": [
             {"round": r.number, "state": r.state, "opened": r.opened, "closed": r.closed, "error": r.error}
@@ -74,12 +74,14 @@ def _named(skipped: tuple[str, str]) -> str:
     return reason if case in reason else f"{case}: {reason}"
 
 
-def _problems(paths: Paths) -> list[str]:
-    """What the studies folder holds that is passed over, or why it cannot be listed."""
+def _problems(paths: Paths, ledger: Ledger) -> list[str]:
+    """What the studies folder holds that is passed over, or why it cannot be listed; and models that lie elsewhere."""
     if paths.studies is None:
         return []
     try:
-        return list(read_studies(paths.studies).problems)
+        served = [event.details["after"] for event in ledger.events(kinds=("published",))]
+        moved = left_behind(paths, served[-1] if served else {})
+        return [*([moved] if moved else []), *read_studies(paths.studies).problems]
     except AslsegError as error:
         return [str(error)]
 

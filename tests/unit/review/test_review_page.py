@@ -125,3 +125,21 @@ def test_what_the_last_round_left_out_stands_on_the_page(paths: Paths) -> None:
     assert "scans that it left out" in page
     for text in ("no validation cases", "<li>b.nii.gz: 3 voxels are NaN", "c: a scan of 9 x 9 x 9 voxels"):
         assert text in page
+
+
+def test_models_of_a_folder_that_an_earlier_version_used_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moved before its home knew where its models are: the page says which folder to rename."""
+    monkeypatch.setenv("ASLSEG_APP_DIR", str(tmp_path / "app"))
+    settings = load_settings({}, env={})[0]
+    served = {"ssl": {"sha256": "1" * 64, "file": "ssl-1.safetensors", "bytes": 1}}
+    write_json(tmp_path / "app" / "model" / "old-0123abcd" / "manifest.json", {"models": served})
+    (tmp_path / "new").mkdir()
+    paths = Paths(settings, tmp_path / "new")
+    Ledger(paths.ledger).append([Entry("published", 1, details={"before": {}, "after": served})])
+    (problem, *_) = collect(settings, paths, STORE)["problems"]
+    assert "old-0123abcd holds those that its ledger published last" in problem
+    assert problem.endswith(f"rename that folder to {paths.models.name}")
+    (tmp_path / "app" / "model" / "old-0123abcd").rename(paths.models)
+    assert "holds those" not in str(collect(settings, paths, STORE)["problems"])
