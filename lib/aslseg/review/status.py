@@ -71,19 +71,21 @@ def collect(
 def _named(skipped: tuple[str, str]) -> str:
     """Why a round left a scan out, with its name."""
     case, reason = skipped
-    return reason if case in reason else f"{case}: {reason}"
+    return reason if reason.startswith((f"{case}:", f"{case}.")) else f"{case}: {reason}"
 
 
 def _problems(paths: Paths, ledger: Ledger) -> list[str]:
     """What the studies folder holds that is passed over, or why it cannot be listed; and models that lie elsewhere."""
     if paths.studies is None:
         return []
+    found = []
     try:
         served = [event.details["after"] for event in ledger.events(kinds=("published",))]
-        moved = left_behind(paths, served[-1] if served else {})
-        return [*([moved] if moved else []), *read_studies(paths.studies).problems]
+        found += [left_behind(paths, served[-1])] if served else []
+        found += read_studies(paths.studies).problems
     except AslsegError as error:
-        return [str(error)]
+        found.append(str(error))
+    return [problem for problem in found if problem]
 
 
 def _model(kind: ModelKind, entry: Published | None) -> dict[str, Any]:
