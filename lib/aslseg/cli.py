@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from aslseg import console
 from aslseg.commands.importing import import_folder
 from aslseg.commands.ledger import ledger_app
-from aslseg.commands.options import LOCAL, Conf, Json, Studies, read_settings, show
+from aslseg.commands.options import LOCAL, Conf, Json, Studies, leading, read_settings, ready, require_no_round, show
+from aslseg.commands.rounds import nightly, round_
 from aslseg.errors import AslsegError, BadSettingsError
-
-if TYPE_CHECKING:
-    from aslseg.settings import Settings
 
 app = typer.Typer(
     add_completion=False,
@@ -32,6 +28,8 @@ app = typer.Typer(
 )
 app.add_typer(ledger_app, name="ledger")
 app.command("import")(import_folder)
+app.command("round")(round_)
+app.command()(nightly)
 
 
 @app.command()
@@ -95,47 +93,22 @@ def train(
     """Train one model, with those it needs; it is published if it validates no worse than the published one."""
     if kind not in ("ssl", "sam", "adapter"):
         raise typer.BadParameter(f"expected ssl, sam or adapter, got {kind!r}")
-    settings = _ready(conf)
-    _require_no_round(studies, settings)
+    settings = ready(conf)
+    require_no_round(studies, settings)
     from aslseg.rounds.run import train_stage
 
-    with _leading(settings) as leading:
-        if not leading:
+    with leading(settings) as leads:
+        if not leads:
             return
         with console.progress() as report:
             summary = train_stage(kind, studies, settings, report)
     show(summary, as_json)
 
 
-@app.command("round")
-def round_(
-    studies: Studies,
-    rounds: Annotated[int, typer.Option(min=1, help="How many, one after the other.")] = 1,
-    conf: Conf = None,
-    as_json: Json = False,
-) -> None:
-    """Run a round: train, predict, rank, promote, retrain, publish. Continues an interrupted one where it stopped."""
-    settings = _ready(conf)
-    _require_no_round(studies, settings)
-    from aslseg.rounds.run import run_round
-
-    summaries = []
-    with _leading(settings) as leading:
-        for _ in range(rounds if leading else 0):
-            with console.progress() as report:
-                summaries.append(run_round(studies, settings, report))
-            if not as_json:
-                show(console.brief(summaries[-1]), False)
-    if not leading:
-        return
-    if as_json:
-        show(summaries[0] if rounds == 1 else summaries, True)
-
-
 @app.command()
 def rank(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     """Agreement of every scan without a human label, lowest first; measured again where scan or models have changed."""
-    settings = _ready(conf)
+    settings = ready(conf)
     from aslseg.rounds.ranking import rank_studies
 
     with console.progress() as report:
@@ -157,7 +130,7 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """Encode the scans that annotators will get next, so that their first clicks need not wait for the encoder."""
-    settings = _ready(conf)
+    settings = ready(conf)
     from aslseg.serving.embed import embed_studies
 
     with console.progress() as report:
@@ -180,7 +153,7 @@ def infer(
     """Segment scans with the published models. A bad file is skipped with its reason, and the exit code is 1."""
     if model not in ("ssl", "sam", "adapter", "aslseg"):
         raise typer.BadParameter(f"expected ssl, sam, adapter or aslseg, got {model!r}", param_hint="--model")
-    settings = _ready(conf)
+    settings = ready(conf)
     from aslseg.models.cascade import segment_files
     from aslseg.settings import Paths
 
@@ -203,7 +176,7 @@ def evaluate(
     """Overlap, surface distances and lesions found, per case and label, of any two folders of label files."""
     if unit not in ("mm", "voxel"):
         raise typer.BadParameter(f"expected mm or voxel, got {unit!r}", param_hint="--unit")
-    settings = _ready(conf)
+    settings = ready(conf)
     from aslseg.agreement.evaluate import evaluate_folders, to_markdown
 
     with console.progress() as report:
@@ -225,7 +198,7 @@ def serve(
     conf: Conf = None,
 ) -> None:
     """Start MONAI Label with this app; further arguments go to `monailabel start_server`."""
-    settings = _ready(conf)
+    settings = ready(conf)
     from aslseg.resources import prepare_app_dir
     from aslseg.serving.exposure import require_safe_exposure
 
@@ -262,44 +235,6 @@ def token(
     secret, line = new_token_line(name, role)
     typer.echo(f"token of {name}, shown only now: {secret}", err=True)
     typer.echo(line)
-
-
-def _ready(conf: list[str] | None) -> Settings:
-    """The settings; sets the environment variables that torch's threads read when they start."""
-    settings = read_settings(conf)[0]
-    # OpenMP threads that spin while they wait starve each other as soon as two processes share a machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if settings.threads:
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-    return settings
-
-
-def _require_no_round(studies: Path, settings: Settings) -> None:
-    """Refuse before torch is imported, which takes seconds. The round takes the lock again by itself."""
-    from aslseg.rounds.lock import round_lock
-    from aslseg.settings import Paths
-
-    if "LOCAL_RANK" not in os.environ and studies.is_dir():
-        with round_lock(Paths(settings, studies).home):
-            pass
-
-
-@contextmanager
-def _leading(settings: Settings) -> Iterator[bool]:
-    """Whether this process does the work; the other processes that torchrun started train with it until it is done."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
-        yield True
-        return
-    from aslseg.ssl import distributed, worker
-
-    distributed.init(settings)
-    if distributed.rank() > 0:
-        worker.help_train()
-        yield False
-        return
-    yield True
-    # not after an error: torchrun then ends the other processes, which may be in the middle of a step
-    worker.stop_workers()
 
 
 def main() -> NoReturn:

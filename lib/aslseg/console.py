@@ -30,6 +30,10 @@ PACKAGES = (
 )
 
 
+FEW = 5
+"""Scans that a summary for people names."""
+
+
 def joined(arguments: list[str]) -> list[str]:
     """Join ``--conf KEY VALUE``, as monailabel has it, to ``--conf KEY=VALUE``; arguments after ``--`` are kept."""
     out, rest = [], list(arguments)
@@ -125,9 +129,14 @@ def lines(content: Mapping[str, Any]) -> Iterator[str]:
 
 def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A round's summary without the parts that only programs read."""
-    lowest = sorted(summary["agreement"].items(), key=lambda pair: (pair[1], pair[0]))[:5]
-    shown = {k: v for k, v in summary.items() if k not in ("agreement", "measured", "models")}
-    return shown | {"lowest agreement": dict(lowest)}
+    lowest = sorted(summary["agreement"].items(), key=lambda pair: (pair[1], pair[0]))[:FEW]
+    refused = {case: "; ".join(reasons) for case, reasons in list(summary.get("not promoted", {}).items())[:FEW]}
+    hidden = ("agreement", "measured", "rates", "inputs", "models", "not promoted")
+    shown = {k: v for k, v in summary.items() if k not in hidden}
+    more = len(summary.get("not promoted", {})) - len(refused)
+    if more:
+        refused["and more"] = f"{more} scans"
+    return shown | {"not promoted": refused, "lowest agreement": dict(lowest)}
 
 
 def on_terminal(stream: TextIO) -> bool:

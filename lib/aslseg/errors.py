@@ -43,6 +43,10 @@ class RoundRunningError(AslsegError):
     """Another round is running on the studies folder."""
 
 
+class OutOfTimeError(AslsegError):
+    """The window of time for a round is over; what is done is kept, and the round goes on the next time."""
+
+
 class NotEnoughMemoryError(AslsegError):
     """A prediction does not fit into memory, whatever its batch and window size."""
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,29 @@ def write_json(path: Path, content: Any) -> None:
     """
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def require_disk_budget(folder: Path, most_gb: float) -> None:
+    """Check that the files in a folder take no more disk space than they may.
+
+    Args:
+        folder: With everything below it.
+        most_gb: The limit in 10^9 bytes; 0 for none.
+
+    Raises:
+        DiskFullError: They take more.
+    """
+    if not most_gb:
+        return
+    used = 0.0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # a temporary file that is gone by now
+            used += path.lstat().st_size / 1e9
+    if used > most_gb:
+        raise DiskFullError(
+            f"{folder} takes {used:.1f} GB, but round_disk_gb allows {most_gb:g} GB; raise it, or delete "
+            f"{folder / 'cache'}, which is made again"
+        )
 
 
 def sha256(path: Path) -> str:

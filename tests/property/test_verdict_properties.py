@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from aslseg.agreement.measures import Agreement, compare
-from aslseg.agreement.verdict import Reference, Verdict, judge, select
+from aslseg.agreement.verdict import PromotionLimits, Reference, Verdict, judge, select
 from aslseg.settings import Settings
 from aslseg.types import Labels
 
@@ -57,7 +57,7 @@ def test_selection_does_not_depend_on_the_order_of_cases(cases, fraction, shuffl
     agreements = {case: Agreement({}, mean) for case, (_, mean) in cases.items()}
     names = list(cases)
     shuffler.shuffle(names)
-    chosen = select({c: Verdict(cases[c][0]) for c in cases}, agreements, fraction)
-    assert chosen == select({c: Verdict(cases[c][0]) for c in names}, agreements, fraction)
+    chosen = select({c: Verdict(cases[c][0]) for c in cases}, agreements, PromotionLimits(fraction))
+    assert chosen == select({c: Verdict(cases[c][0]) for c in names}, agreements, PromotionLimits(fraction))
     assert all(cases[c][0] for c in chosen)
     assert len(chosen) < fraction * len(cases) + 1

@@ -34,6 +34,11 @@ class Agreement:
     mean: float
     flags: tuple[str, ...] = ()
 
+    @property
+    def empty(self) -> tuple[str, ...]:
+        """The labels that are empty in both maps: nothing is known of how well the two agree on them."""
+        return tuple(name for name, value in self.per_label.items() if value is None)
+
 
 def compare(a: np.ndarray, b: np.ndarray, labels: Labels) -> Agreement:
     """Dice per label of two class maps (i, j, k) with values 0..N, over the whole volume.

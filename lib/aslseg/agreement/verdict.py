@@ -8,7 +8,8 @@ that cannot be judged is not promoted, and the verdict gives the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,8 +73,8 @@ def judge(
 ) -> Verdict:
     """Judge one machine mask. Never raises; lower thresholds never turn a promotion into a refusal.
 
-    A label that is empty in both networks' masks does not prevent promotion (the agreement flags it); a mask without
-    any label does.
+    A label that is empty in both networks' masks is no reason against the mask, but :func:`select` limits how many such
+    masks are promoted; a mask without any label is refused.
 
     Args:
         agreement: Between the two networks.
@@ -92,21 +93,79 @@ def judge(
     return Verdict(not reasons, tuple(reasons))
 
 
-def select(verdicts: Mapping[str, Verdict], agreements: Mapping[str, Agreement], fraction: float) -> list[str]:
-    """The cases to promote: those with a good verdict that agree best, at most a fraction of all judged cases.
+@dataclass(frozen=True)
+class PromotionLimits:
+    """How many scans a round may promote.
+
+    Attributes:
+        fraction: Largest fraction of the judged scans; rounded up.
+        cases: Largest number; 0 for no limit.
+        empty: Largest fraction of the promoted scans in which both networks find nothing of a label, for each label.
+    """
+
+    fraction: float
+    cases: int = 0
+    empty: float = 1.0
+
+    def most(self, judged: int) -> int:
+        """How many of so many judged scans may be promoted."""
+        # 0.1 x 30 is a little more than 3 in floating point
+        allowed = max(math.ceil(self.fraction * judged - 1e-9), 0)
+        return min(allowed, self.cases) if self.cases else allowed
+
+
+def select(
+    verdicts: Mapping[str, Verdict],
+    agreements: Mapping[str, Agreement],
+    limits: PromotionLimits,
+    before: Collection[str] = (),
+) -> list[str]:
+    """The cases to promote: those with a good verdict that agree best, within the limits.
+
+    Cases in which both networks find every label come first: a label that is empty in both says nothing of how well
+    they agree on it, and masks without it would otherwise be promoted before all others.
 
     Args:
         verdicts: By case id, of all unlabelled cases.
         agreements: By case id.
-        fraction: At most ceil(fraction x number of verdicts) cases are taken.
+        limits: How many are taken.
+        before: Cases that come before others with as many empty labels: those whose masks are promoted already.
 
     Returns:
         Ids, best first; ties are ordered by id.
     """
-    # 0.1 x 30 is a little more than 3 in floating point
-    most = math.ceil(fraction * len(verdicts) - 1e-9)
     good = [case for case, verdict in verdicts.items() if verdict.promote]
-    return sorted(good, key=lambda case: (-agreements[case].mean, case))[: max(most, 0)]
+    order = sorted(good, key=lambda c: (len(agreements[c].empty), c not in before, -agreements[c].mean, c))
+    chosen: list[str] = []
+    empty: Counter[str] = Counter()
+    most = limits.most(len(verdicts))
+    for case in order:
+        more = empty + Counter(agreements[case].empty)
+        allowed = limits.empty * (len(chosen) + 1) + 1e-9
+        if len(chosen) < most and all(count <= allowed for count in more.values()):
+            chosen.append(case)
+            empty = more
+    return chosen
+
+
+def refusals(
+    verdicts: Mapping[str, Verdict],
+    agreements: Mapping[str, Agreement],
+    limits: PromotionLimits,
+    chosen: Sequence[str],
+) -> dict[str, list[str]]:
+    """Why each case that :func:`select` did not choose is not promoted, in words."""
+    full = len(chosen) >= limits.most(len(verdicts))
+    found = {}
+    for case in sorted(set(verdicts) - set(chosen)):
+        reasons = list(verdicts[case].reasons)
+        if not reasons and full:
+            reasons = [f"others agree better, and {len(chosen)} are promoted (promote_fraction, promote_cases)"]
+        elif not reasons:
+            names = ", ".join(agreements[case].empty)
+            reasons = [f"both networks find no {names}; at most {limits.empty:.0%} of the promoted may (promote_empty)"]
+        found[case] = reasons
+    return found
 
 
 def _disagreement(agreement: Agreement, thresholds: Mapping[str, float]) -> list[str]:

@@ -15,27 +15,33 @@ def hash_fraction(patient: str) -> float:
 
 
 def validation_patients(
-    labelled: Iterable[str], fraction: float, fixed: dict[str, str], before: Collection[str] = ()
+    labelled: Iterable[str],
+    fraction: float,
+    fixed: dict[str, str],
+    before: Collection[str] = (),
+    trained: Collection[str] = (),
 ) -> set[str]:
     """Choose the patients whose labels judge models and are never trained on.
 
     A patient once chosen (``before``) stays chosen, so that labels saved later cannot move it into training.
     Patients whose hash lies below ``fraction`` are chosen; if that leaves none and there are two or more, the one
-    with the lowest hash is. At least one labelled patient always remains for training.
+    with the lowest hash is. A patient that a published model was trained on is never chosen: it would judge a model
+    on what that has seen. At least one labelled patient always remains for training.
 
     Args:
         labelled: Patients with a human label.
         fraction: Setting ``validation_fraction``.
         fixed: Patient to ``train`` or ``validation``, which overrules everything.
         before: Patients chosen in earlier rounds (from the ledger).
+        trained: Patients whose scans a published model was ever trained on.
     """
     patients = sorted(set(labelled), key=lambda p: (hash_fraction(p), p))
     chosen = {p for p in patients if fixed.get(p) == "validation" or (p in before and p not in fixed)}
     if fraction > 0:
-        free = [p for p in patients if p not in fixed and p not in chosen]
+        free = [p for p in patients if p not in fixed and p not in chosen and p not in trained]
         chosen |= {p for p in free if hash_fraction(p) < fraction}
-        if not chosen and len(patients) > 1 and free:
-            chosen = {free[0]}
+        if not chosen - set(trained) and len(patients) > 1 and free:
+            chosen.add(free[0])
     keep = [p for p in patients if p not in chosen]
     if not keep and patients:
         movable = [p for p in patients if p not in before and fixed.get(p) != "validation"]
@@ -43,10 +49,16 @@ def validation_patients(
     return chosen
 
 
-def split(studies: Studies, fraction: float, before: Collection[str] = ()) -> list[Case]:
+def split(studies: Studies, fraction: float, before: Collection[str] = (), trained: Collection[str] = ()) -> list[Case]:
     """Give every scan its role.
 
     Unlabelled scans of a validation patient are left out: nothing of that patient may be learned from.
+
+    Args:
+        studies: The studies folder.
+        fraction: Setting ``validation_fraction``.
+        before: Patients chosen to validate in earlier rounds.
+        trained: Cases that a published model was ever trained on.
 
     Returns:
         Cases sorted by id.
@@ -60,7 +72,8 @@ def split(studies: Studies, fraction: float, before: Collection[str] = ()) -> li
             f"or put label files into {studies.root}/labels/final"
         )
     labelled = {studies.patients[c] for c in studies.final}
-    validation = validation_patients(labelled, fraction, studies.fixed_roles, before)
+    learned = {studies.patients[c] for c in trained if c in studies.patients}
+    validation = validation_patients(labelled, fraction, studies.fixed_roles, before, learned)
     cases = []
     for case, image in studies.images.items():
         patient = studies.patients[case]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,3 +49,41 @@ def show(content: Any, as_json: bool) -> None:
     """Print a result as JSON, or as lines of text."""
     for line in [json.dumps(content, indent=2, default=str)] if as_json else console.lines(content):
         typer.echo(line)
+
+
+def ready(conf: list[str] | None) -> Settings:
+    """The settings; sets the environment variables that torch's threads read when they start."""
+    settings = read_settings(conf)[0]
+    # OpenMP threads that spin while they wait starve each other as soon as two processes share a machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if settings.threads:
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    return settings
+
+
+def require_no_round(studies: Path, settings: Settings) -> None:
+    """Refuse before torch is imported, which takes seconds. The round takes the lock again by itself."""
+    from aslseg.rounds.lock import round_lock
+    from aslseg.settings import Paths
+
+    if "LOCAL_RANK" not in os.environ and studies.is_dir():
+        with round_lock(Paths(settings, studies).home):
+            pass
+
+
+@contextmanager
+def leading(settings: Settings) -> Iterator[bool]:
+    """Whether this process does the work; the other processes that torchrun started train with it until it is done."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+        yield True
+        return
+    from aslseg.ssl import distributed, worker
+
+    distributed.init(settings)
+    if distributed.rank() > 0:
+        worker.help_train()
+        yield False
+        return
+    yield True
+    # not after an error: torchrun then ends the other processes, which may be in the middle of a step
+    worker.stop_workers()

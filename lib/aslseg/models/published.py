@@ -32,6 +32,7 @@ class Published:
         validation_cases: Number of these cases.
         round: Round that trained it; None for a single training.
         trained_on: Ids of the cases it was trained on.
+        labelled: Those of them that had a human label; None if it was published by a version that did not note them.
     """
 
     kind: ModelKind
@@ -42,6 +43,7 @@ class Published:
     validation_cases: int
     round: int | None
     trained_on: tuple[str, ...] = ()
+    labelled: tuple[str, ...] | None = None
 
 
 def manifest(paths: Paths) -> dict[str, dict[str, Any]]:
@@ -89,12 +91,21 @@ def find_published(paths: Paths, kind: ModelKind, check: bool = False) -> Publis
         entry["validation_cases"],
         entry["round"],
         tuple(entry.get("trained_on", ())),
+        tuple(entry["labelled"]) if "labelled" in entry else None,
     )
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that may be published, with its Dice and that of the published model on the same cases."""
+    """A model that may be published, with its Dice and that of the published model on the same cases.
+
+    Attributes:
+        kind, path: The model.
+        dice, published_dice: Mean Dice; None without cases that neither has learned from.
+        cases: Number of these cases.
+        trained_on: Ids of the cases it was trained on.
+        labelled: Those of them that have a human label.
+    """
 
     kind: ModelKind
     path: Path
@@ -102,13 +113,14 @@ class Candidate:
     published_dice: float | None
     cases: int
     trained_on: tuple[str, ...] = ()
+    labelled: tuple[str, ...] = ()
 
 
 def gate(candidate: Candidate, current: Published | None, tolerance: float) -> tuple[bool, str]:
     """Whether a candidate is published, and the reason in words.
 
-    With equal Dice the candidate is published, because it was trained on more cases. Without validation cases only a
-    first model is published.
+    With equal Dice the candidate is published, because it was trained on more cases. Where no validation case is left
+    that the published model has not learned from, it is published only if it learned from more human labels.
     """
     c = candidate
     if current is None:
@@ -116,14 +128,27 @@ def gate(candidate: Candidate, current: Published | None, tolerance: float) -> t
     if current.sha256 == sha256(c.path):
         return True, f"{c.kind}: unchanged"
     if c.dice is None or c.published_dice is None:
-        return (
-            False,
-            f"{c.kind}: not published; without validation cases a published model cannot be replaced",
-        )
+        return _without_judge(c, current)
     numbers = f"Dice {c.dice:.4f}, published {c.published_dice:.4f} on {c.cases} validation cases"
     if c.dice >= c.published_dice - tolerance:
         return True, f"{c.kind}: published ({numbers})"
     return False, f"{c.kind}: not published ({numbers}, gate_tolerance {tolerance})"
+
+
+def _without_judge(candidate: Candidate, current: Published) -> tuple[bool, str]:
+    """The gate where nobody can say which model is better."""
+    known = current.trained_on if current.labelled is None else current.labelled
+    new = len(set(candidate.labelled) - set(known))
+    unjudged = "without validation cases that it has not learned from"
+    if new:
+        return True, (
+            f"{candidate.kind}: published unchecked; {unjudged} the published model cannot be compared, but this one "
+            f"learned from {new} more human label{'s' if new > 1 else ''}. Label a scan of another patient"
+        )
+    return False, (
+        f"{candidate.kind}: not published; {unjudged} a published model is replaced only when there are more human "
+        "labels. Label a scan of another patient"
+    )
 
 
 def stage_files(paths: Paths, chosen: list[Candidate], number: int | None) -> dict[str, dict[str, Any]]:
@@ -149,7 +174,9 @@ def stage_files(paths: Paths, chosen: list[Candidate], number: int | None) -> di
             "validation_dice": candidate.dice,
             "validation_cases": candidate.cases,
             "round": number,
+            "replaced_dice": candidate.published_dice,
             "trained_on": list(candidate.trained_on),
+            "labelled": list(candidate.labelled),
         }
     return models
 
@@ -203,6 +230,6 @@ def list_published(settings: Settings, studies: Path | None = None) -> list[dict
         for kind in PUBLISHED_KINDS:
             model = find_published(paths, kind)
             if model:
-                shown = {k: v for k, v in asdict(model).items() if k != "trained_on"}
+                shown = {k: v for k, v in asdict(model).items() if k not in ("trained_on", "labelled")}
                 found.append(shown | {"path": str(model.path), "cases": len(model.trained_on)})
     return found

@@ -18,7 +18,8 @@ from aslseg.compute.weights import read_metadata
 from aslseg.errors import BadImageError, NotEnoughCasesError
 from aslseg.files import FileHashes
 from aslseg.models.kinds import ModelKind
-from aslseg.models.published import find_published
+from aslseg.models.published import find_published, manifest
+from aslseg.rounds.ledger import Ledger
 from aslseg.settings import Paths, Settings
 from aslseg.types import ProgressCallback, Volume
 from aslseg.volume.io import read_image
@@ -64,7 +65,12 @@ class RoundCases:
 
 
 def prepare_cases(
-    studies: Studies, settings: Settings, paths: Paths, before: Collection[str], report: ProgressCallback
+    studies: Studies,
+    settings: Settings,
+    paths: Paths,
+    before: Collection[str],
+    report: ProgressCallback,
+    trained: Collection[str] = (),
 ) -> RoundCases:
     """Split, read and prepare the cases; cases that cannot be read are left out with their reason.
 
@@ -74,11 +80,12 @@ def prepare_cases(
         paths: Cache, and the published model whose working spacing is kept.
         before: Patients that have validated models before.
         report: Called with (done, total) after each case.
+        trained: Cases that a published model was ever trained on; none of them becomes a validation case.
 
     Raises:
         NotEnoughCasesError: No labelled case can be read and trained on.
     """
-    listed = split(studies, settings.validation_fraction, before)
+    listed = split(studies, settings.validation_fraction, before, trained)
     known = {c.id for c in listed}
     others = [Case(c, p, studies.patients[c], "unlabelled") for c, p in studies.images.items() if c not in known]
     spacing, unreadable = _spacing([c for c in listed if c.role == "train"], settings, paths)
@@ -95,6 +102,12 @@ def prepare_cases(
     _leave_out_copies(cases)
     _check(cases, studies, settings)
     return cases
+
+
+def trained_before(ledger: Ledger, paths: Paths) -> set[str]:
+    """Cases that any published model was ever trained on, as manifest and ledger say."""
+    manifests = [manifest(paths), *(e.details["after"] for e in ledger.events(kinds=("published",)))]
+    return {case for models in manifests for entry in models.values() for case in entry.get("trained_on", ())}
 
 
 def _spacing(train: list[Case], settings: Settings, paths: Paths) -> tuple[Spacing, dict[str, str]]:
@@ -156,7 +169,8 @@ def _check(cases: RoundCases, studies: Studies, settings: Settings) -> None:
         raise NotEnoughCasesError(f"{studies.root}: no labelled case can be trained on: {reasons or 'none found'}")
     if not cases.validation:
         cases.warnings.append(
-            "no validation cases: a published model can't be replaced until labels of another patient are submitted"
+            "no validation cases: nothing says how good a new model is; a published one is replaced only when there "
+            "are more human labels. Submit a label of another patient"
         )
     if not cases.unlabelled:
         cases.warnings.append("no unlabelled scans: nothing is ranked or promoted; add scans to the studies folder")

@@ -36,7 +36,7 @@ def publish_better(
 
     SSL comes first; SAM is then judged by the masks that it draws from those of the better SSL model, and the adapter
     by its refinement of these, so that the published models were validated together. Validation cases that the
-    published model was trained on (it may be older than their role) are left out as long as others remain.
+    published model was trained on (it may be older than their role) are left out, even if none remains.
 
     Args:
         pipeline: The round's cases and steps.
@@ -53,8 +53,7 @@ def publish_better(
     foreign, vetoes = False, model_vetoes(pipeline.ledger)
     for done, kind in enumerate(kinds, 1):
         current = _comparable(pipeline, kind)
-        learned = [c.id for c in pipeline.cases.train] + (list(promoted) if kind == ModelKind.SSL else [])
-        candidate = _score(pipeline, kind, best, current, tuple(sorted(learned)))
+        candidate = _score(pipeline, kind, best, current, promoted if kind == ModelKind.SSL else ())
         accepted, line = gate(candidate, current, pipeline.settings.gate_tolerance)
         if best.sha256(kind) in vetoes:
             accepted, line = False, f"{kind}: not published; this model was rolled back"
@@ -71,6 +70,8 @@ def publish_better(
             line += f" [{name}]"
         logger.info("%s", line)
         lines.append(line)
+        if accepted and current is not None and candidate.dice is None:
+            pipeline.cases.warnings.append(line)
         dice[f"published {kind}"] = candidate.dice if accepted else candidate.published_dice
         report(done, len(kinds))
     _serve(pipeline, chosen, lines)
@@ -129,11 +130,11 @@ def _comparable(pipeline: RoundPipeline, kind: ModelKind) -> Published | None:
 
 
 def _score(
-    pipeline: RoundPipeline, kind: ModelKind, models: ModelSet, current: Published | None, learned: tuple[str, ...]
+    pipeline: RoundPipeline, kind: ModelKind, models: ModelSet, current: Published | None, promoted: Sequence[str]
 ) -> Candidate:
     """Dice of a candidate and of the published model on the same cases, each on its own working grid."""
-    validation = pipeline.cases.validation
-    fair = [c for c in validation if current is None or c.id not in current.trained_on] or validation
+    labelled = [c.id for c in pipeline.cases.train]
+    fair = [c for c in pipeline.cases.validation if current is None or c.id not in current.trained_on]
     dice = pipeline.dice(pipeline.predict(kind, models), fair)
     theirs = None
     if current is not None and current.sha256 == models.sha256(kind):
@@ -141,7 +142,8 @@ def _score(
     elif current is not None:
         other = models.with_file(kind, current.path)
         theirs = pipeline.dice(pipeline.predict(kind, other), _on_grid(pipeline, kind, other, fair))
-    return Candidate(kind, models[kind], dice, theirs, len(fair), learned)
+    learned = tuple(sorted([*labelled, *promoted]))
+    return Candidate(kind, models[kind], dice, theirs, len(fair), learned, tuple(sorted(labelled)))
 
 
 def _on_grid(pipeline: RoundPipeline, kind: ModelKind, models: ModelSet, cases: list[Prepared]) -> list[Prepared]:

@@ -43,6 +43,15 @@ def round_lock(home: Path) -> Iterator[None]:
         lock.release()
 
 
+def round_runs(home: Path) -> bool:
+    """Whether some process has the lock."""
+    try:
+        with round_lock(home):
+            return False
+    except RoundRunningError:
+        return True
+
+
 def owner(home: Path) -> dict[str, Any]:
     """The process that has the lock, or had it when it was killed: ``pid``, ``host``, ``since``; empty if unknown."""
     try:

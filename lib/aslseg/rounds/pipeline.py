@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -18,6 +20,7 @@ from aslseg.cases.studies import PSEUDO
 from aslseg.compute.hardware import resolved
 from aslseg.compute.overlap import dice
 from aslseg.errors import BadWeightsError
+from aslseg.files import require_disk_budget
 from aslseg.models.cascade import NEEDS, CascadeInput, compute
 from aslseg.models.files import ModelSet
 from aslseg.models.kinds import ModelKind
@@ -182,8 +185,12 @@ class RoundPipeline:
         return path
 
     def _model(self, name: str, inputs: dict[str, Any], train: Callable[[Path], dict[str, Any]]) -> Path:
-        require_free_disk(self.paths.home, self.settings.min_free_gb)
+        self._require_disk()
         return self.artefacts.model(name, inputs, train)
+
+    def _require_disk(self) -> None:
+        require_free_disk(self.paths.home, self.settings.min_free_gb)
+        require_disk_budget(self.paths.home, self.settings.round_disk_gb)
 
     def _human(self) -> list[list[str]]:
         return [[c.id, c.image_hash, c.label_hash] for c in self.cases.train]
@@ -219,7 +226,7 @@ class RoundPipeline:
         self, maps: CachedProbabilities, cases: Sequence[Prepared], report: ProgressCallback
     ) -> CachedProbabilities:
         """Compute what is missing of the maps of some cases."""
-        require_free_disk(self.paths.home, self.settings.min_free_gb)
+        self._require_disk()
         missing = [c for c in cases if not maps.has(c)]
         for done, case in enumerate(missing, 1):
             maps(case)
@@ -275,6 +282,26 @@ class RoundPipeline:
             for case, event in sorted(events.items())
             if event.kind == "mask" and case in cases and event.details.get("image") == cases[case].image_hash
         ]
+
+    def still_promoted(self) -> dict[str, dict[str, Any]]:
+        """Case id to the details of its promotion, for what was promoted on the same basis as there is now."""
+        cases = {c.id: c.image_hash for c in self.cases.unlabelled}
+        return {
+            case: {key: value for key, value in event.details.items() if key != "restored"}
+            for case, event in self.ledger.masks(PSEUDO, before=self.opened).items()
+            if event.kind == "mask"
+            and event.details.get("basis") == self.basis
+            and event.details.get("image") == cases.get(case)
+        }
+
+    @cached_property
+    def basis(self) -> str:
+        """Hash of what people decide of a round's models: human labels, their scans, and settings."""
+        s = self.settings
+        steps = [s.ssl_iterations, s.retrain_iterations, s.sam_iterations, s.adapter_iterations]
+        groups = ("ssl", "predict", "sam", "prompts", "adapter")
+        text = json.dumps([self._human(), self.cases.spacing, steps, relevant(s, *groups)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def promoted(self, case: Prepared, details: dict[str, Any]) -> Promoted:
         """A promoted case from its kept files, memory-mapped; training decides how much of it is held in memory.

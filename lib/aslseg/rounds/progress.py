@@ -5,69 +5,144 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from aslseg.files import write_json
+from aslseg.rounds.brake import NO_BRAKE, Brake
 from aslseg.types import ProgressCallback, no_progress
 
 EVERY_SECONDS = 1.0
+ENOUGH_UNITS = 3
+"""Units of the running stage after which its own pace says more than that of earlier rounds."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage has to do.
+
+    Attributes:
+        units: Steps or scans, if nothing of it was done before.
+        rate: Expected seconds for each.
+    """
+
+    units: float
+    rate: float
+
+    @property
+    def seconds(self) -> float:
+        """Expected seconds for all of it."""
+        return self.units * self.rate
+
+
+class Pace:
+    """Units that a stage has really worked on, and the seconds they took.
+
+    What a stage finds done (a checkpoint, predictions on disk) shows in its first report, which then counts more than
+    one unit; neither these units nor the seconds before that report count.
+    """
+
+    def __init__(self) -> None:
+        self.units, self.seconds, self.left = 0.0, 0.0, None  # type: float, float, float | None
+        self._since, self._last, self._done, self._total = 0.0, 0.0, 0.0, 0.0
+
+    def start(self) -> None:
+        """The stage begins."""
+        self._since = self._last = time.monotonic()
+
+    def advance(self, done: float, total: float) -> None:
+        """The stage has done so many of its units."""
+        now = time.monotonic()
+        again = total != self._total or done < self._done
+        before = 0.0 if again else self._done
+        if again and done > 1:
+            before, self._last = done, now
+        self.units += done - before
+        self.seconds += now - self._last
+        self._last, self._done, self._total, self.left = now, done, total, max(total - done, 0)
+
+    def skip(self, seconds: float) -> None:
+        """So many seconds passed without work."""
+        self._last += seconds
+
+    @property
+    def rate(self) -> float | None:
+        """Seconds for a unit; None before the first."""
+        return self.seconds / self.units if self.units else None
 
 
 class Progress:
     """Stages that are done and that follow, with an estimate of the time left.
 
-    The expected seconds of the stages (of the last round, or rough guesses) are scaled by the ratio of measured to
-    expected seconds so far. A stage whose results were found from an earlier round is left out of this ratio.
+    A stage that follows is expected to take its units times the seconds that a unit took in earlier rounds, scaled by
+    how much slower or faster this round is than they were. The running stage goes by its own pace.
 
     Args:
         path: The JSON file, written atomically and at most once a second.
-        expected: Stage to expected seconds, in order.
+        work: Stages in their order.
         report: Called with (done, total, stage=..., eta=..., **numbers); done and total count expected seconds.
         round_number: Shown with the rest.
+        found: Stages whose results are expected on disk, from the same inputs.
+        brake: Pauses or ends the work between its units.
     """
 
     def __init__(
         self,
         path: Path,
-        expected: Mapping[str, float],
+        work: Mapping[str, Work],
         report: ProgressCallback = no_progress,
         round_number: int | None = None,
+        found: Collection[str] = (),
+        brake: Brake = NO_BRAKE,
     ) -> None:
-        self.path, self.expected, self.report = path, dict(expected), report
+        self.path, self.work, self.report, self.brake = path, dict(work), report, brake
+        self.found = set(found)
         self.seconds: dict[str, float] = {}
+        self._paces: dict[str, Pace] = {}
         self._started = datetime.now(UTC).isoformat("T", "seconds")
-        self._skipped: set[str] = set()
-        self._stage, self._since, self._fraction, self._written = "", time.monotonic(), 0.0, 0.0
+        self._computed: set[str] = set()
+        self._stage, self._fraction, self._part, self._written = "", 0.0, 0.0, 0.0
         self._round = round_number
 
     @contextmanager
     def stage(self, name: str) -> Iterator[ProgressCallback]:
         """Enter a stage; gives the callback for its own steps."""
-        self._stage, self._since, self._fraction = name, time.monotonic(), 0.0
-        calls = 0
+        self.brake(name, begins=True)
+        since, paused = time.monotonic(), 0.0
+        self._stage, self._fraction, pace = name, 0.0, self._paces.setdefault(name, Pace())
+        pace.start()
 
         def report(done: int, total: int, **shown: Any) -> None:
-            nonlocal calls
-            calls += 1
+            nonlocal paused
+            self._computed.add(name)
+            if name in self.found:
+                self.found.clear()  # the inputs are not those of before, so that nothing later is found either
+            pace.advance(done, total)
             # a stage may train twice or write after it has predicted; progress never goes back
             self._fraction = max(self._fraction, done / max(total, 1))
             self._show(done, total, shown)
+            waited = self.brake(name)
+            pace.skip(waited)
+            paused += waited
 
         self._show(0, 1, {}, force=True)
         yield report
-        self.seconds[name] = round(time.monotonic() - self._since, 2)
-        if not calls:
-            self._skipped.add(name)
+        self.seconds[name] = round(time.monotonic() - since - paused, 2)
         self._stage = ""
 
     @property
     def measured(self) -> dict[str, float]:
-        """Seconds of the stages that computed something; the next round expects these."""
-        return {s: t for s, t in self.seconds.items() if s not in self._skipped}
+        """Seconds of the stages that computed something."""
+        return {s: t for s, t in self.seconds.items() if s in self._computed}
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Seconds for a unit of each stage that computed something; later rounds expect these."""
+        return {s: round(p.rate, 5) for s, p in self._paces.items() if p.rate is not None}
 
     def finish(self) -> None:
         """All stages are done."""
@@ -81,26 +156,47 @@ class Progress:
         """
         self._write({"state": "failed", "error": message})
 
+    def pause(self, message: str) -> None:
+        """The work was ended before it was complete, and goes on another time.
+
+        Args:
+            message: For a person.
+        """
+        self._write({"state": "paused", "message": message, "part": self._part})
+
     def eta(self) -> float:
         """Seconds that are left."""
-        usual = sum(self.expected.get(s, 0) for s in self.measured) + self.expected.get(self._stage, 0) * self._fraction
-        spent = sum(self.measured.values()) + (time.monotonic() - self._since) * bool(self._fraction)
-        rest = sum(e for s, e in self.expected.items() if s not in self.seconds)
-        rest -= self.expected.get(self._stage, 0) * self._fraction
-        return max(rest, 0) * (spent / usual if usual > 0 and spent > 0 else 1)
+        spent = {s: p for s, p in self._paces.items() if p.units and s in self.work}
+        usual = sum(p.units * self.work[s].rate for s, p in spent.items())
+        speed = sum(p.seconds for p in spent.values()) / usual if usual else 1.0
+        open_stages = [s for s in self.work if s not in self.seconds and s != self._stage and s not in self.found]
+        return speed * sum(self.work[s].seconds for s in open_stages) + self._left_now(speed)
+
+    def _left_now(self, speed: float) -> float:
+        """Seconds that the running stage still takes."""
+        work, pace = self.work.get(self._stage), self._paces.get(self._stage)
+        if work is None or pace is None:
+            return 0.0
+        if pace.left is None:
+            return 0.0 if self._stage in self.found else speed * work.seconds
+        rate = pace.rate if pace.rate is not None and pace.units >= ENOUGH_UNITS else speed * work.rate
+        return pace.left * rate
 
     def _show(self, done: int, total: int, shown: dict[str, Any], force: bool = False) -> None:
         eta = self.eta()
-        whole = sum(self.expected.values())
-        past = sum(self.expected.get(s, 0) for s in self.seconds) + self.expected.get(self._stage, 0) * self._fraction
+        whole = sum(work.seconds for work in self.work.values())
+        now = self.work[self._stage].seconds * self._fraction if self._stage in self.work else 0.0
+        past = sum(self.work[s].seconds for s in self.seconds if s in self.work) + now
+        self._part = round(past / whole, 4) if whole else 1.0
         self.report(min(past, whole), whole, stage=self._stage, eta=eta, **shown)
         if force or time.monotonic() - self._written >= EVERY_SECONDS:
-            content = {"state": "running", "done": done, "total": total, "eta": round(eta), "numbers": shown}
-            self._write(content | {"part": round(past / whole, 4) if whole else 1.0})
+            content = {"state": "running", "done": done, "total": total, "numbers": shown, "part": self._part}
+            finish = datetime.now(UTC) + timedelta(seconds=eta)
+            self._write(content | {"eta": round(eta), "finish": finish.isoformat("T", "seconds")})
 
     def _write(self, content: dict[str, Any]) -> None:
         self._written = time.monotonic()
-        names = list(self.expected)
+        names = list(self.work)
         common = {
             "pid": os.getpid(),
             "started": self._started,
@@ -115,7 +211,7 @@ class Progress:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """The progress file; ``state`` is ``none``, ``running``, ``done``, ``failed`` or ``interrupted`` (killed)."""
+    """The progress file; ``state`` is ``none``, ``running``, ``done``, ``paused``, ``failed`` or ``interrupted``."""
     try:
         content = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

@@ -49,6 +49,7 @@ class RoundState:
         source: Whose masks are promoted, for the ledger.
         masks: Region probabilities of the source.
         assessments: By case id, of every scan without a human label.
+        refused: Why scans are not promoted, by case id.
     """
 
     pipeline: RoundPipeline
@@ -58,6 +59,7 @@ class RoundState:
     source: str
     masks: CachedProbabilities
     assessments: dict[str, CaseAssessment] = field(default_factory=dict)
+    refused: dict[str, list[str]] = field(default_factory=dict)
 
 
 SAME_MASK = 0.9
@@ -82,7 +84,8 @@ def conclude(
         kinds: Kinds of model that may be published.
 
     Returns:
-        The summary: validation Dice, source of the masks, promoted cases, what was published and why.
+        The summary: validation Dice, source of the masks, promoted cases, why others are not promoted, what was
+        published and why.
     """
     pipeline, progress, models = state.pipeline, state.pipeline.progress, state.models
     with progress.stage("rank") as report:
@@ -108,6 +111,7 @@ def conclude(
         "promoted": [p.case.id for p in promoted],
         "withdrawn": sorted(learned) if rejected else [],
         "dropped": pipeline.dropped,
+        "not promoted": state.refused,
         "agreement": {case: found.agreement.mean for case, found in sorted(state.assessments.items())},
         "published": lines,
         "models": {kind.value: str(path) for kind, path in models.items()} | {"retrained": str(retrained)},
@@ -180,6 +184,7 @@ def promotion_details(
         "agreement": state.assessments[case.id].agreement.per_label,
         "threshold": thresholds,
         "models": state.models.hashes,
+        "basis": p.basis,
     }
 
 

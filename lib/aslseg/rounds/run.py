@@ -7,24 +7,27 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.compute.hardware import resolved
-from aslseg.errors import AslsegError, DiskFullError
+from aslseg.errors import AslsegError, DiskFullError, OutOfTimeError
 from aslseg.files import FULL, write_json
 from aslseg.models.files import ModelSet
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import find_published
 from aslseg.registry import RECIPES
-from aslseg.rounds.cases import RoundCases, prepare_cases
+from aslseg.rounds.brake import NO_BRAKE, Brake
+from aslseg.rounds.cases import RoundCases, prepare_cases, trained_before
 from aslseg.rounds.gate import publish_better
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.lock import round_lock
 from aslseg.rounds.masks import sync_label_files, unwritable_labels
+from aslseg.rounds.nights import inputs_hash
 from aslseg.rounds.pipeline import RoundPipeline
-from aslseg.rounds.progress import Progress
+from aslseg.rounds.progress import Progress, Work, read_progress
 from aslseg.rounds.reports import write_report
 from aslseg.settings import Paths, ResolvedSettings, Settings
 from aslseg.settings.paths import require_writable
@@ -37,11 +40,20 @@ KEEP_ARTEFACTS = 2
 """Rounds whose artefacts are kept."""
 UNUSED_STAGES = {"cfr": ("adapter", "refine")}
 """Stages that a recipe does not have."""
+MODEL_STAGES = {"ssl", "sam", "adapter"}
+"""Stages whose results a round has made already if the round before it had the same inputs."""
+STORED_STAGES = MODEL_STAGES | {"predict", "redraw", "refine", "retrain"}
+"""Stages whose results are found again."""
 STALE_SECONDS = 600
 
 
 def run_round(
-    studies: Path, settings: Settings, report: ProgressCallback = no_progress, *, paths: Paths | None = None
+    studies: Path,
+    settings: Settings,
+    report: ProgressCallback = no_progress,
+    *,
+    paths: Paths | None = None,
+    brake: Brake = NO_BRAKE,
 ) -> dict[str, Any]:
     """Run the next round, or go on with the one that was interrupted.
 
@@ -53,16 +65,20 @@ def run_round(
         settings: Frozen for the round.
         report: Called with (done, total, stage=..., eta=..., numbers); may raise to stop the round.
         paths: Where ledger and models are; by default where the settings say.
+        brake: Pauses the round between its steps, or ends it.
 
     Returns:
         ``round``, ``continued``, ``validation`` (Dice by mask or model), ``source`` and ``shown`` (whose masks were
-        promoted, and are shown), ``promoted``, ``withdrawn`` (promotions of a rejected round), ``dropped`` (cases
-        that a person labelled or changed meanwhile, with the reason), ``agreement`` (by case), ``published`` (a line
-        per model), ``models`` (this round's files, kept until the round after next), ``warnings``, ``skipped``,
-        ``seconds`` by stage, ``ledger`` (number of events before this round was closed, and the hash of the last one).
+        promoted, and are shown), ``promoted``, ``not promoted`` (reasons by case), ``withdrawn`` (promotions of a
+        rejected round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason),
+        ``agreement`` (by case), ``published`` (a line per model), ``models`` (this round's files, kept until the round
+        after next), ``warnings``, ``skipped``, ``seconds`` by stage, ``rates`` (seconds for a unit of each stage),
+        ``inputs`` (:func:`aslseg.rounds.nights.inputs_hash`), ``ledger`` (number of events before this round was
+        closed, and the hash of the last one).
 
     Raises:
-        AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError.
+        AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError,
+            OutOfTimeError (from the brake; the round stays open, and the next call goes on with it).
     """
     settings = resolved(settings)
     require_writable(settings, "home", "model_dir")
@@ -73,11 +89,12 @@ def run_round(
     with round_lock(paths.home):
         require_free_disk(paths.home, settings.min_free_gb)
         ledger.require_whole()
-        before = _last_summary(ledger)
         number, continued = ledger.open_round({"settings": settings.model_dump()})
-        expected = expected_seconds(found, settings, before)
-        expected = {stage: t for stage, t in expected.items() if stage not in UNUSED_STAGES.get(settings.recipe, ())}
-        progress = Progress(paths.home / "progress.json", expected, report, number)
+        inputs = inputs_hash(found, settings)
+        unused = UNUSED_STAGES.get(settings.recipe, ())
+        work = {s: w for s, w in expected_work(found, settings, ledger).items() if s not in unused}
+        kept = _found_stages(paths, ledger, number, inputs)
+        progress = Progress(paths.home / "progress.json", work, report, number, kept, brake)
         with _record_outcome(progress, ledger, number):
             _remove_stale_temporaries(paths, found)
             paths.remember_models()
@@ -86,14 +103,7 @@ def run_round(
             cases = _cases(found, settings, paths, ledger, progress)
             pipeline = RoundPipeline(paths, settings, ledger, cases, progress, number, opened)
             summary = RECIPES.get(settings.recipe)(pipeline)
-            summary |= {
-                "round": number,
-                "continued": continued,
-                "warnings": cases.warnings + pipeline.not_learned,
-                "skipped": cases.skipped,
-                "seconds": progress.seconds,
-                "measured": progress.measured,
-            }
+            summary |= {"round": number, "continued": continued, "inputs": inputs} | _about(pipeline)
             _clean_up(pipeline, number)
             summary = write_report(paths, ledger, summary)
             ledger.close_round(number, summary)
@@ -108,6 +118,7 @@ def train_stage(
     report: ProgressCallback = no_progress,
     *,
     paths: Paths | None = None,
+    brake: Brake = NO_BRAKE,
 ) -> dict[str, Any]:
     """Train one kind of model, with those that it needs, and publish it if the gate allows it.
 
@@ -115,7 +126,7 @@ def train_stage(
         kind: ``ssl``, ``sam`` or ``adapter``.
         studies: The studies folder.
         settings: See :class:`Settings`.
-        report, paths: As for :func:`run_round`.
+        report, paths, brake: As for :func:`run_round`.
 
     Returns:
         ``published`` (lines), ``validation``, ``warnings``, ``skipped``, ``seconds``.
@@ -127,7 +138,7 @@ def train_stage(
     require_writable(settings, "home", "model_dir")
     paths, wanted = paths or Paths(settings, studies), ModelKind(kind)
     needed = PUBLISHED_KINDS[: PUBLISHED_KINDS.index(wanted) + 1]
-    with opened_pipeline(studies, settings, paths, report, ("prepare", *needed, "publish")) as pipeline:
+    with opened_pipeline(studies, settings, paths, report, ("prepare", *needed, "publish"), brake) as pipeline:
         progress, promoted = pipeline.progress, pipeline.promoted_before()
         files = {}
         with progress.stage("ssl") as shown:
@@ -154,7 +165,12 @@ def train_stage(
 
 @contextmanager
 def opened_pipeline(
-    studies: Path, settings: ResolvedSettings, paths: Paths, report: ProgressCallback, stages: Sequence[str]
+    studies: Path,
+    settings: ResolvedSettings,
+    paths: Paths,
+    report: ProgressCallback,
+    stages: Sequence[str],
+    brake: Brake = NO_BRAKE,
 ) -> Iterator[RoundPipeline]:
     """Hold the studies folder for work that is no round, and give a pipeline over its cases."""
     ledger, found = Ledger(paths.ledger), read_studies(studies)
@@ -162,32 +178,59 @@ def opened_pipeline(
     with round_lock(paths.home):
         require_free_disk(paths.home, settings.min_free_gb)
         ledger.require_whole()
-        expected = expected_seconds(found, settings, _last_summary(ledger))
-        progress = Progress(paths.home / "progress.json", {s: expected[s] for s in stages}, report)
+        work = expected_work(found, settings, ledger)
+        progress = Progress(paths.home / "progress.json", {s: work[s] for s in stages}, report, brake=brake)
         with _record_outcome(progress, ledger, None):
             paths.remember_models()
             cases = _cases(found, settings, paths, ledger, progress)
             yield RoundPipeline(paths, settings, ledger, cases, progress)
 
 
-def expected_seconds(studies: Studies, settings: ResolvedSettings, before: dict[str, Any]) -> dict[str, float]:
-    """Seconds that each stage of a round is expected to take: as in the last round, else a guess for two CPU cores."""
-    without_label = len(studies.images) - len(studies.final)
-    guess = {
-        "prepare": 1.0 * len(studies.images),
-        "ssl": 0.3 * settings.ssl_iterations,
-        "predict": 2.0 * without_label,
-        "sam": 0.5 * settings.sam_iterations,
-        "redraw": 3.0 * without_label,
-        "adapter": 0.3 * settings.adapter_iterations,
-        "refine": 1.0 * without_label,
-        "rank": 0.5 * without_label,
-        "promote": 0.5 * without_label,
-        "retrain": 0.3 * settings.retrain_iterations,
-        "publish": 5.0,
-        "originals": 2.0 * without_label,
+def _about(pipeline: RoundPipeline) -> dict[str, Any]:
+    """What a summary says of the cases and the time."""
+    cases, progress = pipeline.cases, pipeline.progress
+    return {
+        "warnings": cases.warnings + pipeline.not_learned,
+        "skipped": cases.skipped,
+        "seconds": progress.seconds,
+        "measured": progress.measured,
+        "rates": progress.rates,
     }
-    return guess | {s: t for s, t in before.get("measured", {}).items() if s in guess}
+
+
+def expected_work(studies: Studies, settings: ResolvedSettings, ledger: Ledger) -> dict[str, Work]:
+    """What each stage of a round has to do, and how long a unit of it takes.
+
+    That is what it took in the last round that measured it, in which it may have found a part done; before any round,
+    a guess for two CPU cores.
+    """
+    scans, unlabelled = len(studies.images), len(studies.images) - len(studies.final)
+    work = {
+        "prepare": Work(scans, 1.0),
+        "ssl": Work(settings.ssl_iterations, 0.3),
+        "predict": Work(unlabelled, 2.0),
+        "sam": Work(settings.sam_iterations, 0.5),
+        "redraw": Work(unlabelled, 3.0),
+        "adapter": Work(settings.adapter_iterations, 0.3),
+        "refine": Work(unlabelled, 1.0),
+        "rank": Work(unlabelled, 0.5),
+        "promote": Work(settings.promote_fraction * unlabelled, 1.0),
+        "retrain": Work(settings.retrain_iterations, 0.3),
+        "publish": Work(len(PUBLISHED_KINDS), 2.0),
+        "originals": Work(unlabelled, 2.0),
+    }
+    measured: dict[str, float] = {}
+    for row in ledger.rounds():
+        measured |= row.summary.get("rates", {})
+    return {stage: replace(w, rate=measured.get(stage, w.rate)) for stage, w in work.items()}
+
+
+def _found_stages(paths: Paths, ledger: Ledger, number: int, inputs: str) -> set[str]:
+    """Stages whose results are probably on disk: of the run that this one continues, or of a round like this one."""
+    before = read_progress(paths.home / "progress.json")
+    done = set(before.get("seconds", ())) if before.get("round") == number else set()
+    same = [r.summary.get("inputs") == inputs for r in ledger.rounds() if r.state == "done"]
+    return (done & STORED_STAGES) | (MODEL_STAGES if same and same[-1] else set())
 
 
 def _cases(studies: Studies, settings: Settings, paths: Paths, ledger: Ledger, progress: Progress) -> RoundCases:
@@ -196,7 +239,7 @@ def _cases(studies: Studies, settings: Settings, paths: Paths, ledger: Ledger, p
     if unwritable:
         logger.warning("%s", unwritable)
     with progress.stage("prepare") as shown:
-        cases = prepare_cases(studies, settings, paths, before, shown)
+        cases = prepare_cases(studies, settings, paths, before, shown, trained_before(ledger, paths))
     cases.warnings += [unwritable] if unwritable else []
     new = sorted({c.patient for c in cases.validation} - before)
     ledger.append([Entry("validation", details={"patient": p}) for p in new])
@@ -211,11 +254,6 @@ def _with_published(made: dict[ModelKind, Path], paths: Paths, kind: ModelKind) 
         if model and other != kind:
             files[other] = model.path
     return ModelSet(files)
-
-
-def _last_summary(ledger: Ledger) -> dict[str, Any]:
-    done = [r.summary for r in ledger.rounds() if r.summary]
-    return done[-1] if done else {}
 
 
 def _clean_up(pipeline: RoundPipeline, number: int) -> None:
@@ -260,6 +298,9 @@ def _record_outcome(progress: Progress, ledger: Ledger, number: int | None) -> I
         # files that atomic_file does not write (training curves) give the bare error of the operating system
         full = isinstance(error, OSError) and error.errno in FULL
         message = str(error) or type(error).__name__
+        if isinstance(error, OutOfTimeError):
+            _attempt(lambda: progress.pause(message))
+            raise
         if full:
             message = f"disk full while writing in {progress.path.parent}; free some space and run again"
         _attempt(lambda: progress.fail(message))

@@ -15,7 +15,7 @@ from monailabel.config import settings as platform
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.async_tasks.task import AsyncTask
-from monailabel.utils.async_tasks.utils import processes
+from monailabel.utils.async_tasks.utils import processes, tasks
 from monailabel.utils.sessions import SessionInfo, Sessions
 from starlette.middleware import Middleware
 
@@ -24,6 +24,9 @@ from aslseg.cases.scan_checks import ScanChecks
 from aslseg.errors import AslsegError, BadSettingsError
 from aslseg.models.kinds import PUBLISHED_KINDS
 from aslseg.models.published import find_published
+from aslseg.rounds.brake import note_click
+from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.nights import Nights
 from aslseg.serving.auth import install_auth
 from aslseg.serving.dicomweb_datastore import connect
 from aslseg.serving.embed import embed_studies
@@ -34,6 +37,7 @@ from aslseg.serving.infer import BatchInference, InferenceRequest, answer, reque
 from aslseg.serving.logs import configure_logs
 from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies
 from aslseg.serving.scan_watch import watch_headers
+from aslseg.serving.scheduler import Scheduler
 from aslseg.serving.strategies import Leases
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
@@ -62,6 +66,7 @@ class ServedApp(MONAILabelApp):
         except BadSettingsError as error:
             refuse_to_start(str(error), 2)
         self.paths = Paths(self.settings, studies)
+        self.nights = Nights(Ledger(self.paths.ledger), self.settings)
         self.leases = Leases()
         self.scan_checks = ScanChecks(self.settings.max_voxels)
         self.metrics = Metrics()
@@ -127,6 +132,8 @@ class ServedApp(MONAILabelApp):
         store = datastore or self.datastore()
         if not isinstance(request, InferenceRequest):
             request = request_from_mapping(request, store)
+        if self.paths.studies is not None:
+            note_click(self.paths.home)
         if not request.model:
             return without_model(request, self.settings, self.paths)
         result = answer(self._infers, request, store)
@@ -162,7 +169,7 @@ class ServedApp(MONAILabelApp):
         try:
             result = super().train(request)
             self.scoring({"method": "agreement"})
-            if request.get("model") == "round":
+            if request.get("model") == "round" and "ended" not in result:
                 self._embed_ahead()
             return result
         except AslsegError as error:
@@ -211,6 +218,14 @@ class ServedApp(MONAILabelApp):
         if self.paths.studies is not None:
             watch_headers(self.paths.studies, self.scan_checks)
         self.start_first_round()
+        if self.paths.studies is not None and (self.settings.night or self.settings.after_labels):
+            Scheduler(
+                self.paths,
+                self.nights,
+                start=lambda request: AsyncTask.run("train", request=request),
+                running=lambda: any(t["status"] in ("SUBMITTED", "RUNNING") for t in tasks("train")),
+                stop=lambda: AsyncTask.stop("train"),
+            ).begin()
 
     def _is_case(self, word: str) -> bool:
         """Whether a word in the log is the id of a scan; a PACS gives UIDs, which name nobody."""
@@ -245,6 +260,8 @@ class ServedApp(MONAILabelApp):
                 "by itself. See %s",
                 where,
             )
+        elif self.nights.held() is not None:
+            logger.info("no models yet; training was stopped by hand, so nothing starts before Train or a night")
         elif not processes("train"):
             AsyncTask.run("train", request={"model": "round"})
             logger.info("no models yet: the first round runs in the background. Its progress: %s", where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aslseg.settings.model import Settings
+from aslseg.settings.running import NightSettings
 from aslseg.settings.server import ServerSettings
 
 _SAM = {name for name in Settings.model_fields if name.startswith("sam_")}
@@ -24,11 +25,14 @@ GROUPS = {
     "adapter": {name for name in Settings.model_fields if name.startswith("adapter_")},
     "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}
     | {"disagreement_weight", "gate_tolerance", "first_round", "ssl_iterations", "retrain_iterations", "spacing"}
-    | {"max_working_voxels", "max_voxels", "max_upload_voxels", "keep_models"},
+    | {"max_working_voxels", "max_voxels", "max_upload_voxels", "keep_models", "promote_cases", "promote_empty"},
     "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "prefetch_slices"}
     | {name for name in Settings.model_fields if name.startswith("embed")},
+    "night": set(NightSettings.model_fields),
     "server": set(ServerSettings.model_fields),
-    "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "training_memory_gb", "tracking"} | _SAM_FILES,
+    "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "training_memory_gb", "tracking"}
+    | {"round_disk_gb"}
+    | _SAM_FILES,
 }
 
 

@@ -7,14 +7,14 @@ from difflib import get_close_matches
 from pydantic import model_validator
 
 from aslseg.registry import suggest
-from aslseg.settings.running import ClickSettings, MachineSettings, RoundSettings
+from aslseg.settings.running import ClickSettings, MachineSettings, NightSettings, RoundSettings
 from aslseg.settings.server import ServerSettings
 from aslseg.settings.training import AdapterSettings, DataSettings, NestedSettings, SAMSettings, SSLSettings
 from aslseg.types import Labels
 
 SECTIONS = (
     *(DataSettings, SSLSettings, NestedSettings, SAMSettings, AdapterSettings),
-    *(ClickSettings, RoundSettings, ServerSettings, MachineSettings),
+    *(ClickSettings, RoundSettings, NightSettings, ServerSettings, MachineSettings),
 )
 
 
@@ -22,6 +22,7 @@ SECTIONS = (
 class Settings(
     MachineSettings,
     ServerSettings,
+    NightSettings,
     RoundSettings,
     ClickSettings,
     AdapterSettings,

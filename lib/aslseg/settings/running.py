@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from aslseg.registry import RECIPES
 from aslseg.settings.base import Section, setting
-from aslseg.settings.values import DeviceName, FolderName, LabelThresholds, Thresholds, registered
+from aslseg.settings.values import DeviceName, FolderName, LabelThresholds, Thresholds, Windows, ZoneName, registered
 
 # torch's generators are seeded with this number times about a million, plus the step, which must fit into 64 bits
 LARGEST_SEED = 2**32 - 1
@@ -89,6 +89,16 @@ class RoundSettings(Section):
         ge=0,
         le=1,
     )
+    promote_cases: int = setting(
+        0, "Most scans that one round promotes; 0: as many as promote_fraction allows", unit="scans", example="50", ge=0
+    )
+    promote_empty: float = setting(
+        0.2,
+        "Largest fraction of a round's promoted scans in which both networks find nothing of a label, for each label",
+        example="0.1",
+        ge=0,
+        le=1,
+    )
     promote_weight: float = setting(
         0.5, "Weight of a promoted scan in the training loss; a scan labelled by a human has 1", example="1", ge=0, le=1
     )
@@ -98,6 +108,14 @@ class RoundSettings(Section):
         example="0",
         ge=0,
         le=1,
+    )
+    round_disk_gb: float = setting(
+        0,
+        "Most disk space that the files of rounds and their caches may take; with more, nothing is trained or "
+        "predicted; 0: no limit",
+        unit="GB",
+        example="200",
+        ge=0,
     )
     gate_tolerance: float = setting(
         0.0,
@@ -120,6 +138,34 @@ class RoundSettings(Section):
         "Whether the server starts a round by itself when it has labels and no published model",
         example="false",
         common=True,
+    )
+
+
+class NightSettings(Section):
+    """Nights."""
+
+    night: Windows = setting(
+        (),
+        "When the server runs rounds by itself (docs/nights.md): HH:MM-HH:MM, days before it if wanted, several with "
+        "commas between them; empty: never",
+        example="mon-fri 22:00-06:00",
+        common=True,
+    )
+    after_labels: int = setting(
+        0,
+        "New human labels after which the server runs a round by itself, whatever the time; 0: never",
+        unit="labels",
+        example="5",
+        common=True,
+        ge=0,
+    )
+    time_zone: ZoneName = setting(
+        "",
+        "Time zone of night and of the times that are shown; empty: that of the machine",
+        example="Europe/Berlin",
+    )
+    night_hours: float = setting(
+        0, "Longest time that a night's round may take; 0: until the window closes", unit="h", example="4", ge=0
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, PlainSerializer
 
 from aslseg.registry import Registry, suggest
+from aslseg.settings.windows import Window, check_zone, parse_windows
 from aslseg.types import parse_names, parse_nesting
 
 Triple = tuple[float, float, float]
@@ -140,3 +141,7 @@ LabelThresholds = Annotated[Thresholds, _text(Thresholds.parse), PlainSerializer
 PromptKinds = Annotated[tuple[str, ...], _text(_prompts), PlainSerializer("+".join)]
 DeviceName = Annotated[str, _text(_device)]
 FolderName = Annotated[str, _text(_folder)]
+Windows = Annotated[
+    tuple[Window, ...], _text(parse_windows), PlainSerializer(lambda windows: ",".join(map(str, windows)))
+]
+ZoneName = Annotated[str, _text(check_zone)]

@@ -23,7 +23,7 @@ from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.compute.hardware import resolved
 from aslseg.compute.schedules import SCHEDULES
 from aslseg.compute.weights import load_weights, read_metadata, save_weights
-from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
+from aslseg.errors import NotEnoughCasesError, OutOfTimeError, TrainingDivergedError
 from aslseg.files import sha256
 from aslseg.registry import NETWORKS, SSL_METHODS
 from aslseg.settings import Settings
@@ -248,7 +248,7 @@ def train(
         spacing: Working spacing in mm, stored with the model.
         init: Model to start from; None starts from random weights.
         logs: Folder for the curves that the setting ``tracking`` asks for; ``tracking`` beside ``out`` by default.
-        report: Called with (step, iterations, loss=...).
+        report: Called with (step, iterations, loss=...); where it raises OutOfTimeError, a checkpoint is written first.
         reuse: A file that a run with the same inputs has written is left as it is.
 
     Returns:
@@ -331,14 +331,21 @@ def _run(trainer: Trainer, monitor: TrainingMonitor, path: Path, owner: str, log
         logs: Any = engine.state.output
         monitor.update(logs)
         monitor.check_collapse(trainer.method.consistency_weight(1.0))
-        monitor.report()
+        try:
+            monitor.report()
+        except OutOfTimeError:
+            write()
+            raise
+
+    def write() -> None:
+        checkpoint.write(path, monitor.done, owner, {**trainer.state(), "recent": monitor.recent})
 
     def keep(_: Engine) -> None:
         nonlocal written
         now = time.monotonic()
         due = monitor.done % CHECKPOINT_EVERY == 0 or now - written > 60 * CHECKPOINT_MINUTES
         if due and monitor.done < total:
-            checkpoint.write(path, monitor.done, owner, {**trainer.state(), "recent": monitor.recent})
+            write()
             written = time.monotonic()
             speed = (now - started) / (monitor.done - first)
             left = speed * (total - monitor.done) / 60

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aslseg.agreement.measures import Agreement
-from aslseg.agreement.verdict import Reference, Verdict, judge, reference, select
+from aslseg.agreement.verdict import PromotionLimits, Reference, Verdict, judge, reference, refusals, select
 from aslseg.cases.prepared import Prepared
 from aslseg.settings import Settings
 from aslseg.types import Labels, Volume
@@ -150,15 +150,54 @@ def test_select_takes_the_best_up_to_the_cap():
     means = {"a": 0.8, "b": 0.95, "c": 0.95, "d": 0.9, "e": 0.99}
     verdicts = {case: Verdict(case != "e") for case in means}
     agreements = {case: Agreement({}, mean) for case, mean in means.items()}
-    assert select(verdicts, agreements, 1.0) == ["b", "c", "d", "a"]
-    assert select(verdicts, agreements, 0.4) == ["b", "c"]
-    assert select(verdicts, agreements, 0.41) == ["b", "c", "d"]
-    assert select(verdicts, agreements, 0.0) == []
+    assert select(verdicts, agreements, PromotionLimits(1.0)) == ["b", "c", "d", "a"]
+    assert select(verdicts, agreements, PromotionLimits(0.4)) == ["b", "c"]
+    assert select(verdicts, agreements, PromotionLimits(0.41)) == ["b", "c", "d"]
+    assert select(verdicts, agreements, PromotionLimits(0.0)) == []
     backwards = {case: verdicts[case] for case in reversed(verdicts)}
-    assert select(backwards, agreements, 0.4) == ["b", "c"]
-    assert select({}, {}, 0.5) == []
+    assert select(backwards, agreements, PromotionLimits(0.4)) == ["b", "c"]
+    assert select({}, {}, PromotionLimits(0.5)) == []
 
 
 def test_select_cap_is_exact():
     verdicts = {f"{n:02}": Verdict(True) for n in range(30)}
-    assert len(select(verdicts, {case: Agreement({}, 1.0) for case in verdicts}, 0.1)) == 3
+    assert len(select(verdicts, {case: Agreement({}, 1.0) for case in verdicts}, PromotionLimits(0.1))) == 3
+
+
+def agreed(tumour, mean=0.9):
+    return Agreement({"liver": mean, "tumour": tumour}, mean)
+
+
+def test_scans_without_a_label_in_both_masks_come_last_and_are_few():
+    agreements = {f"full{n}": agreed(0.8, 0.8) for n in range(8)} | {f"none{n}": agreed(None, 0.99) for n in range(8)}
+    verdicts = {case: Verdict(True) for case in agreements}
+    limits = PromotionLimits(1.0, empty=0.2)
+    chosen = select(verdicts, agreements, limits)
+    assert chosen[:8] == [f"full{n}" for n in range(8)]
+    assert chosen[8:] == ["none0", "none1"]
+    found = refusals(verdicts, agreements, limits, chosen)
+    assert sorted(found) == [f"none{n}" for n in range(2, 8)]
+    assert found["none2"] == ["both networks find no tumour; at most 20% of the promoted may (promote_empty)"]
+    # the cap on all leaves none of them
+    assert select(verdicts, agreements, PromotionLimits(0.5, empty=0.2)) == [f"full{n}" for n in range(8)]
+    only = {case: verdicts[case] for case in verdicts if case.startswith("none")}
+    assert select(only, agreements, limits) == []
+
+
+def test_each_label_has_its_own_cap():
+    agreements = {f"full{n}": Agreement({"a": 0.9, "b": 0.9}, 0.9) for n in range(8)}
+    agreements |= {f"no_a{n}": Agreement({"a": None, "b": 0.9}, 0.9) for n in range(4)}
+    agreements |= {f"no_b{n}": Agreement({"a": 0.9, "b": None}, 0.9) for n in range(4)}
+    chosen = select({c: Verdict(True) for c in agreements}, agreements, PromotionLimits(1.0, empty=0.2))
+    for name in ("a", "b"):
+        assert 0 < sum(name in agreements[c].empty for c in chosen) <= 0.2 * len(chosen)
+
+
+def test_promoted_scans_come_before_others_and_a_number_is_a_limit_too():
+    agreements = {"a": agreed(0.9, 0.99), "b": agreed(0.9, 0.8), "c": agreed(0.9, 0.9)}
+    verdicts = {case: Verdict(True) for case in agreements} | {"d": Verdict(False, ("mask: empty",))}
+    limits = PromotionLimits(1.0, cases=2)
+    assert select(verdicts, agreements, limits, before={"b"}) == ["b", "a"]
+    found = refusals(verdicts, agreements, limits, ["b", "a"])
+    assert found["d"] == ["mask: empty"]
+    assert found["c"][0].startswith("others agree better, and 2 are promoted")

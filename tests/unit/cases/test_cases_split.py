@@ -63,6 +63,18 @@ def test_somebody_always_trains():
     assert validation_patients(["x", "y"], 0.99, {}, before=["y"]) == {"y"}
 
 
+def test_nobody_judges_who_was_trained_on():
+    # one label, a round, a second label: whichever hash is lower, the second patient judges
+    for first, second in (("x", "y"), ("y", "x"), ("patient3", "patient7"), ("patient7", "patient3")):
+        for fraction in (1e-9, 0.2, 0.99):
+            assert validation_patients([first, second], fraction, {}, trained={first}) == {second}
+    assert validation_patients(["x", "y"], 0.99, {}, trained={"x", "y"}) == set()
+    # a folder whose only judge was trained on gets another one with the next label
+    assert validation_patients(["x", "y", "z"], 1e-9, {}, before={"x"}, trained={"x", "y"}) == {"x", "z"}
+    found = split(studies(["a1", "a2", "b"], ["a1", "a2", "b"], {"a1": "A", "a2": "A"}), 0.5, trained=["a1"])
+    assert {c.id for c in found if c.role == "validation"} == {"b"}
+
+
 def test_the_table_overrules():
     roles = dict.fromkeys(MANY[:100], "train") | dict.fromkeys(MANY[100:], "validation")
     assert validation_patients(MANY, 0.2, roles) == set(MANY[100:])

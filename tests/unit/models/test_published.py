@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,23 @@ def test_gate(paths: Paths, tmp_path: Path) -> None:
     accepted, why = verdict(None, None, 1)
     assert not accepted
     assert "without validation cases" in why
+
+
+@pytest.mark.parametrize(("noted", "known"), [(True, ("a",)), (False, ("a", "b"))])
+def test_without_a_judge_only_more_human_labels_are_published(
+    paths: Paths, tmp_path: Path, noted: bool, known: tuple[str, ...]
+) -> None:
+    put(paths, replace(candidate(tmp_path, "one"), labelled=("a",)))
+    if not noted:  # by a version that noted only what the model was trained on, promoted scans included
+        models = manifest(paths)
+        del models["ssl"]["labelled"]
+        put_manifest(paths, models)
+    current = find_published(paths, "ssl")
+    unjudged = replace(candidate(tmp_path, "two", None), labelled=known)
+    accepted, why = gate(unjudged, current, 0)
+    assert (accepted, "only when there are more human labels" in why) == (False, True)
+    accepted, why = gate(replace(unjudged, labelled=(*known, "c")), current, 0)
+    assert (accepted, "published unchecked" in why, "1 more human label." in why) == (True, True, True)
 
 
 def test_old_files_are_kept_three_deep(paths: Paths, tmp_path: Path) -> None:

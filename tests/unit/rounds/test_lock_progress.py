@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from aslseg.errors import RoundRunningError
 from aslseg.rounds import progress as module
 from aslseg.rounds.lock import owner, round_lock
-from aslseg.rounds.progress import Progress, read_progress
+from aslseg.rounds.progress import Progress, Work, read_progress
 
 
 def test_a_second_round_is_refused_with_who_and_since_when(tmp_path: Path) -> None:
@@ -42,16 +43,22 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
         pass
 
 
-def test_eta_scales_expectations_by_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The monotonic clock, which stands still until a test moves it."""
+    moment = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: moment[0])
+    return moment
+
+
+def test_eta_scales_expectations_by_what_was_measured(tmp_path: Path, now: list[float]) -> None:
     told: list[dict] = []
-    progress = Progress(
-        tmp_path / "p.json", {"a": 10, "b": 20, "c": 30}, lambda d, t, **k: told.append({"d": d, "t": t, **k})
-    )
+    work = {"a": Work(10, 1.0), "b": Work(10, 2.0), "c": Work(30, 1.0)}
+    progress = Progress(tmp_path / "p.json", work, lambda d, t, **k: told.append({"d": d, "t": t, **k}))
     with progress.stage("a") as report:
-        now[0] += 20
-        report(10, 10, loss=0.5)
+        for step in range(1, 11):
+            now[0] += 2
+            report(step, 10, loss=0.5)
     # a took twice what was expected: so will b and c
     assert told[-1]["eta"] == pytest.approx(100)
     assert told[-1]["loss"] == 0.5
@@ -59,23 +66,77 @@ def test_eta_scales_expectations_by_what_was_measured(tmp_path: Path, monkeypatc
         now[0] += 0.1
     # b was reused: it tells nothing about speed
     with progress.stage("c") as report:
-        now[0] += 30
-        report(15, 30)
+        for step in range(1, 16):
+            now[0] += 2
+            report(step, 30)
     assert told[-1]["eta"] == pytest.approx(30)
     assert progress.measured == {"a": 20, "c": 30}
+    assert progress.rates == {"a": 2, "c": 2}
     progress.finish()
     assert read_progress(tmp_path / "p.json")["state"] == "done"
+
+
+def test_what_was_found_done_says_nothing_about_speed(tmp_path: Path, now: list[float]) -> None:
+    """A training that goes on from its checkpoint, and predictions of which most are on disk: the old estimate said
+    0:02, and then took a quarter of an hour."""
+    told: list[float] = []
+    work = {"ssl": Work(2000, 0.3), "predict": Work(50, 2.0), "retrain": Work(1500, 0.3)}
+    progress = Progress(tmp_path / "p.json", work, lambda d, t, eta, **_: told.append(eta))
+    with progress.stage("ssl") as report:
+        now[0] += 5  # reading the checkpoint
+        for step in range(1901, 2001):
+            now[0] += 0.3
+            report(step, 2000)
+            assert told[-1] == pytest.approx((2000 - step) * 0.3 + 100 + 450)
+    with progress.stage("predict") as report:
+        for case in (1, 2):
+            now[0] += 2
+            report(case, 2)
+    assert told[-1] == pytest.approx(450)
+    assert progress.rates == {"ssl": 0.3, "predict": 2.0}, "later rounds expect the whole work at this pace"
+
+
+def test_stages_that_are_expected_on_disk_take_no_time_until_one_is_not_there(tmp_path: Path, now: list[float]) -> None:
+    told: list[float] = []
+    work = {"ssl": Work(100, 1.0), "sam": Work(100, 1.0), "redraw": Work(10, 1.0)}
+    progress = Progress(tmp_path / "p.json", work, lambda d, t, eta, **_: told.append(eta), found=("ssl", "sam"))
+    with progress.stage("ssl"):
+        assert told[-1] == 10
+    progress.seconds.clear()
+    with progress.stage("ssl") as report:
+        now[0] += 1
+        report(1, 100)
+    # a label was changed: nothing of the other run fits
+    assert told[-1] == pytest.approx(99 + 100 + 10)
+
+
+def test_pauses_are_no_work(tmp_path: Path, now: list[float]) -> None:
+    def brake(stage: str, begins: bool = False) -> float:
+        now[0] += 0 if begins else 60
+        return 0 if begins else 60
+
+    progress = Progress(tmp_path / "p.json", {"a": Work(4, 1.0)}, brake=brake)
+    with progress.stage("a") as report:
+        for step in range(1, 5):
+            now[0] += 1
+            report(step, 4)
+    assert progress.rates == {"a": 1}
+    assert progress.seconds == {"a": 4}
 
 
 def test_progress_file_is_throttled_and_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     monkeypatch.setattr(module, "write_json", lambda path, content: written.append(content))
-    progress = Progress(tmp_path / "p.json", {"a": 1, "b": 1}, round_number=7)
+    progress = Progress(tmp_path / "p.json", {"a": Work(1, 1), "b": Work(1, 1)}, round_number=7)
     with progress.stage("b") as report:
         for n in range(1000):
             report(n, 1000, loss=1.0)
     assert len(written) == 1
     assert written[0] | {"stage": "b", "stage_index": 2, "stages": 2, "round": 7, "pid": os.getpid()} == written[0]
+    started = datetime.fromisoformat(written[0]["updated"])
+    assert datetime.fromisoformat(written[0]["finish"]) - started >= timedelta(seconds=written[0]["eta"] - 1)
+    progress.pause("the night is over")
+    assert written[-1] | {"state": "paused", "message": "the night is over", "part": 0.4995} == written[-1]
     progress.fail("disk full")
     assert written[-1] | {"state": "failed", "error": "disk full"} == written[-1]
 

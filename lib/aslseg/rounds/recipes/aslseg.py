@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from aslseg.agreement.verdict import select
+from aslseg.agreement.verdict import PromotionLimits, refusals, select
 from aslseg.models.files import ModelSet
 from aslseg.models.kinds import ModelKind
 from aslseg.rounds.artefacts import CachedProbabilities
@@ -17,6 +17,9 @@ from aslseg.rounds.promotion import RoundState, conclude, promotion_details
 from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
+
+KEEP_GAIN = 0.05
+"""Mean agreement that a new mask must have above that of the promoted one to replace it."""
 
 
 def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
@@ -72,6 +75,10 @@ def choose_source(
 def promotable(state: RoundState, report: ProgressCallback) -> dict[str, dict[str, Any]]:
     """Keep the masks of the scans on which the networks agree best.
 
+    While neither human labels nor settings change, a promoted mask stays as it is until the networks agree clearly
+    better on a new one (``KEEP_GAIN``), and promoted scans come before others. Otherwise every round would draw
+    slightly other masks, and train, predict and draw again for nothing.
+
     Returns:
         Case id to what the ledger says of its promotion.
     """
@@ -79,10 +86,22 @@ def promotable(state: RoundState, report: ProgressCallback) -> dict[str, dict[st
     cases, wanted = {c.id: c for c in p.cases.unlabelled}, {}
     verdicts = {c: state.assessments[c].verdict for c in cases}
     agreements = {c: state.assessments[c].agreement for c in cases}
-    names = select(verdicts, agreements, s.promote_fraction)
+    limits = PromotionLimits(s.promote_fraction, s.promote_cases, s.promote_empty)
+    kept = p.still_promoted()
+    names = select(verdicts, agreements, limits, kept)
+    state.refused = refusals(verdicts, agreements, limits, names)
     for done, name in enumerate(names, 1):
-        case = cases[name]
-        differ = p.decode(state.ssl_maps(case)) != p.decode(state.second_maps(case))
-        wanted[name] = promotion_details(state, case, differ, s.thresholds)
+        case, old = cases[name], kept.get(name)
+        if old is not None and agreements[name].mean - mean_agreement(old) < KEEP_GAIN:
+            wanted[name] = old
+        else:
+            differ = p.decode(state.ssl_maps(case)) != p.decode(state.second_maps(case))
+            wanted[name] = promotion_details(state, case, differ, s.thresholds)
         report(done, len(names))
     return wanted
+
+
+def mean_agreement(details: dict[str, Any]) -> float:
+    """Mean over the labels of the agreement with which a mask was promoted."""
+    known = [value for value in details["agreement"].values() if value is not None]
+    return sum(known) / len(known) if known else 0.0

@@ -9,8 +9,9 @@ from monailabel.endpoints import scoring, train
 from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import processes
 
-from aslseg.rounds.lock import round_lock
-from aslseg.serving.auth import ADMIN, ANNOTATOR, User
+from aslseg.rounds.lock import round_lock, round_runs
+from aslseg.rounds.schedule import utc_now
+from aslseg.serving.auth import ADMIN, ANNOTATOR, User, authenticated_name
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.params import validate_params
 
@@ -25,11 +26,13 @@ def add_routes(router: APIRouter, app: ServedApp) -> None:
 
 
 def _training(router: APIRouter, app: ServedApp) -> None:
-    def start_round(model: str, enqueue: bool) -> Any:
+    def start_round(model: str, enqueue: bool, user: User) -> Any:
         if not enqueue and not processes("train") and app.paths.studies is not None:
             # the process that trains would import torch before it found the lock taken
             with round_lock(app.paths.home):
                 pass
+        # before it runs: the schedule ends what runs after a stop
+        app.nights.note_train(authenticated_name(user), utc_now())
         return train.run_model(model, None, False, enqueue)
 
     @router.post("/train/")
@@ -37,12 +40,23 @@ def _training(router: APIRouter, app: ServedApp) -> None:
         """OHIF's "Update Model" sends a JSON object and means all trainers; a round trains them all."""
         if params is None:
             raise RefusedError("expected a JSON object; POST /train/round starts a round")
-        return {"round": {"result": start_round("round", False), "detail": None}}
+        return {"round": {"result": start_round("round", False, user), "detail": None}}
 
     @router.post("/train/{model}")
     def start(model: str, enqueue: bool = False, user: User = ADMIN) -> Any:
         _known(model, app.trainer_names(), "trainer")
-        return start_round(model, enqueue)
+        return start_round(model, enqueue, user)
+
+    @router.delete("/train/")
+    def stop(user: User = ADMIN) -> Any:
+        """End the training; a round that a person stops starts again by *Train* or in the next night only."""
+        try:
+            if processes("train") or round_runs(app.paths.home):
+                # before it ends: the schedule would start it again
+                app.nights.note_stop(authenticated_name(user), utc_now())
+        finally:
+            ended = train.stop()
+        return ended
 
 
 def _others(router: APIRouter, app: ServedApp) -> None:

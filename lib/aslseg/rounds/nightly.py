@@ -1,0 +1,62 @@
+"""One night's round: none where it would change nothing, and an end when the window closes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from aslseg.cases.studies import read_studies
+from aslseg.compute.hardware import resolved
+from aslseg.errors import AslsegError, NotEnoughCasesError, OutOfTimeError, RoundRunningError
+from aslseg.rounds import schedule
+from aslseg.rounds.brake import NO_BRAKE, Brake
+from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.nights import Nights, inputs_hash, settled
+from aslseg.rounds.run import run_round
+from aslseg.settings import Paths, Settings
+from aslseg.types import ProgressCallback, no_progress
+
+logger = logging.getLogger(__name__)
+
+
+def run_night(
+    studies: Path,
+    settings: Settings,
+    report: ProgressCallback = no_progress,
+    *,
+    night: str,
+    paths: Paths | None = None,
+    brake: Brake = NO_BRAKE,
+) -> dict[str, Any]:
+    """Run the round of a night, or go on with the one that an earlier night began, and note what became of it.
+
+    Args:
+        studies, settings, report, paths: As for :func:`aslseg.rounds.run.run_round`.
+        night: :attr:`aslseg.rounds.schedule.Night.key`.
+        brake: Ends the round when the night is over.
+
+    Returns:
+        The round's summary; or ``ended`` alone, with the reason: nothing would change, the time is over and the round
+        goes on in the next night, or there is nothing to train on.
+
+    Raises:
+        AslsegError: As ``run_round``; noted too, and not tried again before the next night.
+    """
+    paths, settings = paths or Paths(settings, studies), resolved(settings)
+    ledger = Ledger(paths.ledger)
+    nights = Nights(ledger, settings)
+    try:
+        reason = settled(ledger, inputs_hash(read_studies(studies), settings))
+        summary = {"ended": reason} if reason else run_round(studies, settings, report, paths=paths, brake=brake)
+    except (OutOfTimeError, NotEnoughCasesError) as error:
+        summary = {"ended": str(error)}
+    except RoundRunningError:
+        raise
+    except AslsegError as error:
+        nights.note_end(night, f"failed: {error}", schedule.utc_now())
+        raise
+    outcome = summary.get("ended") or f"round {summary['round']} is done"
+    logger.info("night of %s: %s", night, outcome)
+    nights.note_end(night, outcome, schedule.utc_now())
+    return summary

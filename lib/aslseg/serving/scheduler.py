@@ -1,0 +1,97 @@
+"""Starts rounds by itself: at night, after new labels, and never while somebody has stopped them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from aslseg.errors import AslsegError
+from aslseg.rounds import schedule
+from aslseg.rounds.lock import round_runs
+from aslseg.rounds.nights import Nights
+from aslseg.settings import Paths
+
+logger = logging.getLogger(__name__)
+
+EVERY_SECONDS = 20.0
+
+
+class Scheduler:
+    """Looks at the schedule now and then, and starts what is due.
+
+    Of several servers on one studies folder the first one has the schedule, by a lock that ends with its process; the
+    others take over when it is gone.
+
+    Args:
+        paths: The studies folder.
+        nights: Says what is due.
+        start: Starts a training task with a request.
+        running: Whether this server trains.
+        stop: Ends what this server trains.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        nights: Nights,
+        start: Callable[[dict[str, Any]], object],
+        running: Callable[[], bool],
+        stop: Callable[[], object],
+    ) -> None:
+        self.paths, self.nights = paths, nights
+        self.start, self.running, self.stop = start, running, stop
+        paths.home.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(paths.home / "schedule.lock", thread_local=False)
+
+    def begin(self) -> None:
+        """Look from now on, in a thread that ends with the process."""
+        threading.Thread(target=self._run, name="aslseg-schedule", daemon=True).start()
+
+    def tick(self) -> bool:
+        """Start what is due; returns whether something was started."""
+        if not self._leads():
+            return False
+        now = schedule.utc_now()
+        self.nights.expect(now)
+        if self.running():
+            # a stop that another server was asked for
+            if self.nights.held() is not None:
+                self.stop()
+            return False
+        due = self.nights.due(now)
+        if due is None or round_runs(self.paths.home):
+            return False
+        request = {"model": "round"}
+        if due.night is not None:
+            request["night"] = due.night.key
+        if due.until is not None:
+            request["until"] = due.until.isoformat()
+        logger.info("a round starts by itself: %s%s", due.why, f", until {due.until}" if due.until else "")
+        self.nights.note_start(due, now)
+        self.start(request)
+        return True
+
+    def release(self) -> None:
+        """Leave the schedule to another server."""
+        self._lock.release()
+
+    def _leads(self) -> bool:
+        if not self._lock.is_locked:
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                return False
+        return True
+
+    def _run(self) -> None:
+        wait = threading.Event()
+        while True:
+            try:
+                self.tick()
+            except (AslsegError, OSError):
+                logger.exception("the schedule could not be looked at; tried again")
+            wait.wait(EVERY_SECONDS)
