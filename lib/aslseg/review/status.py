@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from aslseg.cases.studies import read_studies
 from aslseg.errors import AslsegError, LedgerError
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published, left_behind
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.corrections import CHECKED
+from aslseg.rounds.ledger import Ledger, RoundRow
+from aslseg.rounds.nights import Nights
 from aslseg.rounds.progress import read_progress
+from aslseg.rounds.schedule import finish_text, utc_now, zone_of
 from aslseg.settings import Paths, Settings
 
 MOST = 50
@@ -39,15 +43,18 @@ def collect(
         failures.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
     try:
         scores, promotions = ledger.scores(), ledger.promotions(active_only=False)
-        rounds, loss = ledger.rounds(), ledger.loss()
+        rounds, loss, night = ledger.rounds(), ledger.loss(), _night(ledger, settings)
+        checked = {e.details["mask"]: e.details["dice"] for e in ledger.events(kinds=(CHECKED,))}
     except LedgerError as error:
-        scores, promotions, rounds, loss = [], [], [], str(error)
+        scores, promotions, rounds, loss, night, checked = [], [], [], str(error), {}, {}
     if loss:
         failures.append({"model": "ledger", "time": None, "lines": [loss]})
     last: dict[str, Any] = next((r.summary for r in reversed(rounds) if r.summary), {})
     return {
         "labels": list(settings.label_set.names),
-        "progress": progress,
+        "progress": progress | {"finish_text": finish_text(progress, settings)},
+        "night": night,
+        "not_promoted": _reasons(rounds),
         "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
         "problems": [*_problems(paths, ledger), *notes],
@@ -62,6 +69,7 @@ def collect(
         ],
         "promotions": [
             {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
+            | {"checked": checked.get(p.sha256)}
             for p in reversed(promotions)
         ][:MOST],
         "errors": failures[-MOST:],
@@ -72,6 +80,34 @@ def _named(skipped: tuple[str, str]) -> str:
     """Why a round left a scan out, with its name."""
     case, reason = skipped
     return reason if reason.startswith((f"{case}:", f"{case}.")) else f"{case}: {reason}"
+
+
+def _night(ledger: Ledger, settings: Settings) -> dict[str, str]:
+    """The schedule in words: ``next``, ``held``, ``last``; empty where there is nothing to say."""
+    state = Nights(ledger, settings).state(utc_now())
+    stop, last, zone = state["held"], state["last"], zone_of(settings)
+
+    def shown(time: str) -> str:
+        return datetime.fromisoformat(time).astimezone(zone).strftime("%a %d %b %H:%M")
+
+    coming = f"The night is open until {shown(state['open'])}." if state["open"] else ""
+    if state["next"] and not coming:
+        coming = f"The next round starts by itself on {shown(state['next'])}."
+    if state["after_labels"]:
+        coming = f"{coming} A round starts after {state['after_labels']} new labels.".strip()
+    return {
+        "next": coming,
+        "held": f"Stopped by {stop['by']} on {shown(stop['at'])}: nothing starts before Train or the next night."
+        if stop
+        else "",
+        "last": f"Night of {shown(last['opens'])}: {last['outcome']}." if last else "",
+    }
+
+
+def _reasons(rounds: Sequence[RoundRow]) -> dict[str, str]:
+    """Why scans were not promoted in the last round that ended, by case id."""
+    done = [r.summary.get("not promoted", {}) for r in rounds if r.state == "done"]
+    return {case: "; ".join(reasons) for case, reasons in (list(done[-1].items())[:MOST] if done else ())}
 
 
 def _problems(paths: Paths, ledger: Ledger) -> list[str]:

@@ -21,6 +21,7 @@ from aslseg.models.published import find_published
 from aslseg.registry import RECIPES
 from aslseg.rounds.brake import NO_BRAKE, Brake
 from aslseg.rounds.cases import RoundCases, prepare_cases, trained_before
+from aslseg.rounds.corrections import record_checked
 from aslseg.rounds.gate import publish_better
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.lock import round_lock
@@ -99,6 +100,7 @@ def run_round(
             _remove_stale_temporaries(paths, found)
             paths.remember_models()
             sync_label_files(ledger, found, paths)
+            record_checked(paths, settings)
             opened = {r.number: r.seq for r in ledger.rounds()}[number]
             cases = _cases(found, settings, paths, ledger, progress)
             pipeline = RoundPipeline(paths, settings, ledger, cases, progress, number, opened)

@@ -25,6 +25,7 @@ from aslseg.errors import AslsegError, BadSettingsError
 from aslseg.models.kinds import PUBLISHED_KINDS
 from aslseg.models.published import find_published
 from aslseg.rounds.brake import note_click
+from aslseg.rounds.corrections import record_checked
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.nights import Nights
 from aslseg.serving.auth import install_auth
@@ -235,6 +236,10 @@ class ServedApp(MONAILabelApp):
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """A human label came in; with nothing trained yet, training can begin."""
         self.leases.release(image_id)
+        try:
+            record_checked(self.paths, self.settings, image_id)
+        except (AslsegError, OSError):  # the label is saved; the next round compares it
+            logger.exception("the promoted mask of a saved label was not compared with it")
         self.start_first_round()
         return {}
 

@@ -17,7 +17,7 @@ from aslseg.settings import Paths
 
 logger = logging.getLogger(__name__)
 
-EVERY_SECONDS = 20.0
+EVERY_SECONDS = 10.0
 
 
 class Scheduler:

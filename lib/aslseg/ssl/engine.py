@@ -326,6 +326,7 @@ def _run(trainer: Trainer, monitor: TrainingMonitor, path: Path, owner: str, log
     """The steps that are left, watched, checkpointed and tracked; returns the seconds they took."""
     total, first = trainer.iterations, monitor.done
     started = written = time.monotonic()
+    ended: list[OutOfTimeError] = []
 
     def look(engine: Engine) -> None:
         logs: Any = engine.state.output
@@ -333,9 +334,10 @@ def _run(trainer: Trainer, monitor: TrainingMonitor, path: Path, owner: str, log
         monitor.check_collapse(trainer.method.consistency_weight(1.0))
         try:
             monitor.report()
-        except OutOfTimeError:
+        except OutOfTimeError as error:
             write()
-            raise
+            ended.append(error)
+            engine.terminate()
 
     def write() -> None:
         checkpoint.write(path, monitor.done, owner, {**trainer.state(), "recent": monitor.recent})
@@ -365,6 +367,8 @@ def _run(trainer: Trainer, monitor: TrainingMonitor, path: Path, owner: str, log
     if first < total:
         with tracking.tracked(engine, trainer.settings, logs, f"{path.name.split('.')[0]}-{owner[:8]}", first):
             engine.run(range(first, total), max_epochs=1, epoch_length=total - first)
+    if ended:
+        raise ended[0]
     return time.monotonic() - started
 
 

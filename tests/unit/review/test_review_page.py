@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from aslseg.files import write_json
 from aslseg.review.page import duration, render
 from aslseg.review.status import collect
 from aslseg.rounds.ledger import Entry, Ledger, Score
+from aslseg.rounds.nights import Nights
 from aslseg.settings import Paths, load_settings
 
 STORE = {"total": 3, "completed": 1, "label_tags": {"final": 1}}
@@ -27,7 +29,7 @@ def status(paths: Paths, errors: list | None = None) -> dict:
 
 def test_empty_start(paths: Paths) -> None:
     found = status(paths)
-    assert found["progress"] == {"state": "none"}
+    assert found["progress"] == {"state": "none", "finish_text": ""}
     assert [m["published"] for m in found["models"]] == [False, False, False]
     page = render(found)
     assert "No round has run yet" in page
@@ -35,7 +37,7 @@ def test_empty_start(paths: Paths) -> None:
     assert not paths.home.exists(), "looking leaves no traces"
 
 
-@pytest.mark.parametrize("state", ["running", "done", "failed", "interrupted"])
+@pytest.mark.parametrize("state", ["running", "done", "failed", "interrupted", "paused"])
 def test_progress(paths: Paths, state: str) -> None:
     import os
 
@@ -48,6 +50,7 @@ def test_progress(paths: Paths, state: str) -> None:
         "stages": 9,
     }
     content |= {"eta": 720, "part": 0.25, "numbers": {"loss": 0.3}, "error": "disk full", "seconds": {}}
+    content |= {"finish": "2026-11-27T02:40:00+00:00", "message": "the time for this round ended"}
     write_json(paths.home / "progress.json", content)
     page = render(status(paths))
     expected = {
@@ -55,8 +58,10 @@ def test_progress(paths: Paths, state: str) -> None:
         "done": "Round 4 is done",
         "failed": "disk full",
         "interrupted": "goes on where",
+        "paused": "Round 4 waits: the time",
     }
     assert expected[state] in page
+    assert ("about 12 min to go, done about " in page) == (state == "running")
 
 
 def test_names_are_escaped_and_nothing_is_fetched(paths: Paths) -> None:
@@ -143,3 +148,23 @@ def test_models_of_a_folder_that_an_earlier_version_used_elsewhere(
     assert problem.endswith(f"rename that folder to {paths.models.name}")
     (tmp_path / "app" / "model" / "old-0123abcd").rename(paths.models)
     assert "holds those" not in str(collect(settings, paths, STORE)["problems"])
+
+
+def test_the_schedule_and_why_scans_were_not_promoted(paths: Paths) -> None:
+    settings, _ = load_settings({"night": "22:00-06:00", "time_zone": "UTC", "after_labels": "5"}, env={})
+    ledger = Ledger(paths.ledger)
+    nights = Nights(ledger, settings)
+    nights.note_end("2026-11-26T22:00:00+00:00", "round 1 is done", datetime(2026, 11, 27, 3, tzinfo=UTC))
+    nights.note_stop("ann", datetime(2026, 11, 27, 9, tzinfo=UTC))
+    ledger.open_round({})
+    ledger.close_round(1, {"not promoted": {"c<1>": ["tumour: agreement 0.5 below 0.7", "liver: 40 pieces"]}})
+    nights.note_stop("ann", datetime(2026, 11, 27, 9, tzinfo=UTC))
+    mask = {"sha256": "m", "agreement": {"liver": 0.9}, "threshold": {}, "models": {}}
+    ledger.append([Entry("mask", 1, "c2", "aslseg_pseudo", mask)])
+    ledger.append([Entry("checked", 1, "c2", "aslseg_pseudo", {"dice": {"liver": 0.75, "tumour": None}, "mask": "m"})])
+    page = render(collect(settings, paths, STORE))
+    assert "A round starts after 5 new labels." in page
+    assert "Stopped by ann on Fri 27 Nov 09:00" in page
+    assert "Night of Thu 26 Nov 22:00: round 1 is done." in page
+    assert "c&lt;1&gt;</td><td>tumour: agreement 0.5 below 0.7; liver: 40 pieces" in page
+    assert "liver 0.750, tumour empty" in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,19 @@ def test_progress_in_the_words_of_the_clients() -> None:
         "stage": "sam",
         "round": 2,
         "seconds": {"ssl": 10.4},
+        "finish": "2026-11-27T02:40:00+00:00",
     }
-    stats = trainer_stats({**progress, "numbers": {"loss": 1.0, "dice": 0.81}})
+    stats = trainer_stats({**progress, "numbers": {"loss": 1.0, "dice": 0.81}}, SETTINGS)
     assert (stats["epoch"], stats["total_epochs"], stats["best_metric"], stats["eta"]) == (
         42,
         100,
         0.81,
         "33 s",
     )
-    assert trainer_stats({"state": "none"}) == {}
-    assert trainer_stats({"state": "done"})["epoch"] == 100
+    berlin, _ = load_settings({"time_zone": "Europe/Berlin"}, env={})
+    assert trainer_stats(progress, berlin)["finish"] == "about 03:40"
+    assert trainer_stats({"state": "none"}, SETTINGS) == {}
+    assert trainer_stats({"state": "done"}, SETTINGS)["epoch"] == 100
 
 
 def test_a_pacs_is_no_studies_folder() -> None:
@@ -48,7 +52,7 @@ def test_ends_when_its_server_is_gone(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(trainers, "lower_priority", lambda *_, **__: None)  # this is the tests' own process
     reported = []
 
-    def work(studies: Path, settings: Any, report: Any) -> dict[str, Any]:
+    def work(studies: Path, settings: Any, report: Any, brake: Any) -> dict[str, Any]:
         for n in range(5):
             report(n, 5, loss=0.5, stage="ssl")
             reported.append(n)
@@ -57,3 +61,20 @@ def test_ends_when_its_server_is_gone(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit, match="continues"):
         Trainer(SETTINGS, Paths(SETTINGS, tmp_path), work, "")({}, None)  # type: ignore[arg-type]
     assert reported == [0]
+
+
+def test_the_schedule_tells_the_round_its_night_and_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainers, "lower_priority", lambda *_, **__: None)  # this is the tests' own process
+    told: dict[str, Any] = {}
+
+    def work(studies: Path, settings: Any, **more: Any) -> dict[str, Any]:
+        told.update(more)
+        return {}
+
+    trainer = Trainer(SETTINGS, Paths(SETTINGS, tmp_path), work, "")
+    trainer({"model": "round"}, None)  # type: ignore[arg-type]
+    assert told["brake"].until is None
+    assert "night" not in told
+    trainer({"night": "2026-11-27T21:00:00+00:00", "until": "2026-11-28T05:00:00+00:00"}, None)  # type: ignore[arg-type]
+    assert told["night"] == "2026-11-27T21:00:00+00:00"
+    assert told["brake"].until == datetime(2026, 11, 28, 5, tzinfo=UTC)

@@ -1,0 +1,94 @@
+"""Of several servers on one folder one starts the rounds; a stop ends what runs and holds."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aslseg.rounds import schedule
+from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.lock import round_lock
+from aslseg.rounds.nights import Nights
+from aslseg.serving.scheduler import Scheduler
+from aslseg.settings import Paths, load_settings
+
+
+class Machine:
+    """A server's training task, as far as the schedule sees it."""
+
+    def __init__(self, paths: Paths, conf: dict[str, str]) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.runs = False
+        settings, _ = load_settings(conf, env={})
+        self.nights = Nights(Ledger(paths.ledger), settings)
+        self.scheduler = Scheduler(paths, self.nights, self.start, lambda: self.runs, self.stop)
+
+    def start(self, request: dict[str, Any]) -> None:
+        self.started.append(request)
+        self.runs = True
+
+    def stop(self) -> None:
+        self.runs = False
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
+    moment = [datetime(2026, 11, 27, 21, 59, tzinfo=UTC)]
+    monkeypatch.setattr(schedule, "utc_now", lambda: moment[0])
+    return moment
+
+
+def servers(tmp_path: Path, count: int) -> tuple[Paths, list[Machine]]:
+    (tmp_path / "studies").mkdir()
+    conf = {"night": "22:00-06:00", "time_zone": "UTC"}
+    paths = Paths(load_settings(conf, env={})[0], tmp_path / "studies")
+    return paths, [Machine(paths, conf) for _ in range(count)]
+
+
+def test_two_servers_on_one_folder_start_one_round(tmp_path: Path, now: list[datetime]) -> None:
+    _, (one, two) = servers(tmp_path, 2)
+    assert not one.scheduler.tick()
+    assert not two.scheduler.tick()
+    now[0] = datetime(2026, 11, 27, 22, tzinfo=UTC)
+    assert not two.scheduler.tick(), "the first one has the schedule"
+    assert one.scheduler.tick()
+    assert one.started == [
+        {"model": "round", "night": "2026-11-27T22:00:00+00:00", "until": "2026-11-28T06:00:00+00:00"}
+    ]
+    assert not one.scheduler.tick()
+    # the first server is killed: its lock goes, and its round with it; the other one goes on with that
+    one.scheduler.release()
+    assert two.scheduler.tick()
+    assert two.started == one.started
+    two.nights.note_end("2026-11-27T22:00:00+00:00", "round 1 is done", now[0])
+    two.stop()
+    assert not two.scheduler.tick()
+
+
+def test_a_round_from_a_terminal_is_waited_for(tmp_path: Path, now: list[datetime]) -> None:
+    paths, (one,) = servers(tmp_path, 1)
+    now[0] = datetime(2026, 11, 27, 22, tzinfo=UTC)
+    with round_lock(paths.home):
+        assert not one.scheduler.tick()
+    assert one.scheduler.tick()
+
+
+def test_a_stop_that_another_server_was_asked_for_ends_the_round_and_holds(tmp_path: Path, now: list[datetime]) -> None:
+    _, (one, two) = servers(tmp_path, 2)
+    now[0] = datetime(2026, 11, 27, 22, tzinfo=UTC)
+    assert one.scheduler.tick()
+    two.nights.note_stop("ann", now[0])
+    assert not one.scheduler.tick()
+    assert not one.runs
+    now[0] = datetime(2026, 11, 28, 5, tzinfo=UTC)
+    assert not one.scheduler.tick()
+    now[0] = datetime(2026, 11, 28, 22, tzinfo=UTC)
+    assert one.scheduler.tick()
+    # Train after a stop: the schedule leaves it alone
+    two.nights.note_stop("ann", now[0])
+    two.nights.note_train("ben", now[0])
+    assert not one.scheduler.tick()
+    assert one.runs
