@@ -139,15 +139,15 @@ def _without_judge(candidate: Candidate, current: Published) -> tuple[bool, str]
     """The gate where nobody can say which model is better."""
     known = current.trained_on if current.labelled is None else current.labelled
     new = len(set(candidate.labelled) - set(known))
-    unjudged = "without validation cases that it has not learned from"
     if new:
         return True, (
-            f"{candidate.kind}: published unchecked; {unjudged} the published model cannot be compared, but this one "
-            f"learned from {new} more human label{'s' if new > 1 else ''}. Label a scan of another patient"
+            f"{candidate.kind}: published unchecked; no validation case is left that the published model has not learned "
+            f"from, but this one learned from {new} more human label{'s' if new > 1 else ''}. Label a scan of another "
+            "patient"
         )
     return False, (
-        f"{candidate.kind}: not published; {unjudged} a published model is replaced only when there are more human "
-        "labels. Label a scan of another patient"
+        f"{candidate.kind}: not published; without validation cases that it has not learned from, a published model is "
+        "replaced only when there are more human labels. Label a scan of another patient"
     )
 
 
