@@ -141,8 +141,8 @@ def _without_judge(candidate: Candidate, current: Published) -> tuple[bool, str]
     new = len(set(candidate.labelled) - set(known))
     if new:
         return True, (
-            f"{candidate.kind}: published unchecked; no validation case is left that the published model has not learned "
-            f"from, but this one learned from {new} more human label{'s' if new > 1 else ''}. Label a scan of another "
+            f"{candidate.kind}: published unchecked; the published model has learned from every validation case, "
+            f"but this one learned from {new} more human label{'s' if new > 1 else ''}. Label a scan of another "
             "patient"
         )
     return False, (
