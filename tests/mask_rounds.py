@@ -23,7 +23,7 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self.root = root / "studies"
-        self.root.mkdir()
+        self.root.mkdir(exist_ok=True)
         for case in CASES:
             (self.root / f"{case}.nii.gz").write_bytes(b"scan")
         self.paths = Paths(Settings(model_dir=str(root / "models")), self.root)
@@ -48,5 +48,5 @@ class Folder:
 
     def files(self) -> dict[str, str]:
         human = {p.name for p in (self.root / "labels" / "final").glob("*")}
-        found = sorted((self.root / "labels").rglob("*.nii.gz"))
+        found = sorted(p for p in (self.root / "labels").rglob("*.nii.gz") if p.name[0] != ".")
         return {f"{p.parent.name}/{p.name}": sha256(p) for p in found if p.name not in human}

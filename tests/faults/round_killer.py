@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Any
 
-from aslseg.rounds.ledger import Ledger
+from durable_writes import at_number, at_point, die, nothing, watched
+
+from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.run import run_round
 from aslseg.settings import Settings
 from tiny_rounds import make_tiny
 
-# written again by every run: dying at these would never get anywhere
-NOT_COUNTED = ("progress.json", "round.owner.json", "new.nii.gz")
-
 
 def run(studies: Path, settings: Settings, die_at: int | None, before: bool) -> None:
-    """A round that is killed at its n-th durable write: a file that gets its name, or a ledger transaction.
+    """A round that is killed at its n-th durable write.
 
     Args:
         studies, settings: As for a round.
@@ -26,22 +23,28 @@ def run(studies: Path, settings: Settings, die_at: int | None, before: bool) -> 
         before: Die with the new file complete under its temporary name, or right after it has its name.
     """
     make_tiny()
-    count = 0
+    hook = at_number(die_at, die) if die_at else nothing
+    with watched(hook) if before else watched(nothing, hook):
+        run_round(studies, settings)
 
-    def watched(write: Callable[..., Any], counts: Callable[..., bool]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **more: Any) -> Any:
-            nonlocal count
-            count += counts(*args)
-            dies = counts(*args) and count == die_at
-            if dies and before:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = write(*args, **more)
-            if dies:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
 
-        return wrapper
+def run_to_point(studies: Path, settings: Settings, point: str | None, occurrence: int, good: str | None) -> None:
+    """A round that is killed just before a certain durable write.
 
-    os.replace = watched(os.replace, lambda source, target: Path(target).name not in NOT_COUNTED)  # type: ignore[assignment]
-    Ledger.append = watched(Ledger.append, lambda ledger, entries: bool(entries))  # type: ignore[method-assign]
-    run_round(studies, settings)
+    Args:
+        studies, settings: As for a round.
+        point: Pattern of the write, see :func:`durable_writes.watched`; None lives.
+        occurrence: Which of the writes that match.
+        good: SHA-256 of the only SSL model that validates well; None: all are equally good.
+    """
+    make_tiny()
+    dice = RoundPipeline.dice
+
+    def known(self: Any, maps: Any, cases: Any = None) -> float | None:
+        inputs = json.loads((maps.folder / "inputs.json").read_text())
+        ssl = set(inputs) == {"ssl", "settings"}
+        return (0.9 if good in (None, inputs["ssl"]) else 0.1) if ssl else dice(self, maps, cases)
+
+    RoundPipeline.dice = known  # type: ignore[method-assign]
+    with watched(at_point(point, occurrence, die) if point else nothing):
+        run_round(studies, settings)

@@ -21,7 +21,7 @@ from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_stud
 
 MOST_RUNS = 120
 # Of a round's summary, what a kill may change: a round that is resumed after it has published says "unchanged".
-MAY_DIFFER = ("seconds", "measured", "rates", "inputs", "continued", "published")
+MAY_DIFFER = ("seconds", "measured", "rates", "inputs", "continued", "published", "ledger")
 
 
 def in_child(studies: Path, settings: Settings, die_at: int | None = None, before: bool = False) -> int:

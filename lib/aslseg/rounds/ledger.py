@@ -112,20 +112,18 @@ class Ledger:
     # scores and validation
 
     def set_scores(self, scores: Iterable[Score]) -> None:
-        """Replace the agreement of all scans by these; an event holds their hash. The same ones change nothing."""
+        """Replace the agreement of all scans by these; an event holds their hash, if that is another one."""
         now, kept = _utc(), sorted(scores, key=lambda s: s.case)
-        number = kept[0].round if kept else None
-        details = {"sha256": scores_hash(kept), "cases": len(kept)}
+        numbers = {s.round for s in kept}
+        scored = (numbers.pop() if len(numbers) == 1 else None), {"sha256": scores_hash(kept), "cases": len(kept)}
         with self._write() as db:
-            last = self._last_scored(db)
-            if last == (number, details) and scores_hash(_scores(db)) == details["sha256"]:
-                return
             db.execute("DELETE FROM scores")
             db.executemany(
                 "INSERT INTO scores VALUES (?, ?, ?, ?, ?)",
                 [(s.case, s.round, now, s.agreement, json.dumps(s.details, sort_keys=True)) for s in kept],
             )
-            _insert(db, [Entry("scored", number, details=details)])
+            if self._last_scored(db) != scored:
+                _insert(db, [Entry("scored", scored[0], details=scored[1])])
 
     def scores(self) -> list[Score]:
         """Current agreements, lowest first (ties by id)."""
@@ -299,7 +297,10 @@ class Ledger:
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                 raise DiskFullError(f"disk full while writing {self.path}; free some space and run again") from error
-            if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY:
+            code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+            if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR):
+                raise LedgerError(f"{self.path}: {error}; check the disk and its permissions") from error
+            if code == sqlite3.SQLITE_BUSY:
                 raise LedgerError(
                     f"{self.path} was in use by another process for {BUSY_SECONDS} s; nothing was lost or written. "
                     "Let it finish, or stop it, and try again"
