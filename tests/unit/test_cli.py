@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ import torch
 
 from aslseg import cli, console
 from aslseg.files import write_json
+from aslseg.rounds import brake
 from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.rounds.lock import round_lock
 from aslseg.settings import Paths
 from aslseg.ssl import engine
 from tiny_rounds import tiny_sam, tiny_settings, tiny_studies
@@ -243,3 +246,42 @@ def test_joined_leaves_other_arguments_alone() -> None:
     assert console.joined(["a", "--conf", "k", "v", "--x"]) == ["a", "--conf", "k=v", "--x"]
     assert console.joined(["--conf", "k=a=b", "--conf", "k"]) == ["--conf", "k=a=b", "--conf", "k"]
     assert console.joined(["--", "--conf", "k", "v"]) == ["--", "--conf", "k", "v"]
+
+
+def test_a_round_until_a_time_of_day_and_a_night_of_cron(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aslseg.rounds import schedule
+
+    studies = tiny_studies(tmp_path, cases=2, labelled=1)
+    settings = tiny_settings(tmp_path, night_hours=2, time_zone="UTC")
+    conf = [part for k in settings.model_fields_set for part in ("--conf", k, settings.model_dump()[k])]
+    now = [datetime(2026, 11, 27, 5, 59, 58, tzinfo=UTC)]
+
+    def later() -> datetime:
+        now[0] += timedelta(seconds=1)
+        return now[0]
+
+    monkeypatch.setattr(schedule, "utc_now", later)
+    monkeypatch.setattr(brake, "utc_now", later)
+    code, out, err = run("round", "--studies", studies, "--until", "06:00", "--json", *conf)
+    assert code == 0, err
+    assert json.loads(out)["ended"].startswith("the time for this round ended before the stage prepare")
+    code, out, err = run("round", "--studies", studies, "--until", "25:00", *conf)
+    assert (code, "expected a time of day such as 06:00" in err) == (2, True)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run("nightly", "--studies", studies, *conf)
+    assert (code, "leave torchrun out" in err) == (2, True)
+    monkeypatch.delenv("WORLD_SIZE")
+    with round_lock(Paths(settings, studies).home):
+        code, out, _ = run("nightly", "--studies", studies, *conf)
+    assert (code, "already running" in out) == (0, True)
+    code, out, _ = run("nightly", "--studies", studies, *conf, "--conf", "night", "22:00-05:00")
+    assert (code, "no round is due before 2026-11-27T22:00:00+00:00" in out) == (0, True)
+    monkeypatch.setattr(engine, "STATISTICS_BATCHES", 2)
+    code, out, err = run("nightly", "--studies", studies, "--json", *conf)
+    assert code == 0, err
+    assert json.loads(out)["round"] == 1
+    outcomes = [e.details["outcome"] for e in Ledger(Paths(settings, studies).ledger).events(kinds=("night",))]
+    assert outcomes == ["round 1 is done"]

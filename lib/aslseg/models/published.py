@@ -141,9 +141,9 @@ def _without_judge(candidate: Candidate, current: Published) -> tuple[bool, str]
     new = len(set(candidate.labelled) - set(known))
     if new:
         return True, (
-            f"{candidate.kind}: published unchecked; the published model has learned from every validation case, "
-            f"but this one learned from {new} more human label{'s' if new > 1 else ''}. Label a scan of another "
-            "patient"
+            f"{candidate.kind}: published unchecked; no validation case is left that the published model has not "
+            f"learned from, but this one learned from {new} more human label{'s' if new > 1 else ''}. Label a scan of "
+            "another patient"
         )
     return False, (
         f"{candidate.kind}: not published; without validation cases that it has not learned from, a published model is "
