@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+import recorded_clicks
 from aslseg.rounds import schedule
+from aslseg.rounds.brake import clicked
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.lock import round_lock
 from aslseg.rounds.nights import Nights
 from aslseg.serving.scheduler import Scheduler
 from aslseg.settings import Paths, load_settings
+from tiny_rounds import tiny_studies
 
 
 class Machine:
@@ -92,3 +95,29 @@ def test_a_stop_that_another_server_was_asked_for_ends_the_round_and_holds(tmp_p
     two.nights.note_train("ben", now[0])
     assert not one.scheduler.tick()
     assert one.runs
+
+
+def test_the_first_round_respects_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aslseg.serving import app as serving
+
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(serving.AsyncTask, "run", lambda method, request: started.append(request))
+    served = recorded_clicks.app(
+        tiny_studies(tmp_path, cases=2, labelled=1), tmp_path / "models", first_round="true", time_zone="UTC"
+    )
+    now = datetime(2026, 11, 27, 12, tzinfo=UTC)
+    served.nights.note_stop("ann", now)
+    served.start_first_round()
+    served.on_save_label("phantom_001", "final")
+    assert started == []
+    served.nights.note_train("ann", now)
+    served.on_save_label("phantom_001", "final")
+    assert started == [{"model": "round"}]
+
+
+def test_what_is_asked_of_the_server_holds_a_round_up(tmp_path: Path) -> None:
+    studies = tiny_studies(tmp_path, cases=1, labelled=0)
+    served = recorded_clicks.app(studies, tmp_path / "models")
+    assert not clicked(served.paths.home)
+    served.infer({"model": "sam", "image": "phantom_000"})
+    assert clicked(served.paths.home)
