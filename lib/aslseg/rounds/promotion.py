@@ -91,7 +91,9 @@ def conclude(
     with progress.stage("rank") as report:
         assess(state, report)
     with progress.stage("promote") as report:
-        wanted = _without_vetoes(pipeline, choose(state, report))
+        chosen = choose(state, report)
+        wanted = _without_vetoes(pipeline, chosen)
+        state.refused |= {case: [MASK_VETO] for case in chosen.keys() - wanted.keys()}
         promoted = promote(pipeline, wanted)
     with progress.stage("retrain") as report:
         promoted = without_late(pipeline, promoted)
