@@ -68,20 +68,21 @@ def atomic_file(path: Path) -> Iterator[Path]:
             os.close(handle)
             temporary = Path(created)
             yield temporary
-            _fsync(temporary)
+            sync_to_disk(temporary)
             # mkstemp is private to the user; a studies folder is often shared by a group
             with _UMASK:
                 umask = os.umask(0o077)
                 os.umask(umask)
             os.chmod(temporary, 0o666 & ~umask)
             os.replace(temporary, path)
-            _fsync(path.parent)
+            sync_to_disk(path.parent)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,8 +9,9 @@ mask) and ``aslseg_pseudo`` (promoted). An optional ``patients.csv`` with the co
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Literal
 
 from aslseg.cases.patients import read_patients
 from aslseg.errors import NotEnoughCasesError
-from aslseg.volume.io import case_id, extension
+from aslseg.volume.io import IMAGE_EXTENSIONS, case_id, extension
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +87,8 @@ def read_studies(root: Path) -> Studies:
     if not root.is_dir():
         raise NotEnoughCasesError(f"{root}: no such folder; give a folder of NIfTI or NRRD scans with --studies")
     images, problems = _images(root)
-    for path, reason in segmentations(images.values()).items():
-        problems.append(f"{path.name}: {reason}")
-        del images[case_id(path)]
+    for case, reason in segmentations(images).items():
+        problems.append(f"{images.pop(case).name}: {reason}")
     if not images:
         raise NotEnoughCasesError(
             f"{root}: no scans (.nii.gz, .nii, .nrrd, .mha) directly in this folder{_elsewhere(root, problems)}"
@@ -111,44 +111,48 @@ def read_studies(root: Path) -> Studies:
     )
 
 
-def segmentations(paths: Iterable[Path]) -> dict[Path, str]:
-    """Which files of a studies folder are segmentations by their name, and why.
+def segmentations(images: Mapping[str, Path]) -> dict[str, str]:
+    """Which files of a studies folder are segmentations by their name, and why, by their id.
 
     A ``.seg.nrrd`` is one; ``x_seg``, ``x_label`` or ``x-mask`` are where there is a scan ``x`` too.
     """
-    listed = list(paths)
-    ids = {case_id(p) for p in listed}
     found = {}
-    for path in listed:
-        case = case_id(path)
-        owner = next(
-            (o for o in (LABEL_SUFFIX.sub("", case), LITS_LABEL.sub("volume", case)) if o != case and o in ids), None
-        )
-        if extension(path) == ".seg.nrrd":
-            found[path] = f"a segmentation, not a scan; move it to labels/{FINAL} under the name of its scan"
+    for case, path in images.items():
+        owners = possible_scans(path.name)
+        owner = next((o for o in owners or () if o in images), None)
+        if owners is None:
+            found[case] = f"a segmentation, not a scan; move it to labels/{FINAL} under the name of its scan"
         elif owner is not None:
-            found[path] = f"looks like a segmentation of {owner!r}; move it to labels/{FINAL}/{owner}{extension(path)}"
+            found[case] = f"looks like a segmentation of {owner!r}; move it to labels/{FINAL}/{owner}{extension(path)}"
     return found
 
 
-def without_segmentations(images: dict[str, str]) -> dict[str, str]:
-    """Case id to file name, without what :func:`segmentations` finds."""
-    found = segmentations(map(Path, images.values()))
-    return {case: name for case, name in images.items() if Path(name) not in found}
+def possible_scans(name: str) -> tuple[str, ...] | None:
+    """Of which scans a file is a segmentation by its name, if there is one of these; None for one in any case."""
+    if name.lower().endswith(".seg.nrrd"):
+        return None
+    case = case_id(Path(name))
+    if not (LABEL_SUFFIX.search(case) or LITS_LABEL.search(case)):
+        return ()
+    return tuple(o for o in (LABEL_SUFFIX.sub("", case), LITS_LABEL.sub("volume", case)) if o != case)
 
 
 def _images(folder: Path) -> tuple[dict[str, Path], list[str]]:
     found: dict[str, Path] = {}
     problems = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if extension(path) is None:
+    for entry in _entries(folder):
+        if not entry.name.lower().endswith(IMAGE_EXTENSIONS) or entry.name.startswith("."):
             continue
-        if path.is_symlink() and not path.exists():
+        path = folder / entry.name
+        if entry.is_symlink() and not path.exists():
             problems.append(
                 f"{path.name}: a link to {path.readlink()}, which is not there; mount its disk or fetch the file"
             )
             continue
-        if not path.is_file():
+        if not entry.is_file():
+            continue
+        if not is_utf8(entry.name):
+            problems.append(f"{entry.name!r}: not a name in UTF-8; rename it, for example with convmv")
             continue
         case = case_id(path)
         if case in found:
@@ -156,6 +160,24 @@ def _images(folder: Path) -> tuple[dict[str, Path], list[str]]:
         else:
             found[case] = path
     return dict(sorted(found.items())), problems
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name; an entry knows its kind without asking the disk again."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file name can be written into JSON and the ledger; names from old disks may be in another encoding."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _elsewhere(root: Path, problems: list[str]) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from aslseg.cases.studies import read_studies
+from aslseg.cases.studies import FINAL, read_studies
 from aslseg.errors import AslsegError, LedgerError
+from aslseg.files import FileStamp
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published, left_behind
+from aslseg.review.decisions import MOST, Decisions, decisions
 from aslseg.rounds.corrections import CHECKED
 from aslseg.rounds.ledger import Ledger, RoundRow
 from aslseg.rounds.nights import Nights
@@ -17,8 +22,7 @@ from aslseg.rounds.progress import read_progress
 from aslseg.rounds.schedule import finish_text, utc_now, zone_of
 from aslseg.settings import Paths, Settings
 
-MOST = 50
-"""Entries of each list."""
+TICK_SECONDS = 0.1
 
 
 def collect(
@@ -42,36 +46,35 @@ def collect(
     if progress.get("error"):
         failures.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
     try:
-        scores, promotions = ledger.scores(), ledger.promotions(active_only=False)
-        rounds, loss, night = ledger.rounds(), ledger.loss(), _night(ledger, settings)
+        decided, loss, night = decisions(ledger), ledger.loss(), _night(ledger, settings)
         checked = {e.details["mask"]: e.details["dice"] for e in ledger.events(kinds=(CHECKED,))}
     except LedgerError as error:
-        scores, promotions, rounds, loss, night, checked = [], [], [], str(error), {}, {}
+        decided, loss, night, checked = Decisions(), str(error), {}, {}
     if loss:
         failures.append({"model": "ledger", "time": None, "lines": [loss]})
-    last: dict[str, Any] = next((r.summary for r in reversed(rounds) if r.summary), {})
+    last: dict[str, Any] = next((r.summary for r in reversed(decided.rounds) if r.summary), {})
     return {
         "labels": list(settings.label_set.names),
         "progress": progress | {"finish_text": finish_text(progress, settings)},
         "night": night,
-        "not_promoted": _reasons(rounds),
+        "not_promoted": _reasons(decided.rounds),
         "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
         "problems": [*_problems(paths, ledger), *notes],
         "warnings": [*last.get("warnings", []), *map(_named, last.get("skipped", {}).items())],
         "rounds": [
             {"round": r.number, "state": r.state, "opened": r.opened, "closed": r.closed, "error": r.error}
-            for r in reversed(rounds)
+            for r in reversed(decided.rounds)
         ][:MOST],
         "ranking": [
             {"rank": n + 1, "case": s.case, "agreement": round(s.agreement, 4), "details": s.details}
-            for n, s in enumerate(scores[:MOST])
+            for n, s in enumerate(decided.scores)
         ],
         "promotions": [
             {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
             | {"checked": checked.get(p.sha256)}
-            for p in reversed(promotions)
-        ][:MOST],
+            for p in decided.promotions
+        ],
         "errors": failures[-MOST:],
     }
 
@@ -114,14 +117,24 @@ def _problems(paths: Paths, ledger: Ledger) -> list[str]:
     """What the studies folder holds that is passed over, or why it cannot be listed; and models that lie elsewhere."""
     if paths.studies is None:
         return []
+    files = (paths.studies, paths.studies / "labels" / FINAL, paths.studies / "patients.csv")
+    stamps = tuple(FileStamp.of(file) for file in files)
+    newest = max((stamp.mtime_ns for stamp in stamps if stamp), default=0) / 1e9
+    # a second change within the clock tick of the file system would leave the same stamps
+    read = _read_problems if abs(time.time() - newest) > TICK_SECONDS else _read_problems.__wrapped__
     found = []
     try:
         served = [event.details["after"] for event in ledger.events(kinds=("published",))]
         found += [left_behind(paths, served[-1])] if served else []
-        found += read_studies(paths.studies).problems
+        found += read(paths.studies, stamps)
     except AslsegError as error:
         found.append(str(error))
     return [problem for problem in found if problem]
+
+
+@lru_cache(maxsize=8)
+def _read_problems(root: Path, stamps: tuple[FileStamp | None, ...]) -> tuple[str, ...]:
+    return read_studies(root).problems
 
 
 def _model(kind: ModelKind, entry: Published | None) -> dict[str, Any]:

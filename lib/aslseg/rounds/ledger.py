@@ -130,6 +130,11 @@ class Ledger:
         with self._read() as db:
             return sorted(_scores(db), key=lambda s: (s.agreement, s.case)) if db else []
 
+    def agreements(self) -> dict[str, float]:
+        """Case to agreement, without the details."""
+        with self._read() as db:
+            return dict(db.execute("SELECT case_id, agreement FROM scores").fetchall() if db else ())
+
     def validation_patients(self) -> set[str]:
         """Patients that were ever chosen to validate models; they stay chosen."""
         return {e.details["patient"] for e in self.events(kinds=("validation",))}
@@ -145,13 +150,15 @@ class Ledger:
         with self._write() as db:
             return _insert(db, entries)
 
-    def events(self, kinds: tuple[str, ...] = (), tag: str | None = None, number: int | None = None) -> list[Event]:
-        """Events in order, all or those of some kinds, a tag, a round."""
+    def events(
+        self, kinds: tuple[str, ...] = (), tag: str | None = None, number: int | None = None, case: str | None = None
+    ) -> list[Event]:
+        """Events in order, all or those of some kinds, a tag, a round, a case."""
         where, values = ["1"], []
         if kinds:
             where.append(f"kind IN ({', '.join('?' * len(kinds))})")
             values += list(kinds)
-        for column, value in (("tag", tag), ("round", number)):
+        for column, value in (("tag", tag), ("round", number), ("case_id", case)):
             if value is not None:
                 where.append(f"{column} = ?")
                 values.append(value)  # type: ignore[arg-type]
@@ -194,6 +201,13 @@ class Ledger:
                 f"{self.path}: {problem}. Restore it from a backup, or run `aslseg ledger verify --repair` to go on "
                 "with what labels and reports say"
             )
+
+    def last_seq(self, kinds: tuple[str, ...]) -> int:
+        """The number of the last event of some kinds, 0 without any: as long as it stays, so do these events."""
+        with self._read() as db:
+            query = f"SELECT max(seq) FROM events WHERE kind IN ({', '.join('?' * len(kinds))})"  # noqa: S608
+            row = db.execute(query, kinds).fetchone() if db else None
+        return int(row[0] or 0) if row else 0
 
     def verify(self) -> str | None:
         """Recompute the hash chain, and compare it with its head and with the scores.

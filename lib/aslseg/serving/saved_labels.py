@@ -30,7 +30,7 @@ class SavedLabels:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._last: dict[tuple[str, str], dict[str, Any]] | None = None
+        self._all: dict[tuple[str, str], dict[str, Any]] | None = None
 
     def record_saved(self, case: str, tag: str, info: dict[str, Any]) -> None:
         """Append that a label is about to be written; ``info`` holds its ``sha256``."""
@@ -62,22 +62,29 @@ class SavedLabels:
 
     def _append(self, kind: str, case: str, tag: str, details: dict[str, Any]) -> None:
         self.ledger.append([Entry(kind, case=case, tag=tag, details=details)])
-        self._last = None
+        self._all = None
 
     def forget(self) -> None:
-        """Read the ledger again when it is next asked for; other processes write it too."""
-        self._last = None
+        """Forget what :meth:`all` has read; other processes write the ledger too."""
+        self._all = None
 
-    def last(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Case and tag to the details of the last time that a label was saved."""
-        if self._last is None:
+    def all(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Case and tag to the details of the last time that a label was saved; read once, for a start."""
+        if self._all is None:
             events = self.ledger.events(kinds=(SAVED,))
-            self._last = {(e.case or "", e.tag or ""): e.details for e in events}
-        return self._last
+            self._all = {(e.case or "", e.tag or ""): e.details for e in events}
+        return self._all
+
+    def last(self, case: str, tag: str) -> dict[str, Any]:
+        """The details of the last time that a label was saved; empty if it never was."""
+        if self._all is not None:
+            return self._all.get((case, tag), {})
+        events = self.ledger.events(kinds=(SAVED,), tag=tag, case=case)
+        return events[-1].details if events else {}
 
     def new_entry(self, case: str, tag: str, path: Path) -> DataModel:
         """An entry for a file that the JSON does not know: with its recorded info if it was saved through a server."""
-        saved = self.last().get((case, tag))
+        saved = self.last(case, tag)
         if saved and sha256(path) == saved["sha256"]:
             return DataModel(info=dict(saved["info"]), ext=path.name[len(case) :])
         return new_entry(case, path.name)
@@ -88,7 +95,7 @@ class SavedLabels:
         Only files are hashed that were written after their info, or whose last saving the entry does not know;
         ``thorough``: all.
         """
-        known, saved = entry.info.get("sha256"), self.last().get((case, tag), {})
+        known, saved = entry.info.get("sha256"), self.last(case, tag)
         if known is None:
             return entry
         later = path.stat().st_mtime > entry.info.get("ts", 0) + COPY_SECONDS

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from aslseg.cases.scan_checks import ScanChecks
-from aslseg.serving.shared_json import listed
+from aslseg.serving.listing import ScanListing
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,9 @@ def watch_headers(folder: Path, checks: ScanChecks) -> None:
 
 def look_at_headers(folder: Path, checks: ScanChecks) -> None:
     """Read the headers that were not read before."""
-    for name in listed(folder, folder).values():
+    listing = ScanListing(folder)
+    listing.changed()
+    for name in filter(None, map(listing.scan, list(listing.files))):
         checks.look(folder / name)
         time.sleep(PAUSE_SECONDS)
 

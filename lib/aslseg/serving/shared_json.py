@@ -16,13 +16,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
-from aslseg.cases.studies import ORIGINAL, PSEUDO, without_segmentations
+from aslseg.cases.studies import ORIGINAL, PSEUDO
 from aslseg.files import FileStamp, atomic_file
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.links import trusted
+from aslseg.serving.listing import StudiesListing
 from aslseg.serving.lock_holder import describe_holder
 from aslseg.settings import Paths, Settings
-from aslseg.volume.io import case_id, extension
+from aslseg.volume.io import case_id
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,9 @@ class SharedJsonFile:
         self._mutex = threading.RLock()
         self._file_lock: FileLock | None = None
         self._loaded_stamp: FileStamp | None = None
+        self._listing: StudiesListing | None = None
+        self._unplaced: set[str] = set()
+        self._all_placed = False
 
     @contextmanager
     def _exclusive(self, seconds: float | None = None) -> Iterator[None]:
@@ -104,7 +107,7 @@ class SharedJsonFile:
             elif stamp is None or stamp == self._loaded_stamp:
                 return
             else:
-                model = _parse(path)
+                model = parse(path)
                 if model is None:
                     self._recover(path)
                 else:
@@ -114,7 +117,7 @@ class SharedJsonFile:
     def _use(self, model: LocalDatastoreModel) -> None:
         model.base_path, model.images_dir, model.labels_dir = self._datastore_path, ".", "labels"
         model.objects = {k: v for k, v in model.objects.items() if k == os.path.basename(k) and k[:1] != "."}
-        self._datastore = model
+        self._datastore, self._all_placed = model, False
 
     def _backups(self) -> list[Path]:
         """Earlier versions of the file, newest first."""
@@ -127,16 +130,21 @@ class SharedJsonFile:
         if path.exists():
             kept = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
             os.replace(path, kept)
+            self._loaded_stamp = None
             damaged = f"damaged (kept as {kept.name})"
-        models = ((backup, _parse(backup)) for backup in self._backups())
+        models = ((backup, parse(backup)) for backup in self._backups())
         backup, model = next(((b, m) for b, m in models if m is not None), (None, None))
         source = f"its backup {backup.name}" if backup else "the label files and the ledger"
         self._use(model or LocalDatastoreModel(name="new-dataset", description="New Dataset"))
+        self._recover_changes()
         self.recovered = (
             f"{path.name} was {damaged} on {time.strftime('%Y-%m-%d %H:%M')}; it was recovered from {source}"
         )
         logger.error("%s", self.recovered)
         self._write_json()
+
+    def _recover_changes(self) -> None:
+        """Add what is newer than a backup, where that is kept."""
 
     def _update_datastore_file(self, lock: bool = True) -> None:
         if lock:
@@ -152,16 +160,33 @@ class SharedJsonFile:
             RefusedError: 422, it could not be read again; nothing is written.
         """
         path = Path(self._datastore_config_path)
-        text = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
+        with atomic_file(path) as temporary:
+            temporary.write_text(self.json_text())
+            if path.exists():
+                rotate(path)
+        self._loaded_stamp = FileStamp.of(path)
+
+    def json_text(self, model: LocalDatastoreModel | None = None) -> str:
+        """The content of the file: one line a scan.
+
+        Args:
+            model: What is written instead of what there is now.
+
+        Raises:
+            RefusedError: 422, something in it could not be read again.
+        """
+        model = model or self._datastore
+        head = json.dumps({k: getattr(model, k) for k in ("name", "description", "images_dir", "labels_dir")}, indent=1)
+        entries = ",\n".join(self._entry_text(case, entry) for case, entry in model.objects.items())
+        return f'{head[:-2]},\n "objects": {{\n{entries}\n}}}}\n'
+
+    def _entry_text(self, case: str, entry: ImageLabelModel) -> str:
+        text = json.dumps(entry.model_dump(), default=str)
         try:
-            LocalDatastoreModel.model_validate_json(text)
+            ImageLabelModel.model_validate_json(text)
         except ValueError:
             raise RefusedError("params: hold a value that JSON cannot store; nothing was saved", 422) from None
-        if path.exists():
-            _rotate(path)
-        with atomic_file(path) as temporary:
-            temporary.write_text(text)
-        self._loaded_stamp = FileStamp.of(path)
+        return f"{json.dumps(case)}: {text}"
 
     def _to_id(self, file: str) -> tuple[str, str]:
         found = case_id(Path(file))
@@ -170,34 +195,51 @@ class SharedJsonFile:
     def _reconcile_datastore(self) -> None:
         """Make the JSON agree with the files: files win, their info is kept or taken from the records of its writer."""
         with self._exclusive():
+            if self._listing is None:
+                self._listing = StudiesListing(Path(self._datastore_path), self.paths.home)
             self._init_from_datastore_file()
-            root = Path(self._datastore_path)
-            images = listed(root, root)
-            folders = {f.name: f for f in (root / "labels").iterdir() if f.is_dir() and f.name[0] != "."}
-            tags = {tag: listed(folder, root) for tag, folder in folders.items() if trusted(folder, root)}
-            before = self._datastore.objects
-            objects = {}
-            for case, name in without_segmentations(images).items():
-                old = before.get(case)
-                image = old.image if old and case + old.image.ext == name else new_entry(case, name)
-                kept = old.labels if old else {}
-                labels = {
-                    t: self._entry_of(case, t, files[case], kept.get(t)) for t, files in tags.items() if case in files
-                }
-                objects[case] = ImageLabelModel(image=image, labels=labels)
-            if objects != before:
-                self._datastore.objects = objects
+            self._unplaced |= self._listing.changed()
+            if not self._all_placed:
+                self._unplaced |= self._datastore.objects.keys() | self._listing.scans.files.keys()
+            placed = {case: self._placed(case, self._listing) for case in self._unplaced}
+            objects = self._datastore.objects
+            changed = {case: entry for case, entry in placed.items() if entry is not objects.get(case)}
+            if changed:
+                self._put(changed)
                 self._update_datastore_file(lock=False)
+            self._unplaced, self._all_placed = set(), True
+
+    def _placed(self, case: str, listing: StudiesListing) -> ImageLabelModel | None:
+        """What is known about a scan, for the files that are there now: its old entry if that says the same."""
+        name, old = listing.scans.scan(case), self._datastore.objects.get(case)
+        if name is None:
+            return None
+        image = old.image if old and case + old.image.ext == name else new_entry(case, name)
+        kept = old.labels if old else {}
+        files = listing.labels(case)
+        labels = {tag: self._entry_of(case, tag, files[tag], kept.get(tag)) for tag in files}
+        if old and image is old.image and labels == kept:
+            return old
+        return ImageLabelModel(image=image, labels=labels)
+
+    def _put(self, changed: dict[str, ImageLabelModel | None]) -> None:
+        """Replace the entries of some scans; None takes one out. Other threads may be walking through the entries."""
+        objects = self._datastore.objects
+        if all(entry is not None and case in objects for case, entry in changed.items()):
+            objects.update(changed)  # type: ignore[arg-type]
+        else:
+            merged = {**objects, **changed}
+            self._datastore.objects = {case: e for case in sorted(merged) if (e := merged[case]) is not None}
 
     def _entry_of(self, case: str, tag: str, name: str, old: DataModel | None) -> DataModel:
         """The entry of a label file: the old one while it describes this file, else a new one."""
         if tag not in (ORIGINAL, PSEUDO):
             return old if old and case + old.ext == name else self._new_label_entry(case, tag, name)
-        stamp, written = self.sidecar(case)
+        stamp = self._listing.sidecars.stamps.get(case, 0) if self._listing else 0
         if old and case + old.ext == name and old.info.get("sidecar", 0) == stamp:
             return old
         entry = self._new_label_entry(case, tag, name)
-        entry.info.update(written, sidecar=stamp)
+        entry.info.update(self._read_sidecar(case), sidecar=stamp)
         # Slicer takes the names of a stored mask from here, in this order.
         entry.info.setdefault("params", {}).setdefault("label_names", self.settings.label_set.values)
         return entry
@@ -206,23 +248,25 @@ class SharedJsonFile:
         """The entry of a label file that the JSON does not know."""
         return new_entry(case, name)
 
-    def sidecar(self, case: str) -> tuple[int, dict[str, Any]]:
-        """What a round wrote about its mask, and the file's modification time (0 without one)."""
-        path = self.paths.home / "original" / f"{case}.json"
+    def _sidecar_path(self, case: str) -> Path:
+        return self.paths.home / "original" / f"{case}.json"
+
+    def _read_sidecar(self, case: str) -> dict[str, Any]:
+        """What a round wrote about its mask."""
         try:
-            return path.stat().st_mtime_ns, dict(json.loads(path.read_text()))
+            return dict(json.loads(self._sidecar_path(case).read_text()))
         except (OSError, ValueError, TypeError):
-            return 0, {}
+            return {}
 
 
-def _parse(path: Path) -> LocalDatastoreModel | None:
+def parse(path: Path) -> LocalDatastoreModel | None:
     try:
         return LocalDatastoreModel.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
         return None
 
 
-def _rotate(path: Path) -> None:
+def rotate(path: Path) -> None:
     """Keep the version before the next one, and once an hour one more generation."""
     newest, *older = (path.with_name(f"{path.name}{ending}") for ending in BACKUPS)
     first = FileStamp.of(older[0])
@@ -237,22 +281,6 @@ def _rotate(path: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, temporary)
     os.replace(temporary, newest)
-
-
-def listed(folder: Path, root: Path) -> dict[str, str]:
-    """Case id to file name; other kinds of files are left out, and one file is taken for an id.
-
-    Args:
-        folder: Scans or labels.
-        root: The studies folder; links in it must be made by its administrator, see :mod:`aslseg.serving.links`.
-    """
-    found: dict[str, str] = {}
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            wanted = extension(Path(entry.name)) and entry.is_file()
-            if wanted and (not entry.is_symlink() or trusted(Path(entry.path), root)):
-                found.setdefault(case_id(Path(entry.name)), entry.name)
-    return found
 
 
 def new_entry(case: str, name: str) -> DataModel:

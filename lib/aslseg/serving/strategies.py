@@ -7,6 +7,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 
 from aslseg.cases.scan_checks import ScanChecks
 from aslseg.errors import BadImageError
-from aslseg.rounds.ledger import Ledger, Score
+from aslseg.rounds.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Leases:
         self._given: dict[tuple[str, str], tuple[int, float]] = {}  # client and case to how often, and when last
         self._lock = threading.Lock()
 
-    def take(self, ranked: Sequence[str], client: str, usable: Callable[[str], bool] | None = None) -> str | None:
+    def take(self, ranked: Sequence[str], client: str, usable: Callable[[str], bool] = bool) -> str | None:
         """The scan for ``client``, leased to them now; None where no scan is usable.
 
         Who asks again without saving wants another one, so the scans that ``client`` was given least often come first.
@@ -50,7 +51,7 @@ class Leases:
         Args:
             ranked: Ids of scans, the best first.
             client: Who asks.
-            usable: Whether a scan can be handed out, asked of one after the other until one can; None: all can.
+            usable: Whether a scan can be handed out; asked of one scan after the other until one is.
         """
         unusable: set[str] = set()
         while True:
@@ -61,7 +62,7 @@ class Leases:
                 before = self._held.get(chosen)
                 self._held[chosen] = (client, self.clock() + self.seconds)
             # outside the lock: it may read the scan
-            if usable is None or usable(chosen):
+            if usable(chosen):
                 self._count(client, chosen)
                 return chosen
             unusable.add(chosen)
@@ -81,7 +82,9 @@ class Leases:
         self._given = {key: g for key, g in self._given.items() if g[1] > now - REMEMBERED_SECONDS}
         given = {case: times for (who, case), (times, _) in self._given.items() if who == client}
         others = {c: end for c, (who, end) in self._held.items() if who != client}
-        return min(ranked, key=lambda case: (given.get(case, 0), others.get(case, 0.0)), default=None)
+        # of thousands of scans, only those that somebody was given are in the way of the first
+        new = next((case for case in ranked if case not in given and case not in others), None)
+        return new or min(ranked, key=lambda case: (given.get(case, 0), others.get(case, 0.0)), default=None)
 
     def _count(self, client: str, case: str) -> None:
         with self._lock:
@@ -104,11 +107,15 @@ class HandsOut(Strategy):
 
     @abstractmethod
     def ranked(self, cases: list[str]) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
-        """The cases in the order in which they are handed out, and a function that says why one of them was chosen."""
+        """The cases in the order in which they are handed out, and a function that says why one of them was chosen.
+
+        Args:
+            cases: The datastore's own list, which stays the same one as long as its content does; it is not changed.
+        """
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
         """``{"id", "reason", ...}``, or nothing when every scan that can be read has a human label."""
-        ranked, reason = self.ranked(sorted(datastore.get_unlabeled_images()))
+        ranked, reason = self.ranked(datastore.get_unlabeled_images())
         chosen = self.leases.take(ranked, client_of(request), lambda case: self._readable(case, datastore))
         return {"id": chosen, **reason(chosen)} if chosen else {}
 
@@ -118,6 +125,30 @@ class HandsOut(Strategy):
         except BadImageError as error:  # a series of a PACS that is no volume
             logger.warning("%s is not handed out: %s", case, error)
             return False
+
+
+@dataclass(frozen=True)
+class Order:
+    """Scans without a human label in the order of their agreement.
+
+    Attributes:
+        cases: As the datastore gave them.
+        version: The ledger's last event about scores.
+        ranked: Ids; those without a score come last.
+        agreement: Of the ids that have a score.
+    """
+
+    cases: list[str]
+    version: int
+    ranked: list[str]
+    agreement: dict[str, float]
+
+    @classmethod
+    def of(cls, cases: list[str], version: int, agreements: dict[str, float], highest: bool) -> Order:
+        """Sort."""
+        known = {case: agreements[case] for case in cases if case in agreements}
+        scored = sorted(known, key=lambda case: (known[case], case), reverse=highest)
+        return cls(cases, version, scored + sorted(case for case in cases if case not in known), known)
 
 
 class ByAgreement(HandsOut):
@@ -132,20 +163,24 @@ class ByAgreement(HandsOut):
     def __init__(self, ledger: Ledger, leases: Leases, checks: ScanChecks, highest: bool, description: str) -> None:
         super().__init__(leases, checks, description)
         self.ledger, self.highest = ledger, highest
+        self._order: Order | None = None
 
     def ranked(self, cases: list[str]) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
         """By agreement, then those that are not scored yet; with ``rank`` and ``agreement`` in the reason."""
-        scores = {s.case: s for s in self.ledger.scores()}
-        scored = sorted((c for c in cases if c in scores), key=lambda c: (scores[c].agreement, c))
-        if self.highest:
-            scored.reverse()
-        ranked = scored + [c for c in cases if c not in scores]
+        order = self._current(cases)
 
         def reason(case: str) -> dict[str, Any]:
-            rank = ranked.index(case) + 1
-            return {"rank": rank, **_reason(scores.get(case), rank, len(scored), self.highest)}
+            rank, scored = order.ranked.index(case) + 1, len(order.agreement)
+            return {"rank": rank, **_reason(order.agreement.get(case), rank, scored, self.highest)}
 
-        return ranked, reason
+        return order.ranked, reason
+
+    def _current(self, cases: list[str]) -> Order:
+        """The order, sorted again only when there are other scores, or another list of scans."""
+        order, version = self._order, self.ledger.last_seq(("scored",))
+        if order is None or order.cases is not cases or order.version != version:
+            order = self._order = Order.of(cases, version, self.ledger.agreements(), self.highest)
+        return order
 
 
 class Random(HandsOut):
@@ -162,8 +197,8 @@ class Random(HandsOut):
 
     def ranked(self, cases: list[str]) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
         """In an order that is drawn anew for each request."""
-        self.generator.shuffle(cases)
-        return cases, lambda _: {"reason": "chosen at random"}
+        shuffled = [cases[n] for n in self.generator.permutation(len(cases))]
+        return shuffled, lambda _: {"reason": "chosen at random"}
 
 
 def client_of(request: Mapping[str, Any]) -> str:
@@ -172,10 +207,10 @@ def client_of(request: Mapping[str, Any]) -> str:
     return str(name)[:128] if name not in ANYBODY else f"anybody-{time.monotonic_ns()}"
 
 
-def _reason(score: Score | None, rank: int, scored: int, highest: bool) -> dict[str, Any]:
-    if score is None:
+def _reason(agreement: float | None, rank: int, scored: int, highest: bool) -> dict[str, Any]:
+    if agreement is None:
         return {"agreement": None, "reason": "not scored yet; run a round"}
     which = "highest" if highest else "lowest"
     use = "quick to confirm" if highest else "a human helps most here"
-    text = f"{which} agreement, {rank} of {scored} ({score.agreement:.3f}): {use}"
-    return {"agreement": round(score.agreement, 4), "reason": text}
+    text = f"{which} agreement, {rank} of {scored} ({agreement:.3f}): {use}"
+    return {"agreement": round(agreement, 4), "reason": text}

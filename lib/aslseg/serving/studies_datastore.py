@@ -4,8 +4,8 @@ The store has no watcher thread. Every read compares the modification times of t
 file with those last seen and looks again only if they differ; that also works on network disks.
 
 A label is saved in this order, so that a kill at any moment loses nothing: the upload is parked, checked and decoded;
-the ledger records the hash and the info of the new file; the file is replaced; the JSON is written. At the next start
-``check_labels`` completes what was interrupted.
+the ledger records the hash and the info of the new file; the file is replaced; the change is appended to the log of
+:mod:`aslseg.serving.change_log`. At the next start ``check_labels`` completes what was interrupted.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from __future__ import annotations
 import logging
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
+from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.errors import BadImageError
-from aslseg.files import atomic_file, sha256
+from aslseg.files import FileStamp, atomic_file, sha256
 from aslseg.rounds.ledger import Ledger
+from aslseg.serving.change_log import IMAGE, Change
 from aslseg.serving.empty_labels import EmptyLabels
 from aslseg.serving.http_errors import RefusedError, safe_name
 from aslseg.serving.kept_files import KeptFiles, copy_file, remove_stale_temporaries
 from aslseg.serving.labels import decode_label
 from aslseg.serving.links import require_trusted
+from aslseg.serving.logged_json import LoggedJsonFile
 from aslseg.serving.saved_labels import SavedLabels
-from aslseg.serving.shared_json import BACKUPS, SharedJsonFile, new_entry
+from aslseg.serving.shared_json import BACKUPS, new_entry
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import (
     IMAGE_EXTENSIONS,
@@ -45,12 +45,10 @@ from aslseg.volume.untrusted import Limits, check_untrusted
 logger = logging.getLogger(__name__)
 
 PATTERNS = tuple(f"*{e}" for e in IMAGE_EXTENSIONS)
-# Two changes within the clock tick of a file system leave the same modification time.
-TICK_NS = 100_000_000
 OWN_TAGS = (FINAL, ORIGINAL, PSEUDO)
 
 
-class StudiesDatastore(SharedJsonFile, LocalDatastore):
+class StudiesDatastore(LoggedJsonFile, LocalDatastore):
     """A studies folder that survives careless clients, killed processes and several writers.
 
     Args:
@@ -64,7 +62,6 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
 
     def __init__(self, studies: str, settings: Settings, paths: Paths) -> None:
         self._prepare_guard(settings, paths)
-        self._seen: tuple[int, ...] | None = None
         self.root = Path(studies).resolve()
         self.saved, self.kept = SavedLabels(Ledger(paths.ledger)), KeptFiles(paths.home)
         self._empty = EmptyLabels(settings.label_set)
@@ -75,11 +72,14 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
                 (self.root / "labels" / tag).mkdir(parents=True, exist_ok=True)
             paths.home.mkdir(parents=True, exist_ok=True)
             remove_stale_temporaries(self.root, *(self.root / "labels").iterdir(), paths.home)
+            self._open_log(self.root)
+            self.saved.all()
             super().__init__(str(self.root), extensions=PATTERNS, auto_reload=False)
-            if not had_json and self.saved.last():
+            if not had_json and self.saved.all():
                 self.recovered = f"{config.name} was missing; it was rebuilt from the label files and the ledger"
                 logger.error("%s", self.recovered)
             self.check_labels()
+            self.saved.forget()
         except PermissionError as error:
             raise RefusedError(
                 f"{studies} cannot be written ({error.filename}); labels are saved there. Give the server write access "
@@ -89,38 +89,43 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
 
     def _fresh(self) -> None:
         """Look at the disk again if something changed; while another writer is at work, what is known is used."""
-        stamp = self._stamp()
-        if stamp == self._seen:
+        if not self._stale():
             return
         try:
             with self._exclusive(0.0):
                 self._reconcile_datastore()
         except RefusedError as error:
             logger.info("the datastore was not read again: %s", error)
-            return
-        self._seen = stamp if time.time_ns() - max(stamp) > TICK_NS else None
-
-    def _stamp(self) -> tuple[int, ...]:
-        labels = self.root / "labels"
-        watched = [self.root, labels, self.paths.home / "original", Path(self._datastore_config_path)]
-        watched += sorted(f for f in labels.iterdir() if f.is_dir())
-        return tuple(p.stat().st_mtime_ns if p.exists() else 0 for p in watched)
 
     def has_case(self, name: str) -> bool:
         """Whether there is a scan with this id, as far as is known without looking at the disk."""
         return name in self._datastore.objects
 
     def refresh(self) -> None:
-        self._seen = None
-        self._reconcile_datastore()
+        """Forget what was listed and read, and look again."""
+        with self._exclusive():
+            self._listing = self._loaded_stamp = None
+            self._all_placed = False
+            self._reconcile_datastore()
 
     def status(self) -> dict[str, Any]:
         self._fresh()
-        return super().status()
+        members = self.members()
+        completed = len(members.labelled)
+        return {
+            "total": completed + len(members.unlabelled),
+            "completed": completed,
+            "label_tags": dict(members.tags),
+        }
 
     def json(self) -> dict[str, Any]:
         self._fresh()
         return super().json()
+
+    def json_text(self, model: LocalDatastoreModel | None = None) -> str:
+        if model is None:
+            self._fresh()
+        return super().json_text(model)
 
     def list_images(self) -> list[str]:
         self._fresh()
@@ -132,11 +137,11 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         self._fresh()
-        return super().get_labeled_images(label_tag, labels)
+        return self.members().labelled
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         self._fresh()
-        return super().get_unlabeled_images(label_tag, labels)
+        return self.members().unlabelled
 
     def get_image_uri(self, image_id: str) -> str:
         self._fresh()
@@ -196,7 +201,7 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         check_untrusted(source, Limits(self.settings.max_upload_voxels))
         require_free_disk(self.root, self.settings.min_free_gb)
         name = f"{case}{extension(source)}"
-        with self._changed():
+        with self._changed() as changes:
             if case in self._datastore.objects:
                 existing = self.root / f"{case}{self._datastore.objects[case].image.ext}"
                 if sha256(existing) == sha256(source):
@@ -205,8 +210,7 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
             copy_file(source, require_trusted(self.root / name, self.root))
             entry = new_entry(case, name)
             entry.info.update(info, ts=int(time.time()), name=name)
-            # a new dictionary: other threads may be walking through the old one
-            self._datastore.objects = {**self._datastore.objects, case: ImageLabelModel(image=entry)}
+            changes.append(Change(case, IMAGE, entry))
 
     def remove_image(self, image_id: str, by: str | None = None) -> None:
         """Move a scan and its labels to the trash.
@@ -218,13 +222,14 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         Raises:
             RefusedError: No such scan, or a link of somebody else.
         """
-        with self._changed():
+        with self._changed() as changes:
             obj = self._known(image_id)
             for tag in list(obj.labels):
                 self._discard_label(image_id, tag, by)
+                changes.append(Change(image_id, tag, None))
             path = require_trusted(self.root / f"{image_id}{obj.image.ext}", self.root)
             self._discard(image_id, "image", path, obj.image.info, by)
-            self._datastore.objects = {k: v for k, v in self._datastore.objects.items() if k != image_id}
+            changes.append(Change(image_id, IMAGE, None))
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """Save a label, checked against its scan and decoded by name; a human one that it replaces stays as a version.
@@ -251,15 +256,16 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         if tag == FINAL:
             self._empty.require_meant(case, class_map, info)
         info = self._canonical(info) | {"ts": int(time.time()), "name": target.name}
-        with self._changed():
-            obj = self._known(case)
+        with self._changed() as changes:
+            self._known(case)
             self._keep_version(case, tag)
             with atomic_file(target) as temporary:
                 write_label(temporary, class_map, image.affine)
-                info |= {"sha256": sha256(temporary), "sidecar": self.sidecar(case)[0]}
+                stamp = FileStamp.of(self._sidecar_path(case))
+                info |= {"sha256": sha256(temporary), "sidecar": stamp.mtime_ns if stamp else 0}
                 self.saved.record_saved(case, tag, info)
-            self._remove_other_files(case, target)
-            obj.labels = {**obj.labels, tag: DataModel(info=info, ext=".nii.gz")}
+            self._remove_other_files(case, tag)
+            changes.append(Change(case, tag, DataModel(info=info, ext=".nii.gz")))
 
     def remove_label(self, label_id: str, label_tag: str, by: str | None = None) -> None:
         """Move a label to the trash.
@@ -273,43 +279,31 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
             RefusedError: No such scan, or an unsafe tag.
         """
         tag = safe_name(label_tag, "label tag")
-        with self._changed():
+        with self._changed() as changes:
             self._known(label_id)
             self._discard_label(label_id, tag, by)
+            changes.append(Change(label_id, tag, None))
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
-        with self._changed():
-            entry = self._known(image_id).image
-            entry.info = {**entry.info, **info}
+        with self._changed() as changes:
+            changes.append(self._informed(image_id, info))
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
-        with self._changed():
+        with self._changed() as changes:
             label = self._known(label_id).labels.get(label_tag)
             if label is None:
                 raise RefusedError(f"{label_id!r} has no label with the tag {str(label_tag)[:80]!r}", 404)
-            label.info = {**label.info, **info}
+            changes.append(Change(label_id, label_tag, DataModel(ext=label.ext, info={**label.info, **info})))
 
     def update_infos(self, infos: dict[str, dict[str, Any]]) -> None:
-        """Info of many scans in one write; unknown ids are passed over."""
-        with self._changed():
-            for case, info in infos.items():
-                if case in self._datastore.objects:
-                    entry = self._datastore.objects[case].image
-                    entry.info = {**entry.info, **info}
+        """Info of many scans in one transaction; unknown ids are passed over."""
+        with self._changed() as changes:
+            changes += [self._informed(c, info) for c, info in infos.items() if c in self._datastore.objects]
 
-    @contextmanager
-    def _changed(self) -> Iterator[None]:
-        """Look at the disk again, change, write: one transaction. On an error the JSON is read again as it was."""
-        with self._exclusive():
-            self._reconcile_datastore()
-            try:
-                yield
-                self._update_datastore_file(lock=False)
-            except BaseException:
-                self._loaded_stamp = None
-                self._seen = None
-                self._init_from_datastore_file()
-                raise
+    def _informed(self, case: str, info: dict[str, Any]) -> Change:
+        """The entry of a scan with more info."""
+        old = self._known(case).image
+        return Change(case, IMAGE, DataModel(ext=old.ext, info={**old.info, **info}))
 
     def _known(self, image_id: str) -> ImageLabelModel:
         obj = self._datastore.objects.get(image_id)
@@ -344,12 +338,11 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
             self.kept.keep_version(case, path, label.info)
 
     def _discard_label(self, case: str, tag: str, by: str | None) -> None:
-        obj = self._datastore.objects[case]
-        label = obj.labels.get(tag)
+        """Move all files of a label to the trash."""
+        label = self._datastore.objects[case].labels.get(tag)
         folder = require_trusted(self.root / "labels" / tag, self.root)
-        for path in _files_of(case, folder):
+        for path in self._files_of(case, tag, folder):
             self._discard(case, tag, path, label.info if label else {}, by)
-        obj.labels = {t: entry for t, entry in obj.labels.items() if t != tag}
 
     def _discard(self, case: str, tag: str, path: Path, info: dict[str, Any], by: str | None) -> None:
         target = self.kept.trash_path(case, tag, path)
@@ -357,12 +350,15 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         self.saved.record_deleted(case, tag, about)
         self.kept.discard(path, target, about | {"case": case, "tag": tag, "time": time.time(), "info": info})
 
-    @staticmethod
-    def _remove_other_files(case: str, target: Path) -> None:
+    def _remove_other_files(self, case: str, tag: str) -> None:
         """Remove labels of the case with another extension, which the next start would find beside the new one."""
-        for path in _files_of(case, target.parent):
-            if path != target:
-                path.unlink()
+        for path in self._files_of(case, tag, self.root / "labels" / tag):
+            if path.name != f"{case}.nii.gz":
+                path.unlink(missing_ok=True)
+
+    def _files_of(self, case: str, tag: str, folder: Path) -> list[Path]:
+        """The label files of a case, as listed when the lock was taken."""
+        return [folder / name for name in self._listing.label_names(case, tag)] if self._listing else []
 
     def check_labels(self, thorough: bool = False) -> list[str]:
         """Make info and files agree where a kill, or somebody who copied a file, came between them.
@@ -373,29 +369,16 @@ class StudiesDatastore(SharedJsonFile, LocalDatastore):
         Returns:
             A line for each info that was corrected.
         """
-        with self._exclusive():
-            changed = []
+        with self._changed() as changes:
             for case, obj in self._datastore.objects.items():
-                for tag, label in list(obj.labels.items()):
+                for tag, label in obj.labels.items():
                     path = self.root / "labels" / tag / f"{case}{label.ext}"
                     checked = self.saved.checked_entry(case, tag, path, label, thorough)
                     if checked is not label:
-                        obj.labels = {**obj.labels, tag: checked}
-                        changed.append(f"labels/{tag}/{path.name}: its info was corrected")
-            if changed:
-                logger.warning("%d labels are not what their info said; the info was corrected", len(changed))
-                self._update_datastore_file(lock=False)
-            return changed
+                        changes.append(Change(case, tag, checked))
+            if changes:
+                logger.warning("%d labels are not what their info said; the info was corrected", len(changes))
+            return [f"labels/{c.tag}/{c.case}: its info was corrected" for c in changes]
 
     def _new_label_entry(self, case: str, tag: str, name: str) -> DataModel:
         return self.saved.new_entry(case, tag, self.root / "labels" / tag / name)
-
-    def _reconcile_datastore(self) -> None:
-        with self._exclusive():
-            self.saved.forget()
-            super()._reconcile_datastore()
-
-
-def _files_of(case: str, folder: Path) -> list[Path]:
-    found = list(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in found if extension(path) and case_id(path) == case]

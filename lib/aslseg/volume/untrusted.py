@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -87,10 +88,9 @@ def read_untrusted_label(path: Path, limits: Limits) -> StoredLabel:
 
 
 def _read(path: Path, limits: Limits, error: type[AslsegError]) -> tuple[StoredLabel, tuple[str, ...]]:
-    with tempfile.TemporaryFile() as reply:
-        reason = _run_child(path, limits, error, reply)
-        reply.seek(0)
-        line = reply.readline(LONGEST_REPLY)
+    with _spare.take() as child:
+        reason = child.run(path, limits, error)
+        line = child.reply.readline(LONGEST_REPLY)
         if not line.endswith(b"\n"):
             raise error(
                 f"{path.name}: cannot be read within the limits of an upload ({reason}); it is damaged or larger "
@@ -99,25 +99,99 @@ def _read(path: Path, limits: Limits, error: type[AslsegError]) -> tuple[StoredL
         found = json.loads(line)
         if "error" in found:
             raise error(found["error"])
-        array = np.fromfile(reply, np.dtype(found["dtype"])).reshape(found["shape"], order="F")
+        array = np.fromfile(child.reply, np.dtype(found["dtype"])).reshape(found["shape"], order="F")
     return StoredLabel(array, np.array(found["affine"]), found["fields"]), tuple(found["notes"])
 
 
-def _run_child(path: Path, limits: Limits, error: type[AslsegError], reply: IO[bytes]) -> str:
-    """Let the child write its reply; returns how it ended."""
-    library = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-m", MODULE, str(path.resolve()), str(limits.voxels), limits.setting, error.__name__]
-    # a thread pool of the linear algebra library would take address space for each core
-    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    environment = {**os.environ, **single, "PYTHONPATH": library, "ASLSEG_CHILD_BYTES": str(limits.memory_bytes)}
-    try:
-        done = subprocess.run(  # noqa: S603 - our own interpreter and module
-            command, stdout=reply, stderr=subprocess.DEVNULL, env=environment, timeout=limits.seconds, check=False
+class _Child:
+    """A child that has imported what it needs and waits for one upload; it ends with that, or with this process.
+
+    Attributes:
+        reply: What it wrote.
+    """
+
+    def __init__(self) -> None:
+        library = str(Path(__file__).resolve().parents[2])
+        # a thread pool of the linear algebra library would take address space for each core
+        single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        self.reply = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
+        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-m", MODULE],
+            stdin=subprocess.PIPE,
+            stdout=self.reply,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **single, "PYTHONPATH": library},
         )
-    except subprocess.TimeoutExpired:
-        reply.truncate(0)
-        return f"more than {limits.seconds:g} s"
-    return f"exit code {done.returncode}"
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def alive(self) -> bool:
+        """Whether it still waits."""
+        return self._process.poll() is None
+
+    def run(self, path: Path, limits: Limits, error: type[AslsegError]) -> str:
+        """Let it read a file and write its reply; returns how it ended."""
+        job = [limits.memory_bytes, str(path.resolve()), limits.voxels, limits.setting, error.__name__]
+        try:
+            self._process.communicate(json.dumps(job).encode(), limits.seconds)
+            reason = f"exit code {self._process.returncode}"
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            self.reply.truncate(0)
+            reason = f"more than {limits.seconds:g} s"
+        self.reply.seek(0)
+        return reason
+
+    def close(self) -> None:
+        """End it if it still runs."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.kill()
+        self._process.wait()
+        self.reply.close()
+
+
+class _Spare:
+    """At most one child that waits: a server keeps one, because starting Python takes longer than reading a label."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+        self._kept = False
+
+    def keep(self) -> None:
+        """From now on start a child ahead, whenever one is taken."""
+        self._kept = True
+        self._start()
+
+    def take(self) -> _Child:
+        """A child for one upload."""
+        with self._lock:
+            child, self._child = self._child, None
+        if child is not None and not child.alive():
+            child.close()
+            child = None
+        if self._kept:
+            threading.Thread(target=self._start, name="aslseg-spare-child", daemon=True).start()
+        return child or _Child()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._child is None:
+                self._child = _Child()
+
+
+_spare = _Spare()
+
+
+def keep_child_ready() -> None:
+    """Start the child of the next upload ahead, from now on; it waits, with some 100 MB, until there is one."""
+    _spare.keep()
 
 
 def _child(path: Path, voxels: float, setting: str, error: type[AslsegError], out: IO[bytes]) -> None:
@@ -142,14 +216,16 @@ def _child(path: Path, voxels: float, setting: str, error: type[AslsegError], ou
     out.write(array.ravel(order="F").data)
 
 
-def main(arguments: list[str]) -> None:
-    """Entry of the child: path, most voxels, name of that setting, name of the error."""
-    most = int(os.environ["ASLSEG_CHILD_BYTES"])
+def main() -> None:
+    """Entry of the child. Its job is most bytes, path, most voxels, name of that setting, name of the error."""
+    text = sys.stdin.read()
+    if not text:  # the server has ended, or needs no child any more
+        return
+    most, path, voxels, setting, error = json.loads(text)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    path, voxels, setting, error = arguments
     kinds = {kind.__name__: kind for kind in (BadImageError, BadLabelError)}
-    _child(Path(path), float(voxels), setting, kinds[error], sys.stdout.buffer)
+    _child(Path(path), voxels, setting, kinds[error], sys.stdout.buffer)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -47,7 +47,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(folder: Path) -> StudiesDatastore:
-    return open_store(folder)
+    opened = open_store(folder)
+    opened.flush()  # the JSON is written by a thread; from here on only what a test changes
+    return opened
 
 
 def drawn(value: int, at: tuple[int, int, int] = (1, 2, 3)) -> np.ndarray:
@@ -230,6 +232,7 @@ def test_truncated_json_is_recovered(folder: Path, tmp_path: Path, part: int) ->
     store = open_store(folder)
     store.save_label("case1", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {"client_id": "ann"})
     store.update_image_info("case2", {"note": "seen"})
+    store.flush()
     path = folder / "datastore_v2.json"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * part // 8])
@@ -237,12 +240,15 @@ def test_truncated_json_is_recovered(folder: Path, tmp_path: Path, part: int) ->
     assert sorted(again.list_images()) == ["case0", "case1", "case2"]
     assert again.get_labeled_images() == ["case1"]
     assert again.get_label_info("case1", FINAL)["client_id"] == "ann"
+    assert again.get_image_info("case2")["note"] == "seen", "the log has what the backup lacks"
     assert json.loads(path.read_text())["objects"]["case1"]
     assert list(folder.glob("datastore_v2.json.damaged-*"))
 
 
 def test_deleted_json_is_recovered(folder: Path, tmp_path: Path) -> None:
-    open_store(folder).save_label("case1", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {})
+    store = open_store(folder)
+    store.save_label("case1", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {})
+    store.flush()
     for path in folder.glob("datastore_v2.json*"):
         path.unlink()
     assert open_store(folder).get_labeled_images() == ["case1"]
@@ -422,9 +428,11 @@ def test_what_json_cannot_hold_is_refused_and_nothing_is_lost(
     store: StudiesDatastore, folder: Path, tmp_path: Path
 ) -> None:
     store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {"client_id": "ann"})
+    store.flush()
     before = (folder / "datastore_v2.json").read_bytes()
     with pytest.raises(RefusedError, match="cannot store"):
         store.update_image_info("case1", {"note": "\ud800"})
+    store.flush()
     assert (folder / "datastore_v2.json").read_bytes() == before
     assert "note" not in store.get_image_info("case1")
     assert open_store(folder).get_label_info("case0", FINAL)["client_id"] == "ann"
@@ -434,6 +442,7 @@ def test_several_generations_of_backup(store: StudiesDatastore, folder: Path) ->
     path = folder / "datastore_v2.json"
     for n in range(8):
         store.update_image_info("case0", {"n": n})
+        store.flush()
         for backup in folder.glob("datastore_v2.json.bak*"):
             os.utime(backup, (1, 1))  # hours pass
     found = [
@@ -444,7 +453,7 @@ def test_several_generations_of_backup(store: StudiesDatastore, folder: Path) ->
     for damaged in ("", ".bak", ".bak1"):
         path.with_name(f"{path.name}{damaged}").write_text('{"name": ')
     again = open_store(folder)
-    assert again.get_image_info("case0")["n"] == 4
+    assert again.get_image_info("case0")["n"] == 7, "the log has what the backup lacks"
     assert "recovered from its backup datastore_v2.json.bak2" in again.recovered
 
 
@@ -453,6 +462,7 @@ def test_provenance_is_rebuilt_from_label_files_and_ledger(
 ) -> None:
     store.save_label("case1", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {"user": "ann"})
     info = store.get_label_info("case1", FINAL)
+    store.flush()
     for path in folder.glob("datastore_v2.json*"):
         path.unlink()
     again = open_store(folder)
@@ -468,6 +478,7 @@ def test_a_kill_between_label_and_info(folder: Path, tmp_path: Path, point: str)
         "before the file": "aslseg.serving.saved_labels.SavedLabels.record_saved",
         "before the JSON": "aslseg.serving.studies_datastore.StudiesDatastore._remove_other_files",
     }[point]
+    store.flush()
     kept = (folder / "datastore_v2.json").read_bytes()
     upload = write(tmp_path / "l.nii.gz", drawn(2))
     with mock.patch(killed, side_effect=SystemExit), pytest.raises(SystemExit):
@@ -476,6 +487,7 @@ def test_a_kill_between_label_and_info(folder: Path, tmp_path: Path, point: str)
     (folder / ".tmp-abc.nii.gz").write_bytes(b"half a file")
     os.utime(folder / ".tmp-abc.nii.gz", (1, 1))
     again = open_store(folder)
+    again.flush()
     mask, info = again.get_label_uri("case0", FINAL), again.get_label_info("case0", FINAL)
     expected = (1, "ann") if point == "before the file" else (2, "eve")
     assert (int(np.asarray(nib.load(mask).dataobj).max()), info["user"]) == expected

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Form, UploadFile
+from fastapi import APIRouter, Form, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from monailabel.endpoints import activelearning
+from monailabel.endpoints import datastore as endpoint
 
 from aslseg.serving.auth import ADMIN, ANNOTATOR, USER, User, authenticated_name
 from aslseg.serving.http_errors import RefusedError, safe_name
@@ -25,6 +27,7 @@ PIECE = 1 << 20
 
 def add_routes(router: APIRouter, app: ServedApp) -> None:
     """Add the routes to a router."""
+    _entries(router, app)
     _uploads(router, app)
     _infos(router, app)
     _deletions(router, app)
@@ -47,6 +50,18 @@ def add_routes(router: APIRouter, app: ServedApp) -> None:
             raise
         headers = {"content-disposition": 'attachment; filename="dataset.zip"'}
         return StreamingResponse(_pieces(archive), media_type="application/zip", headers=headers)
+
+
+def _entries(router: APIRouter, app: ServedApp) -> None:
+    @router.get("/datastore/")
+    def entries(output: endpoint.ResultType = endpoint.ResultType.stats, user: User = USER) -> Response:
+        """As MONAI Label's. Text is made here: FastAPI would make it on the event loop, while all others wait."""
+        store = app.datastore()
+        if output == endpoint.ResultType.all:
+            text = store.json_text()
+        else:
+            text = json.dumps(store.datalist() if output == endpoint.ResultType.train else store.status())
+        return Response(text, media_type="application/json")
 
 
 def _uploads(router: APIRouter, app: ServedApp) -> None:
