@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -229,6 +230,9 @@ class ServedApp(MONAILabelApp):
                 running=lambda: any(t["status"] in ("SUBMITTED", "RUNNING") for t in tasks("train")),
                 stop=lambda: AsyncTask.stop("train"),
             ).begin()
+        # a full collection would otherwise walk through all that was imported, with every request waiting
+        gc.collect()
+        gc.freeze()
 
     def _is_case(self, word: str) -> bool:
         """Whether a word in the log is the id of a scan; a PACS gives UIDs, which name nobody."""

@@ -226,7 +226,7 @@ class SharedJsonFile:
         """Replace the entries of some scans; None takes one out. Other threads may be walking through the entries."""
         objects = self._datastore.objects
         if all(entry is not None and case in objects for case, entry in changed.items()):
-            objects.update(changed)  # type: ignore[arg-type]
+            objects.update(changed)
         else:
             merged = {**objects, **changed}
             self._datastore.objects = {case: e for case in sorted(merged) if (e := merged[case]) is not None}
