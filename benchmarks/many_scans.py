@@ -29,6 +29,8 @@ from bench_clicks import ROOT, server
 SHAPE = (8, 8, 4)
 EVERY = 10
 """One scan in so many has a human label."""
+THINK_SECONDS = 2.0
+"""Between two labels; nobody draws more quickly."""
 
 
 def write_studies(studies: Path, scans: int) -> None:
@@ -112,6 +114,7 @@ def requests_of(url: str, studies: Path, label: Path, repeats: int) -> Iterator[
         return name, time.perf_counter() - began
 
     for n in range(repeats):
+        time.sleep(THINK_SECONDS)
         yield timed("next sample, agreement", "POST", "/activelearning/agreement", json={"client_id": f"user{n}"})
         yield timed("next sample, random", "POST", "/activelearning/random", json={"client_id": f"user{n}"})
         case = f"scan_{n * EVERY + 1:05d}"

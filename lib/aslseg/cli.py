@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from aslseg import console
+from aslseg.commands.doctor import doctor
 from aslseg.commands.importing import import_folder
 from aslseg.commands.ledger import ledger_app
 from aslseg.commands.options import LOCAL, Conf, Json, Studies, leading, read_settings, ready, require_no_round, show
@@ -30,6 +31,7 @@ app.add_typer(ledger_app, name="ledger")
 app.command("import")(import_folder)
 app.command("round")(round_)
 app.command()(nightly)
+app.command()(doctor)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from aslseg.rounds.ledger import Ledger, Promotion, RoundRow, Score
 
 MOST = 50
 """Entries of each list."""
-DECIDED = (*("opened", "failed", "closed", "withdrawn", "rolled back"), *("mask", "removed", "scored", "veto"))
+DECIDED = ("opened", "failed", "closed", "withdrawn", "rolled back", "mask", "removed", "scored", "veto")
 """Events that the lists are made of; labels that people save are none."""
 
 
