@@ -41,6 +41,7 @@ class Soak:
         clicks: After so many it ends.
         seconds: After so long it ends.
         warm: Seconds after which nothing may grow.
+        rest: Seconds between two clicks of one annotator.
     """
 
     url: str
@@ -48,6 +49,7 @@ class Soak:
     clicks: int
     seconds: float
     warm: float = 60.0
+    rest: float = 0.0
     done: int = 0
     samples: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {name: [] for name in WATCHED})
     failed: list[str] = field(default_factory=list)
@@ -68,6 +70,7 @@ class Soak:
                         n += 1
                         with lock:
                             self.done += 1
+                        time.sleep(self.rest)
             except requests.RequestException as error:
                 self.failed.append(str(error))
 

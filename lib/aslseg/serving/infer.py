@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -264,13 +265,20 @@ class AdapterTask(MaskTask):
 def _score(models: Models, case: str) -> Score | None:
     """The score of a scan, if the SAM and the adaptation network that it was measured with are published."""
     try:
-        scores = Ledger(models.paths.ledger).scores()
+        ledger = Ledger(models.paths.ledger)
+        score = _scores(ledger.path, ledger.last_seq(("scored",))).get(case)
     except LedgerError:
         return None
-    score, published = next((s for s in scores if s.case == case), None), models.hashes()
+    published = models.hashes()
     made_with = score.details.get("models", {}) if score else {}
     same = all(kind in published and made_with.get(kind) == published[kind] for kind in ("sam", "adapter"))
     return score if same else None
+
+
+@lru_cache(maxsize=1)
+def _scores(path: Path, last: int) -> dict[str, Score]:
+    """The scores of all scans, read again only when there are others."""
+    return {score.case: score for score in Ledger(path).scores()}
 
 
 def answer(tasks: Mapping[str, InferTask], request: InferenceRequest, store: Datastore) -> dict[str, Any]:

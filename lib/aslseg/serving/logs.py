@@ -10,12 +10,15 @@ import secrets
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import unquote_plus
 
 from aslseg.files import atomic_file
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import case_id
 
-WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+WORD = re.compile(r"[\w%][\w%+.-]*")
+MOST_WORDS = 5
+"""An id of a file that somebody named may hold blanks; so many words are tried together."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -49,15 +52,29 @@ class CaseIdHider(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """As :meth:`logging.Formatter.format`."""
-        return WORD.sub(self._hidden, self.inner.format(record))
+        text = self.inner.format(record)
+        words, pieces, done, n = list(WORD.finditer(text)), [], 0, 0
+        while n < len(words):
+            last = min(n + MOST_WORDS, len(words)) - 1
+            spans = ((m, words[n].start(), words[m].end()) for m in range(last, n - 1, -1))
+            found = next((span for span in spans if self._case(text[span[1] : span[2]], span[0] == n)), None)
+            if found is not None:
+                n, start, end = found
+                pieces += [text[done:start], self._hidden(text[start:end])]
+                done = end
+            n += 1
+        return "".join([*pieces, text[done:]])
 
-    def _hidden(self, found: re.Match[str]) -> str:
-        word = found[0]
-        bare = word.rstrip(".")  # an id may end a sentence
-        case = next((c for c in (word, bare, case_id(Path(bare)), bare.partition(".")[0]) if self.is_case(c)), None)
-        if case is None:
-            return word
-        return word.replace(case, f"case-{hashlib.blake2b(case.encode(), key=self.key, digest_size=5).hexdigest()}")
+    def _case(self, text: str, one_word: bool = True) -> str | None:
+        """The id of a scan that a piece of the log is, also as the name of its file or in an address; else None."""
+        bare = text.rstrip(".")  # an id may end a sentence
+        tried = [text, bare, case_id(Path(bare))] + ([bare.partition(".")[0]] if one_word else [])
+        return next((c for name in tried for c in (name, unquote_plus(name)) if self.is_case(c)), None)
+
+    def _hidden(self, text: str) -> str:
+        case = self._case(text) or ""
+        shown = f"case-{hashlib.blake2b(case.encode(), key=self.key, digest_size=5).hexdigest()}"
+        return text.replace(case, shown) if case in text else shown
 
 
 def configure_logs(settings: Settings, paths: Paths, is_case: Callable[[str], bool]) -> None:
