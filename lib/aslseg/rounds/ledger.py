@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,14 +20,11 @@ from typing import Any
 from aslseg.errors import DiskFullError, LedgerError
 from aslseg.rounds.anchor import Head, anchor_path, read_head, write_head
 from aslseg.rounds.events import NO_CLOCK, Entry, Event, Promotion, RoundRow, Score, scores_hash
-from aslseg.rounds.schema import COLUMNS, INSERT, SCHEMA, START, VERSION
+from aslseg.rounds.schema import BUSY_SECONDS, COLUMNS, INSERT, SCHEMA, START, VERSION, write_ahead
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["Entry", "Event", "Ledger", "Promotion", "RoundRow", "Score"]
-
-BUSY_SECONDS = 60
-"""How long to wait for another process's transaction."""
 
 
 class Ledger:
@@ -302,7 +298,7 @@ class Ledger:
         try:
             db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             try:
-                _write_ahead(db)
+                write_ahead(db)
                 db.execute("PRAGMA synchronous = FULL")
                 self._prepare(db)
                 yield db
@@ -382,19 +378,6 @@ def _contradiction(db: sqlite3.Connection, known: Head) -> str | None:
 def _scores(db: sqlite3.Connection) -> list[Score]:
     rows = db.execute("SELECT case_id, round, agreement, details, time FROM scores ORDER BY case_id").fetchall()
     return [Score(case, number, value, json.loads(details), at) for case, number, value, details, at in rows]
-
-
-def _write_ahead(db: sqlite3.Connection) -> None:
-    """Turn the write-ahead log on; of two processes that do so at once, SQLite refuses one without waiting."""
-    deadline = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
 
 
 def _utc() -> str:

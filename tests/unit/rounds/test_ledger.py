@@ -12,6 +12,7 @@ import pytest
 
 from aslseg.errors import FileWriteError, LedgerError
 from aslseg.rounds import ledger as module
+from aslseg.rounds import schema
 from aslseg.rounds.anchor import Head, read_head, write_head
 from aslseg.rounds.ledger import Entry, Ledger, Score
 
@@ -261,7 +262,7 @@ def test_a_new_file_that_another_process_is_reading_is_waited_for(ledger: Ledger
         impatient.execute("PRAGMA journal_mode = WAL")
     release = threading.Timer(0.2, lambda: reader.execute("COMMIT"))
     release.start()
-    module._write_ahead(impatient)
+    schema.write_ahead(impatient)
     release.join()
     assert impatient.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     impatient.close()
