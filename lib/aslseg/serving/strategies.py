@@ -41,7 +41,7 @@ class Leases:
         self._given: dict[tuple[str, str], tuple[int, float]] = {}  # client and case to how often, and when last
         self._lock = threading.Lock()
 
-    def take(self, ranked: Sequence[str], client: str, usable: Callable[[str], bool] = bool) -> str | None:
+    def take(self, ranked: Sequence[str], client: str, usable: Callable[[str], bool] | None = None) -> str | None:
         """The scan for ``client``, leased to them now; None where no scan is usable.
 
         Who asks again without saving wants another one, so the scans that ``client`` was given least often come first.
@@ -51,7 +51,7 @@ class Leases:
         Args:
             ranked: Ids of scans, the best first.
             client: Who asks.
-            usable: Whether a scan can be handed out; asked of one scan after the other until one is.
+            usable: Whether a scan can be handed out, asked of one after the other until one can; None: all can.
         """
         unusable: set[str] = set()
         while True:
@@ -62,7 +62,7 @@ class Leases:
                 before = self._held.get(chosen)
                 self._held[chosen] = (client, self.clock() + self.seconds)
             # outside the lock: it may read the scan
-            if usable(chosen):
+            if usable is None or usable(chosen):
                 self._count(client, chosen)
                 return chosen
             unusable.add(chosen)
