@@ -19,6 +19,7 @@ from aslseg.settings import Settings
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "docs" / "deploy"
 UNIT = (DEPLOY / "aslseg.service").read_text()
+NIGHT = (DEPLOY / "aslseg-night.service").read_text()
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 
@@ -29,8 +30,8 @@ def options(command: str) -> set[str]:
     return {name for parameter in found.params for name in parameter.opts}
 
 
-def values(key: str) -> list[str]:
-    return re.findall(rf"^{key}=(.*)$", UNIT, re.MULTILINE)
+def values(key: str, unit: str = UNIT) -> list[str]:
+    return re.findall(rf"^{key}=(.*)$", unit, re.MULTILINE)
 
 
 def test_the_unit_starts_our_server() -> None:
@@ -44,18 +45,30 @@ def test_the_unit_starts_our_server() -> None:
     assert values("NoNewPrivileges") == ["true"]
 
 
+def test_the_unit_of_a_night_runs_our_command_as_the_server_runs() -> None:
+    program, command, *arguments = shlex.split(values("ExecStart", NIGHT)[0])
+    assert (Path(program).name, command) == ("aslseg", "nightly")
+    assert {a for a in arguments if a.startswith("--")} <= options("nightly")
+    for key in ("User", "Group", "UMask", "EnvironmentFile", "WorkingDirectory", "StateDirectory", "ReadWritePaths"):
+        assert values(key, NIGHT) == values(key), key
+    shared = set(values("Environment")) & set(values("Environment", NIGHT))
+    assert {pair.split("=")[0] for pair in shared} >= {"STUDIES", "ASLSEG_APP_DIR", "ASLSEG_MODEL_DIR", "HOME"}
+
+
 def test_environments_name_settings() -> None:
-    found = re.findall(r"\bASLSEG_(\w+)", UNIT + DOCKERFILE + (DEPLOY / "compose.yaml").read_text())
+    found = re.findall(r"\bASLSEG_(\w+)", UNIT + NIGHT + DOCKERFILE + (DEPLOY / "compose.yaml").read_text())
     assert found
     assert {name.lower() for name in found} - {"app_dir"} <= set(Settings.model_fields)
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 def test_systemd_understands_the_unit(tmp_path: Path) -> None:
-    unit = tmp_path / "aslseg.service"
-    unit.write_text(UNIT.replace("/opt/aslseg/.venv/bin/aslseg", sys.executable))
+    units = [tmp_path / name for name in ("aslseg.service", "aslseg-night.service", "aslseg-night.timer")]
+    for unit in units:
+        text = (DEPLOY / unit.name).read_text()
+        unit.write_text(text.replace("/opt/aslseg/.venv/bin/aslseg", sys.executable))
     done = subprocess.run(
-        ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=300, check=False
+        ["systemd-analyze", "verify", *map(str, units)], capture_output=True, text=True, timeout=300, check=False
     )
     ours = [line for line in done.stderr.splitlines() if "aslseg" in line]
     assert (done.returncode, ours) == (0, [])

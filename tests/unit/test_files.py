@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from aslseg.errors import AslsegError, DiskFullError, FileWriteError
-from aslseg.files import FileStamp, atomic_file, write_json
+from aslseg.files import FileStamp, atomic_file, require_disk_budget, write_json
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -70,3 +70,13 @@ def test_a_stamp_changes_when_a_file_is_replaced(tmp_path: Path) -> None:
     assert first == FileStamp.of(path)
     write_json(path, 2)
     assert FileStamp.of(path) != first
+
+
+def test_files_of_rounds_may_take_only_so_much_disk(tmp_path: Path) -> None:
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "model").write_bytes(bytes(3_000_000))
+    require_disk_budget(tmp_path, 0)
+    require_disk_budget(tmp_path, 0.004)
+    require_disk_budget(tmp_path / "nowhere", 0.001)
+    with pytest.raises(DiskFullError, match=r"takes 0\.0 GB, but round_disk_gb allows 0\.002 GB"):
+        require_disk_budget(tmp_path, 0.002)

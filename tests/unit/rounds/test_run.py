@@ -279,7 +279,7 @@ def test_scans_on_a_read_only_share(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(published_hashes(settings, studies)) == {"ssl", "sam", "adapter"}
     assert label_hashes(studies) == before
     second = run_round(studies, settings)
-    assert second["warnings"] == []
+    assert not any("cannot be written" in warning for warning in second["warnings"])
     assert {name.partition("/")[0] for name in label_hashes(studies).keys() - before.keys()} >= {"original"}
 
 
