@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from aslseg.cases.studies import PSEUDO, read_studies
+from aslseg.rounds.corrections import record_checked
 from aslseg.rounds.ledger import Entry
 from aslseg.rounds.masks import HUMAN_WINS, human_labels, sync_label_files
 from aslseg.rounds.pipeline import RoundPipeline
@@ -52,6 +53,7 @@ def drop_late(pipeline: RoundPipeline, tag: str, cases: Iterable[str]) -> dict[s
         if case in now and now[case].kind == "mask"
     ]
     if entries and pipeline.paths.studies is not None:
+        record_checked(pipeline.paths, pipeline.settings)
         pipeline.ledger.append(entries)
         sync_label_files(pipeline.ledger, read_studies(pipeline.paths.studies), pipeline.paths)
     if tag == PSEUDO:

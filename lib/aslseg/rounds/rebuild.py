@@ -24,7 +24,7 @@ WHY = "rebuilt"
 
 
 def rebuild(ledger: Ledger, studies: Studies, paths: Paths, problem: str) -> list[str]:
-    """Append an event that says what was lost, and the events that can be told from the files.
+    """Append an event that says what was lost, and the events that the files still show.
 
     Rounds, promotions, validation patients and vetoes come from the reports of rounds; ``original`` masks from what is
     kept beside them; human labels from their info; models from the manifest. Label files are only read.
