@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 import nibabel as nib
 import numpy as np
@@ -24,6 +24,7 @@ from aslseg.rounds.masks import verify_label_files
 from aslseg.rounds.repair import repair
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.studies_datastore import StudiesDatastore
+from aslseg.serving.write_behind import WriteBehind
 from aslseg.settings import Paths, load_settings
 from aslseg.volume import untrusted
 from aslseg.volume.untrusted import Limits
@@ -65,20 +66,33 @@ class Desk:
         return path
 
     def open(self) -> StudiesDatastore:
-        return StudiesDatastore(str(self.root), SETTINGS, self.paths)
+        store = StudiesDatastore(str(self.root), SETTINGS, self.paths)
+        store.flush()
+        return store
+
+    @contextmanager
+    def opened(self) -> Iterator[StudiesDatastore]:
+        """A store whose JSON is written at the end, as a server's thread does."""
+        store = self.open()
+        yield store
+        store.flush()
 
     def save(self, value: int) -> None:
         """A label full of a value, by somebody called the same."""
-        self.open().save_label("a", str(self.uploads[value]), FINAL, {"user": f"user {value}"})
+        with self.opened() as store:
+            store.save_label("a", str(self.uploads[value]), FINAL, {"user": f"user {value}"})
 
     def delete_label(self) -> None:
-        self.open().remove_label("a", FINAL, by="eve")
+        with self.opened() as store:
+            store.remove_label("a", FINAL, by="eve")
 
     def delete_scan(self) -> None:
-        self.open().remove_image("a", by="eve")
+        with self.opened() as store:
+            store.remove_image("a", by="eve")
 
     def add_scan(self) -> None:
-        self.open().add_image("c", str(self.scan), {"user": "eve"})
+        with self.opened() as store:
+            store.add_image("c", str(self.scan), {"user": "eve"})
 
     def state(self) -> tuple[list[str], int | None]:
         """The scans, and the value of the label of the first one, after all of it was checked."""
@@ -108,23 +122,42 @@ BOTH = ["a", "b"]
 ADDED = ["a", "b", "c"]
 WORK: dict[str, tuple[Callable[[Desk], None], tuple, list[tuple], int]] = {
     # what is done, the state after it, the states in which a kill may leave it, and how many steps are tried
-    "replace": (lambda desk: desk.save(2), (BOTH, 2), [(BOTH, 1), (BOTH, 2)], 13),
-    "delete label": (Desk.delete_label, (BOTH, None), [(BOTH, 1), (BOTH, None)], 6),
-    "delete scan": (Desk.delete_scan, (["b"], None), [(BOTH, 1), (BOTH, None), (["b"], None)], 9),
-    "add scan": (Desk.add_scan, (ADDED, 1), [(BOTH, 1), (ADDED, 1)], 3),
+    "replace": (lambda desk: desk.save(2), (BOTH, 2), [(BOTH, 1), (BOTH, 2)], 16),
+    "delete label": (Desk.delete_label, (BOTH, None), [(BOTH, 1), (BOTH, None)], 9),
+    "delete scan": (Desk.delete_scan, (["b"], None), [(BOTH, 1), (BOTH, None), (["b"], None)], 12),
+    "add scan": (Desk.add_scan, (ADDED, 1), [(BOTH, 1), (ADDED, 1)], 6),
 }
 
 
-def in_this_process(path: Path, limits: Limits, error: type[AslsegError], reply: IO[bytes]) -> str:
-    """Read an upload without a child process, which takes half a second; how the child ends is tested elsewhere."""
-    untrusted._child(path.resolve(), limits.voxels, limits.setting, error, reply)
-    return ""
+class InThisProcess:
+    """Reads an upload without a child process, which takes half a second; how the child ends is tested elsewhere."""
+
+    def __init__(self) -> None:
+        self.reply = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end of the block
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reply.close()
+
+    def run(self, path: Path, limits: Limits, error: type[AslsegError]) -> str:
+        """As the child's."""
+        untrusted._child(path.resolve(), limits.voxels, limits.setting, error, self.reply)
+        self.reply.seek(0)
+        return ""
+
+
+def wait_for_flush(behind: WriteBehind) -> None:
+    """A request to write the JSON behind, which no thread does: each step has its number."""
+    behind._requested = True
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(untrusted, "_run_child", in_this_process)
+        patched.setattr(untrusted._spare, "take", InThisProcess)
+        patched.setattr(WriteBehind, "request", wait_for_flush)
         yield Desk.made(tmp_path_factory.mktemp("desk")).root.parent
 
 

@@ -75,6 +75,6 @@ def _examine(studies: str | None, read_all: bool, conf: list[str] | None) -> Ite
         yield from examine_studies.pacs(studies)
     else:
         yield from examine_studies.scans(paths.studies, settings, read_all)
-        yield from examine_studies.labels(paths.studies, paths)
+        yield from examine_studies.kept_files(paths.studies, paths)
         yield from examine_studies.state(paths.studies, paths)
     yield from examine_studies.models(paths, settings)

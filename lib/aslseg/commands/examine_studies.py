@@ -11,8 +11,6 @@ from filelock import FileLock, Timeout
 from aslseg.cases.studies import FINAL, Studies, read_studies
 from aslseg.commands.doctor import Finding
 from aslseg.errors import AslsegError, BadImageError, BadLabelError, BadSettingsError
-from aslseg.files import sha256
-from aslseg.rounds.ledger import Event, Ledger
 from aslseg.rounds.lock import owner
 from aslseg.settings import Paths, Settings
 from aslseg.types import Volume
@@ -62,15 +60,8 @@ def _scan(studies: Studies, case: str, settings: Settings, read_all: bool) -> It
         yield Finding("error", "label", text, "Draw or export it again on this scan; until then the case is left out.")
 
 
-def labels(root: Path, paths: Paths) -> Iterator[Finding]:
-    """Human labels that are other files than their info says, and files that wait for somebody to look at them."""
-    saved = {(e.case, e.tag): e.details for e in _events(paths)}
-    folder = root / "labels" / FINAL
-    for path in sorted(folder.glob("*.nii.gz")) if folder.is_dir() else ():
-        details = saved.get((path.name.removesuffix(".nii.gz"), FINAL))
-        if details and sha256(path) != details.get("sha256"):
-            text = f"labels/{FINAL}/{path.name} is another file than the server saved, so that its info is not about it"
-            yield Finding("warning", "label", text, "Start the server again: it notes that, and keeps the file.")
+def kept_files(root: Path, paths: Paths) -> Iterator[Finding]:
+    """Files that wait for somebody to look at them."""
     parked = sorted(p for p in (paths.home / "parked").glob("*") if p.suffix != ".json")
     if parked:
         text = f"{len(parked)} uploaded labels were refused and lie in {paths.home / 'parked'}, as {parked[0].name}"
@@ -80,21 +71,14 @@ def labels(root: Path, paths: Paths) -> Iterator[Finding]:
         yield Finding("warning", "datastore", text, "Check the disk; delete the file if nothing is missing.")
 
 
-def _events(paths: Paths) -> list[Event]:
-    try:
-        return Ledger(paths.ledger).events(kinds=("saved",))
-    except AslsegError:
-        return []  # said by state()
-
-
 def state(root: Path, paths: Paths) -> Iterator[Finding]:
-    """The ledger, and who holds the locks."""
+    """The ledger, with the files and infos that it knows, and who holds the locks."""
     from aslseg.rounds.masks import verify_label_files
     from aslseg.serving.lock_holder import describe_holder
 
     try:
         for problem in verify_label_files(paths):
-            yield Finding("error", "ledger", problem, "See `aslseg ledger verify` and docs/troubleshooting.md.")
+            yield Finding("error", "ledger", problem, "`aslseg ledger verify --repair` mends what can be mended.")
     except AslsegError as error:
         yield Finding("error", "ledger", str(error), "Restore .aslseg from a backup (docs/operations.md).")
     who = owner(paths.home)

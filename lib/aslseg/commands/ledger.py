@@ -96,7 +96,9 @@ def _repair(studies: Path, paths: Paths, settings: Settings) -> list[str]:
         # MONAI Label takes seconds to import
         from aslseg.serving.studies_datastore import StudiesDatastore
 
-        done += StudiesDatastore(str(studies), settings, paths).check_labels(thorough=True)
+        store = StudiesDatastore(str(studies), settings, paths)
+        done += store.check_labels(thorough=True)
+        store.flush()
     return done
 
 

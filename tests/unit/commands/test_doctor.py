@@ -25,7 +25,7 @@ from aslseg.commands.doctor import Finding
 from aslseg.errors import LedgerError
 from aslseg.files import sha256, write_json
 from aslseg.models.published import put_manifest
-from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.lock import round_lock
 from aslseg.settings import Paths, Settings, load_settings
 from aslseg.volume.phantom import write_studies
@@ -145,18 +145,23 @@ def test_scans_and_patients(studies: Path, tmp_path: Path) -> None:
     assert abouts(examined.scans(tmp_path / "nothing", settings(tmp_path), False)) == [("error", "studies")]
 
 
-def test_labels_and_kept_files(studies: Path, tmp_path: Path) -> None:
+def test_labels_that_somebody_copied(studies: Path, tmp_path: Path) -> None:
     paths = Paths(settings(tmp_path), studies)
     label = studies / "labels" / "final" / "phantom_000.nii.gz"
-    details = {"sha256": sha256(label), "info": {}}
-    Ledger(paths.ledger).append([Entry("saved", case="phantom_000", tag="final", details=details)])
-    assert abouts(examined.labels(studies, paths)) == []
+    info = {"ext": ".nii.gz", "info": {"sha256": sha256(label)}}
+    write_json(studies / "datastore_v2.json", {"objects": {"phantom_000": {"labels": {"final": info}}}})
+    assert abouts(examined.state(studies, paths)) == []
     label.write_bytes(label.read_bytes() + b"copied over")
-    (paths.home / "parked").mkdir()
+    assert abouts(examined.state(studies, paths)) == [("error", "ledger")]
+
+
+def test_files_that_were_kept(studies: Path, tmp_path: Path) -> None:
+    paths = Paths(settings(tmp_path), studies)
+    assert abouts(examined.kept_files(studies, paths)) == []
+    (paths.home / "parked").mkdir(parents=True)
     (paths.home / "parked" / "phantom_001-0123.nii.gz").write_bytes(b"a drawing")
     (studies / "datastore_v2.json.damaged-1").write_bytes(b"{")
-    expected = [("warning", "label"), ("warning", "parked"), ("warning", "datastore")]
-    assert abouts(examined.labels(studies, paths)) == expected
+    assert abouts(examined.kept_files(studies, paths)) == [("warning", "parked"), ("warning", "datastore")]
 
 
 HOLDER = """
@@ -189,11 +194,11 @@ def test_locks_and_ledger(studies: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert [f.about for f in found] == ["lock"]
         assert f"process {holder.pid}" in found[0].text
         holder.communicate(b"\n")
+    paths.home.mkdir(exist_ok=True)
     paths.ledger.write_bytes(b"damaged" * 1000)
     with pytest.raises(LedgerError):
         Ledger(paths.ledger).rounds()
     assert abouts(examined.state(studies, paths)) == [("error", "ledger")]
-    assert abouts(examined.labels(studies, paths)) == []
 
 
 def test_models_that_do_not_load(studies: Path, tmp_path: Path) -> None:
