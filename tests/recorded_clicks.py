@@ -164,5 +164,5 @@ def unpacked(bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def differing(mask: np.ndarray, recorded: np.ndarray) -> tuple[int, int]:
-    """How many voxels differ, and how many may: 0.05 % of the object, on account of the instruction set."""
-    return int((mask.astype(bool) != recorded).sum()), int(5e-4 * recorded.sum())
+    """How many voxels differ, and how many may: 0.05 % of the object, or one, on account of the instruction set."""
+    return int((mask.astype(bool) != recorded).sum()), max(1, int(5e-4 * recorded.sum()))

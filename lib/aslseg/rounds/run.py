@@ -74,8 +74,7 @@ def run_round(
         rejected round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason),
         ``agreement`` (by case), ``published`` (a line per model), ``models`` (this round's files, kept until the round
         after next), ``warnings``, ``skipped``, ``seconds`` by stage, ``rates`` (seconds for a unit of each stage),
-        ``inputs`` (:func:`aslseg.rounds.nights.inputs_hash`), ``ledger`` (number of events before this round was
-        closed, and the hash of the last one).
+        ``inputs`` (:func:`aslseg.rounds.nights.inputs_hash`), ``ledger`` (events and last hash before it was closed).
 
     Raises:
         AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError,
@@ -84,16 +83,14 @@ def run_round(
     settings = resolved(settings)
     require_writable(settings, "home", "model_dir")
     paths = paths or Paths(settings, studies)
-    ledger = Ledger(paths.ledger)
-    found = read_studies(studies)
+    ledger, found = Ledger(paths.ledger), read_studies(studies)
     _set_threads(settings)
     with round_lock(paths.home):
         require_free_disk(paths.home, settings.min_free_gb)
         ledger.require_whole()
         number, continued = ledger.open_round({"settings": settings.model_dump()})
         inputs = inputs_hash(found, settings)
-        unused = UNUSED_STAGES.get(settings.recipe, ())
-        work = {s: w for s, w in expected_work(found, settings, ledger).items() if s not in unused}
+        work = expected_work(found, settings, ledger, UNUSED_STAGES.get(settings.recipe, ()))
         kept = _found_stages(paths, ledger, number, inputs)
         progress = Progress(paths.home / "progress.json", work, report, number, kept, brake)
         with _record_outcome(progress, ledger, number):
@@ -200,8 +197,10 @@ def _about(pipeline: RoundPipeline) -> dict[str, Any]:
     }
 
 
-def expected_work(studies: Studies, settings: ResolvedSettings, ledger: Ledger) -> dict[str, Work]:
-    """What each stage of a round has to do, and how long a unit of it takes.
+def expected_work(
+    studies: Studies, settings: ResolvedSettings, ledger: Ledger, unused: Sequence[str] = ()
+) -> dict[str, Work]:
+    """What each stage of a round has to do, without those of ``unused``, and how long a unit of it takes.
 
     That is what it took in the last round that measured it, in which it may have found a part done; before any round,
     a guess for two CPU cores.
@@ -224,7 +223,7 @@ def expected_work(studies: Studies, settings: ResolvedSettings, ledger: Ledger) 
     measured: dict[str, float] = {}
     for row in ledger.rounds():
         measured |= row.summary.get("rates", {})
-    return {stage: replace(w, rate=measured.get(stage, w.rate)) for stage, w in work.items()}
+    return {s: replace(w, rate=measured.get(s, w.rate)) for s, w in work.items() if s not in unused}
 
 
 def _found_stages(paths: Paths, ledger: Ledger, number: int, inputs: str) -> set[str]:

@@ -106,7 +106,8 @@ def test_a_volume_smaller_than_a_window_is_surrounded_by_air_as_in_training(mode
     padded[:1] = centre(torch.from_numpy(padded[:1])).numpy()
     with torch.inference_mode():
         expected = torch.sigmoid(model.network(torch.from_numpy(padded)[None].repeat(2, 1, 1, 1, 1)))[0, :, 6:-6]
-    np.testing.assert_allclose(model.predict(image, sam, ssl), expected.numpy(), atol=2e-3)
+    # where bfloat16 pays, predictions are made in it
+    np.testing.assert_allclose(model.predict(image, sam, ssl), expected.numpy(), atol=5e-3)
 
 
 def test_never_nan(model: AdapterModel) -> None:

@@ -31,7 +31,7 @@ TRAINER = """
 from aslseg.serving.trainers import Trainer
 from aslseg.settings import Paths, load_settings
 settings, _ = load_settings({}, env={})
-def work(studies, settings, report):
+def work(studies, settings, report, **_):
     import subprocess, sys
     child = [sys.executable, "-c", "import os; print(os.getpriority(os.PRIO_PROCESS, 0))"]
     print(json.dumps([*niceness().values(), int(subprocess.run(child, capture_output=True, check=True).stdout)]))
