@@ -18,9 +18,9 @@ from aslseg.models.files import ModelSet
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.rounds import promotion
 from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.masks import roll_back
 from aslseg.rounds.predictions import find_prediction
 from aslseg.rounds.ranking import rank_studies
+from aslseg.rounds.rollback import roll_back
 from aslseg.rounds.run import run_round, train_stage
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import read_image
