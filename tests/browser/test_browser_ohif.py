@@ -38,7 +38,7 @@ def overlay(picture: bytes) -> int:
 
 def test_mask_lies_on_the_series(pacs_server: Any, orthanc: Any) -> None:
     """The voxels come in the order of the converted series, which OHIF relies on."""
-    assert list(pacs_server.client().info()["models"]) == ["ssl", "aslseg", "adapter", "sam", "sam_2d"]
+    assert list(pacs_server.client().info()["models"]) == ["aslseg", "ssl", "adapter", "sam", "sam_2d"]
     params = {"result_extension": ".nrrd", "result_dtype": "uint8", "result_compress": False}
     answer = requests.post(
         f"{pacs_server.url}/infer/ssl?image={orthanc.series}&output=image",
