@@ -67,7 +67,7 @@ def test_auto_segmentation_in_ohif(pacs_server: Any, orthanc: Any, tmp_path: Pat
         page.locator(".settingsTable .actionButton").click()
         tab = page.locator(".tab", has=page.locator("label.tab-label", has_text="Auto-Segmentation"))
         tab.locator("label.tab-label").click(timeout=60_000)
-        assert tab.locator("option").all_inner_texts() == ["ssl ", "aslseg ", "adapter "]
+        assert tab.locator("option").all_inner_texts() == ["aslseg ", "ssl ", "adapter "]
         page.wait_for_timeout(3000)
         before = overlay(page.screenshot())
         with page.expect_response(lambda r: "/infer/" in r.url, timeout=120_000) as got:
