@@ -84,7 +84,10 @@ def submitted(folder: Path, upload: Path, segments: Sequence[str] = (), **conf: 
     studies = scan(folder / "s" / "a.nii.gz").parent
     chosen = settings(folder, **conf)
     store = StudiesDatastore(str(studies), chosen, Paths(chosen, studies))
-    store.save_label("a", str(upload), "final", {"label_info": [{"name": name} for name in segments]})
+    try:
+        store.save_label("a", str(upload), "final", {"label_info": [{"name": name} for name in segments]})
+    finally:
+        store.flush()  # it is written behind, and the folder is removed at once
     saved = np.asarray(nib.load(studies / "labels" / "final" / "a.nii.gz").dataobj)
     counts = {name: int((saved == value).sum()) for name, value in chosen.label_set.values.items()}
     return "saved as " + ", ".join(f"{name} {count}" for name, count in counts.items()) + " voxels"
