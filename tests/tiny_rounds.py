@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -75,6 +77,21 @@ def make_tiny(promote: bool = True) -> None:
     engine.STATISTICS_BATCHES = 2
     if promote:
         promotion.judge = lambda *_: Verdict(True)  # type: ignore[assignment]
+
+
+def copy_with_steps(before: Path, after: Path, root: Path) -> None:
+    """Copy a folder, but with the steps of a round that was run on it in another one, which will be found again.
+
+    Args:
+        before: The folder of the studies folder, the SAM file and the models.
+        after: The same after the round.
+        root: Where the copy goes.
+    """
+    shutil.copytree(before, root, dirs_exist_ok=True, ignore=shutil.ignore_patterns("steps", "cache"))
+    for name in ("rounds/steps", "cache"):
+        folder = Path("studies") / ".aslseg" / name
+        # files are only ever replaced, so that a second name is as good as a copy
+        shutil.copytree(after / folder, root / folder, copy_function=os.link)
 
 
 def label_hashes(studies: Path) -> dict[str, str]:

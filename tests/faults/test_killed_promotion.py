@@ -22,7 +22,7 @@ from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.masks import verify_label_files
 from aslseg.rounds.repair import repair
 from aslseg.settings import Paths, Settings
-from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
+from tiny_rounds import copy_with_steps, label_hashes, published_hashes, tiny_settings, tiny_studies
 
 ACCEPTED = [
     ("append opened *", 1),
@@ -72,12 +72,7 @@ class Round:
 
     def copy(self, root: Path) -> tuple[Path, Settings]:
         """The folder before the round, with the steps that the round will find."""
-        state = shutil.ignore_patterns("steps", "cache")
-        shutil.copytree(self.before, root, dirs_exist_ok=True, ignore=state)
-        for name in ("rounds/steps", "cache"):
-            folder = Path("studies") / ".aslseg" / name
-            # files are only ever replaced, so that a second name is as good as a copy
-            shutil.copytree(self.after / folder, root / folder, copy_function=os.link)
+        copy_with_steps(self.before, self.after, root)
         return root / "studies", settings_in(root, self.seed)
 
 

@@ -97,7 +97,7 @@ def _repair(studies: Path, paths: Paths, settings: Settings) -> list[str]:
         from aslseg.serving.studies_datastore import StudiesDatastore
 
         store = StudiesDatastore(str(studies), settings, paths)
-        done += store.check_labels(thorough=True)
+        done += [*store.corrected, *store.check_labels(thorough=True)]
         store.flush()
     return done
 

@@ -56,6 +56,9 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
         settings: Labels and limits.
         paths: Where versions, parked uploads, deleted files and sidecars lie.
 
+    Attributes:
+        corrected: Lines of :meth:`check_labels` from when it was opened.
+
     Raises:
         RefusedError: The folder cannot be written, or another process keeps it locked.
     """
@@ -78,7 +81,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
             if not had_json and self.saved.all():
                 self.recovered = f"{config.name} was missing; it was rebuilt from the label files and the ledger"
                 logger.error("%s", self.recovered)
-            self.check_labels()
+            self.corrected = self.check_labels()
             self.saved.forget()
         except PermissionError as error:
             raise RefusedError(

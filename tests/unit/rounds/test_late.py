@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from aslseg.agreement.verdict import Verdict
 from aslseg.cases.studies import ORIGINAL, PSEUDO
 from aslseg.rounds import late, promotion
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import HUMAN_WINS, verify_label_files
 from aslseg.rounds.run import run_round
 from aslseg.settings import Paths
-from tiny_rounds import Judged, label_hashes, tiny_settings, tiny_studies
+from aslseg.ssl import engine
+from tiny_rounds import Judged, copy_with_steps, label_hashes, tiny_settings, tiny_studies
 
 CASE, OTHER = "phantom_003", "phantom_004"
 
@@ -61,18 +63,34 @@ def before_retraining(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) 
     monkeypatch.setattr(promotion, "promote", promoted)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A studies folder before and after a round, whose steps the rounds of the tests find again."""
+    before, after = tmp_path_factory.mktemp("before"), tmp_path_factory.mktemp("after")
+    tiny_settings(before)
+    tiny_studies(before, cases=5)
+    shutil.copytree(before, after, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine, "STATISTICS_BATCHES", 2)
+        patched.setattr(promotion, "judge", lambda *_: Verdict(True))
+        run_round(after / "studies", tiny_settings(after, promote_fraction=1))
+    return before, after
+
+
 @pytest.mark.parametrize("moment", [after_planning, before_retraining])
 @pytest.mark.parametrize("happens", HAPPENINGS)
 @pytest.mark.usefixtures("plausible")
 def test_the_case_is_neither_learned_from_nor_promoted(
     tmp_path: Path,
+    trained: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
     judged: Judged,
     happens: Callable[[Path], None],
     moment: Callable[..., None],
 ) -> None:
     judged(lambda _: 0.5)
-    studies, settings = tiny_studies(tmp_path, cases=5), tiny_settings(tmp_path, promote_fraction=1)
+    copy_with_steps(*trained, tmp_path)
+    studies, settings = tmp_path / "studies", tiny_settings(tmp_path, promote_fraction=1)
     moment(monkeypatch, lambda: happens(studies))
     summary = run_round(studies, settings)
     why = HAPPENINGS[happens]
@@ -92,10 +110,11 @@ def test_the_case_is_neither_learned_from_nor_promoted(
 
 @pytest.mark.usefixtures("plausible")
 def test_a_label_that_comes_while_the_network_learns_ends_the_promotion_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: Judged
+    tmp_path: Path, trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, judged: Judged
 ) -> None:
     judged(lambda _: 0.5)
-    studies, settings = tiny_studies(tmp_path, cases=5), tiny_settings(tmp_path, promote_fraction=1)
+    copy_with_steps(*trained, tmp_path)
+    studies, settings = tmp_path / "studies", tiny_settings(tmp_path, promote_fraction=1)
     publish = promotion.publish_better
 
     def published(*args: object) -> object:
