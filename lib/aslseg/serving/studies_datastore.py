@@ -372,6 +372,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
         Returns:
             A line for each info that was corrected.
         """
+        said: list[str] = []
         with self._changed() as changes:
             for case, obj in self._datastore.objects.items():
                 for tag, label in obj.labels.items():
@@ -379,9 +380,10 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
                     checked = self.saved.checked_entry(case, tag, path, label, thorough)
                     if checked is not label:
                         changes.append(Change(case, tag, checked))
-            if changes:
-                logger.warning("%d labels are not what their info said; the info was corrected", len(changes))
-            return [f"labels/{c.tag}/{c.case}: its info was corrected" for c in changes]
+                        said.append(f"labels/{tag}/{path.name}: its info was corrected")
+            if said:
+                logger.warning("%d labels are not what their info said; the info was corrected", len(said))
+        return said
 
     def _new_label_entry(self, case: str, tag: str, name: str) -> DataModel:
         return self.saved.new_entry(case, tag, self.root / "labels" / tag / name)
