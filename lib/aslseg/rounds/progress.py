@@ -44,15 +44,22 @@ class Pace:
 
     What a stage finds done (a checkpoint, predictions on disk) shows in its first report, which then counts more than
     one unit; neither these units nor the seconds before that report count.
+
+    Attributes:
+        units, seconds: With the time before the first unit, in which models are loaded and scans read.
+        steady_units, steady_seconds: From the first unit on.
+        left: Units that are left; None before the first report.
     """
 
     def __init__(self) -> None:
-        self.units, self.seconds, self.left = 0.0, 0.0, None  # type: float, float, float | None
-        self._since, self._last, self._done, self._total = 0.0, 0.0, 0.0, 0.0
+        self.units, self.seconds = 0.0, 0.0
+        self.steady_units, self.steady_seconds = 0.0, 0.0
+        self.left: float | None = None
+        self._last, self._done, self._total, self._begun = 0.0, 0.0, 0.0, False
 
     def start(self) -> None:
         """The stage begins."""
-        self._since = self._last = time.monotonic()
+        self._last = time.monotonic()
 
     def advance(self, done: float, total: float) -> None:
         """The stage has done so many of its units."""
@@ -60,9 +67,12 @@ class Pace:
         again = total != self._total or done < self._done
         before = 0.0 if again else self._done
         if again and done > 1:
-            before, self._last = done, now
-        self.units += done - before
-        self.seconds += now - self._last
+            before, self._last, self._begun = done, now, True
+        gained, passed = done - before, now - self._last
+        self.units, self.seconds = self.units + gained, self.seconds + passed
+        if self._begun:
+            self.steady_units, self.steady_seconds = self.steady_units + gained, self.steady_seconds + passed
+        self._begun = self._begun or gained > 0
         self._last, self._done, self._total, self.left = now, done, total, max(total - done, 0)
 
     def skip(self, seconds: float) -> None:
@@ -70,9 +80,15 @@ class Pace:
         self._last += seconds
 
     @property
+    def steady_rate(self) -> float | None:
+        """Seconds for a unit once the work has begun; None while too few are done to say."""
+        return self.steady_seconds / self.steady_units if self.steady_units >= ENOUGH_UNITS else None
+
+    @property
     def rate(self) -> float | None:
-        """Seconds for a unit; None before the first."""
-        return self.seconds / self.units if self.units else None
+        """Seconds for a unit, what comes before the first one included where all units were worked on; None without."""
+        whole = self.seconds / self.units if self.units else None
+        return whole if self.units >= self._total else self.steady_rate or whole
 
 
 class Progress:
@@ -166,9 +182,14 @@ class Progress:
 
     def eta(self) -> float:
         """Seconds that are left."""
-        spent = {s: p for s, p in self._paces.items() if p.units and s in self.work}
-        usual = sum(p.units * self.work[s].rate for s, p in spent.items())
-        speed = sum(p.seconds for p in spent.values()) / usual if usual else 1.0
+        spent, usual = 0.0, 0.0
+        for stage in self._paces.keys() & self.work.keys():
+            pace = self._paces[stage]
+            units, seconds = pace.units, pace.seconds
+            if stage == self._stage:
+                units, seconds = pace.steady_units, pace.steady_seconds
+            spent, usual = spent + seconds, usual + units * self.work[stage].rate
+        speed = spent / usual if usual else 1.0
         open_stages = [s for s in self.work if s not in self.seconds and s != self._stage and s not in self.found]
         return speed * sum(self.work[s].seconds for s in open_stages) + self._left_now(speed)
 
@@ -179,8 +200,7 @@ class Progress:
             return 0.0
         if pace.left is None:
             return 0.0 if self._stage in self.found else speed * work.seconds
-        rate = pace.rate if pace.rate is not None and pace.units >= ENOUGH_UNITS else speed * work.rate
-        return pace.left * rate
+        return pace.left * (pace.steady_rate or speed * work.rate)
 
     def _show(self, done: int, total: int, shown: dict[str, Any], force: bool = False) -> None:
         eta = self.eta()

@@ -96,6 +96,22 @@ def test_what_was_found_done_says_nothing_about_speed(tmp_path: Path, now: list[
     assert progress.rates == {"ssl": 0.3, "predict": 2.0}, "later rounds expect the whole work at this pace"
 
 
+def test_what_comes_before_the_first_step_is_no_pace(tmp_path: Path, now: list[float]) -> None:
+    """The adaptation network first lets SAM draw for a minute: its steps do not take twenty seconds each."""
+    told: list[float] = []
+    work = {"adapter": Work(600, 0.1), "refine": Work(10, 1.0)}
+    progress = Progress(tmp_path / "p.json", work, lambda d, t, eta, **_: told.append(eta))
+    with progress.stage("adapter") as report:
+        for _ in range(60):
+            now[0] += 1
+            report(0, 600)
+        for step in range(1, 601):
+            now[0] += 0.1
+            report(step, 600)
+            assert told[-1] == pytest.approx((600 - step) * 0.1 + 10)
+    assert progress.rates == {"adapter": 0.2}, "later rounds expect that minute too"
+
+
 def test_stages_that_are_expected_on_disk_take_no_time_until_one_is_not_there(tmp_path: Path, now: list[float]) -> None:
     told: list[float] = []
     work = {"ssl": Work(100, 1.0), "sam": Work(100, 1.0), "redraw": Work(10, 1.0)}
