@@ -25,9 +25,9 @@ def no_progress(done: int, total: int, **shown: Any) -> None:
 # Parameters of the clients' requests (serving/params.py). A label's name is a parameter too, which holds its clicks.
 _CLIENT_WORDS = """
 background bundle_path client_id description device foreground gpus image image_path label label_info label_path
-label_prompt label_tag logging model model_filename network path point_labels points reset_state restore_label_idx
-result_compress result_dtype result_extension result_write_to_file roi save_label session slice timeout train_ds undo
-use_ssl val_ds whole
+label_prompt label_tag logging model model_filename network path point_labels points reset_state respect_existing
+restore_label_idx result_compress result_dtype result_extension result_write_to_file roi save_label session size slice
+timeout train_ds undo use_ssl val_ds whole
 """
 RESERVED_NAMES = frozenset(_CLIENT_WORDS.split())
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from aslseg.errors import BadPromptError
 
 Range = tuple[int, int]
+SizeStep = Literal["smaller", "larger", "smallest", "largest"]
+SIZES = ("automatic", *get_args(SizeStep))  # as a client offers them
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class ClientPrompt:
         box: Inclusive ranges ((i0, i1), (j0, j1), (k0, k1)), or None.
         slice: The slice k that the annotator looks at, or None where the request does not say.
         label: Name of the segment, or None.
+        size: The step to a smaller or larger answer to a first click, or None.
         notes: For the annotator: which parts were left out, and why.
     """
 
@@ -36,6 +39,7 @@ class ClientPrompt:
     box: tuple[Range, Range, Range] | None = None
     slice: int | None = None
     label: str | None = None
+    size: SizeStep | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -84,7 +88,7 @@ def parse(request: Mapping[str, Any], shape: tuple[int, int, int]) -> ClientProm
     _require_label_values(request.get("label_prompt"))
     box = _box(request.get("roi"), shape, notes)
     at = _slice(request.get("slice"), foreground, background, box, shape, notes)
-    return ClientPrompt(foreground, background, box, at, label, tuple(notes))
+    return ClientPrompt(foreground, background, box, at, label, _size(request.get("size")), tuple(notes))
 
 
 def _numbers(value: Any, name: str, width: int) -> np.ndarray:
@@ -160,6 +164,15 @@ def _slice(
         notes.append(f"slice {asked} lies outside the volume {shape}; the nearest one was taken")
         return min(max(asked, low), high)
     return None
+
+
+def _size(value: Any) -> SizeStep | None:
+    if value is None or value == SIZES[0]:
+        return None
+    if value not in SIZES:
+        raise BadPromptError(f"size: expected {', '.join(SIZES)}, got {_short(value)}")
+    found: SizeStep = value
+    return found
 
 
 def _require_label_values(value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,23 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from monailabel.interfaces.tasks.infer_v2 import InferType
 
-from aslseg.cases.studies import ORIGINAL
 from aslseg.compute.byte_lru import ByteLRU
-from aslseg.errors import AslsegError
-from aslseg.files import FileStamp
 from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
-from aslseg.prompts.from_client import ClientPrompt, parse
+from aslseg.prompts.from_client import SIZES, ClientPrompt, parse
 from aslseg.serving.background import Background
 from aslseg.serving.cascade_cache import CascadeCache
+from aslseg.serving.click_surroundings import Surroundings, SurroundingsFinder
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.infer import InferenceRequest, MaskTask
 from aslseg.serving.open_scans import OpenScan, ScanCache
-from aslseg.volume.io import read_image
+from aslseg.serving.stored_masks import StoredMasks
 from aslseg.volume.segments import label_value
 
 if TYPE_CHECKING:
-    from aslseg.sam.clicks.automatic_mask import AutomaticMask
     from aslseg.sam.clicks.propagation import Propagation
     from aslseg.sam.clicks.session import ClickSession
     from aslseg.sam.predictor.embeddings import EmbeddingCache
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
 # time for a reply to OHIF, whose annotators press Run once all clicks are made and are not shown what grows later
 RUN_SECONDS = 5.0
 SESSION_BYTES = 500_000_000
-MASK_BYTES = 200_000_000
 
 
 class ClickSessions:
@@ -51,7 +47,7 @@ class ClickSessions:
         self.scans = ScanCache(models.settings)
         self.background = Background()
         self._sessions: ByteLRU[tuple[object, ...], ClickSession] = ByteLRU(SESSION_BYTES, _bytes)
-        self._stored: ByteLRU[tuple[object, ...], np.ndarray] = ByteLRU(MASK_BYTES, lambda a: sum(m.nbytes for m in a))
+        self.stored = StoredMasks(models.settings, models.paths)
         self._cache: EmbeddingCache | None = None
         self._lock = threading.Lock()
 
@@ -74,49 +70,28 @@ class ClickSessions:
         """Memory of the sessions."""
         return self._sessions.bytes
 
-    def session(
-        self, opened: OpenScan, automatic: Callable[[], AutomaticMask] | None, owner: tuple[object, ...]
-    ) -> ClickSession:
+    def session(self, opened: OpenScan, around: Surroundings, owner: tuple[object, ...]) -> ClickSession:
         """The session of one annotator on one object of one scan, which nobody else gets.
 
         Args:
             opened: The scan.
-            automatic: Returns the automatic mask that is repaired, or None.
-            owner: Object, annotator, and the origin of the automatic mask.
+            around: What is known around the object.
+            owner: Object and annotator.
         """
         from aslseg.sam.clicks.session import ClickSession
         from aslseg.sam.predictor.slice_predictor import SlicePredictor
 
         model, cache = self.models.get(ModelKind.SAM), self.cache
         self.background.pause_in(model.sam.image_encoder)
-        key = (opened.key, opened.orientation, model.fingerprint, *owner)
+        key = (opened.key, opened.orientation, model.fingerprint, *owner, around.key)
         with self._lock:
             found = self._sessions.get(key)
             if found is None:
                 predictor = SlicePredictor(model, opened.source, self.models.settings, cache)
-                found = ClickSession(predictor, automatic and automatic())
+                automatic = around.automatic.make() if around.automatic is not None else None
+                found = ClickSession(predictor, automatic, around.nested, around.allowed())
             self._sessions.put(key, found)
         return found
-
-    def stored(self, path: Path, case: Any, opened: OpenScan) -> tuple[tuple[object, ...], np.ndarray] | None:
-        """The automatic mask that clients show for a scan (tag ``original``) and a key for it; None without one."""
-        studies = self.models.paths.studies
-        if not isinstance(case, str) or studies is None:
-            return None
-        label = studies / "labels" / ORIGINAL / f"{case}.nii.gz"
-        stamp = FileStamp.of(label)
-        # a mask older than the scan was made for another one
-        if stamp is None or path.stat().st_mtime_ns > stamp.mtime_ns:
-            return None
-        key = (str(label), stamp)
-        found = self._stored.get(key)
-        if found is None:
-            try:
-                found = read_image(label, self.models.settings.max_voxels).array.astype(np.uint8)
-            except AslsegError:
-                return None
-            self._stored.put(key, found)
-        return None if found.shape != opened.orientation.shape else (key, found)
 
     def prefetch(self, session: ClickSession, k: int) -> None:
         """Encode the slices around slice k in the background, the nearest first."""
@@ -153,7 +128,8 @@ class ClickTask(MaskTask):
     def __init__(self, scans: CascadeCache, sessions: ClickSessions, description: str, dimension: int = 3) -> None:
         super().__init__(scans, ModelKind.SAM, (), description)
         self.type, self.dimension, self.sessions = InferType.DEEPGROW, dimension, sessions
-        self._config.update(use_ssl=scans.models.settings.use_ssl)
+        self._finder = SurroundingsFinder(scans, sessions.stored)
+        self._config.update(use_ssl=scans.models.settings.use_ssl, respect_existing=True, size=list(SIZES))
         if dimension == 3:
             self._config.update(whole=False)
 
@@ -206,35 +182,39 @@ class ClickTask(MaskTask):
             opened = self.sessions.scans.open(path, native=self.dimension == 2)
             times["pre"] = time.perf_counter() - start
             prompt = self._prompt(request, opened.orientation.shape)
-            if prompt.empty:
-                return self._automatic(path, opened, prompt, times)
-            return self._clicked(path, opened, prompt, request, times)
+            around = self._finder.find(path, opened, prompt, request)
+            if around.prompt.empty and not around.submitted:
+                return self._automatic(path, opened, around, times)
+            return self._clicked(opened, around, request, times)
 
     def _automatic(
-        self, path: Path, opened: OpenScan, prompt: ClientPrompt, times: dict[str, float]
+        self, path: Path, opened: OpenScan, around: Surroundings, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         native = np.zeros(opened.orientation.shape, np.uint8, order="F")
-        index = self._index(prompt)
+        index = self._index(around.prompt)
         if index is not None and self.scans.models.published(ModelKind.SSL) is not None:
             scan = self.scans.open(path, times)
             found = self.scans.stage(scan, ModelKind.SAM, times)[index]
             native = (scan.grid.to_native(found) >= 0.5).astype(np.uint8)
+            if around.finished is not None:
+                opened.orientation.view(native)[around.finished()] = 0
         source = "automatic mask" if native.any() else "nothing clicked"
-        return native, opened.affine, {"source": source, "notes": list(prompt.notes)}
+        return native, opened.affine, {"source": source, "notes": [*around.prompt.notes, *around.notes]}
 
     def _clicked(
-        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: InferenceRequest, times: dict[str, float]
+        self, opened: OpenScan, around: Surroundings, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         start = time.perf_counter()
-        origin, automatic = self._automatic_mask(path, opened, prompt, request)
-        owner = (prompt.label, request.client, self.dimension, origin)
-        session = self.sessions.session(opened, automatic, owner)
+        prompt = around.prompt
+        session = self.sessions.session(opened, around, (prompt.label, request.client, self.dimension))
         asked = opened.orientation.prompt(prompt)
         if request.params.undo:
             asked = session.without_last(asked, request.params.undo)
         native = np.zeros(opened.orientation.shape, np.uint8, order="F")
         out = opened.orientation.view(native)
-        more: dict[str, Any] = {"source": "clicks", "notes": list(prompt.notes), "repaired": origin is not None}
+        notes = [*prompt.notes, *around.notes]
+        source = "submitted mask" if asked.empty else "clicks"
+        more: dict[str, Any] = {"source": source, "notes": notes, "repaired": around.automatic is not None}
         inside = asked.foreground
         if self.dimension == 2:
             k = self._draw_slice(session, asked, request, out)
@@ -286,37 +266,6 @@ class ClickTask(MaskTask):
         if growing:  # added last: the newest job comes first
             self.sessions.background.add(lambda: not grown.cancelled and grown.advance(), grown)
         return {"growing": growing, "stopped": _stops(grown, opened)}
-
-    def _automatic_mask(
-        self, path: Path, opened: OpenScan, prompt: ClientPrompt, request: InferenceRequest
-    ) -> tuple[object, Callable[[], AutomaticMask] | None]:
-        """A key for the automatic mask of the clicked label, and a function that returns it; None without one.
-
-        It is the SSL model's where that is in memory, else the stored mask that clients show. It is never computed
-        here: a click does not wait for a whole volume.
-        """
-        from aslseg.sam.clicks.automatic_mask import AutomaticMask
-
-        labels = self.scans.models.settings.label_set
-        wanted = request.params.use_ssl
-        if wanted is None:
-            wanted = self.scans.models.settings.use_ssl
-        if not wanted or prompt.label not in labels.names:
-            return None, None
-        index, orientation = labels.names.index(prompt.label), opened.orientation
-        known = self.scans.known(path, ModelKind.SSL)
-        if known is not None:
-            key, regions = known
-            return key, lambda: AutomaticMask(orientation.of_working(regions[index]), opened.source.shape)
-        stored = self.sessions.stored(path, request.case, opened)
-        if stored is None:
-            return None, None
-        name, array = stored
-
-        def mask() -> AutomaticMask:
-            return AutomaticMask(orientation.view(np.isin(array, labels.members(index))), opened.source.shape)
-
-        return name, mask
 
     def _index(self, prompt: ClientPrompt) -> int | None:
         """The index of the label that is asked for; None where it could be any of several."""

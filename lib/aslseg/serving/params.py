@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.serving.http_errors import RefusedError, safe_name
 
-PROMPTS = ("foreground", "background", "roi", "slice", "points", "point_labels", "label_prompt", "label")
+PROMPTS = ("foreground", "background", "roi", "slice", "points", "point_labels", "label_prompt", "label", "size")
 REFUSED = frozenset(
     (
         *("image", "image_path", "label_path", "path", "model", "model_filename", "network", "bundle_path"),
@@ -112,6 +112,8 @@ class InferenceParams(BaseModel):
         slice: The slice that the annotator looks at (Slicer sends millimetres with a box).
         points, point_labels, label_prompt: MONAI's VISTA-3D prompts, which OHIF sends for class prompts.
         label: Name of the clicked segment.
+        size: A smaller or larger answer to a first click.
+        respect_existing: Nothing is drawn over what was submitted or promoted.
         use_ssl, whole, undo: Start from the automatic mask; answer with the whole object; leave out the last n clicks.
         result_extension, result_dtype, result_compress: The file that is wanted.
         restore_label_idx: Only OHIF sends it.
@@ -129,6 +131,8 @@ class InferenceParams(BaseModel):
     point_labels: Numbers | None = None
     label_prompt: Numbers | None = None
     label: Annotated[str, Field(max_length=128)] | None = None
+    size: Annotated[str, Field(max_length=32)] | None = None
+    respect_existing: Flag = True
     use_ssl: Flag | None = None
     whole: Flag = False
     undo: Annotated[int, Field(ge=0, le=MAX_POINTS)] = 0

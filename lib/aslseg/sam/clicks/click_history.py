@@ -52,6 +52,11 @@ class SlicedPrompt:
             (i0, i1), (j0, j1), self.extent = prompt.box
             self.box = to_box((i0, i1 + 1), (j0, j1 + 1))
 
+    @property
+    def frame(self) -> tuple[object, ...]:
+        """What must be equal for one answer to be built on another: all but the clicks."""
+        return self.prompt.box, self.prompt.size
+
     def points(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Clicks on slice k in their order: (x, y) points (n, 2), and labels (n,), 1 inside and 0 outside."""
         kinds = [v[v[:, 2] == k, :2][-MAX_POINTS:] for v in (self.prompt.foreground, self.prompt.background)]

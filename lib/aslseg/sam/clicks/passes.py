@@ -15,6 +15,9 @@ import numpy as np
 
 from aslseg.prompts.corrections import enforce_clicks, remove_stray_components
 from aslseg.prompts.frame import SlicePrompt
+from aslseg.prompts.from_client import SizeStep
+from aslseg.sam.clicks.allowed_region import AllowedRegion
+from aslseg.sam.clicks.first_click import draw_first_click
 from aslseg.sam.predictor.slice_predictor import SlicePredictor
 
 SINGLE_CLICKS = 8  # as many clicks are taken one by one, those after them in groups of as many
@@ -45,6 +48,7 @@ class ClickPass:
     Attributes:
         clicks: How many clicks are shown, from the first on.
         mask: The mask prompt.
+        chosen: The answer is one of all the masks that SAM offers (:mod:`aslseg.sam.clicks.first_click`).
         ellipse: As :func:`aslseg.sam.predictor.slice_predictor.predict_masks`.
         only: The pass is skipped for objects of another size; None: it always runs.
         averaged: The answers of all passes like this one and the answer before them are averaged; otherwise the answer
@@ -53,12 +57,15 @@ class ClickPass:
 
     clicks: int
     mask: MaskPrompt
+    chosen: bool = False
     ellipse: bool = True
     only: ObjectSize | None = None
     averaged: bool = False
 
 
-def plan_passes(labels: Sequence[int], *, box: bool, start: bool, ellipses: bool) -> list[ClickPass]:
+def plan_passes(
+    labels: Sequence[int], *, box: bool, start: bool, ellipses: bool, chosen: bool = False
+) -> list[ClickPass]:
     """The passes for the clicks on a slice, in their order.
 
     After the clicks, SAM is asked once more where that shows it something new: an object of clicks alone that turns out
@@ -70,6 +77,7 @@ def plan_passes(labels: Sequence[int], *, box: bool, start: bool, ellipses: bool
         box: Whether there is a box.
         start: Whether a mask is repaired.
         ellipses: Whether the SAM knows the ellipse in a box as mask prompt.
+        chosen: Whether the answer to a first click that comes without box and mask is one of all that SAM offers.
     """
     total = len(labels)
     if not start and not box and 1 not in labels:
@@ -78,8 +86,10 @@ def plan_passes(labels: Sequence[int], *, box: bool, start: bool, ellipses: bool
     if not start and total and not labels[0]:
         counts.insert(0, 0)  # the box alone, before clicks that are all outside
     first, *further = counts
-    passes = [ClickPass(first, MaskPrompt.START if start else MaskPrompt.NONE)]
+    passes = [ClickPass(first, MaskPrompt.START if start else MaskPrompt.NONE, chosen and not start and not box)]
     passes += [ClickPass(n, MaskPrompt.PREVIOUS) for n in further]
+    if passes[-1].chosen:
+        return passes
     if not box:
         return [*passes, ClickPass(total, MaskPrompt.PREVIOUS, only=ObjectSize.SMALL)]
     if start or further:
@@ -95,10 +105,12 @@ class PassRunner:
 
     Args:
         predictor: SAM on the volume.
+        nested: Whether the object lies in another one, which a first click would select otherwise.
+        allowed: Where the object may lie; nothing is drawn elsewhere.
     """
 
-    def __init__(self, predictor: SlicePredictor) -> None:
-        self.predictor = predictor
+    def __init__(self, predictor: SlicePredictor, nested: bool = False, allowed: AllowedRegion | None = None) -> None:
+        self.predictor, self.nested, self.allowed = predictor, nested, allowed or AllowedRegion()
         self._answers: dict[tuple[object, ...], np.ndarray] = {}
 
     @property
@@ -107,7 +119,13 @@ class PassRunner:
         return sum(answer.nbytes for answer in list(self._answers.values()))
 
     def draw(
-        self, k: int, box: Box | None, points: np.ndarray, labels: np.ndarray, start: np.ndarray | None
+        self,
+        k: int,
+        box: Box | None,
+        points: np.ndarray,
+        labels: np.ndarray,
+        start: np.ndarray | None,
+        size: SizeStep | None = None,
     ) -> np.ndarray:
         """Draw an object from the clicks on a slice.
 
@@ -120,6 +138,8 @@ class PassRunner:
             points: (x, y) in the order of the clicks, (n, 2).
             labels: 1 inside, 0 outside, (n,).
             start: Probabilities (i, j) of the mask that is repaired, or None.
+            size: For a first click without box and mask: a smaller or larger mask than the one that SAM would be asked
+                for (:func:`aslseg.sam.clicks.first_click.choose`).
 
         Returns:
             Probabilities (i, j).
@@ -131,6 +151,7 @@ class PassRunner:
             box=box is not None,
             start=start is not None,
             ellipses=self.predictor.model.conventions.box_mask,
+            chosen=self.nested or size is not None,
         )
         answer, averaged = np.zeros(self.predictor.shape, np.float32), []
         complete = SlicePrompt(box, points, labels)
@@ -139,7 +160,7 @@ class PassRunner:
                 continue
             mask = {MaskPrompt.NONE: None, MaskPrompt.START: start, MaskPrompt.PREVIOUS: answer}[one.mask]
             prompt = SlicePrompt(box, points[: one.clicks], labels[: one.clicks], mask)
-            found = self._run(k, one, prompt, start)
+            found = self._run(k, one, prompt, start, size)
             if one.averaged:
                 averaged.append(found)
             else:
@@ -149,31 +170,40 @@ class PassRunner:
     def _size(self, prompt: SlicePrompt) -> ObjectSize:
         return ObjectSize.LARGE if len(self.predictor.crops([prompt])) == 1 else ObjectSize.SMALL
 
-    def _run(self, k: int, one: ClickPass, prompt: SlicePrompt, start: np.ndarray | None) -> np.ndarray:
+    def _run(
+        self, k: int, one: ClickPass, prompt: SlicePrompt, start: np.ndarray | None, size: SizeStep | None
+    ) -> np.ndarray:
         """The answer of one pass; those to the first clicks are remembered."""
         if one.only is not None:
-            return self._predict(k, one, prompt, start)
+            return self._predict(k, one, prompt, start, size)
         repaired = b"" if start is None else np.packbits(start >= 0.5).tobytes()
-        key = (k, prompt.box, prompt.points.tobytes(), prompt.point_labels.tobytes(), repaired)
+        key = (k, prompt.box, prompt.points.tobytes(), prompt.point_labels.tobytes(), repaired, size)
         answer = self._answers.get(key)
         if answer is None:
-            answer = self._predict(k, one, prompt, start)
+            answer = self._predict(k, one, prompt, start, size)
             if _has_own_pass(one.clicks):
                 self._answers[key] = answer
             while len(self._answers) > MAX_ANSWERS:
                 self._answers.pop(next(iter(self._answers)), None)
         return answer
 
-    def _predict(self, k: int, one: ClickPass, prompt: SlicePrompt, start: np.ndarray | None) -> np.ndarray:
-        """SAM's probabilities (i, j), cut to the box, with the clicks enforced and without stray components.
+    def _predict(
+        self, k: int, one: ClickPass, prompt: SlicePrompt, start: np.ndarray | None, size: SizeStep | None
+    ) -> np.ndarray:
+        """SAM's probabilities (i, j), cut to where the object may lie, with clicks enforced and no stray components.
 
         Where a mask is repaired its components are no strays, and all of them stay.
         """
         predictor, clicks = self.predictor, (prompt.points, prompt.point_labels)
-        [(drawn, _)] = predictor.predict(k, [prompt], one.ellipse)
-        drawn = predictor.keep_in_box(drawn, prompt.box, margin=0)
-        drawn = predictor.keep_in_box(enforce_clicks(drawn, *clicks), prompt.box, margin=0)
+        if one.chosen:
+            drawn = draw_first_click(predictor, k, prompt.points[0], self.nested, size, self.allowed.slice(k))
+        else:
+            [(drawn, _)] = predictor.predict(k, [prompt], one.ellipse)
+        drawn = self._cut(k, enforce_clicks(self._cut(k, drawn, prompt.box), *clicks), prompt.box)
         return drawn if start is not None else remove_stray_components(drawn, *clicks)
+
+    def _cut(self, k: int, drawn: np.ndarray, box: Box | None) -> np.ndarray:
+        return self.allowed.cut(k, self.predictor.keep_in_box(drawn, box, margin=0))
 
 
 def _has_own_pass(clicks: int) -> bool:

@@ -16,6 +16,7 @@ from aslseg.prompts.corrections import enforce_clicks
 from aslseg.prompts.frame import SlicePrompt
 from aslseg.prompts.from_client import ClientPrompt
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS, slice_prompts
+from aslseg.sam.clicks.allowed_region import AllowedRegion
 from aslseg.sam.clicks.automatic_mask import AutomaticMask
 from aslseg.sam.clicks.click_history import SlicedPrompt
 from aslseg.sam.clicks.slice_mask import IntensityStats, SliceMask, components_containing
@@ -68,6 +69,7 @@ class Propagation:
         prompt: Clicks and box: clicks count on their own slices too where these are no seeds, and nothing is drawn
             outside the box.
         earlier: A propagation that this one corrects: slices whose prompts are the same stay as they are.
+        allowed: Where the object may lie; None: anywhere.
 
     Attributes:
         masks: The object on each slice that was reached; None: it has ended.
@@ -83,10 +85,11 @@ class Propagation:
         rules: StopRules | None = None,
         prompt: SlicedPrompt | None = None,
         earlier: Propagation | None = None,
+        allowed: AllowedRegion | None = None,
     ) -> None:
         self.predictor, self.automatic = predictor, automatic
         self.rules = rules or StopRules.from_settings(predictor.settings)
-        self.prompt = prompt or SlicedPrompt(ClientPrompt())
+        self.prompt, self.allowed = prompt or SlicedPrompt(ClientPrompt()), allowed or AllowedRegion()
         self.masks: dict[int, SliceMask | None] = dict(seeds)
         self.stops: list[Stop] = []
         self.cancelled = False
@@ -120,9 +123,10 @@ class Propagation:
     def mask(self, k: int) -> np.ndarray | None:
         """The object on slice k as it is now, (i, j) bool; None: nothing is there."""
         found = self.masks[k] if k in self.masks else self._underlying.get(k)
-        if found is not None:
-            return found.mask
-        return self.automatic.mask(k) if self.automatic is not None else None
+        mask = found.mask if found is not None else None
+        if found is None and self.automatic is not None:
+            mask = self.automatic.mask(k)
+        return None if mask is None else self.allowed.without_finished(k, mask)
 
     def volume(self) -> np.ndarray:
         """uint8 (i, j, k), 0 or 1."""
@@ -247,10 +251,11 @@ class Propagation:
             component = GrownComponent(probability >= 0.5, source >= 0.5, iou)
             reason = first_reason(COMPONENT_RULES, component, self.rules)
             if reason is None:
-                drawn = np.maximum(drawn, predictor.keep_in_box(probability, prompt.box))
+                drawn = np.maximum(drawn, self.allowed.cut(k, predictor.keep_in_box(probability, prompt.box)))
             else:
                 rejected = rejected or reason
-        return enforce_clicks(predictor.keep_in_box(drawn, self.prompt.box, margin=0), *clicks), rejected
+        drawn = enforce_clicks(predictor.keep_in_box(drawn, self.prompt.box, margin=0), *clicks)
+        return self.allowed.cut(k, drawn), rejected
 
 
 def neighbour_prompts(

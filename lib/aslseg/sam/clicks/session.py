@@ -19,6 +19,7 @@ from scipy import ndimage
 from aslseg.prompts.frame import box_slices
 from aslseg.prompts.from_client import ClientPrompt
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
+from aslseg.sam.clicks.allowed_region import AllowedRegion
 from aslseg.sam.clicks.automatic_mask import AutomaticMask
 from aslseg.sam.clicks.click_history import ClickHistory, SlicedPrompt
 from aslseg.sam.clicks.passes import PassRunner
@@ -56,14 +57,23 @@ class ClickSession:
         automatic: The automatic mask of the object, or None. Clicks repair it: components that are clicked on are drawn
             anew with the mask as prompt, the others stay, and on other slices it stays from where the repair no longer
             changes it. An array has probabilities (i, j, k).
+        nested: Whether the object lies in another one (:mod:`aslseg.sam.clicks.first_click`).
+        allowed: Where the object may lie; None: anywhere.
     """
 
-    def __init__(self, predictor: SlicePredictor, automatic: np.ndarray | AutomaticMask | None = None) -> None:
+    def __init__(
+        self,
+        predictor: SlicePredictor,
+        automatic: np.ndarray | AutomaticMask | None = None,
+        nested: bool = False,
+        allowed: AllowedRegion | None = None,
+    ) -> None:
         self.predictor, self.settings = predictor, predictor.settings
         if isinstance(automatic, np.ndarray):
             automatic = AutomaticMask(automatic, predictor.source.shape)
         self.automatic = automatic
-        self._runner = PassRunner(predictor)
+        self.allowed = allowed or AllowedRegion()
+        self._runner = PassRunner(predictor, nested, self.allowed)
         self._history = ClickHistory()
         self._answers: deque[_Answer] = deque(maxlen=MAX_ANSWERS)
         self._box_seed: tuple[object, int] | None = None  # the last lone box, and the slice that was drawn from it
@@ -111,7 +121,7 @@ class ClickSession:
         with self._lock:
             sliced = self._history.add(prompt)
         k = self.current_slice(prompt)
-        return None if k is None else (k, self._draw_clicked(k, sliced).mask)
+        return None if k is None else (k, self.allowed.without_finished(k, self._draw_clicked(k, sliced).mask))
 
     def current_slice(self, prompt: ClientPrompt) -> int | None:
         """The slice k that the prompt is about, None without prompt on any slice."""
@@ -131,7 +141,7 @@ class ClickSession:
 
     def _current_answer(self, prompt: SlicedPrompt) -> _Answer:
         """The remembered answer to the same prompt, taken off the list, or a new one on the best earlier answer."""
-        comparable = [a for a in self._answers if a.prompt.prompt.box == prompt.prompt.box]
+        comparable = [a for a in self._answers if a.prompt.frame == prompt.frame]
         same = next((a for a in comparable if a.prompt.clicks == prompt.clicks), None)
         if same is not None:
             self._answers.remove(same)
@@ -150,7 +160,9 @@ class ClickSession:
             repaired = earlier.repaired | {k: known.get(k) for k in slices if k not in earlier.seeds}
             settled = {k: m for k, m in before.masks.items() if m is not None and k not in changed}
         seeds = {k: settled[k] if k in settled else self._draw_clicked(k, prompt, repaired.get(k)) for k in slices}
-        propagation = Propagation(self.predictor, seeds, self.automatic, prompt=prompt, earlier=before)
+        propagation = Propagation(
+            self.predictor, seeds, self.automatic, prompt=prompt, earlier=before, allowed=self.allowed
+        )
         return _Answer(prompt, frozenset(slices), propagation, repaired, extends=before is not None)
 
     def _seed_slices(self, prompt: ClientPrompt) -> list[int]:
@@ -188,7 +200,7 @@ class ClickSession:
         points, labels = prompt.points(k)
         existing = repaired.shown if repaired is not None else self._automatic(k)
         if existing is None:
-            return self._slice_mask(self._runner.draw(k, prompt.box, points, labels, None))
+            return self._slice_mask(self._runner.draw(k, prompt.box, points, labels, None, prompt.prompt.size))
         components, _ = ndimage.label(existing >= 0.5, EIGHT_NEIGHBOURS)
         hit = np.zeros(self.predictor.shape, bool)
         hit[tuple(points[:, ::-1].astype(int).T)] = True
@@ -197,7 +209,7 @@ class ClickSession:
         replaced = components_containing(components, hit)
         kept = (components > 0) & ~replaced
         start = np.where(replaced, existing, 0).astype(np.float32) if replaced.any() else None
-        found = self._runner.draw(k, prompt.box, points, labels, start)
+        found = self._runner.draw(k, prompt.box, points, labels, start, prompt.prompt.size)
         if repaired is None:
             return self._slice_mask(found, kept, replaced)
         # what had grown there goes on growing; only components of the automatic mask stay beside it

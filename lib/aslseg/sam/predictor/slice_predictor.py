@@ -77,6 +77,31 @@ class SlicePredictor:
                 answers[n].append((crop, probability, score))
         return [merge_crops(found, self.shape) for found in answers]
 
+    @torch.inference_mode()
+    def candidates(self, k: int, point: np.ndarray, crop: Crop) -> list[tuple[np.ndarray, float]]:
+        """All masks that SAM offers for a lone click inside an object: a part, the whole, something larger.
+
+        Args:
+            k: The slice.
+            point: (x, y) in pixels of the slice.
+            crop: The part of the slice that SAM is shown; it holds the click.
+
+        Returns:
+            For each mask the probabilities (i, j) float32, 0 outside the crop, and the IoU that SAM predicts.
+        """
+        start = computing_time()
+        embedding = self.embed([k], crop)
+        self.record("encode", computing_time() - start)
+        prompt = crop.to_crop(SlicePrompt(None, point[None], np.ones(1, int)))
+        points, _, _ = _decoder_prompts(self.model, [prompt], crop.shape, ("point",), ellipse=False)
+        low, iou = self.model.decode(embedding, points, multimask=self.model.conventions.use_multimask(True))
+        found = []
+        for drawn, score in zip(torch.sigmoid(self.model.to_slices(low.float(), crop.shape))[0], iou[0], strict=True):
+            whole = np.zeros(self.shape, np.float32)
+            whole[crop.index] = drawn.cpu().numpy()
+            found.append((whole, float(score)))
+        return found
+
     def crops(self, prompts: Sequence[SlicePrompt]) -> dict[Crop, list[int]]:
         """The parts of a slice that SAM is shown for these prompts, each with the numbers of its prompts."""
         return crops_for(prompts, self.shape, self.model, self.settings.sam_zoom)
@@ -142,6 +167,19 @@ def predict_masks(
     Returns:
         Logits on the slices (P, i, j), low-res logits (P, 4 grid, 4 grid), predicted IoU (P,).
     """
+    points, boxes, masks = _decoder_prompts(model, prompts, shape, parts, ellipse)
+    # a lone point may mean a part or the whole
+    ambiguous = points is not None and points[0].shape[1] == 1 and boxes is None and masks is None
+    low, iou = model.decode(embeddings, points, boxes, masks, multimask=model.conventions.use_multimask(ambiguous))
+    best = torch.arange(len(iou)), iou.argmax(1)
+    low, iou = low[best].float(), iou[best].float()
+    return model.to_slices(low[:, None], shape)[:, 0], low, iou
+
+
+def _decoder_prompts(
+    model: SAMModel, prompts: Sequence[SlicePrompt], shape: tuple[int, int], parts: Collection[str], ellipse: bool
+) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:
+    """Points, boxes and masks as :meth:`aslseg.sam.modeling.build.SAMModel.decode` takes them."""
     scale = np.array(model.scale(shape))
     points = boxes = masks = None
     if "point" in parts and all(len(p.points) for p in prompts):
@@ -155,12 +193,7 @@ def predict_masks(
     elif boxes is not None and ellipse and model.conventions.box_mask:
         size = 4 * model.architecture.grid
         masks = model.mask_prompt(ellipses(boxes, size, model.image_size / size))
-    # a lone point may mean a part or the whole
-    ambiguous = points is not None and points[0].shape[1] == 1 and boxes is None and masks is None
-    low, iou = model.decode(embeddings, points, boxes, masks, multimask=model.conventions.use_multimask(ambiguous))
-    best = torch.arange(len(iou)), iou.argmax(1)
-    low, iou = low[best].float(), iou[best].float()
-    return model.to_slices(low[:, None], shape)[:, 0], low, iou
+    return points, boxes, masks
 
 
 def _pack_points(prompts: Sequence[SlicePrompt], scale: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,12 @@ def crop_for(prompt: SlicePrompt, shape: tuple[int, int], model: SAMModel, min_t
         zoom *= 2
     if zoom == 1:
         return full_crop(shape)
-    return Crop(_aligned_range(shape[0], (y0 + y1) / 2, zoom), _aligned_range(shape[1], (x0 + x1) / 2, zoom))
+    return crop_around(((y0 + y1) / 2, (x0 + x1) / 2), shape, zoom)
+
+
+def crop_around(middle: tuple[float, float], shape: tuple[int, int], zoom: int) -> Crop:
+    """The crop of ``1 / zoom`` of the edges of a slice (i, j) whose middle is nearest to a place (i, j) on it."""
+    return Crop(_aligned_range(shape[0], middle[0], zoom), _aligned_range(shape[1], middle[1], zoom))
 
 
 def crops_for(

@@ -1,0 +1,57 @@
+"""Where an object may lie: inside the object around it, and not on what is finished beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+
+from aslseg.sam.clicks.automatic_mask import AutomaticMask
+
+
+class AllowedRegion:
+    """The pixels of each slice that an object may have.
+
+    Args:
+        parent: The object around it, or None. Its holes count as inside: automatic masks of an organ leave out lesions.
+        finished: Other objects that nothing is drawn over, bool (i, j, k) on the grid of the slices, or None.
+    """
+
+    def __init__(self, parent: AutomaticMask | None = None, finished: np.ndarray | None = None) -> None:
+        self.parent, self.finished = parent, finished
+        self._kept: tuple[int, np.ndarray | None] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in memory."""
+        arrays = self.finished, None if self.parent is None else self.parent.array
+        return sum(a.nbytes for a in arrays if a is not None)
+
+    def slice(self, k: int) -> np.ndarray | None:
+        """Allowed pixels (i, j), bool; None where all are."""
+        kept = self._kept
+        if kept is None or kept[0] != k:
+            kept = self._kept = (k, self._slice(k))
+        return kept[1]
+
+    def _slice(self, k: int) -> np.ndarray | None:
+        allowed = None
+        if self.parent is not None:
+            mask = self.parent.mask(k)
+            allowed = np.zeros(self.parent.shape[:2], bool) if mask is None else ndimage.binary_fill_holes(mask)
+        if self.finished is not None and self.finished[..., k].any():
+            allowed = ~self.finished[..., k] if allowed is None else allowed & ~self.finished[..., k]
+        return allowed
+
+    def cut(self, k: int, drawn: np.ndarray) -> np.ndarray:
+        """Probabilities or a mask (i, j) on slice k, 0 where nothing is allowed; the array itself where all is."""
+        allowed = self.slice(k)
+        return drawn if allowed is None else np.where(allowed, drawn, drawn.dtype.type(0))
+
+    def without_finished(self, k: int, mask: np.ndarray) -> np.ndarray:
+        """A mask (i, j), bool, on slice k without the finished objects; the parent does not count."""
+        return mask if self.finished is None else mask & ~self.finished[..., k]
+
+    def holds(self, voxels: np.ndarray) -> np.ndarray:
+        """Whether each of some voxels (n, 3) is allowed, (n,) bool."""
+        slices = [self.slice(int(k)) for k in voxels[:, 2]]
+        return np.array([a is None or a[i, j] for a, (i, j, _) in zip(slices, voxels, strict=True)], bool)
