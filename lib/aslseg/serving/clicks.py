@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 # time for a reply to OHIF, whose annotators press Run once all clicks are made and are not shown what grows later
 RUN_SECONDS = 5.0
 SESSION_BYTES = 500_000_000
+TOO_LARGE = (
+    "{area} pixels on the clicked slice are more than a {label} plausibly has; click once more, outside the {label} "
+    "where the answer is too large, or send size: smaller"
+)
+TOO_SMALL = (
+    "{area} pixels on the clicked slice are less than a {label} plausibly has; click once more, inside the {label} "
+    "where the answer is too small, or send size: larger"
+)
 
 
 class ClickSessions:
@@ -224,6 +232,8 @@ class ClickTask(MaskTask):
             more |= self._draw_object(session, asked, request, out, opened)
             if more["growing"]:
                 more["notes"].append("the object grows on; the next click or update shows more of it")
+        if around.nested:
+            more["notes"] += _size_notes(session, asked, out)
         # the clicked voxels themselves are in or out, even where SAM's coarser mask says otherwise
         out[tuple(inside.T)] = 1
         out[tuple(asked.background.T)] = 0
@@ -273,6 +283,19 @@ class ClickTask(MaskTask):
         if prompt.label in names:
             return names.index(prompt.label)
         return 0 if len(names) == 1 else None
+
+
+def _size_notes(session: ClickSession, prompt: ClientPrompt, out: np.ndarray) -> list[str]:
+    """What to do where a nested object has no plausible size on the slice that was clicked last."""
+    k = session.current_slice(prompt)
+    if k is None or prompt.size is not None:
+        return []
+    area, predictor = int(out[..., k].sum()), session.predictor
+    if area > session.allowed.plausible_area(k, predictor.shape):
+        return [TOO_LARGE.format(label=prompt.label, area=area)]
+    if area * predictor.scale**2 < predictor.settings.min_component:
+        return [TOO_SMALL.format(label=prompt.label, area=area)]
+    return []
 
 
 def _stops(grown: Propagation, opened: OpenScan) -> list[dict[str, Any]]:

@@ -7,6 +7,9 @@ from scipy import ndimage
 
 from aslseg.sam.clicks.automatic_mask import AutomaticMask
 
+MAX_PARENT_FRACTION = 0.8  # of its parent on a slice: a nested object that takes up more is not plausible
+MAX_SLICE_FRACTION = 0.1  # of the slice, where the parent is not known
+
 
 class AllowedRegion:
     """The pixels of each slice that an object may have.
@@ -41,6 +44,13 @@ class AllowedRegion:
         if self.finished is not None and self.finished[..., k].any():
             allowed = ~self.finished[..., k] if allowed is None else allowed & ~self.finished[..., k]
         return allowed
+
+    def plausible_area(self, k: int, shape: tuple[int, int]) -> int:
+        """The largest number of pixels that a nested object plausibly has on slice k of a shape (i, j)."""
+        allowed = self.slice(k)
+        if self.parent is None or allowed is None:
+            return int(MAX_SLICE_FRACTION * shape[0] * shape[1])
+        return int(MAX_PARENT_FRACTION * allowed.sum())
 
     def cut(self, k: int, drawn: np.ndarray) -> np.ndarray:
         """Probabilities or a mask (i, j) on slice k, 0 where nothing is allowed; the array itself where all is."""

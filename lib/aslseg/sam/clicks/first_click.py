@@ -4,7 +4,7 @@ A lone click may mean a part, the whole or something larger, and SAM offers a ma
 for which SAM predicts the highest IoU. A click on an object that lies in another one, as a tumour in a liver, is
 answered with the outer object then, since its border is the clearest on the slice. So for nested objects SAM is shown
 the surroundings of the click, enlarged two and four times, and of all its masks there the one with the clearest border
-counts. (:func:`border_clearness`; figures in docs/results.md.)
+counts (:func:`border_clearness`; figures in docs/results.md).
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from scipy import ndimage
 
 from aslseg.prompts.from_client import SizeStep
 from aslseg.prompts.from_mask import EIGHT_NEIGHBOURS
+from aslseg.sam.clicks.allowed_region import AllowedRegion
 from aslseg.sam.predictor.slice_predictor import SlicePredictor
 from aslseg.sam.predictor.zoom import Crop, crop_around, full_crop
 
 ZOOMS = (2, 4)
 LEAST_EDGE = 16  # pixels: a smaller crop shows SAM nothing but interpolation
-MAX_FRACTION = 0.1  # of the slice: a nested object that is larger is not plausible
 STEP = 1.2  # ratio of areas from which one mask counts as larger than another
-GRADIENT_EDGE = 256  # the gradient is that at a standard deviation of one pixel of a slice with so long an edge
-MIN_SIGMA = 0.7  # pixels
+SIGMA = 2.0  # pixels, of the gradient; on slices of more than 512 pixels as many more
+SIGMA_EDGE = 512
+RANK_DEVIATION = 12**-0.5  # standard deviation of a rank between 0 and 1
+DEVIATIONS = 2.0  # of the mean rank on a border: by so much it may be high by chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ def draw_first_click(
     point: np.ndarray,
     nested: bool,
     size: SizeStep | None = None,
-    allowed: np.ndarray | None = None,
+    allowed: AllowedRegion | None = None,
 ) -> np.ndarray:
     """The object of a lone click on a slice.
 
@@ -60,11 +62,12 @@ def draw_first_click(
         nested: Whether the object lies in another one.
         size: A smaller or larger one of SAM's masks than the one that it would be otherwise; where there is none, the
             same.
-        allowed: Where the object may lie (i, j), bool; None: anywhere.
+        allowed: Where the object may lie; None: anywhere.
 
     Returns:
         Probabilities (i, j) float32.
     """
+    allowed = allowed or AllowedRegion()
     found = nested_candidates(predictor, k, point, allowed) if nested else []
     if not nested or not found or size in ("larger", "largest"):
         found += plain_candidates(predictor, k, point, allowed, 0.0 if found else 1.0)
@@ -89,19 +92,17 @@ def choose(candidates: Sequence[Candidate], size: SizeStep | None) -> Candidate:
 
 
 def plain_candidates(
-    predictor: SlicePredictor, k: int, point: np.ndarray, allowed: np.ndarray | None, weight: float
+    predictor: SlicePredictor, k: int, point: np.ndarray, allowed: AllowedRegion, weight: float
 ) -> list[Candidate]:
     """SAM's masks on the whole slice, scored by ``weight`` times the IoU that SAM predicts."""
     found = []
     for probability, iou in predictor.candidates(k, point, full_crop(predictor.shape)):
-        drawn = probability if allowed is None else np.where(allowed, probability, 0)
+        drawn = allowed.cut(k, probability)
         found.append(Candidate(drawn, int((drawn >= 0.5).sum()), weight * iou))
     return found
 
 
-def nested_candidates(
-    predictor: SlicePredictor, k: int, point: np.ndarray, allowed: np.ndarray | None
-) -> list[Candidate]:
+def nested_candidates(predictor: SlicePredictor, k: int, point: np.ndarray, allowed: AllowedRegion) -> list[Candidate]:
     """SAM's masks on the enlarged surroundings of a click, scored by how clear their border is.
 
     Those that do not hold the click are left out. Of the others only the component with the click counts, without
@@ -110,14 +111,14 @@ def nested_candidates(
     place = int(point[1]), int(point[0])
     crops = enlarged(predictor, place)
     ranks = gradient_ranks(predictor.source.slice(k), crops[0]) if crops else np.zeros(predictor.shape)
-    found = []
+    plausible, found = allowed.plausible_area(k, predictor.shape), []
     for crop in crops:
         for probability, _ in predictor.candidates(k, point, crop):
-            drawn = one_component(probability if allowed is None else np.where(allowed, probability, 0), place)
+            drawn = one_component(allowed.cut(k, probability), place)
             mask = drawn >= 0.5
             area = int(mask.sum())
             if area:
-                score = border_clearness(mask, ranks) - (area > MAX_FRACTION * mask.size)
+                score = border_clearness(mask, ranks) - (area > plausible)
                 found.append(Candidate(drawn, area, score))
     return found
 
@@ -135,7 +136,7 @@ def gradient_ranks(image: np.ndarray, crop: Crop) -> np.ndarray:
 
     Ranks make the border of a lesion and that of its organ comparable, whatever the scan's contrast is.
     """
-    gradient = ndimage.gaussian_gradient_magnitude(image, max(MIN_SIGMA, max(image.shape) / GRADIENT_EDGE))
+    gradient = ndimage.gaussian_gradient_magnitude(image, SIGMA * max(1.0, max(image.shape) / SIGMA_EDGE))
     known = np.sort(gradient[crop.index], axis=None)
     return np.searchsorted(known, gradient) / known.size
 
@@ -143,14 +144,17 @@ def gradient_ranks(image: np.ndarray, crop: Crop) -> np.ndarray:
 def border_clearness(mask: np.ndarray, ranks: np.ndarray) -> float:
     """How clear the border of a mask is: the mean rank of the gradient on it, times its compactness (at most 1).
 
+    Of the mean its lower bound is taken: on the border of a mask of a few pixels it is high by chance.
+
     Args:
         mask: (i, j) bool, not empty.
         ranks: From :func:`gradient_ranks`.
     """
     edge = mask & ~ndimage.binary_erosion(mask)
-    border = edge | (ndimage.binary_dilation(mask) & ~mask)
+    border = ranks[edge | (ndimage.binary_dilation(mask) & ~mask)]
     compactness = 4 * np.pi * mask.sum() / edge.sum() ** 2
-    return float(ranks[border].mean() * min(1.0, compactness))
+    lower_bound = border.mean() - DEVIATIONS * RANK_DEVIATION / np.sqrt(border.size)
+    return float(lower_bound * min(1.0, compactness))
 
 
 def one_component(probability: np.ndarray, place: tuple[int, int]) -> np.ndarray:

@@ -196,7 +196,7 @@ class PassRunner:
         """
         predictor, clicks = self.predictor, (prompt.points, prompt.point_labels)
         if one.chosen:
-            drawn = draw_first_click(predictor, k, prompt.points[0], self.nested, size, self.allowed.slice(k))
+            drawn = draw_first_click(predictor, k, prompt.points[0], self.nested, size, self.allowed)
         else:
             [(drawn, _)] = predictor.predict(k, [prompt], one.ellipse)
         drawn = self._cut(k, enforce_clicks(self._cut(k, drawn, prompt.box), *clicks), prompt.box)

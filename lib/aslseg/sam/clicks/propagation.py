@@ -208,10 +208,7 @@ class Propagation:
         automatic = self.automatic.mask(k) if self.automatic is not None else None
         if automatic is not None:
             components, _ = ndimage.label(automatic, EIGHT_NEIGHBOURS)
-            touched = (source >= 0.5) | (drawn >= 0.5)
-            if before.replaced is not None:
-                touched |= before.replaced
-            replaced = components_containing(components, touched)
+            replaced = components_containing(components, self._redrawn(front, before))
             kept = (components > 0) & ~replaced
         found = SliceMask.of(drawn, self.predictor.settings.box_margin / self.predictor.scale, kept, replaced)
         underlying, mask = self._underlying.get(k), drawn >= 0.5
@@ -223,6 +220,7 @@ class Propagation:
             clicked=self._intensity,
             shown=found.mask,
             automatic=automatic if underlying is None else None,
+            staying=kept,
         )
         reason = first_reason(SLICE_RULES, grown, self.rules)
         if reason is not None:
@@ -230,6 +228,16 @@ class Propagation:
         if underlying is not None and k not in self._changed:
             return underlying if agree(found.mask, underlying.mask, self.rules.agreement) else found
         return found
+
+    def _redrawn(self, front: Front, before: SliceMask) -> np.ndarray:
+        """What the automatic mask has on the slice of a front and the object replaces or overlaps, (i, j) bool.
+
+        The components that go on from there are drawn anew. All others stay.
+        """
+        automatic = self.automatic.mask(front.k) if self.automatic is not None else None
+        inside = before.drawn >= 0.5
+        overlapped = np.zeros_like(inside) if automatic is None else automatic & inside
+        return overlapped if before.replaced is None else overlapped | before.replaced
 
     def _draw(self, k: int, front: Front, source: np.ndarray) -> tuple[np.ndarray, StopReason | None]:
         """SAM's answers to the components of the slice before, without those that a rule rejects.

@@ -209,7 +209,15 @@ class ClickSession:
         replaced = components_containing(components, hit)
         kept = (components > 0) & ~replaced
         start = np.where(replaced, existing, 0).astype(np.float32) if replaced.any() else None
-        found = self._runner.draw(k, prompt.box, points, labels, start, prompt.prompt.size)
+        inside = points[labels == 1].astype(int)
+        beside = prompt.box is None and len(inside) and not replaced[inside[:, 1], inside[:, 0]].any()
+        if start is not None and beside:
+            # clicks outside repair what is there; those inside are about an object that is lacking
+            outside = labels == 0
+            left = self._runner.draw(k, None, points[outside], labels[outside], start)
+            found = np.maximum(left, self._runner.draw(k, None, points, labels, None, prompt.prompt.size))
+        else:
+            found = self._runner.draw(k, prompt.box, points, labels, start, prompt.prompt.size)
         if repaired is None:
             return self._slice_mask(found, kept, replaced)
         # what had grown there goes on growing; only components of the automatic mask stay beside it

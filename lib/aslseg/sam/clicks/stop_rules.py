@@ -30,6 +30,7 @@ class StopReason(StrEnum):
     AREA = "the area grows too much"
     INTENSITY = "the intensities differ from those of the clicked slices"
     AGREES = "the automatic mask says the same"
+    MET_AUTOMATIC = "it meets the automatic mask, which goes on"
     MET_NEIGHBOUR = "it meets what grows from the next clicked slice"
     BOX_END = "the box ends"
     VOLUME_END = "the volume ends"
@@ -47,6 +48,7 @@ class StopRules:
         intensity: Largest distance between the median intensities of a slice and of the clicked slices, in standard
             deviations of the latter.
         agreement: Dice from which two masks count as the same.
+        known: Largest fraction of a slice that may lie in components of the automatic mask that stay.
         min_area: Least area in pixels of SAM's input.
     """
 
@@ -55,6 +57,7 @@ class StopRules:
     area_ratio: float = 2.0
     intensity: float = 2.0
     agreement: float = 0.98
+    known: float = 0.5
     min_area: float = 9.0
 
     @classmethod
@@ -90,6 +93,7 @@ class GrownSlice:
         clicked: Intensities of the object on the clicked slices.
         shown: The object with the components of the automatic mask that stay beside it (i, j), bool.
         automatic: The automatic mask (i, j), bool, where agreement with it ends the propagation; else None.
+        staying: Components of the automatic mask that stay beside what was drawn (i, j), bool, or None.
     """
 
     mask: np.ndarray
@@ -99,6 +103,7 @@ class GrownSlice:
     clicked: IntensityStats
     shown: np.ndarray
     automatic: np.ndarray | None = None
+    staying: np.ndarray | None = None
 
 
 T = TypeVar("T")
@@ -142,8 +147,22 @@ def agrees_with_automatic(grown: GrownSlice, limits: StopRules) -> StopReason | 
     return None
 
 
+def met_automatic(grown: GrownSlice, limits: StopRules) -> StopReason | None:
+    """The automatic mask, which lacked the object so far, has it from here on."""
+    if grown.staying is None:
+        return None
+    known = int((grown.mask & grown.staying).sum())
+    return StopReason.MET_AUTOMATIC if known > limits.known * grown.mask.sum() else None
+
+
 COMPONENT_RULES: tuple[Rule[GrownComponent], ...] = (low_predicted_iou, no_overlap)
-SLICE_RULES: tuple[Rule[GrownSlice], ...] = (nothing_left, area_jumps, other_intensity, agrees_with_automatic)
+SLICE_RULES: tuple[Rule[GrownSlice], ...] = (
+    nothing_left,
+    met_automatic,
+    area_jumps,
+    other_intensity,
+    agrees_with_automatic,
+)
 
 
 def first_reason(rules: Iterable[Rule[T]], grown: T, limits: StopRules) -> StopReason | None:
