@@ -6,13 +6,15 @@ clicks into the middle of the largest error: on a slice (model ``sam_2d``) into 
 
 * on slices: the largest component of a label on ``--slices`` slices of each scan, spread over those on which it has at
   least 20 pixels, or its largest slice if it has no such slice;
-* with ``--volumes``: the largest component of a label in each scan.
+* with ``--volumes``: the largest component of a label in each scan;
+* with ``--pause SECONDS``: the same, as an annotator sees it who waits so long between clicks and never presses Update.
 
 The mean is over patients: first over the objects of a patient, then over patients.
 
     python benchmarks/bench_first_click.py --organ lits --part chosen --out work/first_click
     python benchmarks/bench_first_click.py --organ lits --part reported --volumes --parent --out work/first_click
     python benchmarks/bench_first_click.py --organ atrium --out work/atria
+    python benchmarks/bench_first_click.py --organ phantom --label liver --pause 2 --out work/phantoms
 
 What first clicks do on tumours was chosen on the patients of ``--part chosen``, eight scans; ``reported`` are the other
 patients. ``--parent`` stores the true liver as the automatic mask of each scan, as a good SSL model would give it.
@@ -28,7 +30,7 @@ import runpy
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,8 @@ from scipy import ndimage
 from aslseg.compute.overlap import dice
 from aslseg.files import write_json
 from aslseg.types import Labels
+from aslseg.volume.io import write_image
+from aslseg.volume.phantom import make_phantom
 from bench_sam import largest_part, next_click
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +62,7 @@ CHOSEN = (33, 40, 23, 0, 4, 7, 29, 18)  # of lits_tumour; other scans of their p
 LEAST_PIXELS = 20
 CLICKS = (1, 3, 5)
 ATRIA = 16  # the last of the list
+PHANTOMS, PHANTOM_SHAPE = 4, (128, 128, 64)
 
 
 @dataclass
@@ -71,8 +76,11 @@ class Scan:
     regions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def scans(arguments: argparse.Namespace) -> Iterator[Scan]:
-    """The scans of an organ that are measured on, with their regions."""
+def scans(arguments: argparse.Namespace, scratch: Path) -> Iterator[Scan]:
+    """The scans of an organ that are measured on, with their regions; phantoms are written to ``scratch``."""
+    if arguments.organ == "phantom":
+        yield from phantoms(scratch)
+        return
     folder = arguments.data / ("la" if arguments.organ == "atrium" else "lits_tumour")
     for case, patient in chosen(arguments, folder):
         one = Scan(case, patient, folder / "images" / f"{case}.nii.gz", folder / "labels" / f"{case}.nii.gz")
@@ -81,6 +89,17 @@ def scans(arguments: argparse.Namespace) -> Iterator[Scan]:
         regions = Labels.parse(",".join(names), "tumour:liver" if "tumour" in names else "").regions(label)
         one.regions = {n: r for n, r in zip(names, regions, strict=True) if r.any()}
         yield one
+
+
+def phantoms(folder: Path) -> Iterator[Scan]:
+    """Phantoms with their livers and tumours."""
+    for n in range(PHANTOMS):
+        volume, classes = make_phantom(77, n, shape=PHANTOM_SHAPE)
+        path = folder / f"phantom_{n}.nii.gz"
+        write_image(path, volume)
+        yield Scan(
+            path.name.partition(".")[0], f"phantom {n}", path, path, {"liver": classes > 0, "tumour": classes == 2}
+        )
 
 
 def chosen(arguments: argparse.Namespace, folder: Path) -> list[tuple[str, str]]:
@@ -125,11 +144,12 @@ class Annotator:
 
     Args:
         app: The app, in this process.
-        folder: Its studies.
+        pause: Seconds between clicks, with replies as they come; None: without pauses, each reply is the whole object.
     """
 
-    def __init__(self, app: Any) -> None:
-        self.app, self.asked, self.seconds = app, 0, []
+    def __init__(self, app: Any, pause: float | None) -> None:
+        self.app, self.pause, self.asked = app, pause, 0
+        self.seconds: list[float] = []
 
     def draw(self, model: str, case: str, label: str, truth: np.ndarray, k: int | None) -> list[dict[str, Any]]:
         """Score and notes after each click.
@@ -164,7 +184,8 @@ class Annotator:
     ) -> tuple[np.ndarray, list[str]]:
         """Mask (i, j, k), bool, and notes of one reply."""
         params = {**clicks, "label": label, "result_extension": ".nii", "result_compress": False}
-        params |= {"whole": True} if k is None else {"slice": k}
+        params |= {"whole": self.pause is None} if k is None else {"slice": k}
+        time.sleep(self.pause or 0)
         began = time.perf_counter()
         reply = self.app.infer({**params, "model": model, "image": case, "client": f"annotator {self.asked}"})
         self.seconds.append(time.perf_counter() - began)
@@ -179,12 +200,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         studies = Path(scratch) / "studies"
-        measured = list(scans(arguments))
+        measured = list(scans(arguments, Path(scratch)))
         prepare(studies, measured, arguments)
         conf = dict(CONF, threads=str(arguments.threads), model_dir=f"{scratch}/models")
         conf |= {"labels": "atrium", "modality": "mr"} if arguments.organ == "atrium" else {"labels": "liver,tumour"}
         conf |= dict(pair.split("=", 1) for pair in arguments.conf)
-        annotator = Annotator(app(studies, conf))
+        annotator = Annotator(app(studies, conf), arguments.pause)
         for scan in measured:
             for label, region in scan.regions.items():
                 if arguments.label in ("", label):
@@ -193,7 +214,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "conf": conf,
         "rows": rows,
-        "seconds": {"median": float(np.median(seconds)), "sum": float(sum(seconds))},
+        "seconds": {"median": float(np.median(seconds)), "longest": max(seconds), "sum": float(sum(seconds))},
         "threads": torch.get_num_threads(),
     }
 
@@ -209,7 +230,7 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     """One row for each object of a label in a scan."""
     told = {"case": scan.case, "patient": scan.patient, "label": label}
-    if arguments.volumes:
+    if arguments.volumes or arguments.pause is not None:
         components, _ = ndimage.label(region, np.ones((3, 3, 3)))
         truth = components == 1 + np.bincount(components.ravel())[1:].argmax()
         drawn = annotator.draw("sam", scan.case, label, truth, None)
@@ -231,7 +252,7 @@ def prepare(studies: Path, measured: list[Scan], arguments: argparse.Namespace) 
             nib.save(liver, automatic / scan.image.name)
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def summary(rows: list[dict[str, Any]], counts: Sequence[int]) -> dict[str, dict[str, Any]]:
     """By label: number of objects and patients, the mean Dice over patients by number of clicks, and by patient."""
     found: dict[str, dict[str, Any]] = {}
     for label in dict.fromkeys(row["label"] for row in rows):
@@ -239,15 +260,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         patients: dict[str, list[float]] = {}
         for patient in dict.fromkeys(row["patient"] for row in some):
             own = [row["clicks"] for row in some if row["patient"] == patient]
-            patients[patient] = [float(np.mean([one[n - 1]["dice"] for one in own])) for n in CLICKS]
+            patients[patient] = [float(np.mean([one[n - 1]["dice"] for one in own])) for n in counts]
         means = np.mean(list(patients.values()), 0).tolist()
         found[label] = {"objects": len(some), "patients": len(patients), "dice": means, "by_patient": patients}
     return found
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(found: dict[str, dict[str, Any]], counts: Sequence[int]) -> str:
     """The means as Markdown, and a line a patient."""
-    lines = ["| object | 1 click | 3 clicks | 5 clicks | objects (patients) |", "|---" * 5 + "|"]
+    head = " | ".join(f"{n} click{'s' * (n > 1)}" for n in counts)
+    lines = [f"| object | {head} | objects (patients) |", "|---" * (len(counts) + 2) + "|"]
     for label, one in found.items():
         cells = " | ".join(f"{value:.3f}" for value in one["dice"])
         lines.append(f"| {label} | {cells} | {one['objects']} ({one['patients']}) |")
@@ -259,11 +281,12 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--organ", choices=("lits", "atrium"), default="lits")
+    parser.add_argument("--organ", choices=("lits", "atrium", "phantom"), default="lits")
     parser.add_argument("--part", choices=("chosen", "reported"), default="chosen")
     parser.add_argument("--label", default="", help="only this label")
     parser.add_argument("--slices", type=int, default=6, help="of each scan and label")
     parser.add_argument("--volumes", action="store_true", help="whole objects instead of slices")
+    parser.add_argument("--pause", type=float, help="seconds between clicks; replies as they come")
     parser.add_argument("--parent", action="store_true", help="the true liver is stored as automatic mask")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--threads", type=int, default=1)
@@ -271,12 +294,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     result = measure(arguments)
-    result["summary"] = summary(result["rows"])
+    counts = CLICKS if arguments.pause is None else (1, 2, 3, 4)
+    result["summary"] = summary(result["rows"], counts)
     arguments.out.mkdir(parents=True, exist_ok=True)
     parts = [arguments.organ, arguments.part, "volumes" if arguments.volumes else "slices"]
+    parts += ["paused"] * (arguments.pause is not None)
     name = "_".join(parts + ["parent"] * arguments.parent)
     write_json(arguments.out / f"{name}.json", result)
-    sys.stdout.write(f"{json.dumps(result['seconds'])}\n{table(result['summary'])}")
+    sys.stdout.write(f"{json.dumps(result['seconds'])}\n{table(result['summary'], counts)}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,12 @@ class Aslseg(app.ServedApp, MONAILabelApp):
                 (ModelKind.SSL, ModelKind.ADAPTER),
                 "Adaptation network on SAM's mask, or on the mask sent along",
             ),
-            "sam": ClickTask(scans, clicks, "Click in and outside a structure, or draw a box around it; whole object"),
+            "sam": ClickTask(
+                scans,
+                clicks,
+                "Click in and outside a structure, or draw a box around it; whole object. A large one grows on after "
+                "the reply: press Update to see more of it, and before you submit it",
+            ),
             "sam_2d": ClickTask(scans, clicks, "The same on the slice that is shown, and only there", dimension=2),
         }
 

@@ -55,7 +55,9 @@ class Surroundings:
         automatic: The mask that clicks repair, or None.
         parent: The mask of the object around it, or None.
         submitted: Whether the automatic mask is what was submitted or promoted.
-        finished: Returns the pixels that nothing is drawn over, bool (i, j, k) on the slices of the scan; or None.
+        finished: Returns the objects of other labels that nothing is drawn over, bool (i, j, k) on the slices of the
+            scan; or None.
+        kept: Alike for those of this label.
         key: Changes with the others but for the prompt.
         notes: For the annotator.
     """
@@ -66,6 +68,7 @@ class Surroundings:
     parent: Mask | None = None
     submitted: bool = False
     finished: Callable[[], np.ndarray] | None = None
+    kept: Callable[[], np.ndarray] | None = None
     key: tuple[object, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -74,7 +77,7 @@ class Surroundings:
         from aslseg.sam.clicks.allowed_region import AllowedRegion
 
         parent = self.parent.make() if self.parent is not None else None
-        return AllowedRegion(parent, self.finished() if self.finished is not None else None)
+        return AllowedRegion(parent, *(made() if made is not None else None for made in (self.finished, self.kept)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,15 +176,23 @@ class SurroundingsFinder:
             hit = np.unique(components[tuple(np.concatenate([prompt.foreground, prompt.background]).T)]).tolist()
 
         def finished() -> np.ndarray:
-            other = (class_map > 0) & ~np.isin(class_map, outer)
-            if hit is not None:
-                other |= ~np.isin(self.stored.components(key, class_map, value), [0, *hit])
-            return asked.opened.orientation.view(other)
+            return asked.opened.orientation.view((class_map > 0) & ~np.isin(class_map, outer))
+
+        def kept() -> np.ndarray:
+            components = self.stored.components(key, class_map, value)
+            return asked.opened.orientation.view(~np.isin(components, [0, *(hit or ())]))
 
         automatic = asked.mask((key, "submitted"), lambda: self.stored.region(key, class_map, [value])) if own else None
         known = (key, tuple(hit or ()), hit is None)
         return replace(
-            found, prompt=prompt, automatic=automatic, submitted=own, finished=finished, key=known, notes=notes
+            found,
+            prompt=prompt,
+            automatic=automatic,
+            submitted=own,
+            finished=finished,
+            kept=kept if hit is not None else None,
+            key=known,
+            notes=notes,
         )
 
     def _inside(self, found: Surroundings, asked: _Asked, existing: tuple[Key, np.ndarray] | None) -> Surroundings:
@@ -199,7 +210,7 @@ class SurroundingsFinder:
             parent = self._automatic(asked, index)
         if parent is None:
             return found
-        limit = replace(found, parent=parent, finished=None).allowed()
+        limit = replace(found, parent=parent, finished=None, kept=None).allowed()
         if limit.holds(asked.opened.orientation.points(found.prompt.foreground)).all():
             return replace(found, parent=parent)
         note = OUTSIDE.format(parent=self._labels.names[index], label=self._labels.names[asked.index])

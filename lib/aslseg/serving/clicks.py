@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 # time for a reply to OHIF, whose annotators press Run once all clicks are made and are not shown what grows later
 RUN_SECONDS = 5.0
 SESSION_BYTES = 500_000_000
+GROWING = (
+    "the object is not whole yet and grows on: press Update to see more of it, and again before you submit it, until "
+    "this message is gone"
+)
 TOO_LARGE = (
     "{area} pixels on the clicked slice are more than a {label} plausibly has; click once more, outside the {label} "
     "where the answer is too large, or send size: smaller"
@@ -231,7 +235,7 @@ class ClickTask(MaskTask):
         else:
             more |= self._draw_object(session, asked, request, out, opened)
             if more["growing"]:
-                more["notes"].append("the object grows on; the next click or update shows more of it")
+                more["notes"].append(GROWING)
         if around.nested:
             more["notes"] += _size_notes(session, asked, out)
         # the clicked voxels themselves are in or out, even where SAM's coarser mask says otherwise

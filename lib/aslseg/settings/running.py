@@ -22,11 +22,11 @@ class ClickSettings(Section):
         common=True,
     )
     first_click_seconds: float = setting(
-        0.5,
-        "Time after which the server answers the first click on an object with the slices done so far; the rest "
-        "follows in later answers",
+        2.2,
+        "Time after which the server answers the first click on an object with the slices done so far, mostly all of "
+        "them; the rest follows in later answers",
         unit="s",
-        example="2",
+        example="0.5",
         ge=0,
     )
     click_seconds: float = setting(

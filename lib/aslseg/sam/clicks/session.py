@@ -137,7 +137,7 @@ class ClickSession:
     def bytes(self) -> int:
         """Bytes of the answers in memory."""
         known = [mask for a in list(self._answers) for mask in a.propagation.known().values() if mask is not None]
-        return sum({id(mask): mask.bytes for mask in known}.values()) + self._runner.bytes
+        return sum({id(mask): mask.bytes for mask in known}.values()) + self._runner.bytes + self.allowed.bytes
 
     def _current_answer(self, prompt: SlicedPrompt) -> _Answer:
         """The remembered answer to the same prompt, taken off the list, or a new one on the best earlier answer."""

@@ -130,6 +130,30 @@ def test_a_repair_ends_where_the_automatic_mask_is_right(grow: Callable[..., Pro
     assert found.slices() == list(range(10))
 
 
+def test_where_the_automatic_mask_lacked_the_object_it_goes_on_from_where_it_has_it(
+    grow: Callable[..., Propagation],
+) -> None:
+    """Components that nobody clicked on stay, also where the object grows into them; before, they were lost."""
+    image, automatic = column(), np.zeros(SHAPE, np.float32)
+    automatic[10:28, 6:24, 6:] = 1
+    automatic[1:4, 1:4, :] = 1
+    lacking = seed(image, 3)
+    blob = automatic[..., 3] > 0
+    state = SliceMask.of(lacking.drawn, 3, np.zeros_like(blob), blob)
+    found = Propagation(
+        SlicePredictor(grow(image, 3).predictor.model, image, Settings(sam_zoom=0, device="cpu")),
+        {3: state},
+        AutomaticMask(automatic, SHAPE),
+    )
+    while found.advance():
+        pass
+    assert reasons(found)[5, 1] is StopReason.MET_AUTOMATIC
+    for k in range(6):
+        assert found.mask(k)[12, 12], "drawn where the mask lacks it"
+        assert not found.mask(k)[2, 2], "the component that was replaced goes on to be"
+    assert np.array_equal(found.mask(8), automatic[..., 8] > 0)
+
+
 def test_a_correction_stops_drawing_where_nothing_changes(grow: Callable[..., Propagation]) -> None:
     image = column()
     first = grow(image, 4)

@@ -247,6 +247,19 @@ def test_a_click_on_what_was_missed_is_added_to_the_automatic_mask(scene: Scene)
     assert dice(mask[:30] > 0, truth[:30] > 0) > 0.85
 
 
+def test_a_click_on_what_is_lacking_is_not_asked_with_the_mask_of_a_false_blob(scene: Scene) -> None:
+    """One slice with a click outside, on a blob that is no part of the object, and one inside, beside it."""
+    state, model, truth = scene
+    region = np.zeros(truth.shape, np.float32)
+    region[34:38, 26:30, :] = 1
+    repair = session(model, state.predictor.source.volume, region)
+    mask = repair.answer(clicks([[16, 14, 4]], [[36, 28, 4]])) > 0
+    starts = [masks for (_, labels), _, masks in model.asked if labels.tolist() == [[1]]]
+    assert starts[:1] == [None], "the object is drawn without the blob as mask prompt"
+    assert not mask[36, 28, 4]
+    assert dice(mask[:30, :, 4], truth[:30, :, 4] > 0) > 0.85
+
+
 def test_a_correction_touches_only_what_it_changes(scene: Scene) -> None:
     state, model, _ = scene
     before = state.answer(clicks([[16, 14, 4]]))

@@ -37,6 +37,12 @@ SLICE = GrownSlice(
 )
 
 
+def test_what_lies_mostly_in_a_component_that_stays_ends_there() -> None:
+    half = replace(SLICE, staying=square(5, 15) & (np.arange(20) < 10))
+    assert first_reason(SLICE_RULES, half, LIMITS) is None
+    assert first_reason(SLICE_RULES, replace(SLICE, staying=square(5, 14)), LIMITS) is StopReason.MET_AUTOMATIC
+
+
 def test_the_limits_come_from_the_settings() -> None:
     assert StopRules.from_settings(Settings()) == StopRules()
     assert StopRules.from_settings(Settings(min_component=4)).min_area == 4
