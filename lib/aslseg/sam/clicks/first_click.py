@@ -23,6 +23,7 @@ from aslseg.sam.predictor.zoom import Crop, crop_around, full_crop
 
 ZOOMS = (2, 4)
 LEAST_EDGE = 16  # pixels: a smaller crop shows SAM nothing but interpolation
+LAST = 3.0  # subtracted from the score of masks that are only steps
 STEP = 1.2  # ratio of areas from which one mask counts as larger than another
 SIGMA = 2.0  # pixels, of the gradient; on slices of more than 512 pixels as many more
 SIGMA_EDGE = 512
@@ -70,7 +71,7 @@ def draw_first_click(
     allowed = allowed or AllowedRegion()
     found = nested_candidates(predictor, k, point, allowed) if nested else []
     if not nested or not found or size in ("larger", "largest"):
-        found += plain_candidates(predictor, k, point, allowed, 0.0 if found else 1.0)
+        found += plain_candidates(predictor, k, point, allowed, LAST if found else 0.0)
     return choose(found, size).probability
 
 
@@ -92,13 +93,13 @@ def choose(candidates: Sequence[Candidate], size: SizeStep | None) -> Candidate:
 
 
 def plain_candidates(
-    predictor: SlicePredictor, k: int, point: np.ndarray, allowed: AllowedRegion, weight: float
+    predictor: SlicePredictor, k: int, point: np.ndarray, allowed: AllowedRegion, handicap: float
 ) -> list[Candidate]:
-    """SAM's masks on the whole slice, scored by ``weight`` times the IoU that SAM predicts."""
+    """SAM's masks on the whole slice, scored by the IoU that SAM predicts minus a handicap."""
     found = []
     for probability, iou in predictor.candidates(k, point, full_crop(predictor.shape)):
         drawn = allowed.cut(k, probability)
-        found.append(Candidate(drawn, int((drawn >= 0.5).sum()), weight * iou))
+        found.append(Candidate(drawn, int((drawn >= 0.5).sum()), iou - handicap))
     return found
 
 
@@ -109,8 +110,8 @@ def nested_candidates(predictor: SlicePredictor, k: int, point: np.ndarray, allo
     holes; those that are implausibly large for a nested object come after all others.
     """
     place = int(point[1]), int(point[0])
-    crops = enlarged(predictor, place)
-    ranks = gradient_ranks(predictor.source.slice(k), crops[0]) if crops else np.zeros(predictor.shape)
+    crops = enlarged(predictor, place) or [full_crop(predictor.shape)]
+    ranks = gradient_ranks(predictor.source.slice(k), crops[0])
     plausible, found = allowed.plausible_area(k, predictor.shape), []
     for crop in crops:
         for probability, _ in predictor.candidates(k, point, crop):
