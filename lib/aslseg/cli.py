@@ -18,6 +18,7 @@ from aslseg.commands.doctor import doctor
 from aslseg.commands.importing import import_folder
 from aslseg.commands.ledger import ledger_app
 from aslseg.commands.options import LOCAL, Conf, Json, Studies, leading, read_settings, ready, require_no_round, show
+from aslseg.commands.report import report
 from aslseg.commands.rounds import nightly, round_
 from aslseg.errors import AslsegError, BadSettingsError
 
@@ -32,6 +33,7 @@ app.command("import")(import_folder)
 app.command("round")(round_)
 app.command()(nightly)
 app.command()(doctor)
+app.command()(report)
 
 
 @app.command()

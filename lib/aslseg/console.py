@@ -130,10 +130,11 @@ def lines(content: Mapping[str, Any]) -> Iterator[str]:
 def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A round's summary without the parts that only programs read."""
     lowest = sorted(summary["agreement"].items(), key=lambda pair: (pair[1], pair[0]))[:FEW]
-    refused = {case: "; ".join(reasons) for case, reasons in list(summary.get("not promoted", {}).items())[:FEW]}
-    hidden = ("agreement", "measured", "rates", "inputs", "models", "not promoted")
+    left = {case: "; ".join(d["reasons"]) for case, d in summary["decisions"].items() if not d["promoted"]}
+    refused = dict(list(left.items())[:FEW])
+    hidden = ("agreement", "decisions", "measured", "rates", "inputs", "models")
     shown = {k: v for k, v in summary.items() if k not in hidden}
-    more = len(summary.get("not promoted", {})) - len(refused)
+    more = len(left) - len(refused)
     if more:
         refused["and more"] = f"{more} scans"
     return shown | {"not promoted": refused, "lowest agreement": dict(lowest)}
@@ -174,31 +175,45 @@ def print_info(found: Mapping[str, Any]) -> None:
     print_table("Published models", columns, models)
 
 
-def ledger_lines(rounds: Sequence[RoundRow], promotions: Sequence[Promotion]) -> Iterator[str]:
-    """Rounds, each with its promotions, as text."""
+def ledger_lines(
+    rounds: Sequence[RoundRow], promotions: Sequence[Promotion], reasons: Mapping[int, str]
+) -> Iterator[str]:
+    """Rounds, each with its promotions, as text.
+
+    Args:
+        rounds, promotions: From the ledger.
+        reasons: By round that promoted nothing, why.
+    """
     for r in rounds:
         ours = [p for p in promotions if p.round == r.number]
         end = f", {r.error}" if r.error and r.state == "open" else ""
-        yield f"round {r.number}: {r.state}, opened {r.opened}, {len(ours)} promoted{end}"
+        why = f": {reasons[r.number]}" if reasons.get(r.number) else ""
+        yield f"round {r.number}: {r.state}, opened {r.opened}, {len(ours)} promoted{why}{end}"
         for p in ours:
-            yield f"  {p.case}: {p.status}, agreement {short(p.agreement)}, mask {p.sha256[:12]}"
+            numbers = f"agreement {short(p.agreement)}; asked {asked(p.threshold)}"
+            yield f"  {p.case}: {p.status}, {numbers}; mask {p.sha256[:12]}"
     if not rounds:
         yield "no rounds yet"
 
 
-def print_ledger(rounds: Sequence[RoundRow], promotions: Sequence[Promotion]) -> None:
-    """Draw the tables of ``aslseg ledger list`` on the terminal."""
+def print_ledger(rounds: Sequence[RoundRow], promotions: Sequence[Promotion], reasons: Mapping[int, str]) -> None:
+    """Draw the tables of ``aslseg ledger list`` on the terminal; arguments as :func:`ledger_lines`."""
     promoted = Counter(p.round for p in promotions)
     print_table(
         "Rounds",
-        ("round", "state", "opened", "promoted", "error"),
-        ((r.number, r.state, r.opened, promoted[r.number], r.error or "") for r in rounds),
+        ("round", "state", "opened", "promoted", "error, or why nothing was promoted"),
+        ((r.number, r.state, r.opened, promoted[r.number], r.error or reasons.get(r.number, "")) for r in rounds),
     )
     print_table(
         "Promotions",
-        ("round", "scan", "state", "agreement", "mask"),
-        ((p.round, p.case, p.status, short(p.agreement), p.sha256[:12]) for p in promotions),
+        ("round", "scan", "state", "agreement", "asked", "mask"),
+        ((p.round, p.case, p.status, short(p.agreement), asked(p.threshold), p.sha256[:12]) for p in promotions),
     )
+
+
+def asked(threshold: Mapping[str, float]) -> str:
+    """The agreement that was asked of each label for a promotion."""
+    return ", ".join(f"{name} {value:g}" for name, value in threshold.items()) or "-"
 
 
 def print_markdown(text: str) -> None:

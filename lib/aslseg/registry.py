@@ -76,6 +76,9 @@ NETWORKS = Registry(
 
 RECIPES = Registry("recipe", {"aslseg": "aslseg.rounds.recipes.aslseg:aslseg", "cfr": "aslseg.rounds.recipes.cfr:cfr"})
 
+# what is written when a round ends; rounds do not know the pages that are made of them
+REPORTS = Registry("report", {"html": "aslseg.review.report:write_after_round"})
+
 # in the order in which they are tried: the first that recognises a folder is taken
 LAYOUTS = Registry(
     "layout",

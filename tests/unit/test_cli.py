@@ -226,13 +226,20 @@ def test_a_terminal_gets_tables(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     studies, settings = tiny_studies(tmp_path, cases=1, labelled=1), tiny_settings(tmp_path)
     ledger = Ledger(Paths(settings, studies).ledger)
     ledger.open_round({})
-    kept = {"sha256": "ab" * 32, "agreement": {"liver": 0.91, "tumour": None}, "threshold": {}, "models": {}}
+    kept = {"sha256": "ab" * 32, "agreement": {"liver": 0.91, "tumour": None}, "models": {}}
+    kept["threshold"] = {"liver": 0.9, "tumour": 0.75}
     ledger.append([Entry("mask", 1, "phantom_000", "aslseg_pseudo", kept)])
     plain = run("ledger", "list", "--studies", studies)[1]
-    assert "phantom_000: active, agreement liver 0.9100, tumour -, mask abababababab" in plain
+    assert (
+        "phantom_000: active, agreement liver 0.9100, tumour -; asked liver 0.9, tumour 0.75; mask abababababab"
+        in plain
+    )
     monkeypatch.setattr(console, "on_terminal", lambda _: True)
     for arguments, expected in (
-        (("ledger", "list", "--studies", studies), ("Rounds", "open", "Promotions", "liver 0.9100, tumour -")),
+        (
+            ("ledger", "list", "--studies", studies),
+            ("Rounds", "open", "Promotions", "liver 0.9100, tumour -", "liver 0.9, tumour 0.75"),
+        ),
         (("info", "--conf", "labels", "liver"), ("Settings", "labels", "liver", "conf", "mean_teacher")),
     ):
         code, out, _ = run(*arguments)

@@ -160,7 +160,8 @@ def refusals(
     for case in sorted(set(verdicts) - set(chosen)):
         reasons = list(verdicts[case].reasons)
         if not reasons and full:
-            reasons = [f"others agree better, and {len(chosen)} are promoted (promote_fraction, promote_cases)"]
+            limit = f", promote_cases {limits.cases}" if limits.cases else ""
+            reasons = [f"passed, but {len(chosen)} scans agree better (promote_fraction {limits.fraction:g}{limit})"]
         elif not reasons:
             names = ", ".join(agreements[case].empty)
             reasons = [f"both networks find no {names}; at most {limits.empty:.0%} of the promoted may (promote_empty)"]

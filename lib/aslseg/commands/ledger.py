@@ -19,16 +19,20 @@ ledger_app = typer.Typer(no_args_is_help=True, help="The decisions of rounds: li
 
 @ledger_app.command("list")
 def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
-    """List rounds and promotions, with their current state."""
+    """List rounds and promotions, with their current state, and why a round promoted nothing."""
     from dataclasses import asdict
+
+    from aslseg.rounds.reasons import why_nothing
 
     ledger = _ledger(studies, conf)
     rounds, promotions = ledger.rounds(), ledger.promotions(active_only=False)
     if as_json:
         return show({"rounds": [asdict(r) for r in rounds], "promotions": [asdict(p) for p in promotions]}, True)
+    scores = ledger.scores()
+    reasons = {r.number: why_nothing(r, scores) for r in rounds}
     if console.on_terminal(sys.stdout) and rounds:
-        return console.print_ledger(rounds, promotions)
-    for line in console.ledger_lines(rounds, promotions):
+        return console.print_ledger(rounds, promotions, reasons)
+    for line in console.ledger_lines(rounds, promotions, reasons):
         typer.echo(line)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from aslseg.files import FileStamp
 from aslseg.rounds.ledger import Ledger, Promotion, RoundRow, Score
+from aslseg.rounds.reasons import count_reasons, decisions_of
 
 MOST = 50
 """Entries of each list."""
@@ -17,11 +20,15 @@ DECIDED = ("opened", "failed", "closed", "withdrawn", "rolled back", "mask", "re
 
 @dataclass(frozen=True)
 class Decisions:
-    """All rounds, oldest first; the lowest scores and the newest promotions, :data:`MOST` of each."""
+    """All rounds, oldest first; the lowest scores and the newest promotions, :data:`MOST` of each.
+
+    ``not_promoted`` is None before the first round has ended.
+    """
 
     rounds: tuple[RoundRow, ...] = ()
     scores: tuple[Score, ...] = ()
     promotions: tuple[Promotion, ...] = ()
+    not_promoted: dict[str, Any] | None = None
 
 
 def decisions(ledger: Ledger) -> Decisions:
@@ -38,4 +45,22 @@ def decisions(ledger: Ledger) -> Decisions:
 def _read(path: Path, inode: int | None, last: int) -> Decisions:
     ledger = Ledger(path)
     newest = reversed(ledger.promotions(active_only=False))
-    return Decisions(tuple(ledger.rounds()), tuple(ledger.scores()[:MOST]), tuple(newest)[:MOST])
+    rounds, scores = tuple(ledger.rounds()), ledger.scores()
+    return Decisions(rounds, tuple(scores[:MOST]), tuple(newest)[:MOST], _not_promoted(rounds, scores))
+
+
+def _not_promoted(rounds: Sequence[RoundRow], scores: Sequence[Score]) -> dict[str, Any] | None:
+    """Why the last round that has ended left scans out: reasons with their number of scans, then the scans."""
+    closed = [r for r in rounds if r.closed]
+    if not closed:
+        return None
+    left = [d for d in decisions_of(closed[-1], scores) if not d.promoted]
+    return {
+        "round": closed[-1].number,
+        "total": len(left),
+        "reasons": [{"reason": kind, "scans": count} for kind, count in count_reasons(left)][:MOST],
+        "scans": [
+            {"case": d.case, "agreement": d.agreement, "per_label": d.per_label, "reasons": list(d.reasons)}
+            for d in left[:MOST]
+        ],
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -11,18 +12,19 @@ REFRESH_RUNNING, REFRESH_IDLE = 5, 30
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A template of this folder; everything that is put into it is escaped."""
     environment = Environment(
         loader=PackageLoader("aslseg", "review/templates"), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters |= {"duration": duration, "number": number, "moment": moment}
-    return environment.get_template("status.html")
+    environment.filters |= {"duration": duration, "number": number, "moment": moment, "by_label": by_label}
+    return environment.get_template(name)
 
 
 def render(status: dict[str, Any]) -> str:
     """The status from :func:`aslseg.review.status.collect` as HTML."""
     running = status["progress"].get("state") == "running"
-    return _template().render(**status, refresh=REFRESH_RUNNING if running else REFRESH_IDLE)
+    return template("status.html").render(**status, refresh=REFRESH_RUNNING if running else REFRESH_IDLE)
 
 
 def duration(seconds: float | None) -> str:
@@ -38,6 +40,11 @@ def duration(seconds: float | None) -> str:
 def number(value: object) -> str:
     """Four significant digits of a number; anything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def by_label(values: Mapping[str, float | None]) -> str:
+    """A number of each label; ``empty`` where no mask holds the label."""
+    return ", ".join(f"{name} {'empty' if value is None else f'{value:.3f}'}" for name, value in values.items())
 
 
 def moment(time: str | None) -> str:

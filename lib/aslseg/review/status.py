@@ -16,7 +16,7 @@ from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published, left_behind
 from aslseg.review.decisions import MOST, Decisions, decisions
 from aslseg.rounds.corrections import CHECKED
-from aslseg.rounds.ledger import Ledger, RoundRow
+from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.nights import Nights
 from aslseg.rounds.progress import read_progress
 from aslseg.rounds.schedule import finish_text, utc_now, zone_of
@@ -57,11 +57,11 @@ def collect(
         "labels": list(settings.label_set.names),
         "progress": progress | {"finish_text": finish_text(progress, settings)},
         "night": night,
-        "not_promoted": _reasons(decided.rounds),
+        "not_promoted": decided.not_promoted,
         "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
         "problems": [*_problems(paths, ledger), *notes],
-        "warnings": [*last.get("warnings", []), *map(_named, last.get("skipped", {}).items())],
+        "warnings": [*last.get("warnings", []), *map(named, last.get("skipped", {}).items())],
         "rounds": [
             {"round": r.number, "state": r.state, "opened": r.opened, "closed": r.closed, "error": r.error}
             for r in reversed(decided.rounds)
@@ -72,14 +72,14 @@ def collect(
         ],
         "promotions": [
             {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
-            | {"checked": checked.get(p.sha256)}
+            | {"threshold": p.threshold, "checked": checked.get(p.sha256)}
             for p in decided.promotions
         ],
         "errors": failures[-MOST:],
     }
 
 
-def _named(skipped: tuple[str, str]) -> str:
+def named(skipped: tuple[str, str]) -> str:
     """Why a round left a scan out, with its name."""
     case, reason = skipped
     return reason if reason.startswith((f"{case}:", f"{case}.")) else f"{case}: {reason}"
@@ -105,12 +105,6 @@ def _night(ledger: Ledger, settings: Settings) -> dict[str, str]:
         else "",
         "last": f"Night of {shown(last['opens'])}: {last['outcome']}." if last else "",
     }
-
-
-def _reasons(rounds: Sequence[RoundRow]) -> dict[str, str]:
-    """Why scans were not promoted in the last round that ended, by case id."""
-    done = [r.summary.get("not promoted", {}) for r in rounds if r.state == "done"]
-    return {case: "; ".join(reasons) for case, reasons in (list(done[-1].items())[:MOST] if done else ())}
 
 
 def _problems(paths: Paths, ledger: Ledger) -> list[str]:

@@ -244,10 +244,22 @@ class RoundPipeline:
         return self.labels.decode(regions)
 
     def dice(self, maps: CachedProbabilities, cases: Iterable[Prepared] | None = None) -> float | None:
-        """Mean Dice of regions against the human labels of validation cases, on the working grid.
+        """Mean over the labels of :meth:`dice_by_label`; None without cases."""
+        means = [mean for mean, _ in self.dice_by_label(maps, cases).values() if mean is not None]
+        return float(np.mean(means)) if means else None
 
-        The mean over cases for each region, then over regions; a region that is empty in both masks of a case does not
-        count for that case. None without cases.
+    def dice_by_label(
+        self, maps: CachedProbabilities, cases: Iterable[Prepared] | None = None
+    ) -> dict[str, tuple[float | None, int]]:
+        """Dice of each label, with all that is nested in it, against the human labels, on the working grid.
+
+        Args:
+            maps: Region probabilities.
+            cases: Those that are scored; None takes the validation cases.
+
+        Returns:
+            Label to its mean over the cases, None without any, and their number. A case in which both masks of a
+            label are empty does not count for it.
         """
         found: list[list[float]] = [[] for _ in self.labels.names]
         for case in self.cases.validation if cases is None else cases:
@@ -257,8 +269,8 @@ class RoundPipeline:
                 value = dice(a, b)
                 if value is not None:
                     values.append(value)
-        means = [float(np.mean(v)) for v in found if v]
-        return float(np.mean(means)) if means else None
+        names = self.labels.names
+        return {n: (float(np.mean(v)) if v else None, len(v)) for n, v in zip(names, found, strict=True)}
 
     def validation_at(self, spacing: Spacing) -> list[Prepared]:
         """The validation cases on another model's working grid."""

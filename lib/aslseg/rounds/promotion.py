@@ -22,6 +22,7 @@ from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
 from aslseg.rounds.pipeline import Promoted, RoundPipeline
 from aslseg.rounds.ranking import settings_key
+from aslseg.rounds.reasons import decide
 from aslseg.rounds.rollback import withdraw
 from aslseg.rounds.vetoes import MASK_VETO, mask_vetoes
 from aslseg.types import Labels, ProgressCallback
@@ -84,8 +85,8 @@ def conclude(
         kinds: Kinds of model that may be published.
 
     Returns:
-        The summary: validation Dice, source of the masks, promoted cases, why others are not promoted, what was
-        published and why.
+        The summary: validation Dice, of the masks that clients see also by label, source of the masks, promoted
+        cases, the decision on each scan, what was published and why.
     """
     pipeline, progress, models = state.pipeline, state.pipeline.progress, state.models
     with progress.stage("rank") as report:
@@ -105,7 +106,7 @@ def conclude(
         settle_promotions(pipeline, wanted, learned, rejected)
         promoted = without_late(pipeline, [] if rejected else promoted)
     with progress.stage("originals") as report:
-        shown = write_originals(state, published, report)
+        shown, masks = write_originals(state, published, report)
     return {
         "validation": dice | gated,
         "source": state.source,
@@ -113,8 +114,9 @@ def conclude(
         "promoted": [p.case.id for p in promoted],
         "withdrawn": sorted(learned) if rejected else [],
         "dropped": pipeline.dropped,
-        "not promoted": state.refused,
         "agreement": {case: found.agreement.mean for case, found in sorted(state.assessments.items())},
+        "decisions": decide(state, [p.case.id for p in promoted], learned if rejected else ()),
+        "classes": {name: {"dice": d, "cases": n} for name, (d, n) in pipeline.dice_by_label(masks).items()},
         "published": lines,
         "models": {kind.value: str(path) for kind, path in models.items()} | {"retrained": str(retrained)},
     }
@@ -300,7 +302,9 @@ def keep_mask(pipeline: RoundPipeline, case: Prepared, masks: CachedProbabilitie
     return pipeline.masks.add(case.grid.regions_to_native(masks(case), pipeline.labels), case.grid.affine)
 
 
-def write_originals(state: RoundState, published: ModelSet, report: ProgressCallback) -> str:
+def write_originals(
+    state: RoundState, published: ModelSet, report: ProgressCallback
+) -> tuple[str, CachedProbabilities]:
     """Write the best current mask of every scan without a human label to ``labels/original``, ledger first.
 
     Args:
@@ -309,7 +313,7 @@ def write_originals(state: RoundState, published: ModelSet, report: ProgressCall
         report: Called with (done, total).
 
     Returns:
-        Whose masks these are: the round's source, or ``published ssl`` where that validates better.
+        Whose masks these are, the round's source or ``published ssl`` where that validates better, and their maps.
     """
     p = state.pipeline
     shown, masks = _best_masks(state, published)
@@ -331,7 +335,7 @@ def write_originals(state: RoundState, published: ModelSet, report: ProgressCall
         }
         report(done, len(cases))
     record(p, ORIGINAL, wanted)
-    return shown
+    return shown, masks
 
 
 def _best_masks(state: RoundState, published: ModelSet) -> tuple[str, CachedProbabilities]:

@@ -18,7 +18,7 @@ from aslseg.files import FULL, write_json
 from aslseg.models.files import ModelSet
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import find_published
-from aslseg.registry import RECIPES
+from aslseg.registry import RECIPES, REPORTS
 from aslseg.rounds.brake import NO_BRAKE, Brake
 from aslseg.rounds.cases import RoundCases, prepare_cases, trained_before
 from aslseg.rounds.corrections import record_checked
@@ -70,10 +70,11 @@ def run_round(
 
     Returns:
         ``round``, ``continued``, ``validation`` (Dice by mask or model), ``source`` and ``shown`` (whose masks were
-        promoted, and are shown), ``promoted``, ``not promoted`` (reasons by case), ``withdrawn`` (promotions of a
-        rejected round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason),
-        ``agreement`` (by case), ``published`` (a line per model), ``models`` (this round's files, kept until the round
-        after next), ``warnings``, ``skipped``, ``seconds`` by stage, ``rates`` (seconds for a unit of each stage),
+        promoted, and are shown), ``classes`` (validation Dice of the shown ones by label), ``promoted``,
+        ``decisions`` (on each scan, :func:`aslseg.rounds.reasons.decide`), ``withdrawn`` (promotions of a rejected
+        round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason), ``agreement`` (by
+        case), ``published`` (a line per model), ``models`` (this round's files, kept until the round after next),
+        ``warnings``, ``skipped``, ``seconds`` by stage, ``rates`` (seconds for a unit of each stage),
         ``inputs`` (:func:`aslseg.rounds.nights.inputs_hash`), ``ledger`` (events and last hash before it was closed).
 
     Raises:
@@ -88,7 +89,7 @@ def run_round(
     with round_lock(paths.home):
         require_free_disk(paths.home, settings.min_free_gb)
         ledger.require_whole()
-        number, continued = ledger.open_round({"settings": settings.model_dump()})
+        number, continued = ledger.open_round({"settings": settings.model_dump(exclude={"report_webhook"})})
         inputs = inputs_hash(found, settings)
         work = expected_work(found, settings, ledger, UNUSED_STAGES.get(settings.recipe, ()))
         kept = _found_stages(paths, ledger, number, inputs)
@@ -107,6 +108,7 @@ def run_round(
             summary = write_report(paths, ledger, summary)
             ledger.close_round(number, summary)
             progress.finish()
+        _write_pages(paths, settings, number)
     return summary
 
 
@@ -255,6 +257,20 @@ def _with_published(made: dict[ModelKind, Path], paths: Paths, kind: ModelKind) 
         if model and other != kind:
             files[other] = model.path
     return ModelSet(files)
+
+
+def _write_pages(paths: Paths, settings: Settings, number: int) -> None:
+    """Write what is made of a round that has ended. The round is done, and no failure here changes that."""
+    for name in REPORTS:
+        try:
+            REPORTS.get(name)(paths, settings, number)
+        except Exception as error:
+            logger.warning(
+                "the %s report of round %d could not be written (%s); aslseg report writes it again",
+                name,
+                number,
+                error if isinstance(error, AslsegError) else type(error).__name__,
+            )
 
 
 def _clean_up(pipeline: RoundPipeline, number: int) -> None:

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from aslseg.registry import RECIPES
 from aslseg.settings.base import Section, setting
-from aslseg.settings.values import DeviceName, FolderName, LabelThresholds, Thresholds, Windows, ZoneName, registered
+from aslseg.settings.values import (
+    DeviceName,
+    FolderName,
+    HttpAddress,
+    LabelThresholds,
+    Thresholds,
+    Windows,
+    ZoneName,
+    registered,
+)
 
 # torch's generators are seeded with this number times about a million, plus the step, which must fit into 64 bits
 LARGEST_SEED = 2**32 - 1
@@ -138,6 +147,12 @@ class RoundSettings(Section):
         "Whether the server starts a round by itself when it has labels and no published model",
         example="false",
         common=True,
+    )
+    report_webhook: HttpAddress = setting(
+        "",
+        "Address to which the headline of each round's report is sent as JSON; empty: nothing is sent",
+        unit="address",
+        example="https://chat.hospital.example/hooks/aslseg",
     )
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, PlainSerializer
 
@@ -131,6 +132,18 @@ def _joined(value: Any) -> str:
     return value if isinstance(value, str) else ",".join(map(_number, value))
 
 
+def _http_address(text: str) -> str:
+    wanted = "an address such as https://chat.hospital.example/hooks/aslseg, or nothing"
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if text and (not valid or re.search(r"[\s\x00-\x1f\x7f]", text)):
+        raise ValueError(f"expected {wanted}")
+    return text
+
+
 LabelNames = Annotated[tuple[str, ...], _text(parse_names), PlainSerializer(",".join)]
 Nesting = Annotated[
     tuple[tuple[str, str], ...], _text(parse_nesting), PlainSerializer(lambda pairs: ",".join(map(":".join, pairs)))
@@ -145,3 +158,4 @@ Windows = Annotated[
     tuple[Window, ...], _text(parse_windows), PlainSerializer(lambda windows: ",".join(map(str, windows)))
 ]
 ZoneName = Annotated[str, _text(check_zone)]
+HttpAddress = Annotated[str, _text(_http_address)]

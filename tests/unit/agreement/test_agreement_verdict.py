@@ -200,4 +200,4 @@ def test_promoted_scans_come_before_others_and_a_number_is_a_limit_too():
     assert select(verdicts, agreements, limits, before={"b"}) == ["b", "a"]
     found = refusals(verdicts, agreements, limits, ["b", "a"])
     assert found["d"] == ["mask: empty"]
-    assert found["c"][0].startswith("others agree better, and 2 are promoted")
+    assert found["c"][0].startswith("passed, but 2 scans agree better (promote_fraction")

@@ -157,7 +157,9 @@ def test_the_schedule_and_why_scans_were_not_promoted(paths: Paths) -> None:
     nights.note_end("2026-11-26T22:00:00+00:00", "round 1 is done", datetime(2026, 11, 27, 3, tzinfo=UTC))
     nights.note_stop("ann", datetime(2026, 11, 27, 9, tzinfo=UTC))
     ledger.open_round({})
-    ledger.close_round(1, {"not promoted": {"c<1>": ["tumour: agreement 0.5 below 0.7", "liver: 40 pieces"]}})
+    refused = {"agreement": 0.7, "per_label": {"liver": 0.9, "tumour": 0.5}, "promoted": False}
+    refused["reasons"] = ["tumour: agreement 0.500 below 0.7", "liver: 40 pieces, more than 30"]
+    ledger.close_round(1, {"decisions": {"c<1>": refused}})
     nights.note_stop("ann", datetime(2026, 11, 27, 9, tzinfo=UTC))
     mask = {"sha256": "m", "agreement": {"liver": 0.9}, "threshold": {}, "models": {}}
     ledger.append([Entry("mask", 1, "c2", "aslseg_pseudo", mask)])
@@ -166,5 +168,9 @@ def test_the_schedule_and_why_scans_were_not_promoted(paths: Paths) -> None:
     assert "A round starts after 5 new labels." in page
     assert "Stopped by ann on Fri 27 Nov 09:00" in page
     assert "Night of Thu 26 Nov 22:00: round 1 is done." in page
-    assert "c&lt;1&gt;</td><td>tumour: agreement 0.5 below 0.7; liver: 40 pieces" in page
+    assert "Not promoted in round 1" in page
+    assert "<li>1 scan: tumour: agreement below 0.7</li>" in page
+    row = '<td class="n">liver 0.900, tumour 0.500</td><td>tumour: agreement 0.500 below 0.7; liver: 40 pieces'
+    assert f"c&lt;1&gt;</td>{row}" in page
+    assert '<a href="/aslseg/reports/1">' in page
     assert "liver 0.750, tumour empty" in page

@@ -65,7 +65,9 @@ def test_the_verdict_refuses_what_is_unlike_human_labels_or_disputed(
     settings = tiny_settings(tmp_path, promote_threshold="0.8", promote_fraction=1)
     summary = run_round(known_masks, settings)
     inputs = [*known_masks.glob("*.nii.gz"), *(known_masks / "labels" / "final").glob("*.nii.gz")]
-    assert {os.path.relpath(p, known_masks): 1 for p in inputs}.items() <= dict(hashed).items()
+    # the report makes sure that the scan of which it has a picture is still the same
+    expected = {os.path.relpath(p, known_masks): 1 for p in inputs} | {f"{PLAUSIBLE}.nii.gz": 2}
+    assert expected.items() <= dict(hashed).items()
 
     assert summary["promoted"] == [PLAUSIBLE]
     scores = {s.case: s for s in Ledger(Paths(settings, known_masks).ledger).scores()}
@@ -74,6 +76,11 @@ def test_the_verdict_refuses_what_is_unlike_human_labels_or_disputed(
     assert scores[TOO_LARGE].agreement == 1
     assert "volume" in " ".join(scores[TOO_LARGE].details["reasons"])
     assert "liver: agreement 0.000 below 0.8" in scores[DISPUTED].details["reasons"]
+    decisions = summary["decisions"]
+    assert decisions[PLAUSIBLE] | {"agreement": 1, "reasons": []} == decisions[PLAUSIBLE]
+    assert [c for c, d in decisions.items() if d["promoted"]] == [PLAUSIBLE]
+    assert decisions[DISPUTED]["per_label"]["liver"] == 0
+    assert "liver: agreement 0.000 below 0.8" in decisions[DISPUTED]["reasons"]
     assert [k for k in label_hashes(known_masks) if "pseudo" in k] == [f"aslseg_pseudo/{PLAUSIBLE}.nii.gz"]
     # a refused mask is still shown to annotators
     assert (known_masks / "labels" / "original" / f"{TOO_LARGE}.nii.gz").exists()

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import requests
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
 from monailabel.config import settings as platform
 from monailabel.endpoints import logs, ohif, proxy
 from monailabel.utils.async_tasks.task import AsyncTask
 
+from aslseg.errors import LedgerError
 from aslseg.review.page import render
+from aslseg.review.report import report_path, write
 from aslseg.review.status import collect
 from aslseg.serving.auth import ADMIN, USER, User
 from aslseg.serving.health import check_health
@@ -28,9 +32,12 @@ if TYPE_CHECKING:
     from aslseg.serving.app import ServedApp
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+REPORT_POLICY = f"{POLICY}; img-src data:"
+logger = logging.getLogger(__name__)
 ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+/")
 NO_DOCS = "The interactive documentation needs scripts from the internet and is switched off. Schema: /openapi.json\n"
 MAX_LOG_LINES = 10_000
+LAST_ROUND = 999_999
 
 
 def add_routes(router: APIRouter, app: ServedApp) -> None:
@@ -68,6 +75,20 @@ def _status(router: APIRouter, app: ServedApp) -> None:
     @router.get("/aslseg", response_class=HTMLResponse)
     def page(user: User = USER) -> Any:
         return HTMLResponse(render(now()), headers={"Content-Security-Policy": POLICY})
+
+    @router.get("/aslseg/reports/{number}", response_class=HTMLResponse)
+    def report(number: Annotated[int, PathParameter(ge=1, le=LAST_ROUND)], user: User = USER) -> Any:
+        """The report of a round; it is written now if the round could not."""
+        path = report_path(app.paths, number)
+        try:
+            if not path.is_file():
+                write(app.paths, app.settings, number)
+        except LedgerError as error:
+            logger.warning("%s", error)
+            raise RefusedError(
+                f"there is no report of round {number}; see /aslseg/ for those that there are", 404
+            ) from None
+        return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
 
 
 def _monitoring(router: APIRouter, app: ServedApp) -> None:
