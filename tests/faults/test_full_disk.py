@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections import namedtuple
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from aslseg.errors import DiskFullError
+from aslseg.review.report import write
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.run import run_round
 from aslseg.settings import Paths
@@ -61,6 +63,31 @@ def test_a_disk_that_fills_up_stops_the_round_and_room_lets_it_go_on(
     summary = run_round(studies, settings)
     assert (summary["round"], summary["continued"]) == (1, True)
     assert set(published_hashes(settings, studies)) == {"ssl", "sam", "adapter"}
+
+
+def test_a_report_that_cannot_be_written_or_sent_leaves_the_round_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    studies = tiny_studies(tmp_path, cases=2, labelled=1)
+    settings = tiny_settings(tmp_path, report_webhook="http://127.0.0.1:9/secret")
+    paths, replace = Paths(settings, studies), os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if str(target).endswith(".html"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as filled:
+        filled.setattr(os, "replace", full)
+        run_round(studies, settings)
+    (row,) = Ledger(paths.ledger).rounds()
+    assert row.state == "done"
+    assert "secret" not in json.dumps([e.details for e in Ledger(paths.ledger).events()])
+    (line,) = [r.getMessage() for r in caplog.records if "report" in r.getMessage()]
+    assert "the html report of round 1 could not be written (disk full while writing" in line
+    assert list(paths.reports.glob("*.html")) == []
+    path, _ = write(paths, settings)
+    assert path.is_file()
 
 
 def test_a_full_ledger_says_so_and_keeps_its_chain(tmp_path: Path) -> None:

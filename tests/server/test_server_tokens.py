@@ -61,6 +61,7 @@ def test_every_route_but_a_few_wants_a_token(guarded: tuple[Any, dict[str, str]]
         ("GET", "/info/", "annotator"),
         ("GET", "/aslseg/", "annotator"),
         ("GET", "/aslseg/metrics", "annotator"),
+        ("GET", "/aslseg/reports/1", "annotator"),
         ("GET", "/ohif/", "annotator"),
         ("POST", "/scoring/none", "annotator"),
         ("POST", "/train/none", "admin"),

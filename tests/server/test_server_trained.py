@@ -88,6 +88,22 @@ def test_round_publishes_ranks_and_promotes(trained: Any) -> None:
     assert list(trained.client().info()["models"]) == ["aslseg", "ssl", "adapter", "sam", "sam_2d"]
 
 
+def test_the_report_of_a_round(trained: Any) -> None:
+    assert '<a href="/aslseg/reports/1">report</a>' in requests.get(f"{trained.url}/aslseg/", timeout=60).text
+    answer = requests.get(f"{trained.url}/aslseg/reports/1", timeout=60)
+    assert answer.ok
+    assert answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["content-security-policy"] == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert "What each class can be trusted with" in answer.text
+    assert str(Path(trained.studies)) not in answer.text
+    (Path(trained.studies) / ".aslseg" / "reports" / "round-1.html").unlink()
+    assert requests.get(f"{trained.url}/aslseg/reports/1", timeout=60).ok, "written again when it is asked for"
+    for number, status in (("77", 404), ("0", 422), ("x", 422), ("9" * 300, 422)):
+        refused = requests.get(f"{trained.url}/aslseg/reports/{number}", timeout=60)
+        assert refused.status_code == status
+        assert trained.studies not in refused.text
+
+
 def test_every_model_on_a_case(trained: Any) -> None:
     case = waiting(trained)
     volume = scan_of(trained, case)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aslseg.rounds.ledger import RoundRow, Score
@@ -57,9 +57,12 @@ def decide(state: RoundState, promoted: Collection[str], withdrawn: Collection[s
         reasons = list(assessment.verdict.reasons)
         if case not in promoted:
             reasons = _against(state, case, reasons, withdrawn)
-        agreement = assessment.agreement
-        decision = Decision(case, agreement.mean, agreement.per_label, case in promoted, tuple(reasons))
-        found[case] = {name: value for name, value in asdict(decision).items() if name != "case"}
+        found[case] = {
+            "agreement": assessment.agreement.mean,
+            "per_label": assessment.agreement.per_label,
+            "promoted": case in promoted,
+            "reasons": reasons,
+        }
     return found
 
 

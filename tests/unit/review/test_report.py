@@ -111,7 +111,7 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
         "No promise yet",
         "Mostly right.",
         "A hint of where to look. Expect to redraw much of it. Uncertain: measured on 2 scans.",
-        "120 min",
+        "2 h 0 min",
         "found from before",
         "a warning",
         "broken: no image",

@@ -77,7 +77,7 @@ def test_the_verdict_refuses_what_is_unlike_human_labels_or_disputed(
     assert "volume" in " ".join(scores[TOO_LARGE].details["reasons"])
     assert "liver: agreement 0.000 below 0.8" in scores[DISPUTED].details["reasons"]
     decisions = summary["decisions"]
-    assert decisions[PLAUSIBLE] | {"agreement": 1, "reasons": []} == decisions[PLAUSIBLE]
+    assert (decisions[PLAUSIBLE]["agreement"], decisions[PLAUSIBLE]["reasons"]) == (1, [])
     assert [c for c, d in decisions.items() if d["promoted"]] == [PLAUSIBLE]
     assert decisions[DISPUTED]["per_label"]["liver"] == 0
     assert "liver: agreement 0.000 below 0.8" in decisions[DISPUTED]["reasons"]

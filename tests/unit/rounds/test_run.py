@@ -50,7 +50,7 @@ def test_two_rounds_rank_and_rollback(tmp_path: Path, judged: Judged) -> None:
     assert len(first["promoted"]) == 2  # at most half of three, rounded up
     assert set(first["agreement"]) == {"phantom_003", "phantom_004", "phantom_005"}
     (left,) = set(first["agreement"]) - set(first["promoted"])
-    assert first["decisions"][left]["reasons"] == ("passed, but 2 scans agree better (promote_fraction 0.5)",)
+    assert first["decisions"][left]["reasons"] == ["passed, but 2 scans agree better (promote_fraction 0.5)"]
     assert all("published, the first one" in line for line in first["published"])
     # six steps teach no network what a tumour is
     assert [w for w in first["warnings"] if w.startswith("tumour is not learned")]
