@@ -76,8 +76,10 @@ NETWORKS = Registry(
 
 RECIPES = Registry("recipe", {"aslseg": "aslseg.rounds.recipes.aslseg:aslseg", "cfr": "aslseg.rounds.recipes.cfr:cfr"})
 
-# what is written when a round ends; rounds do not know the pages that are made of them
-REPORTS = Registry("report", {"html": "aslseg.review.report:write_after_round"})
+# what is made of a round: its page just before it is closed, its headline after; rounds do not know the pages
+REPORTS = Registry(
+    "report", {"page": "aslseg.review.report:write_page", "headline": "aslseg.review.report:send_headline"}
+)
 
 # in the order in which they are tried: the first that recognises a folder is taken
 LAYOUTS = Registry(

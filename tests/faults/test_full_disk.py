@@ -77,14 +77,16 @@ def test_a_report_that_cannot_be_written_or_sent_leaves_the_round_done(
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
 
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with monkeypatch.context() as filled:
         filled.setattr(os, "replace", full)
         run_round(studies, settings)
     (row,) = Ledger(paths.ledger).rounds()
     assert row.state == "done"
     assert "secret" not in json.dumps([e.details for e in Ledger(paths.ledger).events()])
-    (line,) = [r.getMessage() for r in caplog.records if "report" in r.getMessage()]
-    assert "the html report of round 1 could not be written (disk full while writing" in line
+    page, sent = [r.getMessage() for r in caplog.records if "report" in r.getMessage()]
+    assert page.startswith("the page of round 1 could not be made (disk full while writing")
+    assert sent.startswith("report_webhook: 127.0.0.1 did not take the headline")
     assert list(paths.reports.glob("*.html")) == []
     path, _ = write(paths, settings)
     assert path.is_file()

@@ -123,6 +123,16 @@ def test_a_round_infer_evaluate_and_ledger(run: Run, tmp_path: Path, monkeypatch
     assert {m["kind"] for m in models} == {"ssl", "sam", "adapter"}
     assert all({"sha256", "date", "validation_dice"} <= set(m) for m in models)
 
+    code, out, err = run("report", "--studies", studies, "--out", tmp_path / "r.html", *conf)
+    assert code == 0, err
+    assert out.startswith("Round 2: ")
+    assert out.endswith(f"Look at these first: phantom_002\nReport: {tmp_path / 'r.html'}\n")
+    assert "Round 2" in (tmp_path / "r.html").read_text()
+    assert json.loads(run("report", "--studies", studies, "--round", 1, "--json", *conf)[1])["round"] == 1
+    code, _, err = run("report", "--studies", studies, "--round", 9, *conf)
+    assert code == 1
+    assert "there is no round 9" in err
+
     (studies / "broken.nii.gz").write_bytes(b"no image")
     common = ("--input", studies, "--studies", studies, "--json", *conf)
     code, out, _ = run("infer", "--model", "aslseg", "--output", tmp_path / "pred", *common)

@@ -47,21 +47,10 @@ FEW_CASES = 5
 """Scored cases below which a mean is called uncertain."""
 
 
-def write_after_round(paths: Paths, settings: Settings, number: int) -> None:
-    """Write the report of a round that has just ended, and send its headline if there is an address for it.
-
-    Raises:
-        AslsegError: As :func:`write`.
-    """
-    content = write(paths, settings, number)[1]
-    if settings.report_webhook:
-        send(settings.report_webhook, headline(content))
-
-
 def write(
     paths: Paths, settings: Settings, number: int | None = None, out: Path | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """Write the report of a round.
+    """Write the report of a round from the ledger.
 
     Args:
         paths: The studies folder.
@@ -70,17 +59,29 @@ def write(
         out: The file; None is the one beside the ledger.
 
     Returns:
-        The file and what :func:`collect` gave.
+        The file and what stands in it.
 
     Raises:
         LedgerError: There is no such round, or it has not ended.
         DiskFullError, FileWriteError: The file is as it was before.
     """
-    content = collect(paths, settings, number)
-    out = out or report_path(paths, content["round"])
+    return write_page(paths, settings, _ended(Ledger(paths.ledger), number), out)
+
+
+def write_page(paths: Paths, settings: Settings, row: RoundRow, out: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Write the report of a round that has ended, or is about to be closed; otherwise as :func:`write`."""
+    events = _promotions(Ledger(paths.ledger), row)
+    content = collect(paths, settings, row) | {"pictures": list(_pictures(paths, settings, events, row.number))}
+    out = out or report_path(paths, row.number)
     with atomic_file(out) as temporary:
         temporary.write_text(template("report.html").render(**content), encoding="utf-8", errors="replace")
     return out, content
+
+
+def send_headline(paths: Paths, settings: Settings, row: RoundRow) -> None:
+    """Send the headline of a round that has ended, if the settings have an address for it."""
+    if settings.report_webhook:
+        send(settings.report_webhook, headline(collect(paths, settings, row)))
 
 
 def report_path(paths: Paths, number: int) -> Path:
@@ -88,19 +89,15 @@ def report_path(paths: Paths, number: int) -> Path:
     return paths.reports / f"round-{number}.html"
 
 
-def collect(paths: Paths, settings: Settings, number: int | None = None) -> dict[str, Any]:
-    """Everything that stands in the report of a round, as plain values.
+def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
+    """Everything that stands in the report of a round, as plain values, without the pictures.
 
     Args:
         paths: The studies folder.
-        settings: Labels, and the window of intensities.
-        number: The round; None is the last one that has ended.
-
-    Raises:
-        LedgerError: There is no such round, or it has not ended.
+        settings: Labels.
+        row: The round.
     """
     ledger = Ledger(paths.ledger)
-    row = _ended(ledger, number)
     summary, decisions = row.summary, decisions_of(row, ledger.scores())
     events, seconds = _promotions(ledger, row), summary.get("seconds", {})
     left, reasons = [d for d in decisions if not d.promoted], {d.case: d.reasons for d in decisions}
@@ -117,7 +114,6 @@ def collect(paths: Paths, settings: Settings, number: int | None = None) -> dict
         "promoted_total": len(events),
         "source": summary.get("source"),
         "shown": summary.get("shown"),
-        "pictures": list(_pictures(paths, settings, events, row.number)),
         "reasons": [{"reason": kind, "scans": count} for kind, count in count_reasons(decisions)][:MOST],
         "left": [_shown(d) for d in left[:MOST]],
         "left_total": len(left),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from aslseg.rounds.brake import NO_BRAKE, Brake
 from aslseg.rounds.cases import RoundCases, prepare_cases, trained_before
 from aslseg.rounds.corrections import record_checked
 from aslseg.rounds.gate import publish_better
-from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.rounds.ledger import Entry, Ledger, RoundRow
 from aslseg.rounds.lock import round_lock
 from aslseg.rounds.masks import sync_label_files, unwritable_labels
 from aslseg.rounds.nights import inputs_hash
@@ -74,8 +75,8 @@ def run_round(
         ``decisions`` (on each scan, :func:`aslseg.rounds.reasons.decide`), ``withdrawn`` (promotions of a rejected
         round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason), ``agreement`` (by
         case), ``published`` (a line per model), ``models`` (this round's files, kept until the round after next),
-        ``warnings``, ``skipped``, ``seconds`` by stage, ``rates`` (seconds for a unit of each stage),
-        ``inputs`` (:func:`aslseg.rounds.nights.inputs_hash`), ``ledger`` (events and last hash before it was closed).
+        ``warnings``, ``skipped``, ``seconds`` by stage, ``rates`` (seconds for a unit of each stage), ``inputs``
+        (:func:`aslseg.rounds.nights.inputs_hash`), ``ledger`` (its head before this round was closed).
 
     Raises:
         AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError,
@@ -104,12 +105,10 @@ def run_round(
             pipeline = RoundPipeline(paths, settings, ledger, cases, progress, number, opened)
             summary = RECIPES.get(settings.recipe)(pipeline)
             summary |= {"round": number, "continued": continued, "inputs": inputs} | _about(pipeline)
-            _clean_up(pipeline, number)
-            summary = write_report(paths, ledger, summary)
-            ledger.close_round(number, summary)
+            row = _close(pipeline, number, summary)
             progress.finish()
-        _write_pages(paths, settings, number)
-    return summary
+        _report("headline", paths, settings, row)
+    return row.summary
 
 
 def train_stage(
@@ -259,18 +258,28 @@ def _with_published(made: dict[ModelKind, Path], paths: Paths, kind: ModelKind) 
     return ModelSet(files)
 
 
-def _write_pages(paths: Paths, settings: Settings, number: int) -> None:
-    """Write what is made of a round that has ended. The round is done, and no failure here changes that."""
-    for name in REPORTS:
-        try:
-            REPORTS.get(name)(paths, settings, number)
-        except Exception as error:
-            logger.warning(
-                "the %s report of round %d could not be written (%s); aslseg report writes it again",
-                name,
-                number,
-                error if isinstance(error, AslsegError) else type(error).__name__,
-            )
+def _close(pipeline: RoundPipeline, number: int, summary: dict[str, Any]) -> RoundRow:
+    """Clean up, write the reports and close the round; returns it with its whole summary."""
+    ledger, paths = pipeline.ledger, pipeline.paths
+    _clean_up(pipeline, number)
+    summary = write_report(paths, ledger, summary)
+    row = next(r for r in ledger.rounds() if r.number == number)
+    row = replace(row, state="done", closed=datetime.now(UTC).isoformat("T", "seconds"), summary=summary, error=None)
+    # before the round is closed: one that is killed here is gone on with, and writes it then
+    _report("page", paths, pipeline.settings, row)
+    ledger.close_round(number, summary)
+    return row
+
+
+def _report(name: str, paths: Paths, settings: Settings, row: RoundRow) -> None:
+    """Make one of the reports of a round that is done; no failure here changes that."""
+    try:
+        REPORTS.get(name)(paths, settings, row)
+    except Exception as error:
+        reason = error if isinstance(error, AslsegError) else type(error).__name__
+        logger.warning(
+            "the %s of round %d could not be made (%s); aslseg report makes it again", name, row.number, reason
+        )
 
 
 def _clean_up(pipeline: RoundPipeline, number: int) -> None:

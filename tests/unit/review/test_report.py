@@ -231,8 +231,8 @@ def test_the_headline_names_no_scan(paths: Paths, settings: Settings) -> None:
     close(
         paths, promoted(paths, "phantom_003", 0.8), published=["ssl: unchanged"], skipped={"anna": "anna: unreadable"}
     )
-    content = collect(paths, settings, 1)
-    found = headline(content)
+    (row,) = Ledger(paths.ledger).rounds()
+    found = headline(collect(paths, settings, row))
     assert found["text"] == "Round 1: 1 of 1 scans without a human label promoted. Ssl: unchanged."
     assert (found["promoted"], found["not_promoted"]) == (1, 0)
     assert "phantom" not in json.dumps(found)
