@@ -53,7 +53,7 @@ def _channel(depth: Tensor) -> Tensor:
 class NestedBatches(Batches):
     """Batches of the second stage; its first label is the parent. Images and depths are two channels."""
 
-    network: Mapping[str, Any] = MappingProxyType({"channels": 2})
+    network: Mapping[str, Any] = MappingProxyType({"channels": 2, "last_relu": False})
 
     def sampler(self, labelled: Sequence[Prepared], patch: tuple[int, int, int]) -> PatchSampler:
         """Draws labelled patches, and learns what the labelled lesions look like."""

@@ -1,7 +1,9 @@
 """Networks of the SSL model: the SSL papers' V-Net, a small one for CPUs, and MONAI's by name.
 
-Every factory takes (classes, patch, channels) and returns a module from (B, channels, i, j, k) to
-logits (B, classes, i, j, k) for i, j, k multiples of 16.
+Every factory takes (classes, patch, channels, last_relu) and returns a module from (B, channels, i, j, k) to
+logits (B, classes, i, j, k) for i, j, k multiples of 16. ``last_relu`` False leaves out the rectifier before the head
+where there is one (V-Net, SegResNet): with eight features that are never negative a rare class gets none of its own. It
+ends as what remains where all features are 0, with a probability that its bias bounds below one half.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class VNet(nn.Module):
         dropout: Drop probability after the deepest block.
         head_dropout: Drop probability after the last block. With 8 filters, half of 8 channels gone at each step leaves
             a rare class no feature of its own: it ends as what remains when all features are off, and loses.
+        last_relu: Whether the features that reach the head are rectified, as the papers' are.
     """
 
     ENCODER = (1, 2, 3, 3, 3)
@@ -38,6 +41,7 @@ class VNet(nn.Module):
         dropout: float = 0.5,
         head_dropout: float = 0.5,
         channels: int = 1,
+        last_relu: bool = True,
     ) -> None:
         super().__init__()
         width = [filters * 2**level for level in range(5)]
@@ -49,11 +53,11 @@ class VNet(nn.Module):
             nn.Sequential(nn.Conv3d(width[level], width[level + 1], 2, 2), *_norm_relu(width[level + 1], norm))
             for level in range(4)
         )
-        half = VNetDecoder(classes, filters, norm, head_dropout)
+        half = VNetDecoder(classes, filters, norm, head_dropout, last_relu=last_relu)
         # the decoder's parts keep the names under which they stand in published model files
         self.up, self.decoder, self.head, self.head_dropout = half.up, half.decoder, half.head, half.head_dropout
         self.dropout = nn.Dropout3d(dropout)
-        self.norm = norm
+        self.norm, self.last_relu = norm, last_relu
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """(B, C, i, j, k) to the features of the five levels, (B, filters 2^l, i / 2^l, j / 2^l, k / 2^l)."""
@@ -69,7 +73,9 @@ class VNet(nn.Module):
 
     def decoder_with(self, up: str) -> VNetDecoder:
         """A fresh decoder for the same features and classes; ``up`` as in :class:`VNetDecoder`."""
-        return VNetDecoder(self.head.out_channels, self.head.in_channels, self.norm, self.head_dropout.p, up)
+        return VNetDecoder(
+            self.head.out_channels, self.head.in_channels, self.norm, self.head_dropout.p, up, self.last_relu
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1, i, j, k) to logits (B, classes, i, j, k)."""
@@ -86,9 +92,18 @@ class VNetDecoder(nn.Module):
         head_dropout: Drop probability after the last block.
         up: ``transposed`` convolution (V-Net), or as in MC-Net+ ``trilinear`` (corners aligned) or ``nearest``
             interpolation followed by a 3 x 3 x 3 convolution.
+        last_relu: Whether the features that reach the head are rectified.
     """
 
-    def __init__(self, classes: int, filters: int, norm: str, head_dropout: float, up: str = "transposed") -> None:
+    def __init__(
+        self,
+        classes: int,
+        filters: int,
+        norm: str,
+        head_dropout: float,
+        up: str = "transposed",
+        last_relu: bool = True,
+    ) -> None:
         super().__init__()
         width = [filters * 2**level for level in range(5)]
         self.up = nn.ModuleList(
@@ -96,7 +111,8 @@ class VNetDecoder(nn.Module):
             for level in range(4)
         )
         self.decoder = nn.ModuleList(
-            _convolutions(n, width[level], width[level], norm) for level, n in enumerate(VNet.DECODER)
+            _convolutions(n, width[level], width[level], norm, last_relu or level > 0)
+            for level, n in enumerate(VNet.DECODER)
         )
         self.head = nn.Conv3d(filters, classes, 1)
         self.head_dropout = nn.Dropout3d(head_dropout)
@@ -125,37 +141,40 @@ def _norm_relu(channels: int, norm: str) -> tuple[nn.Module, nn.Module]:
     return layer, nn.ReLU(inplace=True)
 
 
-def _convolutions(count: int, inputs: int, outputs: int, norm: str) -> nn.Sequential:
+def _convolutions(count: int, inputs: int, outputs: int, norm: str, last_relu: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = []
     for n in range(count):
         layers += [
             nn.Conv3d(inputs if n == 0 else outputs, outputs, 3, padding=1),
             *_norm_relu(outputs, norm),
         ]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers) if last_relu else nn.Sequential(*layers[:-1])
 
 
-def vnet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
+def vnet(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
     """The papers' V-Net: 16 filters, batch norm."""
-    return VNet(classes, channels=channels)
+    return VNet(classes, channels=channels, last_relu=last_relu)
 
 
-def vnet_small(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
+def vnet_small(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
     """V-Net with 8 filters (2.4 M parameters), quick enough to train on a CPU overnight; no dropout before its head."""
-    return VNet(classes, filters=8, head_dropout=0.0, channels=channels)
+    return VNet(classes, filters=8, head_dropout=0.0, channels=channels, last_relu=last_relu)
 
 
-def unet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
+def unet(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
     """MONAI's residual U-Net, 16 to 256 channels."""
     return UNet(3, channels, classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2)
 
 
-def segresnet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
+def segresnet(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
     """MONAI's SegResNet, 16 filters."""
-    return SegResNet(3, 16, channels, classes)
+    network = SegResNet(3, 16, channels, classes)
+    if not last_relu:
+        network.conv_final[1] = nn.Identity()
+    return network
 
 
-def dynunet(classes: int, patch: Sequence[int], channels: int = 1) -> nn.Module:
+def dynunet(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
     """MONAI's DynUNet with nnU-Net's plain layout; axes that reach four voxels are no longer halved."""
     from monai.networks.nets import DynUNet
 

@@ -19,6 +19,26 @@ def test_networks_take_any_number_of_classes(name):
         assert network(torch.zeros(1, 1, *patch)).shape == (1, 4, *patch)
 
 
+@pytest.mark.parametrize("name", ["vnet", "vnet_small", "segresnet"])
+def test_without_the_last_rectifier_features_of_the_head_keep_their_sign(name):
+    patch, least = (32, 16, 16), {}
+    for last_relu in (True, False):
+        torch.manual_seed(0)
+        network = NETWORKS.get(name)(3, patch, 2, last_relu).eval()
+        convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv3d)]
+        head = next(m for m in reversed(convolutions) if m.out_channels == 3)
+        head.register_forward_hook(lambda _, given, __, key=last_relu: least.update({key: given[0].min().item()}))
+        with torch.no_grad():
+            network(torch.randn(1, 2, *patch))
+    assert least[True] == 0
+    assert least[False] < 0
+
+
+def test_decoders_beside_a_network_have_its_last_layer():
+    network = VNet(3, filters=2, last_relu=False)
+    assert isinstance(network.decoder_with("trilinear").decoder[0][-1], torch.nn.BatchNorm3d)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "names"),
     [("vnet", 9_448_866, "961573e9a708d84a"), ("vnet_small", 2_364_434, "44342bd63a66a097")],

@@ -128,7 +128,8 @@ def test_methods_with_unlabelled_scans_train_in_both_stages(tmp_path, settings, 
 def test_networks_take_the_parent_as_a_second_channel(tmp_path, settings, network):
     out = tmp_path / "ssl.safetensors"
     run(out, settings(network=network), iterations=2)
-    assert read_metadata(out)["stages"]["second"]["liver"]["model"]["options"]["channels"] == 2
+    options = {"channels": 2, "last_relu": False}
+    assert read_metadata(out)["stages"]["second"]["liver"]["model"]["options"] == options
     assert predict.load(out, settings()).predict(case("a").image).shape == (3, *SHAPE)
 
 
