@@ -24,6 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from PIL import Image
+from scipy.ndimage import binary_erosion
 
 from aslseg.agreement.lesions import count_lesions
 from aslseg.cases.prepare import PreparedStore, working_spacing
@@ -197,6 +199,30 @@ def finish(arguments: argparse.Namespace, rows: list[dict]) -> None:
     result = {"summary": summary(rows), "rows": rows, "arguments": {k: str(v) for k, v in vars(arguments).items()}}
     (arguments.out / "result.json").write_text(json.dumps(result, indent=1))
     logger.info("\n%s\n%s", show(rows), json.dumps(result["summary"], indent=1))
+    draw(arguments.out, rows, arguments.out / "outlines.png")
+
+
+def draw(out: Path, rows: list[dict], path: Path) -> None:
+    """Outlines of the best, the middle and the worst patient with a tumour: liver grey, true tumour blue, found orange.
+
+    Each in the axial slice that shows most of the tumour; no intensities.
+    """
+    ill = sorted((r for r in rows if r["tumour"]["voxels"]), key=lambda r: -r["tumour"]["dice"])
+    panels = []
+    for row in (ill[0], ill[(len(ill) - 1) // 2], ill[-1]):
+        with np.load(out / f"{row['case']}.npz") as kept:
+            truth, found = kept["truth"], kept["found"]
+        k = int((truth == 2).sum((0, 1)).argmax())
+        i, j = (np.flatnonzero((truth[:, :, k] > 0).any(axis)) for axis in (1, 0))
+        where = np.s_[max(i[0] - 8, 0) : i[-1] + 9, max(j[0] - 8, 0) : j[-1] + 9, k]
+        panel = np.full((480, 480, 3), 255, np.uint8)
+        shown = ((truth > 0, (150, 150, 150)), (truth == 2, (30, 90, 220)), (found == 2, (240, 120, 0)))
+        for mask, colour in shown:
+            # the patient's right on the left, front at the top
+            big = np.kron(mask[where].T[::-1, ::-1], np.ones((3, 3), bool))[:480, :480]
+            panel[: big.shape[0], : big.shape[1]][big & ~binary_erosion(big, iterations=2)] = colour
+        panels.append(panel)
+    Image.fromarray(np.concatenate(panels, 1)).quantize(8).save(path, optimize=True)
 
 
 def main() -> None:
