@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 from aslseg.agreement.measures import score
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.augment import centre
 from aslseg.compute.device import bfloat16_pays
 from aslseg.compute.weights import load_weights, save_weights

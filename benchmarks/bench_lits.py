@@ -29,7 +29,7 @@ from scipy.ndimage import binary_erosion
 
 from aslseg.agreement.lesions import count_lesions
 from aslseg.cases.prepare import PreparedStore, working_spacing
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import Case
 from aslseg.compute.overlap import dice
 from aslseg.compute.weights import load_weights

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from aslseg.cases.prepare import prepare, working_spacing
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.overlap import dice
 from aslseg.settings import load_settings
 from aslseg.ssl import predict, training

@@ -33,7 +33,7 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.augment import centre
 from aslseg.compute.device import bfloat16_pays
 from aslseg.compute.overlap import dice

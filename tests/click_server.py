@@ -14,8 +14,9 @@ from aslseg.sam.modeling.architecture import Architecture, build
 from aslseg.sam.modeling.build import SAMModel
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.clicks import ClickSessions, ClickTask
-from aslseg.serving.infer import InferenceRequest, answer, scan_path
+from aslseg.serving.inference_request import InferenceRequest, scan_path
 from aslseg.serving.params import validate_params
+from aslseg.serving.replies import answer
 from aslseg.settings import Paths, Settings
 from seeing_sam import Sees
 

@@ -69,7 +69,7 @@ def tiny_network(classes: int, patch: Sequence[int]) -> nn.Module:
 def make_tiny(promote: bool = True) -> None:
     """For the rest of this process: fewer batch-norm batches, one thread, and, as networks of six steps never
     look right, every mask that agrees counts as plausible."""
-    from aslseg.agreement.verdict import Verdict
+    from aslseg.agreement.promotion_rules import Verdict
     from aslseg.rounds import promotion
     from aslseg.ssl import engine
 

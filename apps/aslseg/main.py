@@ -15,7 +15,7 @@ from aslseg.rounds.ledger import Ledger
 from aslseg.serving import app, trainers
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.clicks import ClickSessions, ClickTask
-from aslseg.serving.infer import AdapterTask, CascadeTask, MaskTask
+from aslseg.serving.infer_tasks import AdapterTask, CascadeTask, MaskTask
 from aslseg.serving.scoring import AgreementScoring
 from aslseg.serving.strategies import ByAgreement, Random
 

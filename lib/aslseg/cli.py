@@ -204,7 +204,7 @@ def serve(
     """Start MONAI Label with this app; further arguments go to `monailabel start_server`."""
     settings = ready(conf)
     from aslseg.resources import prepare_app_dir
-    from aslseg.serving.exposure import require_safe_exposure
+    from aslseg.serving.network_access import require_safe_exposure
 
     require_safe_exposure(host, settings)
     # glibc keeps freed blocks of up to 32 MB for the next layer instead of asking the kernel for new pages

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import Settings
 from aslseg.ssl import engine
 from aslseg.types import Volume

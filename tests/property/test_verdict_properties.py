@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from aslseg.agreement.measures import Agreement, compare
-from aslseg.agreement.verdict import PromotionLimits, Reference, Verdict, judge, select
+from aslseg.agreement.promotion_rules import PromotionLimits, Reference, Verdict, judge, select
 from aslseg.settings import Settings
 from aslseg.types import Labels
 

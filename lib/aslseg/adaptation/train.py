@@ -20,7 +20,7 @@ from aslseg.adaptation.network import AdaptationNetwork, strides_for
 from aslseg.adaptation.synthetic import corrupt, draw_severity, soft_pair, soften
 from aslseg.cases.patches import fit_start
 from aslseg.cases.prepare import automatic_patch
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.compute.hardware import resolved

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 
 FOREGROUND_PART = 0.5
 HUMAN_PART = 0.5
@@ -22,9 +22,11 @@ KEPT_VOXELS = 4000
 class Patch:
     """One crop: image (i, j, k) float32 in 0..1, class map uint8, voxel weights float32.
 
-    ``parent`` is the crop of :attr:`aslseg.cases.prepared.Prepared.parent` as float32, None where the case has none.
+    ``parent`` is the crop of :attr:`aslseg.cases.prepared_case.Prepared.parent` as float32, None where the case has
+    none.
 
-    NumPy arrays; tensors on the device that the case is held on (:func:`aslseg.cases.prepared.load_within_budget`).
+    NumPy arrays; tensors on the device that the case is held on
+    (:func:`aslseg.cases.prepared_case.load_within_budget`).
     """
 
     image: Any

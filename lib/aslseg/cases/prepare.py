@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import Case
 from aslseg.compute.hardware import resolved
 from aslseg.errors import BadImageError, BadLabelError

@@ -76,7 +76,7 @@ def _number(name: str) -> int:
 
 def access(settings: Settings) -> Iterator[Finding]:
     """Who may use the server: its token file, and exposure without a login."""
-    from aslseg.serving.exposure import authentication_configured
+    from aslseg.serving.network_access import authentication_configured
     from aslseg.serving.tokens import read_token_file
 
     if settings.insecure and not authentication_configured(settings):

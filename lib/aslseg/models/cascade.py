@@ -17,9 +17,9 @@ import numpy as np
 
 from aslseg.cases.prepare import Spacing, prepare
 from aslseg.errors import BadImageError, NoModelError
-from aslseg.models.files import ModelSet
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.loaded import load_model
+from aslseg.models.model_set import ModelSet
 from aslseg.models.published import find_published
 from aslseg.sam.cfr import canvas
 from aslseg.sam.predictor.redraw import redraw

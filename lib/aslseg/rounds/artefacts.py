@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.files import atomic_file, write_json
 
 logger = logging.getLogger(__name__)

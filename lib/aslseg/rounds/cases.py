@@ -11,7 +11,7 @@ import numpy as np
 
 from aslseg.cases.intensity_check import unusual_intensities
 from aslseg.cases.prepare import PreparedStore, Spacing, working_spacing
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.split import split
 from aslseg.cases.studies import Case, Studies
 from aslseg.compute.weights import read_metadata

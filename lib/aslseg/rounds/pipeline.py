@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 
 from aslseg.adaptation import train as adapter_train
-from aslseg.agreement.verdict import Reference, reference
+from aslseg.agreement.promotion_rules import Reference, reference
 from aslseg.cases.prepare import PreparedStore, Spacing, save_array
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import PSEUDO
 from aslseg.compute.hardware import resolved
 from aslseg.compute.overlap import dice
 from aslseg.errors import BadWeightsError
 from aslseg.files import require_disk_budget
 from aslseg.models.cascade import NEEDS, CascadeInput, compute
-from aslseg.models.files import ModelSet
 from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import load_model
+from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import ArtefactStore, CachedProbabilities
 from aslseg.rounds.cases import RoundCases
 from aslseg.rounds.ledger import Ledger
@@ -36,7 +36,7 @@ from aslseg.sam.modeling import build as sam_build
 from aslseg.sam.training import finetune
 from aslseg.settings import Paths, Settings, relevant
 from aslseg.ssl import training
-from aslseg.ssl.learned import warnings_of
+from aslseg.ssl.class_watch import warnings_of
 from aslseg.types import ProgressCallback
 from aslseg.volume.io import read_image, require_free_disk
 
@@ -329,7 +329,7 @@ class RoundPipeline:
             "settings": [*s.model_dump(include={"labels", "nested"}).values(), s.disagreement_weight],
         }
         folder = self.artefacts.folder("promoted", inputs)
-        # checkpoints know an array by the name of its file (aslseg.cases.prepared.backing_file)
+        # checkpoints know an array by the name of its file (aslseg.cases.prepared_case.backing_file)
         label, weight = (folder / f"{folder.name}.{part}.npy" for part in ("label", "weight"))
         if not (label.exists() and weight.exists()):
             mask, disagreement = (

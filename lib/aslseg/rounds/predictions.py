@@ -10,8 +10,8 @@ import numpy as np
 
 from aslseg.compute.hardware import resolved
 from aslseg.models.cascade import NEEDS
-from aslseg.models.files import ModelSet
 from aslseg.models.kinds import ModelKind
+from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import folder_name, read_probabilities
 from aslseg.rounds.ledger import Score
 from aslseg.settings import Paths, Settings, relevant

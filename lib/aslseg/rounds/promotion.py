@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from aslseg.agreement.measures import Agreement, compare
-from aslseg.agreement.verdict import Verdict, judge
-from aslseg.cases.prepared import Prepared
+from aslseg.agreement.promotion_rules import Verdict, judge
+from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
-from aslseg.models.files import ModelSet
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
+from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
-from aslseg.rounds.gate import publish_better
 from aslseg.rounds.late import NOT_USED, drop_late, late_changes
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
 from aslseg.rounds.pipeline import Promoted, RoundPipeline
+from aslseg.rounds.publishing_gate import publish_better
 from aslseg.rounds.ranking import settings_key
 from aslseg.rounds.reasons import decide
 from aslseg.rounds.rollback import withdraw

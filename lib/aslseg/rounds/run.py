@@ -16,20 +16,20 @@ from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.compute.hardware import resolved
 from aslseg.errors import AslsegError, DiskFullError, OutOfTimeError
 from aslseg.files import FULL, write_json
-from aslseg.models.files import ModelSet
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
+from aslseg.models.model_set import ModelSet
 from aslseg.models.published import find_published
 from aslseg.registry import RECIPES, REPORTS
 from aslseg.rounds.brake import NO_BRAKE, Brake
 from aslseg.rounds.cases import RoundCases, prepare_cases, trained_before
 from aslseg.rounds.corrections import record_checked
-from aslseg.rounds.gate import publish_better
 from aslseg.rounds.ledger import Entry, Ledger, RoundRow
 from aslseg.rounds.lock import round_lock
 from aslseg.rounds.masks import sync_label_files, unwritable_labels
 from aslseg.rounds.nights import inputs_hash
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress, Work, read_progress
+from aslseg.rounds.publishing_gate import publish_better
 from aslseg.rounds.reports import write_report
 from aslseg.settings import Paths, ResolvedSettings, Settings
 from aslseg.settings.paths import require_writable

@@ -32,12 +32,14 @@ from aslseg.rounds.nights import Nights
 from aslseg.serving.auth import install_auth
 from aslseg.serving.dicomweb_datastore import connect
 from aslseg.serving.embed import embed_studies
-from aslseg.serving.exposure import bound_host, require_safe_exposure
 from aslseg.serving.guard import install_guard
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.infer import BatchInference, InferenceRequest, answer, request_from_mapping, without_model
+from aslseg.serving.infer_tasks import BatchInference
+from aslseg.serving.inference_request import InferenceRequest, request_from_mapping
 from aslseg.serving.logs import configure_logs
 from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies
+from aslseg.serving.network_access import bound_host, require_safe_exposure
+from aslseg.serving.replies import answer, without_model
 from aslseg.serving.scan_watch import watch_headers
 from aslseg.serving.scheduler import Scheduler
 from aslseg.serving.strategies import Leases
@@ -131,7 +133,7 @@ class ServedApp(MONAILabelApp):
     def infer(
         self, request: InferenceRequest | Mapping[str, Any], datastore: Datastore | None = None
     ) -> dict[str, Any]:
-        """Answer a request; see :func:`aslseg.serving.infer.answer`. MONAI Label's own callers pass a dictionary."""
+        """Answer a request; see :func:`aslseg.serving.replies.answer`. MONAI Label's own callers pass a dictionary."""
         store = datastore or self.datastore()
         if not isinstance(request, InferenceRequest):
             request = request_from_mapping(request, store)

@@ -25,8 +25,8 @@ from monailabel.endpoints.user.auth import RBAC, User
 
 from aslseg.errors import BadSettingsError
 from aslseg.files import FileStamp
-from aslseg.serving.exposure import authentication_configured
 from aslseg.serving.http_errors import RefusedError
+from aslseg.serving.network_access import authentication_configured
 from aslseg.serving.tokens import ROLES, TokenHolder, read_token_file
 from aslseg.settings import Settings
 

@@ -14,7 +14,7 @@ from aslseg.files import sha256
 from aslseg.models.kinds import ModelKind
 from aslseg.prompts.from_client import ClientPrompt
 from aslseg.serving.cascade_cache import CascadeCache
-from aslseg.serving.infer import InferenceRequest
+from aslseg.serving.inference_request import InferenceRequest
 from aslseg.serving.labels import decode_label
 from aslseg.serving.open_scans import OpenScan
 from aslseg.serving.stored_masks import Key, StoredMasks

@@ -20,7 +20,8 @@ from aslseg.serving.background import Background
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.click_surroundings import Surroundings, SurroundingsFinder
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.infer import InferenceRequest, MaskTask
+from aslseg.serving.infer_tasks import MaskTask
+from aslseg.serving.inference_request import InferenceRequest
 from aslseg.serving.open_scans import OpenScan, ScanCache
 from aslseg.serving.stored_masks import StoredMasks
 from aslseg.volume.segments import label_value
@@ -188,7 +189,7 @@ class ClickTask(MaskTask):
     def mask(
         self, path: Path, request: InferenceRequest, times: dict[str, float]
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """As :meth:`aslseg.serving.infer.MaskTask.mask`; without clicks the automatic mask redrawn by SAM."""
+        """As :meth:`aslseg.serving.infer_tasks.MaskTask.mask`; without clicks the automatic mask redrawn by SAM."""
         with self.sessions.background.click():
             start = time.perf_counter()
             opened = self.sessions.scans.open(path, native=self.dimension == 2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aslseg.cases.patches import Patch, PatchSampler
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
 from aslseg.settings import ResolvedSettings
 from aslseg.ssl.methods.base import Batch

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aslseg.cases.prepared import Prepared, arrays, backing_file
+from aslseg.cases.prepared_case import Prepared, arrays, backing_file
 from aslseg.files import atomic_file
 from aslseg.settings import Settings, relevant
 

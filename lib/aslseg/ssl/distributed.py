@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aslseg.cases.prepared import Prepared, arrays, backing_file
+from aslseg.cases.prepared_case import Prepared, arrays, backing_file
 from aslseg.errors import BadSettingsError
 from aslseg.settings import Settings
 from aslseg.types import Volume

@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from aslseg.cases.prepare import Spacing, automatic_patch
-from aslseg.cases.prepared import Prepared, load_within_budget
+from aslseg.cases.prepared_case import Prepared, load_within_budget
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.compute.hardware import resolved
 from aslseg.compute.schedules import SCHEDULES
@@ -29,7 +29,7 @@ from aslseg.registry import NETWORKS, SSL_METHODS
 from aslseg.settings import Settings
 from aslseg.ssl import checkpoint, compiling, distributed, tracking
 from aslseg.ssl.batches import Batches
-from aslseg.ssl.learned import Probabilities, class_probabilities, described, not_learned, warnings_of
+from aslseg.ssl.class_watch import Probabilities, class_probabilities, described, not_learned, warnings_of
 from aslseg.ssl.methods.base import Batch, Method
 from aslseg.ssl.monitor import TrainingMonitor
 from aslseg.ssl.nested_batches import NestedBatches
@@ -190,7 +190,7 @@ class Trainer:
                 network(torch.cat([batch.image, batch.unlabelled]))
 
     def class_probabilities(self, network: nn.Module, first: int) -> Probabilities:
-        """How well a network knows each class on the labelled patches of some steps; see :mod:`aslseg.ssl.learned`."""
+        """How well a network knows each class on labelled patches of some steps; see :mod:`aslseg.ssl.class_watch`."""
         batches = (self.batch(step) for step in range(first, first + CLASS_BATCHES))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return class_probabilities(network, batches, self.settings.label_set.names)
@@ -252,7 +252,7 @@ def train(
         reuse: A file that a run with the same inputs has written is left as it is.
 
     Returns:
-        ``loss`` (mean of the last 100 steps), ``classes`` and ``not_learned`` (:mod:`aslseg.ssl.learned`),
+        ``loss`` (mean of the last 100 steps), ``classes`` and ``not_learned`` (:mod:`aslseg.ssl.class_watch`),
         ``seconds``, ``seconds_per_step``, ``steps`` (of this call), ``skipped_steps`` (gradients not finite),
         ``patch``, ``sha256``.
 

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from aslseg.cases.prepare import Spacing
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import Settings
 from aslseg.types import Labels
 from aslseg.volume.geometry import Grid, resize

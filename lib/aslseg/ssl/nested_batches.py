@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aslseg.cases.patches import ComponentSampler, Patch, PatchSampler
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.ssl.batches import Batches
-from aslseg.ssl.lesions import Lesions
 from aslseg.ssl.nested import REACH_MM
+from aslseg.ssl.synthetic_lesions import Lesions
 
 # the network sees the distance from the parent's border up to here
 EDGE_MM = 10.0

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from aslseg.cases.prepare import Spacing, save_array
-from aslseg.cases.prepared import Prepared, arrays, backing_file
+from aslseg.cases.prepared_case import Prepared, arrays, backing_file
 from aslseg.compute.hardware import resolved
 from aslseg.compute.weights import load_weights, save_weights
 from aslseg.files import sha256
 from aslseg.settings import Settings
 from aslseg.ssl import engine, nested
-from aslseg.ssl.learned import not_learned
+from aslseg.ssl.class_watch import not_learned
 from aslseg.ssl.nested import Branch, Geometry
 from aslseg.ssl.predict import load
 from aslseg.types import ProgressCallback, no_progress

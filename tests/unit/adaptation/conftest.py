@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aslseg.adaptation.geometry_mm import random_field
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import Settings
 from aslseg.volume.geometry import Grid
 

@@ -14,7 +14,7 @@ from aslseg.adaptation import train as module
 from aslseg.adaptation.predict import load
 from aslseg.adaptation.synthetic import corrupt, soften
 from aslseg.adaptation.train import Redraw, Samples, adaptation_loss, adapter_patch, crop, redraw_bank, train
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.overlap import dice
 from aslseg.compute.weights import load_weights, read_metadata
 from aslseg.errors import NotEnoughCasesError, TrainingDivergedError

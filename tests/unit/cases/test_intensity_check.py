@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aslseg.cases.intensity_check import unusual_intensities
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import Settings
 from aslseg.volume.intensity import normalise
 from aslseg.volume.phantom import make_phantom

@@ -9,7 +9,7 @@ import pytest
 
 from aslseg.cases.patches import KEPT_VOXELS, ComponentSampler, PatchSampler
 from aslseg.cases.prepare import automatic_patch
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import load_settings
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid

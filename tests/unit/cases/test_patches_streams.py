@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aslseg.cases.patches import PatchSampler
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 

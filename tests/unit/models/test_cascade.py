@@ -10,9 +10,9 @@ import pytest
 from aslseg.errors import NoModelError
 from aslseg.models import cascade
 from aslseg.models.cascade import NEEDS, Cascade, CascadeInput, StageOutput, compute, compute_chain, published_files
-from aslseg.models.files import ModelSet
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.loaded import LOADERS
+from aslseg.models.model_set import ModelSet
 from aslseg.settings import Paths, Settings
 from aslseg.ssl.predict import Prediction
 from aslseg.types import Volume
@@ -138,7 +138,7 @@ def test_nothing_published_is_said_with_the_remedy(tmp_path: Any) -> None:
 
 
 def test_a_model_set_hashes_each_file_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aslseg.models import files
+    from aslseg.models import model_set as files
 
     read, sha256 = [], files.sha256
     monkeypatch.setattr(files, "sha256", lambda path: read.append(path.name) or sha256(path))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from aslseg.agreement.verdict import Verdict
+from aslseg.agreement.promotion_rules import Verdict
 from aslseg.rounds import pipeline, promotion
 from aslseg.ssl import engine
 from tiny_rounds import Judged

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.rounds.artefacts import ArtefactStore, CachedProbabilities
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid

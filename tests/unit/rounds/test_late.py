@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aslseg.agreement.verdict import Verdict
+from aslseg.agreement.promotion_rules import Verdict
 from aslseg.cases.studies import ORIGINAL, PSEUDO
 from aslseg.rounds import late, promotion
 from aslseg.rounds.ledger import Entry, Ledger

@@ -14,8 +14,8 @@ import pytest
 
 from aslseg.files import sha256
 from aslseg.models.cascade import Cascade, CascadeInput
-from aslseg.models.files import ModelSet
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
+from aslseg.models.model_set import ModelSet
 from aslseg.rounds import promotion
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.predictions import find_prediction

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aslseg.cases.prepared import Prepared, arrays, load_within_budget
+from aslseg.cases.prepared_case import Prepared, arrays, load_within_budget
 from aslseg.compute.weights import read_metadata
 from aslseg.models.cascade import Cascade
 from aslseg.models.kinds import ModelKind

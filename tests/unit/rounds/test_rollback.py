@@ -15,10 +15,10 @@ from aslseg.errors import LedgerError, RoundRunningError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.published import Candidate, manifest, prune, put_manifest, stage_files
 from aslseg.rounds import promotion
-from aslseg.rounds.gate import files_of_kept_rounds
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.lock import round_lock
 from aslseg.rounds.masks import KEEP_ROUNDS, MaskStore, verify_label_files
+from aslseg.rounds.publishing_gate import files_of_kept_rounds
 from aslseg.rounds.rollback import roll_back, roll_back_case, roll_back_model
 from aslseg.rounds.run import run_round
 from aslseg.rounds.vetoes import MASK_VETO, mask_vetoes, model_vetoes, veto_model

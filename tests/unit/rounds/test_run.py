@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from aslseg.agreement.verdict import Verdict
+from aslseg.agreement.promotion_rules import Verdict
 from aslseg.cases.split import hash_fraction
 from aslseg.compute.weights import read_metadata
 from aslseg.errors import BadWeightsError, LedgerError, NoModelError, NotEnoughCasesError, RoundRunningError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.weights import save_weights
 from aslseg.sam.modeling.architecture import build
 from aslseg.sam.modeling.build import SAMModel

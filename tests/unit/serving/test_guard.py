@@ -13,8 +13,8 @@ from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
 from aslseg.errors import BadSettingsError
-from aslseg.serving.exposure import bound_host, require_safe_exposure
 from aslseg.serving.guard import RequestGuard, install_guard
+from aslseg.serving.network_access import bound_host, require_safe_exposure
 from aslseg.settings import load_settings
 
 

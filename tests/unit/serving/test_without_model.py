@@ -11,8 +11,9 @@ import pytest
 import SimpleITK as sitk  # noqa: N813 - the library's own abbreviation
 
 from aslseg.errors import BadImageError
-from aslseg.serving.infer import InferenceRequest, without_model
+from aslseg.serving.inference_request import InferenceRequest
 from aslseg.serving.params import validate_params
+from aslseg.serving.replies import without_model
 from aslseg.settings import Paths, Settings
 
 AFFINE = np.diag([-0.8, -0.8, 2.5, 1.0])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import load_settings
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import load_settings
 from aslseg.ssl import nested
 from aslseg.ssl.nested import REACH_MM, Geometry

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from aslseg.cases.patches import Patch
-from aslseg.cases.prepared import Prepared
-from aslseg.ssl.lesions import RADIUS_MM, Appearance, Lesions
+from aslseg.cases.prepared_case import Prepared
+from aslseg.ssl.synthetic_lesions import RADIUS_MM, Appearance, Lesions
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 

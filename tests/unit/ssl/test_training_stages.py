@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.weights import load_weights, read_metadata, save_weights
 from aslseg.errors import BadWeightsError
 from aslseg.files import sha256

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.weights import save_weights
 from aslseg.settings import Settings
 from aslseg.ssl import distributed, engine, worker

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from aslseg.agreement.verdict import PromotionLimits, refusals, select
-from aslseg.models.files import ModelSet
+from aslseg.agreement.promotion_rules import PromotionLimits, refusals, select
 from aslseg.models.kinds import ModelKind
+from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.promotion import RoundState, conclude, promotion_details

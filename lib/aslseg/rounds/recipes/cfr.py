@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from aslseg.models.files import ModelSet
 from aslseg.models.kinds import ModelKind
+from aslseg.models.model_set import ModelSet
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.promotion import RoundState, conclude, promotion_details
 from aslseg.types import ProgressCallback

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.losses import segmentation_loss
 from aslseg.compute.schedules import polynomial
 from aslseg.compute.weights import save_weights

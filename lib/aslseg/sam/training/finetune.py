@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from scipy import ndimage
 from torch import Tensor, nn
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.weights import save_weights
 from aslseg.errors import BadSettingsError, NotEnoughCasesError, TrainingDivergedError
 from aslseg.files import sha256

@@ -14,7 +14,7 @@ from monailabel.endpoints import infer, session
 
 from aslseg.serving.auth import USER, User
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.infer import InferenceRequest, scan_path
+from aslseg.serving.inference_request import InferenceRequest, scan_path
 from aslseg.serving.mask_encoding import gzipped_bytes
 from aslseg.serving.params import InferenceParams, parse_json, validate_params
 from aslseg.serving.routes.uploads import save_label_upload, save_upload, upload_extension

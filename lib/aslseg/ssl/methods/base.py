@@ -1,4 +1,7 @@
-"""Base of the SSL methods: their networks, the loss of a step, and the network that predicts."""
+"""Base of the SSL methods: their networks, the loss of a step, and the network that predicts.
+
+A new method is a file in this folder and a line in ``SSL_METHODS`` of :mod:`aslseg.registry`.
+"""
 
 from __future__ import annotations
 

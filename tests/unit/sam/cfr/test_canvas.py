@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.weights import read_metadata
 from aslseg.errors import BadSettingsError, BadWeightsError, NotEnoughCasesError
 from aslseg.sam.cfr import canvas

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.sam.clicks.session import ClickSession
 from aslseg.sam.modeling.build import SAMModel
 from click_scenes import TUBE_SHAPE, session

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.sam.modeling.build import SAMModel
 from aslseg.sam.predictor.redraw import redraw
 from aslseg.sam.predictor.slice_predictor import LEAK_MARGIN

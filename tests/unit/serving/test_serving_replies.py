@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aslseg.serving.results import write_result
+from aslseg.serving.replies import write_mask
 from aslseg.types import Labels, Volume
 from aslseg.volume.io import read_label
 
@@ -22,7 +22,7 @@ def test_same_grid_and_order(extension: str, flip: tuple[int, int, int]) -> None
     affine = np.eye(4)
     affine[:3, :3] = ROTATION @ np.diag(np.multiply(flip, (0.8, 0.9, 2.5)))
     affine[:3, 3] = -20, 33, 400
-    path = write_result(mask, affine, extension)
+    path = write_mask(mask, affine, extension)
     try:
         read = read_label(path, Volume(np.zeros(mask.shape, np.float32), affine), Labels.parse("liver,tumour"))
         assert (read == mask).all()
@@ -32,7 +32,7 @@ def test_same_grid_and_order(extension: str, flip: tuple[int, int, int]) -> None
 
 def test_ohif_can_read_the_voxels_behind_the_header() -> None:
     mask = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    path = write_result(mask, np.eye(4), compress=False)
+    path = write_mask(mask, np.eye(4), compress=False)
     try:
         header, _, voxels = path.read_bytes().partition(b"\n\n")
         assert b"encoding: raw" in header

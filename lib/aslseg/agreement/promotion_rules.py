@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 
 from aslseg.agreement.measures import Agreement
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import Settings
 from aslseg.types import Labels
 

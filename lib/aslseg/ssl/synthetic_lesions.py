@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 
 from aslseg.cases.patches import Patch
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.types import Labels
 
 # as many labelled lesions as count as much as the wide distributions

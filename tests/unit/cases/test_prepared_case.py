@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aslseg.cases.patches import PatchSampler
-from aslseg.cases.prepared import Prepared, backing_file, load_within_budget
+from aslseg.cases.prepared_case import Prepared, backing_file, load_within_budget
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from aslseg.agreement.measures import Agreement
-from aslseg.agreement.verdict import PromotionLimits, Reference, Verdict, judge, reference, refusals, select
-from aslseg.cases.prepared import Prepared
+from aslseg.agreement.promotion_rules import PromotionLimits, Reference, Verdict, judge, reference, refusals, select
+from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import Settings
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid

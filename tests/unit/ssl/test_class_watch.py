@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from aslseg.ssl.learned import class_probabilities, described, not_learned, warnings_of
+from aslseg.ssl.class_watch import class_probabilities, described, not_learned, warnings_of
 from aslseg.ssl.methods.base import Batch
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.errors import AslsegError
 from aslseg.models import published
-from aslseg.models.files import ModelSet
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.loaded import load_model
+from aslseg.models.model_set import ModelSet
 from aslseg.models.published import Candidate, Published, gate
 from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.ledger import Entry, Ledger

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,68 +23,14 @@ from aslseg.models.loaded import Models
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.predictions import find_prediction
 from aslseg.serving.cascade_cache import CascadeCache
-from aslseg.serving.http_errors import RefusedError
+from aslseg.serving.inference_request import InferenceRequest
 from aslseg.serving.labels import decode_label
-from aslseg.serving.params import InferenceParams, validate_params
-from aslseg.serving.results import write_result
-from aslseg.settings import Paths, Settings
+from aslseg.serving.replies import chosen_labels, reply, stored_mask
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
-from aslseg.volume.io import read_header, read_image
+from aslseg.volume.io import read_header
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class InferenceRequest:
-    """What a client wants inferred, checked.
-
-    Attributes:
-        model: Name of the model.
-        path: The scan: found by its id, or a file that the server itself wrote. No client can name a path.
-        params: The client's parameters.
-        case: Id of the scan in the datastore; None for an upload.
-        label_file: A mask that was uploaded with the request.
-        client: Who asks; two annotators never share the state of their clicks.
-        temporary: The scan is deleted after this request, so that work for later requests is useless.
-    """
-
-    model: str
-    path: Path
-    params: InferenceParams
-    case: str | None = None
-    label_file: Path | None = None
-    client: str = ""
-    temporary: bool = False
-
-
-def request_from_mapping(request: Mapping[str, Any], store: Datastore) -> InferenceRequest:
-    """The request of a caller inside the server, as MONAI Label passes it on: one dictionary with everything.
-
-    Args:
-        request: ``model``, ``image`` (a scan's id), optionally ``client``, and parameters.
-        store: Where the id is looked up.
-
-    Raises:
-        RefusedError: No such scan, or a parameter that is not allowed.
-    """
-    params = validate_params({k: v for k, v in request.items() if k not in ("model", "image", "client")})
-    case = request.get("image")
-    return InferenceRequest(
-        str(request.get("model")), scan_path(store, case), params, case, client=str(request.get("client", ""))
-    )
-
-
-def scan_path(store: Datastore, case: Any) -> Path:
-    """The file of a scan.
-
-    Raises:
-        RefusedError: There is no scan with this id.
-    """
-    path = store.get_image_uri(case) if isinstance(case, str) and case else ""
-    if not path:
-        raise RefusedError(f"no scan {str(case)[:80]!r} here", 404)
-    return Path(path)
 
 
 class MaskTask(InferTask):
@@ -116,30 +61,20 @@ class MaskTask(InferTask):
         Raises:
             NoModelError: A model that is needed is not published.
         """
-        start = time.perf_counter()
-        times: dict[str, float] = {}
+        times = {"start": time.perf_counter()}
         if not self.is_valid():
             raise NoModelError(
                 f"{request.model}: its models are not there yet; run a round (trainer 'round' or "
                 "`aslseg round`) first. Model 'sam' works meanwhile"
             )
         class_map, affine, more = self.mask(request.path, request, times)
-        class_map = self.shown(class_map, request)
-        written = time.perf_counter()
-        path = write_result(class_map, affine, request.params.result_extension, request.params.result_compress)
-        times["write"] = time.perf_counter() - written
-        times["total"] = time.perf_counter() - start
-        result = {
-            "label_names": self.result_labels(request),
-            "latencies": {k: round(v, 3) for k, v in times.items()},
-            "models": {k: h[:12] for k, h in self.scans.models.hashes().items()},
-            **more,
-        }
-        return str(path), result
+        more = {"models": {k: h[:12] for k, h in self.scans.models.hashes().items()}} | more
+        shown = self.shown(class_map, request)
+        return reply(shown, affine, request.params, self.result_labels(request), times, **more)
 
     def shown(self, class_map: np.ndarray, request: InferenceRequest) -> np.ndarray:
         """The part of a class map (i, j, k), uint8, that the client asked for."""
-        return _chosen(class_map, request.params.label_prompt, self.scans.models.settings.label_set)
+        return chosen_labels(class_map, request.params.label_prompt, self.scans.models.settings.label_set)
 
     def result_labels(self, request: InferenceRequest) -> dict[str, int]:
         """Names of the values in the mask, contiguous from 1."""
@@ -180,43 +115,6 @@ class CascadeTask(MaskTask):
         found = stored_mask(models.paths, case, image)
         times["read"] = time.perf_counter() - start
         return found
-
-
-def stored_mask(paths: Paths, case: str, image: Path) -> Volume | None:
-    """The mask that clients show for a scan (tag ``original``), uint8; None without one that was made for this file."""
-    if paths.studies is None:
-        return None
-    label = paths.studies / "labels" / ORIGINAL / f"{case}.nii.gz"
-    try:
-        if image.stat().st_mtime_ns > label.stat().st_mtime_ns:
-            return None
-        stored = read_image(label)
-    except (AslsegError, OSError):
-        return None
-    return Volume(stored.array.astype(np.uint8), stored.affine)
-
-
-def without_model(request: InferenceRequest, settings: Settings, paths: Paths) -> dict[str, Any]:
-    """The answer to a request without a model: the stored mask of the scan, or an empty one.
-
-    3D Slicer asks so by itself on the next sample while no automatic model is published. It then shows what comes in
-    place of the mask that it has loaded, so both must be the same.
-
-    Raises:
-        BadImageError: The scan cannot be read.
-    """
-    start, scan = time.perf_counter(), read_header(request.path)
-    stored = stored_mask(paths, request.case, request.path) if request.case else None
-    if stored is None or stored.array.shape != scan.array.shape:
-        stored = None
-    class_map = np.zeros(scan.array.shape, np.uint8) if stored is None else stored.array
-    file = write_result(class_map, scan.affine, request.params.result_extension, request.params.result_compress)
-    params = {
-        "label_names": settings.label_set.values,
-        "latencies": {"total": round(time.perf_counter() - start, 3)},
-        "source": "nothing stored" if stored is None else "stored",
-    }
-    return {"label": str(file), "tag": request.params.label_tag, "file": str(file), "params": params}
 
 
 class AdapterTask(MaskTask):
@@ -281,32 +179,6 @@ def _scores(path: Path, last: int) -> dict[str, Score]:
     return {score.case: score for score in Ledger(path).scores()}
 
 
-def answer(tasks: Mapping[str, InferTask], request: InferenceRequest, store: Datastore) -> dict[str, Any]:
-    """Run the task of a request, and save the mask in the datastore if asked.
-
-    Args:
-        tasks: By model name.
-        request: The request.
-        store: Where masks are saved.
-
-    Returns:
-        What MONAI Label's ``send_response`` expects: ``label``, ``tag``, ``file``, ``params``.
-
-    Raises:
-        AslsegError: With the message for the client.
-    """
-    task = tasks.get(request.model)
-    if task is None:
-        raise RefusedError(f"no model {request.model[:80]!r}; there are {', '.join(tasks)}", 404)
-    file, result = task(request)
-    saved, tag = file, request.params.label_tag
-    if request.params.save_label and request.case:
-        names = sorted(result["label_names"], key=result["label_names"].get)
-        info = {"model": request.model, "params": result, "label_info": [{"name": name} for name in names]}
-        saved = store.save_label(request.case, file, tag, info)
-    return {"label": saved, "tag": tag, "file": file, "params": result}
-
-
 class BatchInference:
     """Inference over many scans, one after the other, for MONAI Label's batch sub-process."""
 
@@ -344,14 +216,3 @@ def _native(grid: Grid, regions: np.ndarray, labels: Labels, times: dict[str, fl
     class_map = grid.regions_to_native(regions, labels)
     times["post"] = time.perf_counter() - start
     return class_map
-
-
-def _chosen(class_map: np.ndarray, wanted: Any, labels: Labels) -> np.ndarray:
-    """OHIF's class prompts: only the listed values are shown, with what lies inside them."""
-    if not wanted:
-        return class_map
-    values = {int(v) for v in wanted}
-    unknown = sorted(values - set(range(1, len(labels) + 1)))
-    if unknown:
-        raise RefusedError(f"label_prompt: {unknown[:5]} are not among 1..{len(labels)}")
-    return np.where(np.isin(class_map, sorted(values)), class_map, 0).astype(np.uint8)
