@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,17 @@ def run(studies: Path, settings: Settings, die_at: int | None, before: bool) -> 
         run_round(studies, settings)
 
 
-def run_to_point(studies: Path, settings: Settings, point: str | None, occurrence: int, good: str | None) -> None:
-    """A round that is killed just before a certain durable write.
+def run_to_point(
+    studies: Path, settings: Settings, point: str | None, occurrence: int, good: str | None, number: int | None = None
+) -> None:
+    """A round that is killed just before a certain durable write, or whose write the disk refuses.
 
     Args:
         studies, settings: As for a round.
         point: Pattern of the write, see :func:`durable_writes.watched`; None lives.
         occurrence: Which of the writes that match.
         good: SHA-256 of the only SSL model that validates well; None: all are equally good.
+        number: Error number of the disk; None: killed.
     """
     make_tiny()
     dice = RoundPipeline.dice
@@ -45,6 +49,9 @@ def run_to_point(studies: Path, settings: Settings, point: str | None, occurrenc
         ssl = set(inputs) == {"ssl", "settings"}
         return (0.9 if good in (None, inputs["ssl"]) else 0.1) if ssl else dice(self, maps, cases)
 
+    def refuse() -> None:
+        raise OSError(number, os.strerror(number or 0))
+
     RoundPipeline.dice = known  # type: ignore[method-assign]
-    with watched(at_point(point, occurrence, die) if point else nothing):
+    with watched(at_point(point, occurrence, refuse if number else die) if point else nothing):
         run_round(studies, settings)

@@ -5,6 +5,7 @@ The networks were trained before, in another folder: each step is found by its i
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -80,11 +81,13 @@ def settings_in(root: Path, seed: int) -> Settings:
     return tiny_settings(root, promote_fraction=1, seed=seed)
 
 
-def in_child(studies: Path, settings: Settings, point: str | None, occurrence: int, good: str | None) -> int | None:
+def in_child(
+    studies: Path, settings: Settings, point: str | None, occurrence: int, good: str | None, number: int | None = None
+) -> int | None:
     """Exit code of a round in a child, forked from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["round_killer"])
-    child = context.Process(target=run_to_point, args=(studies, settings, point, occurrence, good))
+    child = context.Process(target=run_to_point, args=(studies, settings, point, occurrence, good, number))
     child.start()
     child.join(300)
     return child.exitcode
@@ -148,3 +151,44 @@ def test_killed_just_before(rounds: dict[str, Round], tmp_path: Path, which: str
     repair(paths)
     assert not [p for p in tmp_path.rglob(".tmp-*") if "cache" not in p.parts]
     assert shown(tmp_path, settings) == shown(chosen.after, settings_in(chosen.after, chosen.seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("point", "number"),
+    [
+        ("replace */masks/*.nii.gz", errno.ENOSPC),
+        ("replace */labels/aslseg_pseudo/*", errno.EROFS),
+        ("replace */models/sam-*", errno.ENOSPC),
+        ("replace */manifest.json", errno.EIO),
+        ("replace */labels/original/*", errno.EIO),
+        ("replace */reports/round-1.json", errno.ENOSPC),
+    ],
+)
+def test_the_disk_refuses(rounds: dict[str, Round], tmp_path: Path, point: str, number: int) -> None:
+    chosen = rounds["accepted"]
+    studies, settings = chosen.copy(tmp_path)
+    assert in_child(studies, settings, point, 1, chosen.good, number) == 1
+    paths = Paths(settings, studies)
+    ledger = Ledger(paths.ledger)
+    assert ledger.verify() is None
+    (row,) = ledger.rounds()
+    assert row.state == "open"
+    assert ("disk full" if number == errno.ENOSPC else os.strerror(number)) in str(row.error)
+    assert not [p for p in tmp_path.rglob(".tmp-*") if "cache" not in p.parts]
+    assert in_child(studies, settings, None, 1, chosen.good) == 0
+    assert verify_label_files(paths) == []
+    expected, found = shown(chosen.after, settings_in(chosen.after, chosen.seed)), shown(tmp_path, settings)
+    kinds = [kind for _, kind, *_ in found["history"]]
+    assert kinds.count("failed") == 1
+    assert [k for k in kinds if k != "failed"] == [kind for _, kind, *_ in expected["history"]]
+    assert found | {"history": None} == expected | {"history": None}
+
+
+@pytest.mark.slow
+def test_a_disk_that_refuses_the_head_refuses_no_event(rounds: dict[str, Round], tmp_path: Path) -> None:
+    chosen = rounds["accepted"]
+    studies, settings = chosen.copy(tmp_path)
+    assert in_child(studies, settings, "replace *ledger.head.json", 5, chosen.good, errno.ENOSPC) == 0
+    assert shown(tmp_path, settings) == shown(chosen.after, settings_in(chosen.after, chosen.seed))
+    assert verify_label_files(Paths(settings, studies)) == []
