@@ -21,15 +21,26 @@ LABELLED, UNLABELLED, HELD_OUT = 8, 40, 16
 CONF = {"labels": "atrium", "modality": "mr", "spacing": "native", "promote_threshold": "0.85"}
 
 
+def averaged(array: np.ndarray, edge: int) -> np.ndarray:
+    """Means of cubes of ``edge`` voxels of (i, j, k); what is left at the end of an axis is dropped."""
+    i, j, k = (n // edge for n in array.shape)
+    whole = array[: edge * i, : edge * j, : edge * k]
+    return whole.reshape(i, edge, j, edge, k, edge).mean((1, 3, 5))
+
+
 def half(array: np.ndarray) -> np.ndarray:
     """2 x 2 x 2 mean of (i, j, k); an odd last plane is dropped."""
-    i, j, k = (n // 2 for n in array.shape)
-    return array[: 2 * i, : 2 * j, : 2 * k].reshape(i, 2, j, 2, k, 2).mean((1, 3, 5))
+    return averaged(array, 2)
+
+
+def averaged_affine(affine: np.ndarray, edge: int) -> np.ndarray:
+    """Affine of the grid of :func:`averaged`: a new voxel's centre is the middle of its cube."""
+    return affine @ nib.affines.from_matvec(np.diag([float(edge)] * 3), [(edge - 1) / 2] * 3)
 
 
 def half_affine(affine: np.ndarray) -> np.ndarray:
-    """Affine of the halved grid: a new voxel's centre is the middle of its eight."""
-    return affine @ nib.affines.from_matvec(np.diag([2.0, 2.0, 2.0]), [0.5, 0.5, 0.5])
+    """Affine of the halved grid."""
+    return averaged_affine(affine, 2)
 
 
 def build(data: Path, out: Path) -> None:
