@@ -191,6 +191,19 @@ def test_every_step_of_a_round_that_was_rolled_back_is_found_again(left: Left) -
 
 
 @pytest.mark.usefixtures("tiny")
+def test_its_promoted_masks_can_be_learned_from_scratch(left: Left) -> None:
+    settings = left.settings.model_copy(update={"retrain_from": "scratch", "uncertainty_weight": 0.1})
+    summary = run_round(left.studies, settings)
+    step = json.loads((Path(summary["models"]["ssl"]).parent / "inputs.json").read_text())
+    assert step["init"] is None
+    assert step["weights"] == [settings.promote_weight, settings.disagreement_weight]
+    # they have no map of certainty; those of this round have
+    assert [len(key) for key in step["promoted"]] == [4] * len(EXPECTED["promoted"])
+    assert all(len(e.details["confidence"]) == 64 for e in left.ledger.masks("aslseg_pseudo").values() if e.round == 2)
+    assert verify_label_files(left.paths) == []
+
+
+@pytest.mark.usefixtures("tiny")
 def test_an_interrupted_training_goes_on_from_its_checkpoint(left: Left) -> None:
     (path,) = (left.root / p for p in EXPECTED["checkpoint"])
     assert path.is_file()

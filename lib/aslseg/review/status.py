@@ -63,7 +63,14 @@ def collect(
         "problems": [*_problems(paths, ledger), *notes],
         "warnings": [*last.get("warnings", []), *map(named, last.get("skipped", {}).items())],
         "rounds": [
-            {"round": r.number, "state": r.state, "opened": r.opened, "closed": r.closed, "error": r.error}
+            {
+                "round": r.number,
+                "state": r.state,
+                "opened": r.opened,
+                "closed": r.closed,
+                "error": r.error,
+                "out_of_fold": r.summary.get("out_of_fold", {}).get("dice", {}),
+            }
             for r in reversed(decided.rounds)
         ][:MOST],
         "ranking": [

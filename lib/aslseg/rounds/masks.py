@@ -97,7 +97,7 @@ def first_kept_event(ledger: Ledger) -> int:
 
 
 def _hashes(details: dict[str, Any]) -> set[str]:
-    return {h for h in (details.get("sha256"), details.get("disagreement")) if h}
+    return {h for h in (details.get(k) for k in ("sha256", "disagreement", "confidence")) if h}
 
 
 def plan_label_changes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -43,17 +43,21 @@ from aslseg.volume.io import read_image, require_free_disk
 
 @dataclass(frozen=True)
 class Promoted:
-    """A promoted case on the working grid, and the hashes of what it was made from."""
+    """A promoted case on the working grid, and the hashes of what it was made from.
+
+    ``confidence`` is empty where all voxels are equally certain or their certainty was not kept.
+    """
 
     case: Prepared
     image: str
     mask: str
     disagreement: str
+    confidence: str = ""
 
     @property
     def key(self) -> list[str]:
         """What a training step depends on."""
-        return [self.case.id, self.image, self.mask, self.disagreement]
+        return [self.case.id, self.image, self.mask, self.disagreement, *filter(None, [self.confidence])]
 
 
 class RoundPipeline:
@@ -93,26 +97,32 @@ class RoundPipeline:
 
     # training
 
-    def train_ssl(self, promoted: Sequence[Promoted], report: ProgressCallback) -> Path:
+    def train_ssl(self, promoted: Sequence[Promoted], report: ProgressCallback, without: Collection[str] = ()) -> Path:
         """The SSL model for a set of promoted cases.
 
-        Without any, training starts from random weights. With some, it starts from the model that was trained without
-        any, never from an earlier retrained one, so that a bad promotion has no effect once it is withdrawn.
+        Training starts from random weights or, with promoted cases and ``retrain_from ssl``, from the model that was
+        trained without any; never from an earlier retrained one, so that a bad promotion has no effect once it is
+        withdrawn.
+
+        Args:
+            promoted: Machine masks to learn beside the human labels.
+            report: Called with (step, steps).
+            without: Ids of labelled cases that are left out.
         """
         s, cases = self.settings, self.cases
-        init = self.train_ssl([], report) if promoted else None
+        init = self.train_ssl([], report) if promoted and s.retrain_from == "ssl" else None
         iterations = s.retrain_iterations if promoted else s.ssl_iterations
         inputs = {
-            "human": self._human(),
+            "human": [key for key in self._human() if key[0] not in without],
             "promoted": [p.key for p in promoted],
-            "weights": [s.promote_weight, s.disagreement_weight] if promoted else [],
+            "weights": self._weights(promoted),
             "unlabelled": [[c.id, c.image_hash] for c in cases.unlabelled],
             "spacing": cases.spacing,
             "iterations": iterations,
             "init": self.cases.hashes(init) if init else None,
             "settings": relevant(s, "ssl"),
         }
-        labelled = [*cases.train, *(p.case for p in promoted)]
+        labelled = [*(c for c in cases.train if c.id not in without), *(p.case for p in promoted)]
 
         def train(out: Path) -> dict[str, Any]:
             return training.train(
@@ -192,6 +202,14 @@ class RoundPipeline:
         require_free_disk(self.paths.home, self.settings.min_free_gb)
         require_disk_budget(self.paths.home, self.settings.round_disk_gb)
 
+    def _weights(self, promoted: Sequence[Promoted]) -> list[float]:
+        """The settings that weigh the voxels of promoted cases."""
+        if not promoted:
+            return []
+        s = self.settings
+        certainty = [s.uncertainty_weight] if any(p.confidence for p in promoted) else []
+        return [s.promote_weight, s.disagreement_weight, *certainty]
+
     def _human(self) -> list[list[str]]:
         return [[c.id, c.image_hash, c.label_hash] for c in self.cases.train]
 
@@ -221,6 +239,11 @@ class RoundPipeline:
         return CachedProbabilities(
             self.artefacts.folder("consensus", inputs), lambda case: (first(case) + second(case)) / 2
         )
+
+    def ensemble(self, members: Sequence[CachedProbabilities]) -> CachedProbabilities:
+        """The mean of several models' probabilities."""
+        folder = self.artefacts.folder("ensemble", {"members": [m.folder.name for m in members]})
+        return CachedProbabilities(folder, lambda case: np.mean([m(case) for m in members], axis=0))
 
     def fill(
         self, maps: CachedProbabilities, cases: Sequence[Prepared], report: ProgressCallback
@@ -320,31 +343,42 @@ class RoundPipeline:
 
         Args:
             case: The unlabelled case.
-            details: ``sha256`` of its mask, ``disagreement``: of the map where both networks disagree.
+            details: ``sha256`` of its mask; ``disagreement``: of the map where both networks disagree;
+                ``confidence``: of the map from :func:`aslseg.rounds.promotion.confidence`, which is kept
+                only where ``uncertainty_weight`` is less than 1.
         """
         s = self.settings
+        confidence = details.get("confidence", "") if s.uncertainty_weight < 1 else ""
         inputs = {
             **{k: details[k] for k in ("image", "sha256", "disagreement")},
             "spacing": self.cases.spacing,
             "settings": [*s.model_dump(include={"labels", "nested"}).values(), s.disagreement_weight],
         }
+        if confidence:
+            inputs |= {"confidence": confidence, "uncertainty_weight": s.uncertainty_weight}
         folder = self.artefacts.folder("promoted", inputs)
         # checkpoints know an array by the name of its file (aslseg.cases.prepared_case.backing_file)
         label, weight = (folder / f"{folder.name}.{part}.npy" for part in ("label", "weight"))
         if not (label.exists() and weight.exists()):
-            mask, disagreement = (
-                read_image(self.masks.path(details[k]), s.max_voxels).array for k in ("sha256", "disagreement")
-            )
-            uncertain = case.grid.to_working(disagreement)
-            save_array(weight, (1 - (1 - s.disagreement_weight) * uncertain).astype(np.float16))
-            save_array(label, case.grid.label_to_working(mask.astype(np.uint8), self.labels))
+            differ = case.grid.to_working(self._kept(details["disagreement"]))
+            weights = 1 - (1 - s.disagreement_weight) * differ
+            if confidence:
+                certain = case.grid.to_working(self._kept(confidence)) / 255
+                weights *= 1 - (1 - s.uncertainty_weight) * (1 - certain)
+            save_array(weight, weights.astype(np.float16))
+            mask = self._kept(details["sha256"]).astype(np.uint8)
+            save_array(label, case.grid.label_to_working(mask, self.labels))
         learned = replace(
             case,
             label=np.load(label, mmap_mode="r"),
             weight=s.promote_weight,
             voxel_weight=np.load(weight, mmap_mode="r"),
         )
-        return Promoted(learned, details["image"], details["sha256"], details["disagreement"])
+        return Promoted(learned, details["image"], details["sha256"], details["disagreement"], confidence)
+
+    def _kept(self, digest: str) -> np.ndarray:
+        """A map from the store of masks, (i, j, k) on its scan's own grid."""
+        return read_image(self.masks.path(digest), self.settings.max_voxels).array
 
     @cached_property
     def reference(self) -> Reference:

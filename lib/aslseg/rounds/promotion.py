@@ -168,6 +168,11 @@ def assess(
     p.ledger.set_scores([*kept, *measured])
 
 
+def confidence(regions: np.ndarray) -> np.ndarray:
+    """How certain region probabilities p (R, i, j, k) are: |2p - 1| of the least certain region, (i, j, k) in 0..1."""
+    return np.asarray(np.abs(2 * regions - 1).min(0))
+
+
 def promotion_details(
     state: RoundState, case: Prepared, disagreement: np.ndarray, thresholds: dict[str, float]
 ) -> dict[str, Any]:
@@ -180,7 +185,11 @@ def promotion_details(
         thresholds: Agreement that was asked of each label.
     """
     p = state.pipeline
-    return {
+    certain = {}
+    if p.settings.uncertainty_weight < 1:
+        levels = np.rint(255 * case.grid.to_native(confidence(state.masks(case))))
+        certain["confidence"] = p.masks.add(levels, case.grid.affine)
+    return certain | {
         "sha256": keep_mask(p, case, state.masks),
         "disagreement": p.masks.add(case.grid.to_native(disagreement.astype(np.float32)) >= 0.5, case.grid.affine),
         "image": case.image_hash,

@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 
 KEEP_ARTEFACTS = 2
 """Rounds whose artefacts are kept."""
-UNUSED_STAGES = {"cfr": ("adapter", "refine")}
+UNUSED_STAGES = {"cfr": ("folds", "adapter", "refine")}
 """Stages that a recipe does not have."""
-MODEL_STAGES = {"ssl", "sam", "adapter"}
+MODEL_STAGES = {"ssl", "folds", "sam", "adapter"}
 """Stages whose results a round has made already if the round before it had the same inputs."""
 STORED_STAGES = MODEL_STAGES | {"predict", "redraw", "refine", "retrain"}
 """Stages whose results are found again."""
@@ -210,6 +210,7 @@ def expected_work(
     work = {
         "prepare": Work(scans, 1.0),
         "ssl": Work(settings.ssl_iterations, 0.3),
+        **({"folds": Work(settings.label_folds * settings.ssl_iterations, 0.3)} if settings.label_folds else {}),
         "predict": Work(unlabelled, 2.0),
         "sam": Work(settings.sam_iterations, 0.5),
         "redraw": Work(unlabelled, 3.0),

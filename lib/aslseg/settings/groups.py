@@ -24,9 +24,9 @@ GROUPS = {
     "prompts": _SAM_PROMPTS,
     "adapter": {name for name in Settings.model_fields if name.startswith("adapter_")},
     "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}
-    | {"disagreement_weight", "gate_tolerance", "first_round", "ssl_iterations", "retrain_iterations", "spacing"}
-    | {"max_working_voxels", "max_voxels", "max_upload_voxels", "keep_models", "promote_cases", "promote_empty"}
-    | {"report_webhook"},
+    | {"disagreement_weight", "uncertainty_weight", "retrain_from", "label_folds", "gate_tolerance", "first_round"}
+    | {"ssl_iterations", "retrain_iterations", "spacing", "keep_models", "promote_cases", "promote_empty"}
+    | {"max_working_voxels", "max_voxels", "max_upload_voxels", "report_webhook"},
     "clicks": {"use_ssl", "first_click_seconds", "click_seconds", "prefetch_slices"}
     | {name for name in Settings.model_fields if name.startswith("embed")},
     "night": set(NightSettings.model_fields),

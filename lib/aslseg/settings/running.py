@@ -82,6 +82,13 @@ class RoundSettings(Section):
         ge=0,
         lt=1,
     )
+    label_folds: int = setting(
+        0,
+        "Most parts into which a round splits the labelled patients: a model is trained without each part and scored "
+        "on it, and the mean of all models is one more source of masks; 0: none",
+        example="4",
+        ge=0,
+    )
     promote_threshold: LabelThresholds = setting(
         Thresholds(0.9, (("tumour", 0.7),)),
         "Least agreement of SSL and adaptation network at which a machine mask is promoted to train on: a number for "
@@ -125,6 +132,20 @@ class RoundSettings(Section):
         unit="GB",
         example="200",
         ge=0,
+    )
+    uncertainty_weight: float = setting(
+        1.0,
+        "Weight, within a promoted scan, of voxels whose probability p is 0.5; it rises with |2p - 1| to 1 where p is "
+        "0 or 1. 1: all weigh the same",
+        example="0.1",
+        ge=0,
+        le=1,
+    )
+    retrain_from: Literal["ssl", "scratch"] = setting(
+        "ssl",
+        "What the SSL network starts from when it is trained again with promoted masks: ssl, the model that was "
+        "trained without them; scratch, random weights",
+        example="scratch",
     )
     gate_tolerance: float = setting(
         0.0,

@@ -79,6 +79,15 @@ def test_names_are_escaped_and_nothing_is_fetched(paths: Paths) -> None:
     assert "<script" not in page
 
 
+def test_out_of_fold_dice_of_a_round(paths: Paths) -> None:
+    ledger = Ledger(paths.ledger)
+    number, _ = ledger.open_round({})
+    ledger.close_round(number, {"out_of_fold": {"dice": {"liver": 0.91234, "tumour": None}}})
+    ledger.open_round({})
+    page = render(status(paths))
+    assert page.count("liver 0.912, tumour empty") == 1
+
+
 def test_damaged_ledger_is_told_not_thrown(paths: Paths) -> None:
     paths.home.mkdir(parents=True)
     paths.ledger.write_bytes(b"no database at all" * 100)

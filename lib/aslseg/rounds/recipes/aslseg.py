@@ -12,6 +12,7 @@ from aslseg.agreement.promotion_rules import PromotionLimits, refusals, select
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.cross_fit import cross_fit
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.promotion import RoundState, conclude, promotion_details
 from aslseg.types import ProgressCallback
@@ -32,6 +33,10 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     before = pipeline.promoted_before()
     with progress.stage("ssl") as report:
         ssl = pipeline.train_ssl(before, report)
+    crossed = None
+    if pipeline.settings.label_folds:
+        with progress.stage("folds") as report:
+            crossed = cross_fit(pipeline, report)
     with progress.stage("predict") as report:
         ssl_maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: ssl}))
         pipeline.fill(ssl_maps, cases.predicted, report)
@@ -45,31 +50,33 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     models = ModelSet({ModelKind.SSL: ssl, ModelKind.SAM: sam, ModelKind.ADAPTER: adapter})
     with progress.stage("refine") as report:
         refined_maps = pipeline.fill(pipeline.predict(ModelKind.ADAPTER, models), cases.predicted, report)
-    source, masks, dice = choose_source(pipeline, ssl_maps, refined_maps)
-    state = RoundState(pipeline, models, ssl_maps, refined_maps, source, masks)
-    return conclude(state, dice, promotable)
+    candidates = {"ssl": ssl_maps, "adapter": refined_maps, "consensus": pipeline.consensus(ssl_maps, refined_maps)}
+    if crossed:
+        candidates["ensemble"] = pipeline.ensemble([ssl_maps, *crossed.maps])
+    source, dice = choose_source(pipeline, candidates)
+    state = RoundState(pipeline, models, ssl_maps, refined_maps, source, candidates[source])
+    return conclude(state, dice, promotable) | (crossed.summary() if crossed else {})
 
 
 def choose_source(
-    pipeline: RoundPipeline, ssl_maps: CachedProbabilities, refined_maps: CachedProbabilities
-) -> tuple[str, CachedProbabilities, dict[str, float | None]]:
+    pipeline: RoundPipeline, candidates: dict[str, CachedProbabilities]
+) -> tuple[str, dict[str, float | None]]:
     """Choose whose masks are promoted: those that are best on the validation cases.
 
-    The adapter helps a weak SSL model and can hurt a strong one. Without validation cases, or where they are equal,
-    the SSL model's are taken.
+    The adapter helps a weak SSL model and can hurt a strong one, and so do the folds' models in an ensemble. Without
+    validation cases, or where they are equal, the SSL model's are taken.
+
+    Args:
+        pipeline: The round's cases.
+        candidates: Region probabilities by name, ``ssl`` first.
 
     Returns:
-        ``ssl``, ``adapter`` or ``consensus``; its maps; the validation Dice of all three.
+        The name of the best, and the validation Dice of all.
     """
-    candidates = {
-        "ssl": ssl_maps,
-        "adapter": refined_maps,
-        "consensus": pipeline.consensus(ssl_maps, refined_maps),
-    }
     dice = {name: pipeline.dice(maps) for name, maps in candidates.items()}
     source = max(candidates, key=lambda name: -1.0 if dice[name] is None else dice[name])  # type: ignore[arg-type, return-value]
     logger.info("masks are taken from %s (validation Dice %s)", source, dice)
-    return source, candidates[source], dice
+    return source, dice
 
 
 def promotable(state: RoundState, report: ProgressCallback) -> dict[str, dict[str, Any]]:
