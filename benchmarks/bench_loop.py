@@ -28,9 +28,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from aslseg.cases.prepared import Prepared
 from scipy import stats
 
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.overlap import dice
 from aslseg.files import atomic_file, write_json
 from aslseg.settings import Settings, load_settings

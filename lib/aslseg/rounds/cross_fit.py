@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from aslseg.cases.prepared import Prepared
+from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.split import hash_fraction
 from aslseg.compute.overlap import dice
-from aslseg.models.files import ModelSet
 from aslseg.models.kinds import ModelKind
+from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.types import ProgressCallback

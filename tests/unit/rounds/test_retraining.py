@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from aslseg.cases.prepared import Prepared
 
+from aslseg.cases.prepared_case import Prepared
 from aslseg.models.cascade import StageOutput
 from aslseg.rounds import pipeline, run
 from aslseg.rounds.promotion import confidence
