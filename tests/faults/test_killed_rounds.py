@@ -68,8 +68,8 @@ def test_a_round_killed_at_every_few_writes_ends_the_same(tmp_path: Path, monkey
         studies, settings = tiny_studies(root, cases=5), tiny_settings(root, promote_fraction=0.5)
         kills = 0
         if name == "killed":
-            # each run comes six writes further; every other one dies just before the sixth
-            while (code := in_child(studies, settings, 6, before=kills % 2 == 1)) == -signal.SIGKILL:
+            # each run comes seven writes further; every other one dies just before the seventh
+            while (code := in_child(studies, settings, 7, before=kills % 2 == 1)) == -signal.SIGKILL:
                 kills += 1
                 assert read_progress(Paths(settings, studies).home / "progress.json")["state"] in (
                     "interrupted",
