@@ -3,8 +3,8 @@
 Two changes of the replies were wanted since version 0.1, and are recorded anew:
 
 * A click on a nested label means it and not its parent: "another annotator's click on another object" (4,141 to 96
-  voxels), "a background click beside it", "the other annotator goes on", "repair: the tumour in it" and "OHIF: vista3d's
-  points and class".
+  voxels), "a background click beside it", "the other annotator goes on", "repair: the tumour in it" and "OHIF:
+  vista3d's points and class".
 * A click on what the automatic mask lacks keeps the mask (1,027 to 4,072 voxels): "repair: what is missing below" and
   "and with it again".
 """
