@@ -137,6 +137,18 @@ def test_a_human_label_saved_during_the_round_wins(
 
 
 @pytest.mark.usefixtures("plausible")
+def test_a_round_of_two_stages_is_found_again(tmp_path: Path) -> None:
+    studies, settings = tiny_studies(tmp_path, cases=5), tiny_settings(tmp_path, nested_fraction=0.5, nested_margin=2)
+    summary = run_round(studies, settings)
+    stages = read_metadata(Path(summary["models"]["ssl"]))["stages"]
+    assert set(stages["second"]) == {"liver"}
+    assert "stages" in read_metadata(Path(summary["models"]["retrained"]))
+    assert [w for w in summary["warnings"] if w.startswith("tumour is not learned")]
+    again = run_round(studies, settings)
+    assert not {"ssl", "predict"} & set(again["measured"])
+
+
+@pytest.mark.usefixtures("plausible")
 def test_validation_is_never_learned_from_nor_promoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     studies, settings = tiny_studies(tmp_path, cases=6, labelled=3), tiny_settings(tmp_path, promote_fraction=1)
     judge = min(("phantom_000", "phantom_001", "phantom_002"), key=hash_fraction)
