@@ -114,7 +114,7 @@ def test_a_held_lock_stops_saving_and_nothing_else(untrained: Any) -> None:
     lock = Path(untrained.studies) / ".lock"
     held = "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]): print('held', flush=True); input()"
     scan = nib.load(Path(untrained.studies) / f"{CASE}.nii.gz")
-    drawn = nib.Nifti1Image(np.zeros(scan.shape, np.uint8), scan.affine).to_bytes()
+    drawn = nib.Nifti1Image(np.ones(scan.shape, np.uint8), scan.affine).to_bytes()
     command = [sys.executable, "-c", held, str(lock)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
