@@ -167,7 +167,7 @@ def test_a_round_infer_evaluate_and_ledger(run: Run, tmp_path: Path, monkeypatch
     assert repaired == {
         "ok": True,
         "problems": [],
-        "repaired": ["labels/final/phantom_000: its info was corrected"],
+        "repaired": ["labels/final/phantom_000.nii.gz: its info was corrected"],
     }
     assert label.read_bytes() == before
 

@@ -101,7 +101,10 @@ class LoggedJsonFile(SharedJsonFile):
         """Put changes of the log into the entries; the files decide afterwards whether they still hold."""
         changed: dict[str, ImageLabelModel | None] = {}
         for change in changes:
-            old = changed.get(change.case) or self._datastore.objects.get(change.case)
+            old = changed[change.case] if change.case in changed else self._datastore.objects.get(change.case)
+            if change.tag == IMAGE and change.entry is None:
+                changed[change.case] = None  # at once: the next look at the disk may have to wait for a writer
+                continue
             image, labels = (old.image, old.labels) if old else (DataModel(), {})
             if change.tag == IMAGE:
                 image = change.entry or image

@@ -13,6 +13,7 @@ from unittest import mock
 import nibabel as nib
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.errors import BadImageError, BadLabelError, DiskFullError
@@ -312,6 +313,12 @@ def test_what_is_deleted_goes_to_the_trash_with_an_event(store: StudiesDatastore
     kept = [(store.paths.home / e.details["trash"]).read_bytes() for e in events]
     assert kept == [label, scan]
     assert [sha256(store.paths.home / e.details["trash"]) for e in events] == [e.details["sha256"] for e in events]
+
+
+def test_what_is_deleted_is_gone_while_another_writer_is_at_work(store: StudiesDatastore, folder: Path) -> None:
+    store.remove_image("case0", by="eve")
+    with FileLock(str(folder / ".lock")):
+        assert "case0" not in store.list_images()
 
 
 def test_refused_uploads_are_events_with_the_authenticated_name(
