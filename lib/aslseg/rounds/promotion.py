@@ -1,4 +1,8 @@
-"""What recipes share once the masks are predicted: assess, promote, retrain, publish, and write what clients see."""
+"""What recipes share once the masks are predicted: assess, promote, retrain, publish, and write what clients see.
+
+What a round decided on each scan, and why, is made in :mod:`aslseg.rounds.reasons` and shown by ``aslseg ledger list``
+and ``aslseg report``; the rules are in :mod:`aslseg.agreement.promotion_rules`.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
 Formats (docs/sam.md): ``sam_vit_b/l/h`` and MedSAM are plain state dicts at 1024 px; SAM-Med2D keeps its
 state dict under ``model``, at 256 px, with 72 adapter keys or without; CFR keeps LoRA weights, prompt encoder and
-decoder, and needs the SAM it was trained from; ours are safetensors with metadata. How a SAM of each format is asked
-is in :mod:`aslseg.sam.modeling.conventions`.
+decoder, and needs the SAM it was trained from; ours are safetensors with metadata. A new format is
+recognised here, gets its way of being asked in :mod:`aslseg.sam.modeling.conventions`, and its name in the setting
+``sam_kind``.
 """
 
 from __future__ import annotations
