@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aslseg import cli, console
+from aslseg import console
 from aslseg.files import write_json
 from aslseg.rounds import brake
 from aslseg.rounds.ledger import Entry, Ledger
@@ -23,23 +23,6 @@ from aslseg.ssl import engine
 from tiny_rounds import tiny_sam, tiny_settings, tiny_studies
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """``aslseg`` in this process: exit code, stdout, stderr."""
-    for key in [k for k in os.environ if k.startswith("ASLSEG_")]:
-        monkeypatch.delenv(key)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["aslseg", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 def test_help_imports_no_torch() -> None:

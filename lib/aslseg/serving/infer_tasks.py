@@ -25,7 +25,8 @@ from aslseg.rounds.predictions import find_prediction
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.inference_request import InferenceRequest
 from aslseg.serving.labels import decode_label
-from aslseg.serving.replies import chosen_labels, reply, stored_mask
+from aslseg.serving.replies import chosen_labels, reply
+from aslseg.serving.stored_masks import stored_mask
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 from aslseg.volume.io import read_header

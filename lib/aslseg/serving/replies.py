@@ -17,15 +17,14 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 
-from aslseg.cases.studies import ORIGINAL
-from aslseg.errors import AslsegError
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.inference_request import InferenceRequest
 from aslseg.serving.mask_encoding import nrrd
 from aslseg.serving.params import InferenceParams
+from aslseg.serving.stored_masks import stored_mask
 from aslseg.settings import Paths, Settings
-from aslseg.types import Labels, Volume
-from aslseg.volume.io import read_header, read_image, write_label
+from aslseg.types import Labels
+from aslseg.volume.io import read_header, write_label
 
 
 def answer(tasks: Mapping[str, InferTask], request: InferenceRequest, store: Datastore) -> dict[str, Any]:
@@ -115,20 +114,6 @@ def chosen_labels(class_map: np.ndarray, wanted: Any, labels: Labels) -> np.ndar
     if unknown:
         raise RefusedError(f"label_prompt: {unknown[:5]} are not among 1..{len(labels)}")
     return np.where(np.isin(class_map, sorted(values)), class_map, 0).astype(np.uint8)
-
-
-def stored_mask(paths: Paths, case: str, image: Path) -> Volume | None:
-    """The mask that clients show for a scan (tag ``original``), uint8; None without one that was made for this file."""
-    if paths.studies is None:
-        return None
-    label = paths.studies / "labels" / ORIGINAL / f"{case}.nii.gz"
-    try:
-        if image.stat().st_mtime_ns > label.stat().st_mtime_ns:
-            return None
-        stored = read_image(label)
-    except (AslsegError, OSError):
-        return None
-    return Volume(stored.array.astype(np.uint8), stored.affine)
 
 
 def without_model(request: InferenceRequest, settings: Settings, paths: Paths) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from aslseg.serving.open_scans import OpenScan
 from aslseg.settings import Paths, Settings
 from aslseg.types import Volume
 from aslseg.volume.container import IMAGE_EXTENSIONS
-from aslseg.volume.io import read_label
+from aslseg.volume.io import read_image, read_label
 
 MASK_BYTES = 400_000_000
 Key = tuple[object, ...]
@@ -91,3 +91,17 @@ class StoredMasks:
             found = make()
             self._kept.put(name, found)
         return found
+
+
+def stored_mask(paths: Paths, case: str, image: Path) -> Volume | None:
+    """The mask that clients show for a scan (tag ``original``), uint8; None without one that was made for this file."""
+    if paths.studies is None:
+        return None
+    label = paths.studies / "labels" / ORIGINAL / f"{case}.nii.gz"
+    try:
+        if image.stat().st_mtime_ns > label.stat().st_mtime_ns:
+            return None
+        stored = read_image(label)
+    except (AslsegError, OSError):
+        return None
+    return Volume(stored.array.astype(np.uint8), stored.affine)

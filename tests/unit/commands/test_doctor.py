@@ -18,7 +18,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from aslseg import cli
 from aslseg.commands import examine_installation as installation
 from aslseg.commands import examine_studies as examined
 from aslseg.commands.doctor import Finding
@@ -30,23 +29,6 @@ from aslseg.rounds.lock import round_lock
 from aslseg.settings import Paths, Settings, load_settings
 from aslseg.volume.phantom import write_studies
 from tiny_rounds import SHAPE
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
-    """``aslseg`` in this process: exit code, stdout, stderr."""
-    for key in [k for k in os.environ if k.startswith(("ASLSEG_", "OMP_"))]:
-        monkeypatch.delenv(key)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["aslseg", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 def settings(root: Path, **conf: Any) -> Settings:
