@@ -22,7 +22,7 @@ def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> N
     """List rounds and promotions, with their current state, and why a round promoted nothing."""
     from dataclasses import asdict
 
-    from aslseg.rounds.reasons import why_nothing
+    from aslseg.rounds.promotion_decisions import why_nothing
 
     ledger = _ledger(studies, conf)
     rounds, promotions = ledger.rounds(), ledger.promotions(active_only=False)

@@ -18,7 +18,7 @@ import numpy as np
 from aslseg.cases.studies import PSEUDO, Studies, read_studies
 from aslseg.errors import AslsegError, LedgerError
 from aslseg.files import atomic_file, sha256
-from aslseg.review.decisions import MOST
+from aslseg.review.ledger_lists import MOST
 from aslseg.review.page import template
 from aslseg.review.pictures import COLOURS, outlined
 from aslseg.review.status import named
@@ -26,7 +26,7 @@ from aslseg.review.webhook import send
 from aslseg.rounds.corrections import CHECKED
 from aslseg.rounds.ledger import Event, Ledger, RoundRow
 from aslseg.rounds.masks import MaskStore
-from aslseg.rounds.reasons import Decision, count_reasons, decisions_of
+from aslseg.rounds.promotion_decisions import Decision, count_reasons, decisions_of
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import read_image
 

@@ -14,7 +14,7 @@ from aslseg.errors import AslsegError, LedgerError
 from aslseg.files import FileStamp
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published, left_behind
-from aslseg.review.decisions import MOST, Decisions, decisions
+from aslseg.review.ledger_lists import MOST, Decisions, decisions
 from aslseg.rounds.corrections import CHECKED
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.nights import Nights

@@ -2,7 +2,8 @@
 
 An event is never changed. The current state (which mask is promoted, which round is open, who validates) is the last
 event about it, so that a rollback adds events and removes none. The head of the chain is kept in a file of its own
-(:mod:`aslseg.rounds.anchor`). Imports no torch.
+(:mod:`aslseg.rounds.anchor`). What a round promoted and why is read with :mod:`aslseg.rounds.promotion_decisions`, and
+shown by ``aslseg ledger list`` and ``aslseg report``. Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What recipes share once the masks are predicted: assess, promote, retrain, publish, and write what clients see.
 
-What a round decided on each scan, and why, is made in :mod:`aslseg.rounds.reasons` and shown by ``aslseg ledger list``
-and ``aslseg report``; the rules are in :mod:`aslseg.agreement.promotion_rules`.
+What a round decided on each scan, and why, is made in :mod:`aslseg.rounds.promotion_decisions` and shown by
+``aslseg ledger list`` and ``aslseg report``; the rules are in :mod:`aslseg.agreement.promotion_rules`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from aslseg.rounds.late import NOT_USED, drop_late, late_changes
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
 from aslseg.rounds.pipeline import Promoted, RoundPipeline
+from aslseg.rounds.promotion_decisions import decide
 from aslseg.rounds.publishing_gate import publish_better
 from aslseg.rounds.ranking import settings_key
-from aslseg.rounds.reasons import decide
 from aslseg.rounds.rollback import withdraw
 from aslseg.rounds.vetoes import MASK_VETO, mask_vetoes
 from aslseg.types import Labels, ProgressCallback

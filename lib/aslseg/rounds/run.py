@@ -72,11 +72,11 @@ def run_round(
     Returns:
         ``round``, ``continued``, ``validation`` (Dice by mask or model), ``source`` and ``shown`` (whose masks were
         promoted, and are shown), ``classes`` (validation Dice of the shown ones by label), ``promoted``,
-        ``decisions`` (on each scan, :func:`aslseg.rounds.reasons.decide`), ``withdrawn`` (promotions of a rejected
-        round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason), ``agreement`` (by
-        case), ``published`` (a line per model), ``models`` (this round's files, kept until the round after next),
-        ``warnings``, ``skipped``, ``seconds`` by stage, ``rates`` (seconds for a unit of each stage), ``inputs``
-        (:func:`aslseg.rounds.nights.inputs_hash`), ``ledger`` (its head before this round was closed).
+        ``decisions`` (on each scan, :func:`aslseg.rounds.promotion_decisions.decide`), ``withdrawn`` (promotions of a
+        rejected round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason),
+        ``agreement`` (by case), ``published`` (a line per model), ``models`` (this round's files, kept until the round
+        after next), ``warnings``, ``skipped``, ``seconds`` by stage, ``rates`` (seconds for a unit of each stage),
+        ``inputs`` (:func:`aslseg.rounds.nights.inputs_hash`), ``ledger`` (its head before this round was closed).
 
     Raises:
         AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError,

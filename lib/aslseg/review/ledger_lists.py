@@ -10,7 +10,7 @@ from typing import Any
 
 from aslseg.files import FileStamp
 from aslseg.rounds.ledger import Ledger, Promotion, RoundRow, Score
-from aslseg.rounds.reasons import count_reasons, decisions_of
+from aslseg.rounds.promotion_decisions import count_reasons, decisions_of
 
 MOST = 50
 """Entries of each list."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aslseg.rounds.ledger import RoundRow, Score
-from aslseg.rounds.reasons import NOT_KEPT, count_reasons, decisions_of, why_nothing
+from aslseg.rounds.promotion_decisions import NOT_KEPT, count_reasons, decisions_of, why_nothing
 
 
 def ended(number: int = 1, **summary: Any) -> RoundRow:
