@@ -1,4 +1,7 @@
-"""What a round decided on each scan and why, kept with the round's summary. Imports no torch."""
+"""What a round decided on each scan and why, kept with the round's summary. Imports no torch.
+
+``aslseg ledger list``, ``aslseg report`` and the page of a studies folder show it.
+"""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 Formats (docs/sam.md): ``sam_vit_b/l/h`` and MedSAM are plain state dicts at 1024 px; SAM-Med2D keeps its
 state dict under ``model``, at 256 px, with 72 adapter keys or without; CFR keeps LoRA weights, prompt encoder and
 decoder, and needs the SAM it was trained from; ours are safetensors with metadata. A new format is
-recognised here, gets its way of being asked in :mod:`aslseg.sam.modeling.conventions`, and its name in the setting
-``sam_kind``.
+recognised here, gets its way of being asked in :mod:`aslseg.sam.modeling.conventions`, and, where a user
+may have to name it, an entry in the setting ``sam_kind`` (:mod:`aslseg.settings.training`).
 """
 
 from __future__ import annotations
