@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from aslseg.files import atomic_file, sha256, write_json
+from aslseg.models.gate_rules import FEWEST_LABELS, Cause, least_gain, shown_better, shown_worse
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.resources import app_dir
 from aslseg.settings import Paths, Settings
 
 logger = logging.getLogger(__name__)
+
+NOT_LISTED = ("trained_on", "labelled", "labels", "settings")
+"""What ``aslseg info`` leaves out of a model."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Published:
         round: Round that trained it; None for a single training.
         trained_on: Ids of the cases it was trained on.
         labelled: Those of them that had a human label; None if it was published by a version that did not note them.
+        labels: Hash of each of these labels; None if that was not noted.
+        settings: Hash of the settings of its training; None if that was not noted.
     """
 
     kind: ModelKind
@@ -44,6 +50,8 @@ class Published:
     round: int | None
     trained_on: tuple[str, ...] = ()
     labelled: tuple[str, ...] | None = None
+    labels: Mapping[str, str] | None = None
+    settings: str | None = None
 
 
 def manifest(paths: Paths) -> dict[str, dict[str, Any]]:
@@ -82,6 +90,8 @@ def find_published(paths: Paths, kind: ModelKind, check: bool = False) -> Publis
     if not path.is_file() or path.stat().st_size != entry["bytes"] or (check and sha256(path) != entry["sha256"]):
         logger.warning("%s is missing or damaged; run `aslseg round` to train it again", path)
         return None
+    labels = entry.get("labels")
+    labelled = entry.get("labelled") if labels is None else labels
     return Published(
         kind,
         path,
@@ -91,20 +101,27 @@ def find_published(paths: Paths, kind: ModelKind, check: bool = False) -> Publis
         entry["validation_cases"],
         entry["round"],
         tuple(entry.get("trained_on", ())),
-        tuple(entry["labelled"]) if "labelled" in entry else None,
+        None if labelled is None else tuple(labelled),
+        labels,
+        entry.get("settings"),
     )
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that may be published, with its Dice and that of the published model on the same cases.
+    """A model that may be published, and how it compares with the published one.
 
     Attributes:
         kind, path: The model.
-        dice, published_dice: Mean Dice; None without cases that neither has learned from.
+        dice, published_dice: Mean Dice of both on the same validation cases; None without cases that neither has
+            learned from.
         cases: Number of these cases.
         trained_on: Ids of the cases it was trained on.
-        labelled: Those of them that have a human label.
+        labels: Those of them that have a human label, with the label's hash.
+        settings: Hash of the settings of its training.
+        cause: What has changed since the published model.
+        differences: Dice of this model minus Dice of the published one by case, on human labels that neither has
+            learned: on validation cases, and as cross-fitting estimates it on others.
     """
 
     kind: ModelKind
@@ -113,32 +130,78 @@ class Candidate:
     published_dice: float | None
     cases: int
     trained_on: tuple[str, ...] = ()
-    labelled: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    settings: str = ""
+    cause: Cause = Cause.SETTINGS
+    differences: Mapping[str, float] = field(default_factory=dict)
 
 
 def gate(candidate: Candidate, current: Published | None, tolerance: float) -> tuple[bool, str]:
     """Whether a candidate is published, and the reason in words.
 
-    With equal Dice the candidate is published, because it was trained on more cases. Where no validation case is left
-    that the published model has not learned from, it is published only if it learned from more human labels.
+    What is asked depends on what has changed (:mod:`aslseg.models.gate_rules`). Where no label is left that the
+    published model has not learned, a candidate is published only if it learned from more human labels.
+
+    Args:
+        candidate: The new model.
+        current: The published one of its kind that it can be compared with.
+        tolerance: By how much the mean validation Dice may be lower where only settings have changed.
     """
     c = candidate
     if current is None:
         return True, f"{c.kind}: published, the first one" + (f" (Dice {c.dice:.4f})" if c.dice is not None else "")
     if current.sha256 == sha256(c.path):
         return True, f"{c.kind}: unchanged"
-    if c.dice is None or c.published_dice is None:
+    if c.cause == Cause.SETTINGS and c.dice is not None and c.published_dice is not None:
+        return _with_other_settings(c, tolerance)
+    if c.cause == Cause.SETTINGS or not c.differences:
         return _without_judge(c, current)
-    numbers = f"Dice {c.dice:.4f}, published {c.published_dice:.4f} on {c.cases} validation cases"
-    if c.dice >= c.published_dice - tolerance:
+    return _with_other_masks(c) if c.cause == Cause.MASKS else _with_other_labels(c)
+
+
+def _with_other_settings(candidate: Candidate, tolerance: float) -> tuple[bool, str]:
+    """The gate where people changed settings: no lower mean on the validation cases."""
+    c, before = candidate, candidate.published_dice
+    numbers = f"Dice {c.dice:.4f}, published {before:.4f} on {c.cases} validation cases"
+    if c.dice is not None and before is not None and c.dice >= before - tolerance:
         return True, f"{c.kind}: published ({numbers})"
     return False, f"{c.kind}: not published ({numbers}, gate_tolerance {tolerance})"
+
+
+def _with_other_masks(candidate: Candidate) -> tuple[bool, str]:
+    """The gate where people changed nothing: better, or not at all."""
+    kind, found = candidate.kind, list(candidate.differences.values())
+    if len(found) < FEWEST_LABELS:
+        return False, (
+            f"{kind}: not published; no human label is new, and {len(found)} to compare on is too few to show that "
+            f"this model is better ({FEWEST_LABELS} are needed). Label a scan of another patient"
+        )
+    numbers = f"{_mean(found)}; {least_gain(len(found)):.4f} is asked"
+    if shown_better(found):
+        return True, f"{kind}: published; no human label is new, and this model is better ({numbers})"
+    return False, f"{kind}: not published; no human label is new, and this model is not shown to be better ({numbers})"
+
+
+def _with_other_labels(candidate: Candidate) -> tuple[bool, str]:
+    """The gate where people changed human labels: published unless shown worse."""
+    kind, found = candidate.kind, list(candidate.differences.values())
+    if shown_worse(found):
+        return (
+            False,
+            f"{kind}: not published; human labels are new, but this model is shown to be worse ({_mean(found)})",
+        )
+    return True, f"{kind}: published; human labels are new, and this model is not shown to be worse ({_mean(found)})"
+
+
+def _mean(differences: list[float]) -> str:
+    mean, count = sum(differences) / len(differences), len(differences)
+    return f"mean difference of Dice {mean:+.4f} on {count} human label{'s' if count > 1 else ''}"
 
 
 def _without_judge(candidate: Candidate, current: Published) -> tuple[bool, str]:
     """The gate where nobody can say which model is better."""
     known = current.trained_on if current.labelled is None else current.labelled
-    new = len(set(candidate.labelled) - set(known))
+    new = len(set(candidate.labels) - set(known))
     if new:
         return True, (
             f"{candidate.kind}: published unchecked; no validation case is left that the published model has not "
@@ -174,9 +237,9 @@ def stage_files(paths: Paths, chosen: list[Candidate], number: int | None) -> di
             "validation_dice": candidate.dice,
             "validation_cases": candidate.cases,
             "round": number,
-            "replaced_dice": candidate.published_dice,
             "trained_on": list(candidate.trained_on),
-            "labelled": list(candidate.labelled),
+            "labels": dict(candidate.labels),
+            "settings": candidate.settings,
         }
     return models
 
@@ -230,6 +293,6 @@ def list_published(settings: Settings, studies: Path | None = None) -> list[dict
         for kind in PUBLISHED_KINDS:
             model = find_published(paths, kind)
             if model:
-                shown = {k: v for k, v in asdict(model).items() if k not in ("trained_on", "labelled")}
+                shown = {k: v for k, v in asdict(model).items() if k not in NOT_LISTED}
                 found.append(shown | {"path": str(model.path), "cases": len(model.trained_on)})
     return found

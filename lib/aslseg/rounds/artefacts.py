@@ -109,6 +109,11 @@ class CachedProbabilities:
         return _path(self.folder, case.id, case.image_hash)
 
 
+def confidence(regions: np.ndarray) -> np.ndarray:
+    """How certain region probabilities p (R, i, j, k) are: |2p - 1| of the least certain region, (i, j, k) in 0..1."""
+    return np.asarray(np.abs(2 * regions - 1).min(0))
+
+
 def read_probabilities(folder: Path, case: str, image_hash: str) -> np.ndarray | None:
     """Region probabilities (R, i, j, k) float32 of a case; None if they are not there, or damaged.
 

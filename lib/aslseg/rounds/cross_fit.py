@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,13 @@ class CrossFit:
         dice: By label, with all that is nested in it: mean over the labelled cases; None where no case holds it.
         cases: The same by case id.
         maps: Region probabilities of each fold's model.
+        parts: Ids of the labelled cases of each fold.
     """
 
     dice: dict[str, float | None]
     cases: dict[str, dict[str, float | None]]
     maps: list[CachedProbabilities]
+    parts: list[list[str]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """For the summary of a round."""
@@ -70,17 +72,17 @@ def cross_fit(pipeline: RoundPipeline, report: ProgressCallback) -> CrossFit | N
     maps: list[CachedProbabilities] = []
     scored: dict[str, dict[str, float | None]] = {}
     for number, part in enumerate(parts):
-        model = pipeline.train_ssl([], _share(report, number, len(parts)), without=[c.id for c in part])
+        model = pipeline.train_ssl([], share(report, number, len(parts)), without=[c.id for c in part])
         maps.append(pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model})))
         scored |= {c.id: _dice(pipeline, maps[-1], c) for c in part}
     if not parts:
         return None
     mean = {name: _mean([d[name] for d in scored.values()]) for name in pipeline.labels.names}
     logger.info("out-of-fold Dice of the SSL stage on %d labelled cases, %d folds: %s", len(scored), len(parts), mean)
-    return CrossFit(mean, dict(sorted(scored.items())), maps)
+    return CrossFit(mean, dict(sorted(scored.items())), maps, [[c.id for c in part] for part in parts])
 
 
-def _share(report: ProgressCallback, number: int, parts: int) -> ProgressCallback:
+def share(report: ProgressCallback, number: int, parts: int) -> ProgressCallback:
     """The report of one of several trainings of equal length."""
     return lambda done, total, **shown: report(number * total + done, parts * total, **shown)
 

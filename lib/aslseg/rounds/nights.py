@@ -198,25 +198,12 @@ def settled(ledger: Ledger, inputs: str) -> str | None:
     if len(rounds) < SETTLED_ROUNDS or any(r.state == "open" for r in rounds):
         return None
     last = rounds[-SETTLED_ROUNDS:]
-    if any(r.summary.get("inputs") != inputs or _improved(ledger, r.number) for r in last):
+    if any(r.summary.get("inputs") != inputs or ledger.events(kinds=("published",), number=r.number) for r in last):
         return None
     return (
         f"settled: rounds {last[0].number} to {last[-1].number} gave no better model, and scans, labels and settings "
         "are what they were. The next label, scan or setting starts rounds again"
     )
-
-
-def _improved(ledger: Ledger, number: int) -> bool:
-    """Whether a round published a model that was the first of its kind or better than the one before."""
-    for event in ledger.events(kinds=("published",), number=number):
-        before = event.details["before"]
-        for kind, entry in event.details["after"].items():
-            if before.get(kind, {}).get("sha256") == entry["sha256"]:
-                continue
-            old, new = entry.get("replaced_dice"), entry.get("validation_dice")
-            if old is None or new is None or new > old:
-                return True
-    return False
 
 
 def _held(events: Sequence[Event]) -> Event | None:

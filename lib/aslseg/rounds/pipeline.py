@@ -91,7 +91,7 @@ class RoundPipeline:
         self.labels = settings.label_set
         self.artefacts = ArtefactStore(paths.rounds / "steps")
         self.masks = MaskStore(paths.home)
-        # about the SSL model that was trained last
+        # about the SSL model of all labels that was trained last
         self.not_learned: list[str] = []
         self.dropped: dict[str, str] = {}
 
@@ -110,7 +110,7 @@ class RoundPipeline:
             without: Ids of labelled cases that are left out.
         """
         s, cases = self.settings, self.cases
-        init = self.train_ssl([], report) if promoted and s.retrain_from == "ssl" else None
+        init = self.train_ssl([], report, without) if promoted and s.retrain_from == "ssl" else None
         iterations = s.retrain_iterations if promoted else s.ssl_iterations
         inputs = {
             "human": [key for key in self._human() if key[0] not in without],
@@ -138,7 +138,8 @@ class RoundPipeline:
             )
 
         path = self._model("ssl", inputs, train)
-        self.not_learned = warnings_of(self.artefacts.result(path).get("classes", {}))
+        if not without:
+            self.not_learned = warnings_of(self.artefacts.result(path).get("classes", {}))
         return path
 
     def train_sam(self, report: ProgressCallback) -> Path:
@@ -295,13 +296,13 @@ class RoundPipeline:
         names = self.labels.names
         return {n: (float(np.mean(v)) if v else None, len(v)) for n, v in zip(names, found, strict=True)}
 
-    def validation_at(self, spacing: Spacing) -> list[Prepared]:
-        """The validation cases on another model's working grid."""
-        cases = self.cases
-        if spacing == cases.spacing:
-            return cases.validation
-        store = PreparedStore(self.paths.cache, self.settings, spacing, cases.hashes)
-        return store.load_all([cases.sources[c.id] for c in cases.validation])[0]
+    def at_spacing(self, cases: Sequence[Prepared], spacing: Spacing) -> list[Prepared]:
+        """Cases of this round on another model's working grid."""
+        known = self.cases
+        if spacing == known.spacing:
+            return list(cases)
+        store = PreparedStore(self.paths.cache, self.settings, spacing, known.hashes)
+        return store.load_all([known.sources[c.id] for c in cases])[0]
 
     # promoted cases
 
@@ -332,11 +333,14 @@ class RoundPipeline:
     @cached_property
     def basis(self) -> str:
         """Hash of what people decide of a round's models: human labels, their scans, and settings."""
+        text = json.dumps([self._human(), *self.training_settings()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def training_settings(self) -> list[Any]:
+        """Working spacing and settings on which models and their masks depend."""
         s = self.settings
         steps = [s.ssl_iterations, s.retrain_iterations, s.sam_iterations, s.adapter_iterations]
-        groups = ("ssl", "predict", "sam", "prompts", "adapter")
-        text = json.dumps([self._human(), self.cases.spacing, steps, relevant(s, *groups)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return [self.cases.spacing, steps, relevant(s, "ssl", "predict", "sam", "prompts", "adapter")]
 
     def promoted(self, case: Prepared, details: dict[str, Any]) -> Promoted:
         """A promoted case from its kept files, memory-mapped; training decides how much of it is held in memory.
@@ -344,7 +348,7 @@ class RoundPipeline:
         Args:
             case: The unlabelled case.
             details: ``sha256`` of its mask; ``disagreement``: of the map where both networks disagree;
-                ``confidence``: of the map from :func:`aslseg.rounds.promotion.confidence`, which is kept
+                ``confidence``: of the map from :func:`aslseg.rounds.artefacts.confidence`, which is kept
                 only where ``uncertainty_weight`` is less than 1.
         """
         s = self.settings

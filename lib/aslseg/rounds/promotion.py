@@ -19,7 +19,9 @@ from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.artefacts import CachedProbabilities, confidence
+from aslseg.rounds.cross_fit import CrossFit
+from aslseg.rounds.gate_pairs import crossed_differences
 from aslseg.rounds.late import NOT_USED, drop_late, late_changes
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
@@ -55,6 +57,7 @@ class RoundState:
         masks: Region probabilities of the source.
         assessments: By case id, of every scan without a human label.
         refused: Why scans are not promoted, by case id.
+        crossed: What the folds give; None without.
     """
 
     pipeline: RoundPipeline
@@ -65,6 +68,7 @@ class RoundState:
     masks: CachedProbabilities
     assessments: dict[str, CaseAssessment] = field(default_factory=dict)
     refused: dict[str, list[str]] = field(default_factory=dict)
+    crossed: CrossFit | None = None
 
 
 SAME_MASK = 0.9
@@ -104,8 +108,12 @@ def conclude(
         promoted = without_late(pipeline, promoted)
         retrained = pipeline.train_ssl(promoted, report)
     learned = {p.case.id: p.mask for p in promoted}
+    judged: dict[str, float] = {}
+    if state.crossed is not None:
+        with progress.stage("compare") as report:
+            judged = crossed_differences(pipeline, state.crossed, retrained, list(learned), report)
     with progress.stage("publish") as report:
-        published, lines, gated = publish_better(pipeline, models, retrained, list(learned), report, kinds)
+        published, lines, gated = publish_better(pipeline, models, retrained, list(learned), report, kinds, judged)
         rejected = published.sha256(ModelKind.SSL) != pipeline.cases.hashes(retrained)
         settle_promotions(pipeline, wanted, learned, rejected)
         promoted = without_late(pipeline, [] if rejected else promoted)
@@ -170,11 +178,6 @@ def assess(
         for case, found in state.assessments.items()
     ]
     p.ledger.set_scores([*kept, *measured])
-
-
-def confidence(regions: np.ndarray) -> np.ndarray:
-    """How certain region probabilities p (R, i, j, k) are: |2p - 1| of the least certain region, (i, j, k) in 0..1."""
-    return np.asarray(np.abs(2 * regions - 1).min(0))
 
 
 def promotion_details(

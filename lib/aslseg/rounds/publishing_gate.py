@@ -1,20 +1,23 @@
-"""The publishing gate over a round's cases: no published model is replaced by one that validates worse."""
+"""The publishing gate over a round's cases: what has changed since the published model, and the labels that judge.
+
+No label judges that the published model has learned from. The rules are in :mod:`aslseg.models.gate_rules`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from aslseg.cases.prepared_case import Prepared
-from aslseg.errors import AslsegError
 from aslseg.models import published
+from aslseg.models.gate_rules import Cause
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
-from aslseg.models.loaded import load_model
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import Candidate, Published, gate
 from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.gate_pairs import case_dice, cause_of, comparable, differences, learned_labels, settings_hash
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import first_kept_event
 from aslseg.rounds.pipeline import RoundPipeline
@@ -31,11 +34,13 @@ def publish_better(
     promoted: Sequence[str],
     report: ProgressCallback,
     kinds: Sequence[ModelKind] = PUBLISHED_KINDS,
+    crossed: Mapping[str, float] | None = None,
 ) -> tuple[ModelSet, list[str], dict[str, float | None]]:
-    """Compare each model with the published one of its kind on the same validation cases, and publish the better.
+    """Compare each model with the published one of its kind on the same human labels, and publish what passes the gate.
 
     SSL comes first; SAM is then judged by the masks that it draws from those of the better SSL model, and the adapter
-    by its refinement of these, so that the published models were validated together. Validation cases that the
+    by its refinement of these, so that the published models were validated together. These two are judged by the
+    validation cases alone: training them once more for each fold takes too long. Validation cases that the
     published model was trained on (it may be older than their role) are left out, even if none remains.
 
     Args:
@@ -45,20 +50,20 @@ def publish_better(
         promoted: Ids of the promoted cases that it was trained on.
         report: Called with (done, total) after each kind.
         kinds: Only these are published.
+        crossed: Differences of the SSL models on labels of the training:
+            :func:`aslseg.rounds.gate_pairs.crossed_differences`.
 
     Returns:
         The models that are published now, a line per kind with the reason, and the candidates' validation Dice.
     """
-    best, lines, dice, chosen = made.with_file(ModelKind.SSL, _better_ssl(pipeline, made, retrained)), [], {}, []
-    foreign, vetoes = False, model_vetoes(pipeline.ledger)
+    best, lines, dice, chosen = made.with_file(ModelKind.SSL, _candidate_ssl(pipeline, made, retrained)), [], {}, []
+    foreign = False
     for done, kind in enumerate(kinds, 1):
-        current = _comparable(pipeline, kind)
-        candidate = _score(pipeline, kind, best, current, promoted if kind == ModelKind.SSL else ())
-        accepted, line = gate(candidate, current, pipeline.settings.gate_tolerance)
-        if best.sha256(kind) in vetoes:
-            accepted, line = False, f"{kind}: not published; this model was rolled back"
-        if foreign and kind != ModelKind.SSL:
-            accepted, line = False, f"{kind}: not published; the published ssl works on another spacing"
+        current = comparable(pipeline, kind)
+        candidate = _score(pipeline, kind, best, current, promoted)
+        if kind == ModelKind.SSL:
+            candidate = replace(candidate, differences={**candidate.differences, **(crossed or {})})
+        accepted, line = _decide(pipeline, candidate, current, foreign)
         if accepted:
             chosen.append(candidate)
         elif current is not None:
@@ -70,12 +75,31 @@ def publish_better(
             line += f" [{name}]"
         logger.info("%s", line)
         lines.append(line)
-        if accepted and current is not None and candidate.dice is None:
+        if accepted and _unchecked(pipeline, candidate, current):
             pipeline.cases.warnings.append(line)
         dice[f"published {kind}"] = candidate.dice if accepted else candidate.published_dice
         report(done, len(kinds))
     _serve(pipeline, chosen, lines)
     return best, lines, dice
+
+
+def _decide(
+    pipeline: RoundPipeline, candidate: Candidate, current: Published | None, foreign: bool
+) -> tuple[bool, str]:
+    """The gate, and what stands above it."""
+    kind = candidate.kind
+    if pipeline.cases.hashes(candidate.path) in model_vetoes(pipeline.ledger):
+        return False, f"{kind}: not published; this model was rolled back"
+    if foreign and kind != ModelKind.SSL:
+        return False, f"{kind}: not published; the published ssl works on another spacing"
+    return gate(candidate, current, pipeline.settings.gate_tolerance)
+
+
+def _unchecked(pipeline: RoundPipeline, candidate: Candidate, current: Published | None) -> bool:
+    """Whether another model than the published one was compared with it on no label at all."""
+    if current is None or candidate.dice is not None or candidate.differences:
+        return False
+    return current.sha256 != pipeline.cases.hashes(candidate.path)
 
 
 def _serve(pipeline: RoundPipeline, chosen: list[Candidate], lines: list[str]) -> None:
@@ -110,43 +134,45 @@ def _ssl_maps(pipeline: RoundPipeline, models: ModelSet, ssl: Path) -> CachedPro
     return pipeline.predict(ModelKind.SSL, models.with_file(ModelKind.SSL, ssl))
 
 
-def _better_ssl(pipeline: RoundPipeline, made: ModelSet, retrained: Path) -> Path:
-    """The retrained model, unless it validates worse than the one before."""
+def _candidate_ssl(pipeline: RoundPipeline, made: ModelSet, retrained: Path) -> Path:
+    """The retrained model, unless it validates worse than the one before.
+
+    Where only promoted masks are new, the gate itself asks whether they help.
+    """
+    current = comparable(pipeline, ModelKind.SSL)
+    if current is not None and cause_of(pipeline, current) == Cause.MASKS:
+        return retrained
     before, after = (pipeline.dice(_ssl_maps(pipeline, made, path)) for path in (made[ModelKind.SSL], retrained))
     return made[ModelKind.SSL] if before is not None and after is not None and before > after else retrained
-
-
-def _comparable(pipeline: RoundPipeline, kind: ModelKind) -> Published | None:
-    """The published model of a kind, if the current settings can load it."""
-    current = published.find_published(pipeline.paths, kind, check=True)
-    if current is None:
-        return None
-    try:
-        load_model(kind, current.path, pipeline.settings)
-    except AslsegError as error:
-        logger.warning("the published %s model cannot be compared: %s", kind, error)
-        return None
-    return current
 
 
 def _score(
     pipeline: RoundPipeline, kind: ModelKind, models: ModelSet, current: Published | None, promoted: Sequence[str]
 ) -> Candidate:
-    """Dice of a candidate and of the published model on the same cases, each on its own working grid."""
-    labelled = [c.id for c in pipeline.cases.train]
+    """A candidate, and the published model beside it on the same validation cases, each on its own working grid."""
+    labels, learned = learned_labels(pipeline), promoted if kind == ModelKind.SSL else ()
     fair = [c for c in pipeline.cases.validation if current is None or c.id not in current.trained_on]
-    dice = pipeline.dice(pipeline.predict(kind, models), fair)
-    theirs = None
-    if current is not None and current.sha256 == models.sha256(kind):
-        theirs = dice
-    elif current is not None:
-        other = models.with_file(kind, current.path)
-        theirs = pipeline.dice(pipeline.predict(kind, other), _on_grid(pipeline, kind, other, fair))
-    learned = tuple(sorted([*labelled, *promoted]))
-    return Candidate(kind, models[kind], dice, theirs, len(fair), learned, tuple(sorted(labelled)))
-
-
-def _on_grid(pipeline: RoundPipeline, kind: ModelKind, models: ModelSet, cases: list[Prepared]) -> list[Prepared]:
-    wanted = {c.id for c in cases}
-    spacing = models.spacing if kind == ModelKind.SSL else pipeline.cases.spacing
-    return [c for c in pipeline.validation_at(spacing) if c.id in wanted]
+    maps = pipeline.predict(kind, models)
+    candidate = Candidate(
+        kind,
+        models[kind],
+        pipeline.dice(maps, fair),
+        None,
+        len(fair),
+        tuple(sorted([*labels, *learned])),
+        labels,
+        settings_hash(pipeline),
+    )
+    if current is None:
+        return candidate
+    if current.sha256 == models.sha256(kind):
+        return replace(candidate, published_dice=candidate.dice)
+    other = models.with_file(kind, current.path)
+    grid = pipeline.at_spacing(fair, other.spacing if kind == ModelKind.SSL else pipeline.cases.spacing)
+    theirs = pipeline.predict(kind, other)
+    return replace(
+        candidate,
+        published_dice=pipeline.dice(theirs, grid),
+        cause=cause_of(pipeline, current),
+        differences=differences(case_dice(pipeline, maps, fair), case_dice(pipeline, theirs, grid)),
+    )

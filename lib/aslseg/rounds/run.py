@@ -23,6 +23,7 @@ from aslseg.registry import RECIPES, REPORTS
 from aslseg.rounds.brake import NO_BRAKE, Brake
 from aslseg.rounds.cases import RoundCases, prepare_cases, trained_before
 from aslseg.rounds.corrections import record_checked
+from aslseg.rounds.fresh import FRESH, pooled, record_fresh, unscored
 from aslseg.rounds.ledger import Entry, Ledger, RoundRow
 from aslseg.rounds.lock import round_lock
 from aslseg.rounds.masks import sync_label_files, unwritable_labels
@@ -40,11 +41,11 @@ logger = logging.getLogger(__name__)
 
 KEEP_ARTEFACTS = 2
 """Rounds whose artefacts are kept."""
-UNUSED_STAGES = {"cfr": ("folds", "adapter", "refine")}
+UNUSED_STAGES = {"cfr": ("folds", "adapter", "refine", "compare")}
 """Stages that a recipe does not have."""
 MODEL_STAGES = {"ssl", "folds", "sam", "adapter"}
 """Stages whose results a round has made already if the round before it had the same inputs."""
-STORED_STAGES = MODEL_STAGES | {"predict", "redraw", "refine", "retrain"}
+STORED_STAGES = MODEL_STAGES | {"predict", "redraw", "refine", "retrain", "compare"}
 """Stages whose results are found again."""
 STALE_SECONDS = 600
 
@@ -74,9 +75,10 @@ def run_round(
         promoted, and are shown), ``classes`` (validation Dice of the shown ones by label), ``promoted``,
         ``decisions`` (on each scan, :func:`aslseg.rounds.promotion_decisions.decide`), ``withdrawn`` (promotions of a
         rejected round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason),
-        ``agreement`` (by case), ``published`` (a line per model), ``models`` (this round's files, kept until the round
-        after next), ``warnings``, ``skipped``, ``seconds`` by stage, ``rates`` (seconds for a unit of each stage),
-        ``inputs`` (:func:`aslseg.rounds.nights.inputs_hash`), ``ledger`` (its head before this round was closed).
+        ``agreement`` (by case), ``fresh`` (:func:`aslseg.rounds.fresh.pooled`), ``published`` (a line per model),
+        ``models`` (this round's files, kept until the round after next), ``warnings``, ``skipped``, ``seconds`` by
+        stage, ``rates`` (seconds for a unit of each stage), ``inputs`` (:func:`aslseg.rounds.nights.inputs_hash`), ``ledger`` (its
+        head before this round was closed).
 
     Raises:
         AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError,
@@ -103,6 +105,7 @@ def run_round(
             opened = {r.number: r.seq for r in ledger.rounds()}[number]
             cases = _cases(found, settings, paths, ledger, progress)
             pipeline = RoundPipeline(paths, settings, ledger, cases, progress, number, opened)
+            _score_fresh(pipeline)
             summary = RECIPES.get(settings.recipe)(pipeline)
             summary |= {"round": number, "continued": continued, "inputs": inputs} | _about(pipeline)
             row = _close(pipeline, number, summary)
@@ -138,8 +141,9 @@ def train_stage(
     require_writable(settings, "home", "model_dir")
     paths, wanted = paths or Paths(settings, studies), ModelKind(kind)
     needed = PUBLISHED_KINDS[: PUBLISHED_KINDS.index(wanted) + 1]
-    with opened_pipeline(studies, settings, paths, report, ("prepare", *needed, "publish"), brake) as pipeline:
+    with opened_pipeline(studies, settings, paths, report, ("prepare", "fresh", *needed, "publish"), brake) as pipeline:
         progress, promoted = pipeline.progress, pipeline.promoted_before()
+        _score_fresh(pipeline)
         files = {}
         with progress.stage("ssl") as shown:
             files[ModelKind.SSL] = pipeline.train_ssl(promoted, shown)
@@ -186,12 +190,19 @@ def opened_pipeline(
             yield RoundPipeline(paths, settings, ledger, cases, progress)
 
 
+def _score_fresh(pipeline: RoundPipeline) -> None:
+    """Score new human labels by the served models, before anything learns from them."""
+    with pipeline.progress.stage("fresh") as report:
+        record_fresh(pipeline, report)
+
+
 def _about(pipeline: RoundPipeline) -> dict[str, Any]:
-    """What a summary says of the cases and the time."""
+    """What a summary says of the cases, of new labels and the time."""
     cases, progress = pipeline.cases, pipeline.progress
     return {
         "warnings": cases.warnings + pipeline.not_learned,
         "skipped": cases.skipped,
+        "fresh": pooled(pipeline.ledger.events(kinds=(FRESH,))),
         "seconds": progress.seconds,
         "measured": progress.measured,
         "rates": progress.rates,
@@ -209,6 +220,7 @@ def expected_work(
     scans, unlabelled = len(studies.images), len(studies.images) - len(studies.final)
     work = {
         "prepare": Work(scans, 1.0),
+        "fresh": Work(unscored(ledger, studies.final), 3.0),
         "ssl": Work(settings.ssl_iterations, 0.3),
         **({"folds": Work(settings.label_folds * settings.ssl_iterations, 0.3)} if settings.label_folds else {}),
         "predict": Work(unlabelled, 2.0),
@@ -219,6 +231,8 @@ def expected_work(
         "rank": Work(unlabelled, 0.5),
         "promote": Work(settings.promote_fraction * unlabelled, 1.0),
         "retrain": Work(settings.retrain_iterations, 0.3),
+        # mostly nothing: trainings only where other scans are promoted and no label is new
+        **({"compare": Work(0, 0.3)} if settings.label_folds else {}),
         "publish": Work(len(PUBLISHED_KINDS), 2.0),
         "originals": Work(unlabelled, 2.0),
     }

@@ -12,7 +12,7 @@ import pytest
 from aslseg.cases.prepared_case import Prepared
 from aslseg.models.cascade import StageOutput
 from aslseg.rounds import pipeline, run
-from aslseg.rounds.promotion import confidence
+from aslseg.rounds.artefacts import confidence
 from aslseg.rounds.run import run_round
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 

@@ -54,7 +54,7 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     if crossed:
         candidates["ensemble"] = pipeline.ensemble([ssl_maps, *crossed.maps])
     source, dice = choose_source(pipeline, candidates)
-    state = RoundState(pipeline, models, ssl_maps, refined_maps, source, candidates[source])
+    state = RoundState(pipeline, models, ssl_maps, refined_maps, source, candidates[source], crossed=crossed)
     return conclude(state, dice, promotable) | (crossed.summary() if crossed else {})
 
 

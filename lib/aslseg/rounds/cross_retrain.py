@@ -1,0 +1,75 @@
+"""Whether promoted masks help, on human labels that the models have not seen: the folds' models are retrained too.
+
+The model f_k of fold k has learned nothing of the fold. It goes on as the round's model does, on the promoted cases,
+but with masks that f_k itself has drawn on them: the round's masks come from models that have learned the fold's
+labels. So the Dice of the retrained model g_k on the fold says what promoting these cases gives. Which cases these are
+was chosen by models that know the fold; nothing else of it gets in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import numpy as np
+
+from aslseg.cases.prepare import save_array
+from aslseg.cases.prepared_case import Prepared
+from aslseg.models.kinds import ModelKind
+from aslseg.models.model_set import ModelSet
+from aslseg.rounds.artefacts import CachedProbabilities, confidence
+from aslseg.rounds.cross_fit import CrossFit, share
+from aslseg.rounds.pipeline import Promoted, RoundPipeline
+from aslseg.types import ProgressCallback
+
+
+def retrained_dice(
+    pipeline: RoundPipeline, crossed: CrossFit, promoted: Collection[str], report: ProgressCallback
+) -> dict[str, float]:
+    """Mean Dice over the labels of each labelled case, by the retrained model of the fold that it lies in.
+
+    The voxels of the promoted cases weigh as in the round, but for ``disagreement_weight``: there is no adaptation
+    network that has not seen the fold.
+
+    Args:
+        pipeline: The round.
+        crossed: The folds and the predictions of their models f_k.
+        promoted: Ids of the promoted cases. None: the folds' models stay as they are.
+        report: Called with (step, steps) of all trainings.
+
+    Returns:
+        Case to Dice; a case in which neither mask holds anything is left out.
+    """
+    unlabelled = [c for c in pipeline.cases.unlabelled if c.id in promoted]
+    found: dict[str, float | None] = {}
+    for number, (part, maps) in enumerate(zip(crossed.parts, crossed.maps, strict=True)):
+        if unlabelled:
+            own = [own_mask(pipeline, maps, case) for case in unlabelled]
+            model = pipeline.train_ssl(own, share(report, number, len(crossed.parts)), without=part)
+            maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model}))
+        found |= {c.id: pipeline.dice(maps, [c]) for c in pipeline.cases.train if c.id in part}
+    return {case: value for case, value in sorted(found.items()) if value is not None}
+
+
+def own_mask(pipeline: RoundPipeline, maps: CachedProbabilities, case: Prepared) -> Promoted:
+    """A promoted case with the mask that a fold's model draws on it."""
+    s = pipeline.settings
+    inputs = {
+        "maps": maps.folder.name,
+        "image": case.image_hash,
+        "labels": [*s.model_dump(include={"labels", "nested"}).values()],
+        "uncertainty_weight": s.uncertainty_weight,
+    }
+    folder = pipeline.artefacts.folder("own_mask", inputs)
+    label, weight = (folder / f"{folder.name}.{part}.npy" for part in ("label", "weight"))
+    if not (label.exists() and weight.exists()):
+        regions = maps(case)
+        save_array(weight, (1 - (1 - s.uncertainty_weight) * (1 - confidence(regions))).astype(np.float16))
+        save_array(label, pipeline.decode(regions).astype(np.uint8))
+    learned = replace(
+        case,
+        label=np.load(label, mmap_mode="r"),
+        weight=s.promote_weight,
+        voxel_weight=np.load(weight, mmap_mode="r"),
+    )
+    return Promoted(learned, case.image_hash, folder.name, "")

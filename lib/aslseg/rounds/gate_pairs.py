@@ -1,0 +1,139 @@
+"""What the gate decides on: what has changed since the published model, and Dice of both models on the same labels.
+
+No label judges a model that has learned from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from aslseg.cases.prepared_case import Prepared
+from aslseg.errors import AslsegError
+from aslseg.models.gate_rules import Cause
+from aslseg.models.kinds import ModelKind
+from aslseg.models.loaded import load_model
+from aslseg.models.model_set import ModelSet
+from aslseg.models.published import Published, find_published
+from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.cross_fit import CrossFit, share
+from aslseg.rounds.cross_retrain import retrained_dice
+from aslseg.rounds.pipeline import RoundPipeline
+from aslseg.rounds.vetoes import mask_vetoes
+from aslseg.sam.modeling.build import base_path
+from aslseg.types import ProgressCallback
+
+logger = logging.getLogger(__name__)
+
+
+def comparable(pipeline: RoundPipeline, kind: ModelKind) -> Published | None:
+    """The published model of a kind, if the current settings can load it."""
+    current = find_published(pipeline.paths, kind, check=True)
+    if current is None:
+        return None
+    try:
+        load_model(kind, current.path, pipeline.settings)
+    except AslsegError as error:
+        logger.warning("the published %s model cannot be compared: %s", kind, error)
+        return None
+    return current
+
+
+def learned_labels(pipeline: RoundPipeline) -> dict[str, str]:
+    """The human labels that a round learns from: case to hash."""
+    return {c.id: c.label_hash for c in sorted(pipeline.cases.train, key=lambda c: c.id)}
+
+
+def settings_hash(pipeline: RoundPipeline) -> str:
+    """Hash of everything that people set and that the published models depend on, besides scans and labels."""
+    s, files = pipeline.settings, [base_path(pipeline.settings), Path(pipeline.settings.sam_base or "-")]
+    retraining = [s.recipe, s.retrain_from, s.promote_weight, s.disagreement_weight, s.uncertainty_weight]
+    hashes = [pipeline.cases.hashes(f) if f.is_file() else None for f in files]
+    text = json.dumps([pipeline.training_settings(), retraining, hashes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cause_of(pipeline: RoundPipeline, current: Published) -> Cause:
+    """What has changed since the published model; labels count before settings."""
+    labels = learned_labels(pipeline)
+    if current.labels is None:  # published by a version that noted no hashes
+        return Cause.LABELS if labels.keys() - set(current.labelled or current.trained_on) else Cause.SETTINGS
+    if current.labels != labels or _taken_back(pipeline, current):
+        return Cause.LABELS
+    return Cause.MASKS if current.settings == settings_hash(pipeline) else Cause.SETTINGS
+
+
+def _taken_back(pipeline: RoundPipeline, current: Published) -> bool:
+    """Whether people took back a mask that the published model learned from."""
+    standing, vetoes = {p.case.id for p in pipeline.promoted_before()}, mask_vetoes(pipeline.ledger)
+    return any(case in vetoes and case not in standing for case in current.trained_on)
+
+
+def crossed_differences(
+    pipeline: RoundPipeline, crossed: CrossFit, retrained: Path, promoted: Collection[str], report: ProgressCallback
+) -> dict[str, float]:
+    """Dice of the round's SSL model minus Dice of the published one, by cross-fitting on labels of the training.
+
+    Where the published model learned the same human labels, the folds' models are retrained with the promoted cases of
+    each (:mod:`aslseg.rounds.cross_retrain`). If these are the same cases, cross-fitting sees no difference.
+
+    Where it learned others, the labels that are new to it are scored by it and by the fold's model that has not seen
+    them; but only where that one has learned at least as many labels, or it would look worse for having fewer.
+
+    Args:
+        pipeline: The round.
+        crossed: The folds.
+        retrained: The SSL model of the round.
+        promoted: Ids of the promoted cases that it was trained on.
+        report: Called with (step, steps) of all trainings.
+
+    Returns:
+        By case; empty where nothing can be compared, or where settings alone have changed.
+    """
+    current = comparable(pipeline, ModelKind.SSL)
+    if current is None or current.sha256 == pipeline.cases.hashes(retrained):
+        return {}
+    if cause_of(pipeline, current) == Cause.SETTINGS:
+        return {}
+    labels = learned_labels(pipeline)
+    if current.labels == labels:
+        before = set(current.trained_on) - labels.keys()
+        if before == set(promoted):
+            return {}
+        new = retrained_dice(pipeline, crossed, promoted, share(report, 0, 2))
+        old = retrained_dice(pipeline, crossed, before, share(report, 1, 2))
+    else:
+        cases = _new_to(pipeline, crossed, current)
+        new = {c.id: dice for c in cases if (dice := _mean(crossed.cases[c.id].values())) is not None}
+        models = ModelSet({ModelKind.SSL: current.path})
+        old = case_dice(pipeline, pipeline.predict(ModelKind.SSL, models), pipeline.at_spacing(cases, models.spacing))
+    return differences(new, old)
+
+
+def case_dice(pipeline: RoundPipeline, maps: CachedProbabilities, cases: Iterable[Prepared]) -> dict[str, float]:
+    """Mean Dice over the labels of each case; one in which neither mask holds anything is left out."""
+    found = {c.id: pipeline.dice(maps, [c]) for c in cases}
+    return {case: value for case, value in found.items() if value is not None}
+
+
+def differences(new: dict[str, float], old: dict[str, float]) -> dict[str, float]:
+    """New minus old, for the cases that both have."""
+    return {case: new[case] - old[case] for case in sorted(new.keys() & old.keys())}
+
+
+def _new_to(pipeline: RoundPipeline, crossed: CrossFit, current: Published) -> list[Prepared]:
+    """Labelled cases of patients that the published model has not seen, where the fold's model has learned enough."""
+    cases, least = pipeline.cases.train, len(current.trained_on if current.labelled is None else current.labelled)
+    known = {c.patient for c in pipeline.cases.sources.values() if c.id in current.trained_on}
+    judged = {case for part in crossed.parts if len(cases) - len(part) >= least for case in part}
+    return [c for c in cases if c.id in judged and c.patient not in known]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
