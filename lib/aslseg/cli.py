@@ -52,6 +52,7 @@ def info(
     from aslseg.compute.hardware import resolved
     from aslseg.models.published import list_published
     from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS
+    from aslseg.rounds.fresh import with_fresh_dice
 
     given, used = settings.model_dump(), resolved(settings).model_dump()
     shown = {
@@ -63,7 +64,7 @@ def info(
         "ssl_methods": sorted(SSL_METHODS),
         "networks": sorted(NETWORKS),
         "recipes": sorted(RECIPES),
-        "models": list_published(settings, studies),
+        "models": with_fresh_dice(list_published(settings, studies), settings, studies),
     }
     if as_json or not console.on_terminal(sys.stdout):
         return show(found, as_json)

@@ -170,8 +170,8 @@ def print_info(found: Mapping[str, Any]) -> None:
     print_table("Settings", ("setting", "value", "used here", "source"), settings)
     plugins = ((kind, ", ".join(found[kind])) for kind in ("ssl_methods", "networks", "recipes"))
     print_table("Plug-ins", ("kind", "names"), plugins)
-    columns = ("kind", "round", "date", "validation_dice", "cases", "path")
-    models = ([model[column] for column in columns] for model in found["models"])
+    columns = ("kind", "round", "date", "fresh_dice", "fresh_scans", "validation_dice", "cases", "path")
+    models = ([model.get(column) for column in columns] for model in found["models"])
     print_table("Published models", columns, models)
 
 

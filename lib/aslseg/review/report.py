@@ -24,6 +24,7 @@ from aslseg.review.pictures import COLOURS, outlined
 from aslseg.review.status import named
 from aslseg.review.webhook import send
 from aslseg.rounds.corrections import CHECKED
+from aslseg.rounds.fresh import stated
 from aslseg.rounds.ledger import Event, Ledger, RoundRow
 from aslseg.rounds.masks import MaskStore
 from aslseg.rounds.promotion_decisions import Decision, count_reasons, decisions_of
@@ -144,6 +145,7 @@ def headline(content: dict[str, Any]) -> dict[str, Any]:
         "reasons": content["reasons"],
         "published": content["published"],
         "classes": {c["name"]: c["dice"] for c in content["classes"]},
+        "scans": {c["name"]: c["cases"] for c in content["classes"]},
         "warnings": len(content["warnings"]),
         "seconds": round(sum(content["seconds"].values()), 1),
     }
@@ -192,17 +194,20 @@ def _colours(settings: Settings) -> list[dict[str, str]]:
 
 def _classes(settings: Settings, summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Each class with its measured Dice and what it can be trusted with."""
-    found = []
+    found, new = [], stated(summary.get("fresh", {}))
     for name in settings.label_set.names:
         about = summary.get("classes", {}).get(name, {"dice": None, "cases": 0})
-        dice, cases = about["dice"], about["cases"]
+        validation, fresh = about["dice"], new.get(name)
+        dice, cases = (fresh["dice"], int(fresh["scans"])) if fresh else (validation, about["cases"])
         if dice is None:
-            words = "Not measured: no validation case holds it. Trust nothing until one does."
+            words = "Not measured: neither a new label nor a validation case holds it. Trust nothing until one does."
         else:
             words = next(text for least, text in TRUST if dice >= least)
             if cases < FEW_CASES:
                 words += f" Uncertain: measured on {cases} {'scan' if cases == 1 else 'scans'}."
-        found.append({"name": name, "dice": dice, "cases": cases, "words": words})
+            if not fresh:
+                words += " On validation scans, which have chosen the model: rather too high."
+        found.append({"name": name, "dice": dice, "cases": cases, "validation": validation, "words": words})
     return found
 
 

@@ -16,6 +16,7 @@ from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published, left_behind
 from aslseg.review.ledger_lists import MOST, Decisions, decisions
 from aslseg.rounds.corrections import CHECKED
+from aslseg.rounds.fresh import FRESH, mean_over_labels, pooled, stated
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.nights import Nights
 from aslseg.rounds.progress import read_progress
@@ -48,8 +49,9 @@ def collect(
     try:
         decided, loss, night = decisions(ledger), ledger.loss(), _night(ledger, settings)
         checked = {e.details["mask"]: e.details["dice"] for e in ledger.events(kinds=(CHECKED,))}
+        fresh = pooled(ledger.events(kinds=(FRESH,)))
     except LedgerError as error:
-        decided, loss, night, checked = Decisions(), str(error), {}, {}
+        decided, loss, night, checked, fresh = Decisions(), str(error), {}, {}, {}
     if loss:
         failures.append({"model": "ledger", "time": None, "lines": [loss]})
     last: dict[str, Any] = next((r.summary for r in reversed(decided.rounds) if r.summary), {})
@@ -58,7 +60,8 @@ def collect(
         "progress": progress | {"finish_text": finish_text(progress, settings)},
         "night": night,
         "not_promoted": decided.not_promoted,
-        "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
+        "models": [_model(kind, find_published(paths, kind), fresh) for kind in PUBLISHED_KINDS],
+        "stated": stated(fresh),
         "cases": store,
         "problems": [*_problems(paths, ledger), *notes],
         "warnings": [*last.get("warnings", []), *map(named, last.get("skipped", {}).items())],
@@ -138,14 +141,17 @@ def _read_problems(root: Path, stamps: tuple[FileStamp | None, ...]) -> tuple[st
     return read_studies(root).problems
 
 
-def _model(kind: ModelKind, entry: Published | None) -> dict[str, Any]:
+def _model(kind: ModelKind, entry: Published | None, fresh: dict[str, Any]) -> dict[str, Any]:
     if entry is None:
         return {"kind": kind, "published": False}
+    dice, scans = mean_over_labels(fresh.get(kind.value, {}))
     return {
         "kind": kind,
         "published": True,
         "sha256": entry.sha256,
         "date": entry.date,
         "round": entry.round,
+        "fresh_dice": dice,
+        "fresh_scans": scans,
         "validation_dice": entry.validation_dice,
     }

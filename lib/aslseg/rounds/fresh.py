@@ -18,13 +18,13 @@ from aslseg.files import sha256
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import manifest
 from aslseg.rounds.corrections import dice_of_kept
-from aslseg.rounds.events import Entry, Event
+from aslseg.rounds.ledger import Entry, Event, Ledger
+from aslseg.settings import Paths, Settings
 from aslseg.types import ProgressCallback
 
 if TYPE_CHECKING:
     from aslseg.cases.prepared_case import Prepared
     from aslseg.models.model_set import ModelSet
-    from aslseg.rounds.ledger import Ledger
     from aslseg.rounds.pipeline import RoundPipeline
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,18 @@ def mean_over_labels(dice: Mapping[str, Mapping[str, float]]) -> tuple[float | N
     """Of one kind in :func:`pooled`: the mean over its labels, None without any, and the number of scans."""
     means = [about["dice"] for about in dice.values()]
     return (sum(means) / len(means) if means else None), int(max((a["scans"] for a in dice.values()), default=0))
+
+
+def with_fresh_dice(models: list[dict[str, Any]], settings: Settings, studies: Path | None) -> list[dict[str, Any]]:
+    """Published models of a studies folder as plain values, with ``fresh_dice`` and ``fresh_scans`` of each.
+
+    Without the folder there is no ledger to ask, and the models stay as they are.
+    """
+    if studies is None:
+        return models
+    fresh = pooled(Ledger(Paths(settings, studies).ledger).events(kinds=(FRESH,)))
+    found = ((model, *mean_over_labels(fresh.get(model["kind"], {}))) for model in models)
+    return [model | {"fresh_dice": dice, "fresh_scans": scans} for model, dice, scans in found]
 
 
 def unscored(ledger: Ledger, labelled: Iterable[str]) -> int:

@@ -77,8 +77,8 @@ def run_round(
         rejected round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason),
         ``agreement`` (by case), ``fresh`` (:func:`aslseg.rounds.fresh.pooled`), ``published`` (a line per model),
         ``models`` (this round's files, kept until the round after next), ``warnings``, ``skipped``, ``seconds`` by
-        stage, ``rates`` (seconds for a unit of each stage), ``inputs`` (:func:`aslseg.rounds.nights.inputs_hash`), ``ledger`` (its
-        head before this round was closed).
+        stage, ``rates`` (seconds for a unit of each stage), ``inputs`` (:func:`aslseg.rounds.nights.inputs_hash`),
+        ``ledger`` (its head before this round was closed).
 
     Raises:
         AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError,

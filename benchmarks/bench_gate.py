@@ -1,0 +1,163 @@
+"""What the gate lets through, and how far the Dice that is stated is from the truth: simulated nights, no networks.
+
+    python benchmarks/bench_gate.py [--nights 30] [--runs 4000] [--out FILE]
+
+The Dice of a model on a case is its true mean, plus what is peculiar to the case, plus noise of this model on this
+case; a case has a standard deviation of 0.07, four fifths of its variance common to all models. The rules are those of
+the product (:mod:`aslseg.models.gate_rules`), and so is the mean over fresh labels (:func:`aslseg.rounds.fresh.pooled`).
+The rule before published a model whose mean was no lower. Prints tables in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from aslseg.models.gate_rules import shown_better, shown_worse
+from aslseg.rounds.fresh import SHOWN, pooled
+from aslseg.rounds.ledger import Event
+
+SPREAD, COMMON = 0.07, 0.8
+"""Standard deviation of a case's Dice, and the part of its variance that all models share."""
+LEVEL = 0.8
+"""True Dice of the first model."""
+DIFFERENCES = (-0.02, 0.0, 0.02)
+"""True Dice of candidates minus that of the first model."""
+LABELS = (1, 2, 4, 8, 16)
+VALIDATION = 0.2
+"""Part of the labels that judged before; at least one."""
+Rule = Callable[[Sequence[float]], bool]
+
+
+def mean_rule(differences: Sequence[float]) -> bool:
+    """The rule before: a mean that is no lower."""
+    return bool(len(differences)) and float(np.mean(differences)) >= 0
+
+
+def not_worse(differences: Sequence[float]) -> bool:
+    """The rule for new human labels."""
+    return not shown_worse(differences)
+
+
+RULES: dict[str, Rule] = {"before": mean_rule, "other masks": shown_better, "new labels": not_worse}
+
+
+@dataclass
+class World:
+    """Cases and models of one simulation."""
+
+    rng: np.random.Generator
+
+    def cases(self, count: int) -> np.ndarray:
+        """What is peculiar to each case."""
+        return self.rng.normal(0, SPREAD * np.sqrt(COMMON), count)
+
+    def noise(self, count: int) -> np.ndarray:
+        """What a model has on each case beside its mean and the case."""
+        return self.rng.normal(0, SPREAD * np.sqrt(1 - COMMON), count)
+
+
+def main() -> None:
+    """Simulate, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nights", type=int, default=30)
+    parser.add_argument("--runs", type=int, default=4000, help="models for each row of the first table")
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--out", type=Path, help="file for the tables; by default they are printed")
+    args = parser.parse_args()
+    tables = [
+        "One candidate, published in % of cases:",
+        *single(args.runs, args.seed),
+        f"\n{args.nights} nights without a new label, by the true difference of all candidates from the first model:",
+        *without_labels(args.runs // 10, args.nights, args.seed),
+        f"\n{args.nights} nights with one new label each, candidates that gain 0.001 a label, give or take 0.02:",
+        *with_labels(args.runs // 10, args.nights, args.seed),
+    ]
+    text = "\n".join(tables) + "\n"
+    if args.out:
+        args.out.write_text(text)
+    else:
+        sys.stdout.write(text)
+
+
+def single(runs: int, seed: int) -> Iterator[str]:
+    """How often a candidate of a known true difference is published, by rule and number of labels that judge."""
+    yield ("| labels that judge | " + " | ".join(f"{name}: {d:+.2f}" for name in RULES for d in DIFFERENCES) + " |")
+    yield "|---|" + "---|" * (3 * len(RULES))
+    for labels in LABELS:
+        cells = []
+        for rule in RULES.values():
+            for true in DIFFERENCES:
+                world = World(np.random.default_rng([seed, labels]))
+                passed = sum(rule(true + world.noise(labels) - world.noise(labels)) for _ in range(runs))
+                cells.append(f"{100 * passed / runs:.0f}")
+        yield f"| {labels} | " + " | ".join(cells) + " |"
+
+
+def without_labels(runs: int, nights: int, seed: int) -> Iterator[str]:
+    """Nights in which only promoted masks change, judged by the same cases again and again."""
+    columns = [f"{what} ({d:+.2f})" for d in DIFFERENCES for what in ("ever published, %", "true change", "too high")]
+    yield "| labels | rule | judges | " + " | ".join(columns) + " |"
+    yield "|---|---|---|" + "---|" * len(columns)
+    for labels in LABELS:
+        for name, rule in (("before", mean_rule), ("now", shown_better)):
+            judges = max(1, round(VALIDATION * labels)) if name == "before" else labels
+            cells = []
+            for true in DIFFERENCES:
+                worlds = (World(np.random.default_rng([seed, n])) for n in range(runs))
+                published, level, shown = np.mean([_promotions(w, nights, judges, rule, true) for w in worlds], axis=0)
+                cells += [f"{100 * published:.0f}", f"{level - LEVEL:+.3f}", f"{shown - level:+.3f}"]
+            yield f"| {labels} | {name} | {judges} | " + " | ".join(cells) + " |"
+
+
+def _promotions(world: World, nights: int, judges: int, rule: Rule, true: float) -> tuple[bool, float, float]:
+    """Whether a candidate was ever published, the true Dice at the end, and the mean on the judges, who are reused."""
+    cases, level = world.cases(judges), LEVEL
+    served, published = world.noise(judges), False
+    for _ in range(nights):
+        new, candidate = LEVEL + true, world.noise(judges)
+        if rule(new + candidate - level - served):
+            published, level, served = True, new, candidate
+    return published, level, float(np.mean(level + cases + served))
+
+
+def with_labels(runs: int, nights: int, seed: int) -> Iterator[str]:
+    """Nights with a new label each: what is stated by the reused judge, and by labels before they are learned."""
+    yield "| rule | nights that published | true Dice at the end | stated | too high | standard error of one folder |"
+    yield "|---|---|---|---|---|---|"
+    for name in ("before", "now"):
+        found = np.array([_labels(World(np.random.default_rng([seed, n])), nights, name) for n in range(runs)])
+        published, true, shown = found.mean(0)
+        error = (found[:, 2] - found[:, 1]).std()
+        yield f"| {name} | {published:.1f} | {true:.3f} | {shown:.3f} | {shown - true:+.3f} | {error:.3f} |"
+
+
+def _labels(world: World, nights: int, name: str) -> tuple[int, float, float]:
+    """Nights that published, true Dice at the end, and the Dice that is stated then."""
+    judge, events = world.cases(1), []
+    level, served, published = LEVEL, world.noise(1), 0
+    for night in range(nights):
+        case = world.cases(1)
+        fresh = level + case + world.noise(1)
+        events.append(fresh_event(night, float(fresh[0])))
+        new, candidate = LEVEL + 0.001 * night + world.rng.normal(0, 0.02), world.noise(1)
+        on_judge = new + candidate - level - served
+        on_fresh = new + case + world.noise(1) - fresh
+        if mean_rule(on_judge) if name == "before" else not_worse([*on_judge, *on_fresh]):
+            published, level, served = published + 1, new, candidate
+    stated = float((level + judge + served)[0])
+    return published, level, stated if name == "before" else pooled(events)[SHOWN]["liver"]["dice"]
+
+
+def fresh_event(number: int, dice: float) -> Event:
+    """An event of the ledger about a fresh label of one scan."""
+    return Event("fresh", number, f"case{number}", details={"dice": {SHOWN: {"liver": dice}}}, seq=number)
+
+
+if __name__ == "__main__":
+    main()
