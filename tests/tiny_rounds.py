@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,18 @@ from aslseg.volume.phantom import write_studies
 SHAPE = (24, 24, 8)
 Judged = Callable[[Callable[[str], float]], None]
 """The fixture ``judged``."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Ids of the cases that an SSL model has learned from."""
+
+    human: frozenset[str]
+    promoted: frozenset[str]
+
+
+Scored = Callable[[Callable[[Learned, str], float]], None]
+"""The fixture ``scored``."""
 SAM = Architecture(
     image_size=32, patch_size=8, embed_dim=16, depth=1, heads=2, window=2, global_blocks=(0,), out_chans=16, mlp_dim=32
 )

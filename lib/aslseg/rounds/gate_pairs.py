@@ -11,8 +11,6 @@ import logging
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-import numpy as np
-
 from aslseg.cases.prepared_case import Prepared
 from aslseg.errors import AslsegError
 from aslseg.models.gate_rules import Cause
@@ -109,7 +107,9 @@ def crossed_differences(
         old = retrained_dice(pipeline, crossed, before, share(report, 1, 2))
     else:
         cases = _new_to(pipeline, crossed, current)
-        new = {c.id: dice for c in cases if (dice := _mean(crossed.cases[c.id].values())) is not None}
+        new = {}
+        for part, maps in zip(crossed.parts, crossed.maps, strict=True):
+            new |= case_dice(pipeline, maps, [c for c in cases if c.id in part])
         models = ModelSet({ModelKind.SSL: current.path})
         old = case_dice(pipeline, pipeline.predict(ModelKind.SSL, models), pipeline.at_spacing(cases, models.spacing))
     return differences(new, old)
@@ -132,8 +132,3 @@ def _new_to(pipeline: RoundPipeline, crossed: CrossFit, current: Published) -> l
     known = {c.patient for c in pipeline.cases.sources.values() if c.id in current.trained_on}
     judged = {case for part in crossed.parts if len(cases) - len(part) >= least for case in part}
     return [c for c in cases if c.id in judged and c.patient not in known]
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else None

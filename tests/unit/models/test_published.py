@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from aslseg.models import published
+from aslseg.models.gate_rules import Cause
+from aslseg.models.kinds import ModelKind
 from aslseg.models.published import Candidate, find_published, gate, manifest, put_manifest, stage_files
 from aslseg.settings import Paths, Settings
 
@@ -21,7 +23,7 @@ def paths(tmp_path: Path) -> Paths:
 def candidate(tmp_path: Path, content: str, dice: float | None = 0.8, before: float | None = None) -> Candidate:
     path = tmp_path / f"{content}.safetensors"
     path.write_text(content)
-    return Candidate("ssl", path, dice, before, 3, ("a", "b"))
+    return Candidate(ModelKind.SSL, path, dice, before, 3, ("a", "b"), {"a": "1"}, "settings")
 
 
 def put(paths: Paths, *chosen: Candidate, number: int = 1) -> None:
@@ -36,6 +38,7 @@ def test_nothing_is_served_before_the_manifest_says_so(paths: Paths, tmp_path: P
     found = find_published(paths, "ssl", check=True)
     assert found is not None
     assert (found.validation_dice, found.validation_cases, found.round, found.trained_on) == (0.8, 3, 4, ("a", "b"))
+    assert (found.labels, found.labelled, found.settings) == ({"a": "1"}, ("a",), "settings")
     assert found.path.name == f"ssl-{found.sha256[:12]}.safetensors"
 
 
@@ -68,7 +71,7 @@ def test_missing_and_damaged_files_are_not_served(paths: Paths, tmp_path: Path) 
     assert manifest(paths) == {}
 
 
-def test_gate(paths: Paths, tmp_path: Path) -> None:
+def test_gate_where_settings_changed(paths: Paths, tmp_path: Path) -> None:
     first = candidate(tmp_path, "one", dice=None)
     assert gate(first, None, 0)[0]
     put(paths, first)
@@ -87,20 +90,50 @@ def test_gate(paths: Paths, tmp_path: Path) -> None:
     assert "without validation cases" in why
 
 
+@pytest.mark.parametrize(
+    ("cause", "differences", "accepted", "words"),
+    [
+        (Cause.MASKS, [0.1, 0.1], False, "no human label is new, and 2 to compare on is too few"),
+        (Cause.MASKS, [0.02, 0.0, 0.0], False, "not shown to be better (mean difference of Dice +0.0067 on 3 human"),
+        (
+            Cause.MASKS,
+            [0.03, 0.0, 0.0],
+            True,
+            "this model is better (mean difference of Dice +0.0100 on 3 human",
+        ),
+        (Cause.MASKS, [], False, "only when there are more human labels"),
+        (Cause.LABELS, [-0.01], True, "human labels are new, and this model is not shown to be worse"),
+        (Cause.LABELS, [-0.09], False, "this model is worse (mean difference of Dice -0.0900 on 1 human label)"),
+        (Cause.LABELS, [-0.04, -0.05, -0.06, -0.07], False, "is worse (mean difference of Dice -0.0550 on 4"),
+        (Cause.SETTINGS, [0.3, 0.3, 0.3], False, "Dice 0.7900, published 0.8000 on 3 validation cases"),
+    ],
+)
+def test_what_has_changed_decides_what_is_asked(
+    paths: Paths, tmp_path: Path, cause: Cause, differences: list[float], accepted: bool, words: str
+) -> None:
+    put(paths, candidate(tmp_path, "one"))
+    current, found = find_published(paths, ModelKind.SSL), dict(enumerate(differences))
+    changed = replace(candidate(tmp_path, "two", 0.79, 0.8), cause=cause, differences=found)
+    decided, why = gate(changed, current, 0)
+    assert decided == accepted
+    assert words in why
+    assert gate(changed, current, 0) == (decided, why)
+
+
 @pytest.mark.parametrize(("noted", "known"), [(True, ("a",)), (False, ("a", "b"))])
 def test_without_a_judge_only_more_human_labels_are_published(
     paths: Paths, tmp_path: Path, noted: bool, known: tuple[str, ...]
 ) -> None:
-    put(paths, replace(candidate(tmp_path, "one"), labelled=("a",)))
+    put(paths, candidate(tmp_path, "one"))
     if not noted:  # by a version that noted only what the model was trained on, promoted scans included
         models = manifest(paths)
-        del models["ssl"]["labelled"]
+        del models["ssl"]["labels"]
         put_manifest(paths, models)
     current = find_published(paths, "ssl")
-    unjudged = replace(candidate(tmp_path, "two", None), labelled=known)
+    unjudged = replace(candidate(tmp_path, "two", None), labels=dict.fromkeys(known, "1"))
     accepted, why = gate(unjudged, current, 0)
     assert (accepted, "only when there are more human labels" in why) == (False, True)
-    accepted, why = gate(replace(unjudged, labelled=(*known, "c")), current, 0)
+    accepted, why = gate(replace(unjudged, labels=dict.fromkeys((*known, "c"), "1")), current, 0)
     assert (accepted, "published unchecked" in why, "1 more human label." in why) == (True, True, True)
 
 
