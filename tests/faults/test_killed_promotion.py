@@ -51,10 +51,12 @@ ACCEPTED = [
     ("replace *ledger.head.json", 8),
 ]
 REJECTED = [
+    ("append fresh *", 1),
+    ("replace *ledger.head.json", 2),
     ("append mask aslseg_pseudo", 1),
     ("replace */labels/aslseg_pseudo/*", 1),
     ("append *withdrawn*", 1),
-    ("replace *ledger.head.json", 4),
+    ("replace *ledger.head.json", 5),
     ("replace */labels/aslseg_pseudo/*", 3),
     ("append mask original", 1),
     ("replace */reports/round-2.json", 1),
@@ -81,6 +83,14 @@ def settings_in(root: Path, seed: int) -> Settings:
     return tiny_settings(root, promote_fraction=1, seed=seed)
 
 
+def new_patient(studies: Path) -> None:
+    """A person adds a scan, and labels it."""
+    other = tiny_studies(studies.parent / "other", cases=1, labelled=1, seed=9)
+    for folder in (Path(), Path("labels") / "final"):
+        shutil.copy(other / folder / "phantom_000.nii.gz", studies / folder / "new.nii.gz")
+    shutil.rmtree(other.parent)
+
+
 def in_child(
     studies: Path, settings: Settings, point: str | None, occurrence: int, good: str | None, number: int | None = None
 ) -> int | None:
@@ -99,15 +109,17 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Round
     with pytest.MonkeyPatch.context() as patched:
         # the server that children are forked from does not know pytest's sys.path
         patched.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
-        start, first, second = (tmp_path_factory.mktemp(name) for name in ("start", "first", "second"))
+        start, first, labelled, second = map(tmp_path_factory.mktemp, ("start", "first", "labelled", "second"))
         settings_in(start, 1)
         tiny_studies(start, cases=4, labelled=2)
         shutil.copytree(start, first, dirs_exist_ok=True)
         assert in_child(first / "studies", settings_in(first, 1), None, 1, None) == 0
         good = published_hashes(settings_in(first, 1), first / "studies")["ssl"]
-        shutil.copytree(first, second, dirs_exist_ok=True)
+        shutil.copytree(first, labelled, dirs_exist_ok=True)
+        new_patient(labelled / "studies")
+        shutil.copytree(labelled, second, dirs_exist_ok=True)
         assert in_child(second / "studies", settings_in(second, 2), None, 1, good) == 0
-        yield {"accepted": Round(start, first, 1, None), "rejected": Round(first, second, 2, good)}
+        yield {"accepted": Round(start, first, 1, None), "rejected": Round(labelled, second, 2, good)}
 
 
 def shown(root: Path, settings: Settings) -> dict[str, object]:
@@ -129,6 +141,7 @@ def test_the_rounds_are_what_they_are_called(rounds: dict[str, Round]) -> None:
     assert [status for *_, status in second["verdicts"]["promotions"]] == ["active", "withdrawn"] * 2
     assert second["models"]["ssl"] == first["models"]["ssl"]
     assert len(second["history"]) > len(first["history"])
+    assert [(kind, case) for _, kind, _, case, *_ in second["history"] if kind == "fresh"] == [("fresh", "new")]
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ class Entry:
         kind: ``opened``, ``failed``, ``closed``, ``withdrawn``, ``rolled back`` (rounds); ``mask``, ``removed`` (label
             files of rounds); ``scored`` (agreement of all scans); ``published``; ``validation``; ``veto`` (a mask or a
             model that somebody took back); ``saved``, ``deleted``, ``refused`` (by people, through the server);
+            ``checked``, ``fresh`` (Dice of a promoted mask, or of the served models, with a label that people saved);
             ``lost`` (what a repair could not bring back); ``note``.
         round, case, tag: What it is about, where that applies.
         details: JSON-serialisable.

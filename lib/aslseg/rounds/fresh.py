@@ -42,8 +42,9 @@ def record_fresh(pipeline: RoundPipeline, report: ProgressCallback) -> None:
     """Score the fresh labels of a round by the models that are served, each label once, and note it in the ledger.
 
     Fresh is a label of a patient whose scans no published model was ever trained on, not even with a promoted mask (how
-    good these were is noted as ``checked``). A label that is corrected before a model learns from it is scored again. A
-    validation case is scored once, as it stays one. What cannot be scored is passed over with a line in the log.
+    good these were is noted as ``checked``), and that has not judged the served models. So a validation case is fresh
+    in the first round that sees it. A label that is corrected before a model learns from it is scored again. What
+    cannot be scored is passed over with a line in the log.
 
     Args:
         pipeline: The round, before anything is trained.
@@ -126,12 +127,19 @@ def _fresh_cases(pipeline: RoundPipeline) -> list[Prepared]:
     cases, events = pipeline.cases, pipeline.ledger.events(kinds=(FRESH,))
     scored, labels = {e.case for e in events}, {e.details["label"] for e in events}
     learned = trained_before(pipeline.ledger, pipeline.paths)
-    patients = {c.patient for c in cases.sources.values() if c.id in learned}
+    used = {c.patient for c in cases.sources.values() if c.id in learned} | _judges(pipeline)
     new = [
         *(c for c in cases.train if c.label_hash not in labels),
         *(c for c in cases.validation if c.id not in scored),
     ]
-    return sorted((c for c in new if c.patient not in patients and c.id not in learned), key=lambda c: c.id)
+    return sorted((c for c in new if c.patient not in used and c.id not in learned), key=lambda c: c.id)
+
+
+def _judges(pipeline: RoundPipeline) -> set[str]:
+    """Patients that validated models already when the last of the served ones was published."""
+    published = [e.seq for e in pipeline.ledger.events(kinds=("published",)) if _of_before(pipeline, e)]
+    events = pipeline.ledger.events(kinds=("validation",))
+    return {e.details["patient"] for e in events if published and e.seq < published[-1]}
 
 
 def _served(pipeline: RoundPipeline) -> ModelSet:
@@ -158,10 +166,15 @@ def _served(pipeline: RoundPipeline) -> ModelSet:
 def _entries_before(pipeline: RoundPipeline) -> dict[str, dict[str, Any]]:
     """The manifest of the time when the round began."""
     events = pipeline.ledger.events(kinds=("published",)) if pipeline.number else []
-    others = [e for e in events if e.round != pipeline.number]
+    others = [e for e in events if _of_before(pipeline, e)]
     if len(others) == len(events):
         return manifest(pipeline.paths)
     return dict(others[-1].details["after"] if others else events[0].details["before"])
+
+
+def _of_before(pipeline: RoundPipeline, event: Event) -> bool:
+    """Whether an event is not of this round."""
+    return pipeline.number is None or event.round != pipeline.number
 
 
 def _scores(pipeline: RoundPipeline, models: ModelSet, case: Prepared) -> dict[str, dict[str, float | None]]:

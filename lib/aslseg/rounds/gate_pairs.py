@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from aslseg.cases.prepared_case import Prepared
+from aslseg.cases.studies import PSEUDO
 from aslseg.errors import AslsegError
 from aslseg.models.gate_rules import Cause
 from aslseg.models.kinds import ModelKind
@@ -68,8 +69,8 @@ def cause_of(pipeline: RoundPipeline, current: Published) -> Cause:
 
 def _taken_back(pipeline: RoundPipeline, current: Published) -> bool:
     """Whether people took back a mask that the published model learned from."""
-    standing, vetoes = {p.case.id for p in pipeline.promoted_before()}, mask_vetoes(pipeline.ledger)
-    return any(case in vetoes and case not in standing for case in current.trained_on)
+    masks, vetoes = pipeline.ledger.masks(PSEUDO, before=pipeline.opened), mask_vetoes(pipeline.ledger)
+    return any(case in vetoes and case in masks and masks[case].kind == "removed" for case in current.trained_on)
 
 
 def crossed_differences(
@@ -115,6 +116,12 @@ def crossed_differences(
     return differences(new, old)
 
 
+def not_learned(pipeline: RoundPipeline, cases: Iterable[Prepared], current: Published) -> list[Prepared]:
+    """Those of some cases of whose patients the published model has learned nothing."""
+    known = {c.patient for c in pipeline.cases.sources.values() if c.id in current.trained_on}
+    return [c for c in cases if c.id not in current.trained_on and c.patient not in known]
+
+
 def case_dice(pipeline: RoundPipeline, maps: CachedProbabilities, cases: Iterable[Prepared]) -> dict[str, float]:
     """Mean Dice over the labels of each case; one in which neither mask holds anything is left out."""
     found = {c.id: pipeline.dice(maps, [c]) for c in cases}
@@ -129,6 +136,5 @@ def differences(new: dict[str, float], old: dict[str, float]) -> dict[str, float
 def _new_to(pipeline: RoundPipeline, crossed: CrossFit, current: Published) -> list[Prepared]:
     """Labelled cases of patients that the published model has not seen, where the fold's model has learned enough."""
     cases, least = pipeline.cases.train, len(current.trained_on if current.labelled is None else current.labelled)
-    known = {c.patient for c in pipeline.cases.sources.values() if c.id in current.trained_on}
     judged = {case for part in crossed.parts if len(cases) - len(part) >= least for case in part}
-    return [c for c in cases if c.id in judged and c.patient not in known]
+    return [c for c in not_learned(pipeline, cases, current) if c.id in judged]

@@ -17,7 +17,15 @@ from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import Candidate, Published, gate
 from aslseg.rounds.artefacts import CachedProbabilities
-from aslseg.rounds.gate_pairs import case_dice, cause_of, comparable, differences, learned_labels, settings_hash
+from aslseg.rounds.gate_pairs import (
+    case_dice,
+    cause_of,
+    comparable,
+    differences,
+    learned_labels,
+    not_learned,
+    settings_hash,
+)
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import first_kept_event
 from aslseg.rounds.pipeline import RoundPipeline
@@ -151,7 +159,8 @@ def _score(
 ) -> Candidate:
     """A candidate, and the published model beside it on the same validation cases, each on its own working grid."""
     labels, learned = learned_labels(pipeline), promoted if kind == ModelKind.SSL else ()
-    fair = [c for c in pipeline.cases.validation if current is None or c.id not in current.trained_on]
+    judges = pipeline.cases.validation
+    fair = judges if current is None else not_learned(pipeline, judges, current)
     maps = pipeline.predict(kind, models)
     candidate = Candidate(
         kind,

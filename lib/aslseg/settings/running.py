@@ -149,8 +149,8 @@ class RoundSettings(Section):
     )
     gate_tolerance: float = setting(
         0.0,
-        "By how much a model's validation Dice may be lower than the published one's where settings alone have changed; "
-        "new labels and promoted masks have rules of their own (docs/nights.md)",
+        "By how much a model's validation Dice may be lower than the published one's where settings alone have "
+        "changed; new labels and promoted masks have rules of their own (docs/nights.md)",
         unit="Dice",
         example="0.005",
         ge=0,

@@ -160,7 +160,7 @@ def test_a_round_without_promotions(paths: Paths, settings: Settings) -> None:
     page = path.read_text()
     assert "Nothing was promoted." in page
     assert "<img" not in page
-    assert "Not measured: no validation case holds it." in page
+    assert "Not measured: neither a new label nor a validation case holds it." in page
     text = headline(content)["text"]
     assert text.startswith("Round 1: 0 of 2 scans without a human label promoted. Most frequent reason: ")
 

@@ -72,8 +72,17 @@ def test_nights_without_a_change_settle(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_mask_is_replaced_when_the_networks_agree_clearly_better(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    studies, settings = tiny_studies(tmp_path, cases=4, labelled=3), tiny_settings(tmp_path, promote_fraction=1)
-    monkeypatch.setattr(pipeline.RoundPipeline, "dice", lambda *_: 0.5)  # else a worse model's promotions are withdrawn
+    studies, settings = tiny_studies(tmp_path, cases=5, labelled=4), tiny_settings(tmp_path, promote_fraction=1)
+    roles = "".join(f"phantom_00{n},p{n},{'validation' if n else 'train'}\n" for n in range(4))
+    (studies / "patients.csv").write_text(f"case,patient,role\n{roles}")
+    seen: list[str] = []
+
+    def better_each_time(_: Any, maps: Any, *__: Any) -> float:
+        """Else promotions are withdrawn with a model that is no better."""
+        seen.extend({maps.folder.name} - set(seen))
+        return 0.5 + 0.02 * seen.index(maps.folder.name)
+
+    monkeypatch.setattr(pipeline.RoundPipeline, "dice", better_each_time)
     compare, gained = promotion.compare, [0.0]
 
     def compared(*arguments: Any) -> Any:
@@ -86,7 +95,7 @@ def test_a_mask_is_replaced_when_the_networks_agree_clearly_better(
     for gain in (0.0, 0.06):
         gained[0] = gain
         run_round(studies, settings)
-        recorded.append(Ledger(Paths(settings, studies).ledger).masks("aslseg_pseudo")["phantom_003"].details)
+        recorded.append(Ledger(Paths(settings, studies).ledger).masks("aslseg_pseudo")["phantom_004"].details)
     assert [d["agreement"]["tumour"] for d in recorded] == [0.5, 0.56]
     assert recorded[0]["sha256"] != recorded[1]["sha256"]
 

@@ -94,7 +94,9 @@ def test_what_was_taken_back_does_not_come_again_in_the_next_round(tmp_path: Pat
 
     # a person has labelled a scan, and deleted the label since: its veto is over
     ledger.append([Entry("saved", case="phantom_003", tag="final", details={"sha256": "x"})])
-    assert run_round(studies, settings)["promoted"] == ["phantom_003"]
+    # the one label that judges is too few for a model with other masks, so that the promotion is withdrawn again
+    last = run_round(studies, settings)
+    assert (last["promoted"], last["withdrawn"]) == ([], ["phantom_003"])
 
 
 def test_a_mask_that_differs_enough_is_another_one(tmp_path: Path) -> None:
