@@ -103,8 +103,18 @@ def test_gate_where_settings_changed(paths: Paths, tmp_path: Path) -> None:
         ),
         (Cause.MASKS, [], False, "only when there are more human labels"),
         (Cause.LABELS, [-0.01], True, "human labels are new, and this model is not shown to be worse"),
-        (Cause.LABELS, [-0.09], False, "this model is worse (mean difference of Dice -0.0900 on 1 human label)"),
-        (Cause.LABELS, [-0.04, -0.05, -0.06, -0.07], False, "is worse (mean difference of Dice -0.0550 on 4"),
+        (
+            Cause.LABELS,
+            [-0.09],
+            False,
+            "this model is shown to be worse (mean difference of Dice -0.0900 on 1 human label)",
+        ),
+        (
+            Cause.LABELS,
+            [-0.04, -0.05, -0.06, -0.07],
+            False,
+            "is shown to be worse (mean difference of Dice -0.0550 on 4",
+        ),
         (Cause.SETTINGS, [0.3, 0.3, 0.3], False, "Dice 0.7900, published 0.8000 on 3 validation cases"),
     ],
 )

@@ -1,200 +1,286 @@
-"""The gate in whole rounds: by what has changed since the published model, on labels that it has not learned."""
+"""The gate on the cases of a folder: by what has changed since the published model, on labels that are new to it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from aslseg.cases.studies import PSEUDO
+from aslseg.compute.hardware import resolved
+from aslseg.compute.weights import load_weights, save_weights
+from aslseg.files import sha256
+from aslseg.models.kinds import ModelKind
+from aslseg.models.model_set import ModelSet
 from aslseg.models.published import find_published
 from aslseg.rounds import pipeline
 from aslseg.rounds.cases import trained_before
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.rollback import roll_back_case
-from aslseg.rounds.run import run_round, train_stage
+from aslseg.rounds.cross_fit import cross_fit
+from aslseg.rounds.cross_retrain import own_mask
+from aslseg.rounds.gate_pairs import crossed_differences
+from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.rounds.publishing_gate import publish_better
+from aslseg.rounds.run import opened_pipeline, run_round, train_stage
 from aslseg.settings import Paths, Settings
-from tiny_rounds import Learned, Scored, published_hashes, tiny_settings, tiny_studies
+from aslseg.ssl import networks
+from aslseg.types import no_progress
+from tiny_rounds import Learned, Scored, published_hashes, tiny_network, tiny_settings, tiny_studies
 
-ROLES = "case,patient,role\n" + "".join(
-    f"phantom_{n:03d},p{n},{'validation' if n == 3 else 'train'}\n" for n in range(4)
-)
-SHORT = {"ssl_iterations": 1, "retrain_iterations": 1, "sam_iterations": 1, "adapter_iterations": 1}
-
-
-def folder(root: Path, labelled: int = 4, folds: int = 2, **conf: object) -> tuple[Path, Settings]:
-    """Three labels to learn from, one that judges, and unlabelled scans of which one is promoted."""
-    studies = tiny_studies(root, cases=7, labelled=7)
-    (studies / "patients.csv").write_text(ROLES)
-    for n in range(labelled, 7):
-        (studies / "labels" / "final" / f"phantom_{n:03d}.nii.gz").rename(root / f"phantom_{n:03d}.nii.gz")
-    values = SHORT | {"label_folds": folds, "promote_cases": 1, "promote_fraction": 1} | conf
-    return studies, tiny_settings(root, **values)
+TRAIN, JUDGE = ["phantom_000", "phantom_001", "phantom_002"], "phantom_003"
+ROLES = "case,patient,role\n" + "".join(f"{case},{case},train\n" for case in TRAIN) + f"{JUDGE},{JUDGE},validation\n"
 
 
-def label(root: Path, studies: Path, number: int) -> None:
-    """A person labels one more scan."""
-    shutil.copy(root / f"phantom_{number:03d}.nii.gz", studies / "labels" / "final")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file."""
+    root = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(networks, "unet", tiny_network)
+        train_stage("ssl", tiny_studies(root, cases=1, labelled=1), tiny_settings(root, ssl_iterations=1))
+    return next((root / "models").rglob("ssl-*.safetensors"))
 
 
-@pytest.mark.usefixtures("plausible")
+Training = tuple[dict[str, Any], dict[str, Any]]
+
+
+@pytest.fixture
+def trainings(trained: Path, monkeypatch: pytest.MonkeyPatch) -> list[Training]:
+    """Human and promoted cases of each training; these give a file at once, another one for other cases."""
+    done: list[Training] = []
+
+    def train(labelled: Any, unlabelled: Any, settings: Any, out: Path, *, spacing: Any, **more: Any) -> dict[str, Any]:
+        assert all(c.label is None for c in unlabelled)
+        human = {c.id: c for c in labelled if c.voxel_weight is None}
+        promoted = {c.id: c for c in labelled if c.voxel_weight is not None}
+        done.append((human, promoted))
+        state, metadata = load_weights(trained, "ssl")
+        text = json.dumps([sorted(human), sorted(promoted), settings.seed])
+        name = next(iter(state))
+        state[name] = state[name] + int(hashlib.sha256(text.encode()).hexdigest()[:6], 16) / 1e9
+        save_weights(out, state, metadata | {"spacing": spacing and list(spacing)})
+        return {}
+
+    monkeypatch.setattr(networks, "unet", tiny_network)
+    monkeypatch.setattr(pipeline.training, "train", train)
+    return done
+
+
+class Night:
+    """A studies folder with three labels to learn from and one that judges; rounds without SAM and adapter on it."""
+
+    def __init__(self, root: Path, folds: int = 2) -> None:
+        self.studies, self.kept = tiny_studies(root, cases=7, labelled=7), root
+        (self.studies / "patients.csv").write_text(ROLES)
+        for n in range(4, 7):
+            self.final(n).rename(root / f"phantom_{n:03d}.nii.gz")
+        self.settings = tiny_settings(root, label_folds=folds)
+        self.paths = Paths(self.settings, self.studies)
+        self.ledger = Ledger(self.paths.ledger)
+
+    def final(self, number: int) -> Path:
+        return self.studies / "labels" / "final" / f"phantom_{number:03d}.nii.gz"
+
+    def label(self, number: int) -> None:
+        """A person labels one more scan."""
+        shutil.copy(self.kept / f"phantom_{number:03d}.nii.gz", self.final(number))
+
+    @property
+    def served(self) -> str:
+        return published_hashes(self.settings, self.studies)["ssl"]
+
+    def publish(self, promoted: Sequence[str], settings: Settings | None = None) -> str:
+        """Train with promoted masks, and what the gate says of the model."""
+        stages, chosen = ("prepare", "ssl", "publish"), resolved(settings or self.settings)
+        with opened_pipeline(self.studies, chosen, self.paths, no_progress, stages) as found:
+            made = ModelSet({ModelKind.SSL: found.train_ssl([], no_progress)})
+            maps = found.predict(ModelKind.SSL, made)
+            cases = [own_mask(found, maps, c) for c in found.cases.unlabelled if c.id in promoted]
+            retrained = found.train_ssl(cases, no_progress)
+            crossed = cross_fit(found, no_progress)
+            judged = crossed_differences(found, crossed, retrained, promoted, no_progress) if crossed else {}
+            kinds = (ModelKind.SSL,)
+            _, (line,), _ = publish_better(found, made, retrained, promoted, no_progress, kinds, judged)
+        return str(line)
+
+
+@pytest.fixture
+def night(tmp_path: Path, trainings: list[Training]) -> Night:
+    return Night(tmp_path)
+
+
 @pytest.mark.parametrize(("gain", "published"), [(-0.02, False), (0.004, False), (0.02, True)])
-def test_other_promoted_masks_have_to_be_better(tmp_path: Path, scored: Scored, gain: float, published: bool) -> None:
-    """Four labels judge: three by models of the folds that were retrained without them, and the validation case."""
-    scored(lambda learned, _: 0.8 + gain * (len(learned.promoted) - 1 if learned.promoted else 0))
-    studies, settings = folder(tmp_path)
-    first = run_round(studies, settings)
-    served = published_hashes(settings, studies)["ssl"]
-    assert len(first["promoted"]) == 1
-    more = settings.model_copy(update={"promote_cases": 2})  # says nothing of how models are trained
-    second = run_round(studies, more)
-    line = second["published"][0]
-    assert f"mean difference of Dice {gain:+.4f} on 4 human labels; 0.0060 is asked" in line
-    assert (line.startswith("ssl: published"), published_hashes(settings, studies)["ssl"] != served) == (published,) * 2
-    assert len(second["promoted"]) == (2 if published else 1)
-    assert len(second["withdrawn"]) == (0 if published else 2)
-    assert "compare" in second["measured"]
-    if not published:  # the same inputs, the same decision, and nothing is trained for it
-        again = run_round(studies, more)
-        assert again["published"][0] == line
-        assert "compare" not in again["measured"]
-
-
-@pytest.mark.usefixtures("plausible")
-def test_with_two_labels_other_masks_are_never_published(tmp_path: Path, scored: Scored) -> None:
-    scored(lambda learned, _: 0.5 + 0.1 * len(learned.promoted))
-    studies, settings = folder(tmp_path, folds=0)
-    run_round(studies, settings)
-    served = published_hashes(settings, studies)["ssl"]
-    second = run_round(studies, settings.model_copy(update={"promote_cases": 2}))
-    assert "1 to compare on is too few" in second["published"][0]
-    assert published_hashes(settings, studies)["ssl"] == served
-
-
-@pytest.mark.usefixtures("plausible")
-@pytest.mark.parametrize(("change", "published"), [(-0.2, False), (-0.03, True), (0.0, True)])
-def test_with_new_labels_a_model_is_published_unless_it_is_shown_to_be_worse(
-    tmp_path: Path, scored: Scored, change: float, published: bool
+def test_other_promoted_masks_have_to_be_better(
+    night: Night, scored: Scored, trainings: list[Training], gain: float, published: bool
 ) -> None:
-    """The validation case and the new labels judge; of these the ones whose fold's model learned no fewer labels."""
+    """Four labels judge: three by models of the folds that were retrained without them, and the validation case."""
+    scored(lambda learned, _: 0.8 + gain * len(learned.promoted))
+    night.publish(["phantom_004"])
+    served, more = night.served, ["phantom_004", "phantom_005"]
+    line = night.publish(more)
+    assert f"mean difference of Dice {gain:+.4f} on 4 human labels; 0.0060 is asked" in line
+    assert line.startswith("ssl: published; no human label is new") == published
+    assert (night.served != served) == published
+    trainings.clear()
+    again = night.publish(more)
+    assert again == ("ssl: unchanged [retrained]" if published else line), "the same inputs, the same decision"
+    assert not trainings, "and nothing is trained for it"
+
+
+def test_with_two_labels_other_masks_are_never_published(tmp_path: Path, trainings: Any, scored: Scored) -> None:
+    night = Night(tmp_path, folds=0)
+    scored(lambda learned, _: 0.5 + 0.1 * len(learned.promoted))
+    night.publish(["phantom_004"])
+    served = night.served
+    assert "1 to compare on is too few" in night.publish(["phantom_004", "phantom_005"])
+    assert night.served == served
+
+
+def test_the_same_scans_with_other_masks_are_judged_by_validation_cases_alone(night: Night, scored: Scored) -> None:
+    scored(lambda *_: 0.8)
+    night.publish(["phantom_004"])
+    other = night.settings.model_copy(update={"seed": 5})
+    assert "ssl: published (Dice 0.8000, published 0.8000 on 1 validation cases)" in night.publish(
+        ["phantom_004"], other
+    )
+    with opened_pipeline(night.studies, resolved(other), night.paths, no_progress, ("prepare",)) as found:
+        crossed = cross_fit(found, no_progress)
+        assert crossed is not None
+        ssl = found.train_ssl([], no_progress)
+        assert crossed_differences(found, crossed, ssl, ["phantom_004"], no_progress) == {}
+
+
+@pytest.mark.parametrize(("change", "published"), [(-0.2, False), (-0.02, True), (0.0, True)])
+def test_with_new_labels_a_model_is_published_unless_it_is_shown_to_be_worse(
+    tmp_path: Path, trainings: Any, scored: Scored, change: float, published: bool
+) -> None:
+    """The validation case and the new labels judge; not one whose scan the published model saw with a promoted mask."""
+    night = Night(tmp_path, folds=6)
     scored(lambda learned, _: 0.8 + change * bool(learned.human & {"phantom_004", "phantom_005"}))
-    studies, settings = folder(tmp_path, folds=5)
-    assert run_round(studies, settings)["promoted"] == ["phantom_006"] or True
-    served = published_hashes(settings, studies)["ssl"]
-    learned = trained_before(Ledger(Paths(settings, studies).ledger), Paths(settings, studies))
+    night.publish(["phantom_006"])
+    served = night.served
     for number in (4, 5, 6):
-        label(tmp_path, studies, number)
-    line = run_round(studies, settings)["published"][0]
-    new = {"phantom_004", "phantom_005", "phantom_006"} - learned
-    assert len(new) == 2, "the third was promoted and learned"
-    assert f"on {1 + len(new)} human labels" in line
+        night.label(number)
+    line = night.publish([])
+    assert f"mean difference of Dice {change:+.4f} on 3 human labels)" in line
     assert line.startswith("ssl: published; human labels are new") == published
-    assert ("this model is worse" in line) == (not published)
-    assert (published_hashes(settings, studies)["ssl"] != served) == published
+    assert ("this model is shown to be worse" in line) == (not published)
+    assert (night.served != served) == published
 
 
-@pytest.mark.usefixtures("plausible")
-def test_a_fold_s_model_that_learned_fewer_labels_is_not_compared(tmp_path: Path, scored: Scored) -> None:
+def test_a_fold_that_learned_fewer_labels_than_the_published_model_is_left_out(night: Night, scored: Scored) -> None:
     scored(lambda learned, _: 0.5 + 0.1 * len(learned.human))
-    studies, settings = folder(tmp_path, promote_threshold="1")
-    run_round(studies, settings)
-    label(tmp_path, studies, 4)
+    night.publish([])
+    night.label(4)
     # two folds of two: their models learned two labels, the published one three
-    line = run_round(studies, settings)["published"][0]
-    assert "mean difference of Dice +0.1000 on 1 human label)" in line
+    assert "mean difference of Dice +0.1000 on 1 human label)" in night.publish([])
 
 
-@pytest.mark.usefixtures("quick")
-def test_labels_that_arrive_one_by_one_are_learned_each_night(tmp_path: Path, scored: Scored) -> None:
-    """The frozen gate: one lucky judge, and nothing was published ever again."""
-    lucky: list[Learned] = []
+def test_a_corrected_label_counts_as_a_new_one(night: Night, scored: Scored) -> None:
+    scored(lambda *_: 0.8)
+    night.publish([])
+    served = night.served
+    shutil.copy(night.final(1), night.final(0))  # drawn anew
+    line = night.publish(["phantom_004"])
+    assert "human labels are new, and this model is not shown to be worse (mean difference of Dice +0.0000 on 1" in line
+    assert night.served != served
+
+
+def test_a_mask_that_people_took_back_does_not_keep_its_model(night: Night, scored: Scored) -> None:
+    scored(lambda *_: 0.8)
+    about = {"sha256": "1", "agreement": {}, "threshold": {}, "models": {}}
+    night.ledger.append([Entry("mask", 1, "phantom_004", PSEUDO, about)])
+    night.publish(["phantom_004"])
+    served = night.served
+    assert "not shown to be better" in night.publish(["phantom_005"])
+    removed = Entry("removed", None, "phantom_004", PSEUDO, {"was": "1"})
+    night.ledger.append([removed, Entry("veto", None, "phantom_004", PSEUDO, about)])
+    assert "not shown to be worse (mean difference of Dice +0.0000 on 4 human labels)" in night.publish(["phantom_005"])
+    assert night.served != served
+
+
+@pytest.mark.parametrize("start", [2, 4, 8])
+def test_labels_that_arrive_one_by_one_are_learned_each_night(
+    tmp_path: Path, trainings: Any, scored: Scored, start: int
+) -> None:
+    """The frozen gate: a first model that was lucky with its judge, and nothing was published ever again."""
+    studies, settings = tiny_studies(tmp_path, cases=9, labelled=9), tiny_settings(tmp_path)
+    final = studies / "labels" / "final"
+    waiting = sorted(final.iterdir())[start - 1 :]
+    kept = {path: path.read_bytes() for path in waiting}
+    for path in waiting:
+        path.unlink()
+    paths, first = Paths(settings, studies), set()
 
     def score(learned: Learned, case: str) -> float:
-        lucky.append(learned)
-        return 0.85 if learned == lucky[0] else 0.8
+        return 0.84 if learned.human == first else 0.8
 
     scored(score)
-    studies, settings = folder(tmp_path, labelled=1, **SHORT)
-    (studies / "patients.csv").unlink()
-    paths, served = Paths(settings, studies), []
-    for labels in range(1, 8):
-        if labels > 1:
-            label(tmp_path, studies, labels - 1)
-        train_stage("ssl", studies, settings)
-        model, judges = find_published(paths, "ssl"), Ledger(paths.ledger).validation_patients()  # type: ignore[arg-type]
+    for new in [None, *waiting]:
+        if new is not None:
+            new.write_bytes(kept[new])
+        before = find_published(paths, ModelKind.SSL)
+        line = train_stage("ssl", studies, settings)["published"][0]
+        model, judges = find_published(paths, ModelKind.SSL), Ledger(paths.ledger).validation_patients()
         assert model is not None
         assert model.labels is not None
-        learned = trained_before(Ledger(paths.ledger), paths)
-        assert not learned & judges, "nobody judges who was ever learned from"
-        assert len(model.labels) + len(judges) == labels, "every label is learned, or judges"
-        served.append(model.sha256)
-    assert len(judges) >= 1
-    assert len(set(served)) == 7 - len(judges)
+        first = first or set(model.labels)
+        assert not trained_before(Ledger(paths.ledger), paths) & judges, "nobody judges who was ever learned from"
+        labels = {p.name.removesuffix(".nii.gz") for p in final.iterdir()}
+        assert model.labels.keys() | judges == labels, f"every label is learned, or judges: {line}"
+        learned_more = before is not None and model.labels != before.labels
+        assert before is None or (model.sha256 != before.sha256) == learned_more
 
 
-@pytest.mark.usefixtures("plausible")
-def test_a_mask_that_people_took_back_does_not_keep_its_model(tmp_path: Path, scored: Scored) -> None:
-    scored(lambda *_: 0.8)
-    studies, settings = folder(tmp_path, promote_cases=2)
-    first = run_round(studies, settings)
-    served = published_hashes(settings, studies)["ssl"]
-    roll_back_case(Paths(settings, studies), first["promoted"][0])
-    line = run_round(studies, settings)["published"][0]
-    assert "not shown to be worse" in line
-    assert published_hashes(settings, studies)["ssl"] != served
-
-
-@pytest.mark.usefixtures("plausible")
 def test_a_fold_is_retrained_with_masks_of_its_own_model_and_sees_none_of_its_labels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    night: Night, trainings: list[Training]
 ) -> None:
-    studies, settings = folder(tmp_path, uncertainty_weight=0.1)
-    run_round(studies, settings)
-    trained: list[tuple[dict[str, np.ndarray], dict[str, Any]]] = []
-    train = pipeline.training.train
-
-    def watched(labelled: Any, unlabelled: Any, *rest: Any, **more: Any) -> Any:
-        assert all(c.label is None for c in unlabelled)
-        human = {c.id: np.array(c.label) for c in labelled if c.voxel_weight is None}
-        promoted = {c.id: c for c in labelled if c.voxel_weight is not None}
-        trained.append((human, promoted))
-        return train(labelled, unlabelled, *rest, **more)
-
-    monkeypatch.setattr(pipeline.training, "train", watched)
-    summary = run_round(studies, settings.model_copy(update={"promote_cases": 2}))
-    steps = Paths(settings, studies).rounds / "steps"
-    own = {p.name.split(".")[0]: p.parent for p in steps.glob("own_mask-*/*.label.npy")}
-    folds = [(human, promoted) for human, promoted in trained if len(human) < 3]
+    night.settings = night.settings.model_copy(update={"uncertainty_weight": 0.1})
+    night.publish(["phantom_004"])
+    trainings.clear()
+    night.publish(["phantom_004", "phantom_005"])
+    steps = night.paths.rounds / "steps"
+    models = {sha256(p): json.loads(p.with_name("inputs.json").read_text()) for p in steps.glob("ssl-*/*.safetensors")}
+    folds = [(human, promoted) for human, promoted in trainings if len(human) < 3]
     # for each of the two folds, with the cases of tonight and with those of the published model
     assert sorted(len(promoted) for _, promoted in folds) == [1, 1, 2, 2]
-    left_out = [{"phantom_000", "phantom_001", "phantom_002"} - human.keys() for human, _ in folds]
-    assert sorted(c for out in left_out for c in out) == sorted(["phantom_000", "phantom_001", "phantom_002"] * 2)
+    left_out = [set(TRAIN) - human.keys() for human, _ in folds]
+    assert sorted(case for out in left_out for case in out) == sorted(TRAIN * 2)
     for human, promoted in folds:
-        assert "phantom_003" not in human, "the validation case"
+        assert JUDGE not in human
         for case in promoted.values():
-            name = Path(case.label.filename).name.split(".")[0]
-            inputs = json.loads((own[name] / "inputs.json").read_text())
-            made_by = json.loads((steps / inputs["maps"] / "inputs.json").read_text())["ssl"]
-            (model,) = [
-                json.loads(p.with_name("inputs.json").read_text())
-                for p in steps.glob("ssl-*/ssl.safetensors")
-                if _sha(p) == made_by
-            ]
+            made = json.loads((Path(case.label.filename).with_name("inputs.json")).read_text())
+            drawn = steps / made["maps"]
+            model = models[json.loads((drawn / "inputs.json").read_text())["ssl"]]
             assert {i for i, *_ in model["human"]} == human.keys(), "the mask is of the model without the fold"
             assert model["promoted"] == []
-            with np.load(next((steps / inputs["maps"]).glob(f"{case.id}-*.npz"))) as file:
-                expected = settings.label_set.decode(file["regions"].astype(np.float32) / np.float32(255))
-            np.testing.assert_array_equal(case.label, expected)
-            assert case.weight == settings.promote_weight
-            assert 0.09 < float(case.voxel_weight.min()) <= 1
-    assert "compare" in summary["measured"]
-    assert len(summary["out_of_fold"]["cases"]) == 3
+            with np.load(next(drawn.glob(f"{case.id}-*.npz"))) as file:
+                regions = file["regions"].astype(np.float32) / np.float32(255)
+            np.testing.assert_array_equal(case.label, night.settings.label_set.decode(regions))
+            assert case.weight == night.settings.promote_weight
+            expected = 1 - 0.9 * (1 - np.abs(2 * regions - 1).min(0))
+            np.testing.assert_allclose(case.voxel_weight, expected, atol=1e-3)
 
 
-def _sha(path: Path) -> str:
-    from aslseg.files import sha256
-
-    return sha256(path)
+@pytest.mark.usefixtures("plausible")
+def test_a_whole_round_is_withdrawn_when_its_masks_do_not_help(
+    tmp_path: Path, trainings: list[Training], scored: Scored
+) -> None:
+    scored(lambda learned, _: 0.8 - 0.02 * len(learned.promoted))
+    night = Night(tmp_path)
+    settings = night.settings.model_copy(update={"promote_cases": 1, "promote_fraction": 1.0})
+    first = run_round(night.studies, settings)
+    standing = night.ledger.masks(PSEUDO)
+    second = run_round(night.studies, settings.model_copy(update={"promote_cases": 2}))
+    assert "no human label is new, and this model is not shown to be better" in second["published"][0]
+    assert "on 4 human labels" in second["published"][0]
+    assert "compare" in second["measured"]
+    assert (second["promoted"], len(second["withdrawn"])) == ([], 2)
+    assert [p.case for p in night.ledger.promotions()] == first["promoted"]
+    hashes = {c: e.details["sha256"] for c, e in night.ledger.masks(PSEUDO).items() if e.kind == "mask"}
+    assert hashes == {c: e.details["sha256"] for c, e in standing.items() if e.kind == "mask"}
