@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.networks.nets import UNet
@@ -31,6 +32,8 @@ class Learned:
     promoted: frozenset[str]
 
 
+Training = tuple[dict[str, Any], dict[str, Any]]
+"""Human and promoted cases of a training, by id; from the fixture ``trainings``."""
 Scored = Callable[[Callable[[Learned, str], float]], None]
 """The fixture ``scored``."""
 SAM = Architecture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from aslseg.agreement.promotion_rules import Verdict
+from aslseg.compute.weights import load_weights, save_weights
 from aslseg.rounds import pipeline, promotion
-from aslseg.ssl import engine
-from tiny_rounds import Judged, Learned, Scored
+from aslseg.rounds.run import train_stage
+from aslseg.ssl import engine, networks
+from tiny_rounds import Judged, Learned, Scored, Training, tiny_network, tiny_settings, tiny_studies
 
 
 @pytest.fixture
@@ -73,3 +76,35 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Scored:
         monkeypatch.setattr(pipeline.RoundPipeline, "dice", scored_dice)
 
     return by
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SSL model that was trained for a step."""
+    root = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(networks, "unet", tiny_network)
+        train_stage("ssl", tiny_studies(root, cases=1, labelled=1), tiny_settings(root, ssl_iterations=1))
+    return next((root / "models").rglob("ssl-*.safetensors"))
+
+
+@pytest.fixture
+def trainings(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> list[Training]:
+    """Human and promoted cases of each training; these give a file at once, another one for other cases."""
+    done: list[Training] = []
+
+    def train(labelled: Any, unlabelled: Any, settings: Any, out: Path, *, spacing: Any, **more: Any) -> dict[str, Any]:
+        assert all(c.label is None for c in unlabelled)
+        human = {c.id: c for c in labelled if c.voxel_weight is None}
+        promoted = {c.id: c for c in labelled if c.voxel_weight is not None}
+        done.append((human, promoted))
+        state, metadata = load_weights(model_file, "ssl")
+        text = json.dumps([sorted((c.id, c.label_hash) for c in human.values()), sorted(promoted), settings.seed])
+        name = next(iter(state))
+        state[name] = state[name] + int(hashlib.sha256(text.encode()).hexdigest()[:6], 16) / 1e9
+        save_weights(out, state, metadata | {"spacing": spacing and list(spacing)})
+        return {}
+
+    monkeypatch.setattr(networks, "unet", tiny_network)
+    monkeypatch.setattr(pipeline.training, "train", train)
+    return done

@@ -57,7 +57,7 @@ def scored(ledger: Ledger) -> list[tuple[int | None, str | None]]:
     return [(e.round, e.case) for e in ledger.events(kinds=(FRESH,))]
 
 
-@pytest.mark.usefixtures("plausible")
+@pytest.mark.usefixtures("plausible", "trainings")
 def test_a_new_label_is_scored_once_and_before_it_is_learned(tmp_path: Path, judged: Judged) -> None:
     judged(lambda _: 0.5)
     studies, settings, ledger = folder(tmp_path)
@@ -90,10 +90,10 @@ def test_a_new_label_is_scored_once_and_before_it_is_learned(tmp_path: Path, jud
     assert len(scored(ledger)) == 2
 
 
-@pytest.mark.usefixtures("plausible")
+@pytest.mark.usefixtures("plausible", "trainings")
 def test_what_a_model_has_learned_anything_of_is_not_fresh(tmp_path: Path, judged: Judged) -> None:
     judged(lambda _: 0.5)
-    studies, settings, ledger = folder(tmp_path, promote_fraction=1)
+    studies, settings, ledger = folder(tmp_path, promote_fraction=1, promote_empty=1)
     (studies / "patients.csv").write_text(f"{ROLES}phantom_004,a,train\n")
     promoted = run_round(studies, settings)["promoted"]
     assert "phantom_002" in promoted
@@ -104,7 +104,7 @@ def test_what_a_model_has_learned_anything_of_is_not_fresh(tmp_path: Path, judge
     assert next(e.case for e in ledger.events(kinds=("checked",))) == "phantom_002"
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "trainings")
 def test_a_label_that_is_corrected_before_a_model_learns_it_is_scored_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

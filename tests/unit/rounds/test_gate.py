@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -14,12 +13,10 @@ import pytest
 
 from aslseg.cases.studies import PSEUDO
 from aslseg.compute.hardware import resolved
-from aslseg.compute.weights import load_weights, save_weights
 from aslseg.files import sha256
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import find_published
-from aslseg.rounds import pipeline
 from aslseg.rounds.cases import trained_before
 from aslseg.rounds.cross_fit import cross_fit
 from aslseg.rounds.cross_retrain import own_mask
@@ -28,47 +25,11 @@ from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.publishing_gate import publish_better
 from aslseg.rounds.run import opened_pipeline, run_round, train_stage
 from aslseg.settings import Paths, Settings
-from aslseg.ssl import networks
 from aslseg.types import no_progress
-from tiny_rounds import Learned, Scored, published_hashes, tiny_network, tiny_settings, tiny_studies
+from tiny_rounds import Learned, Scored, Training, published_hashes, tiny_settings, tiny_studies
 
 TRAIN, JUDGE = ["phantom_000", "phantom_001", "phantom_002"], "phantom_003"
 ROLES = "case,patient,role\n" + "".join(f"{case},{case},train\n" for case in TRAIN) + f"{JUDGE},{JUDGE},validation\n"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model file."""
-    root = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(networks, "unet", tiny_network)
-        train_stage("ssl", tiny_studies(root, cases=1, labelled=1), tiny_settings(root, ssl_iterations=1))
-    return next((root / "models").rglob("ssl-*.safetensors"))
-
-
-Training = tuple[dict[str, Any], dict[str, Any]]
-
-
-@pytest.fixture
-def trainings(trained: Path, monkeypatch: pytest.MonkeyPatch) -> list[Training]:
-    """Human and promoted cases of each training; these give a file at once, another one for other cases."""
-    done: list[Training] = []
-
-    def train(labelled: Any, unlabelled: Any, settings: Any, out: Path, *, spacing: Any, **more: Any) -> dict[str, Any]:
-        assert all(c.label is None for c in unlabelled)
-        human = {c.id: c for c in labelled if c.voxel_weight is None}
-        promoted = {c.id: c for c in labelled if c.voxel_weight is not None}
-        done.append((human, promoted))
-        state, metadata = load_weights(trained, "ssl")
-        text = json.dumps([sorted(human), sorted(promoted), settings.seed])
-        name = next(iter(state))
-        state[name] = state[name] + int(hashlib.sha256(text.encode()).hexdigest()[:6], 16) / 1e9
-        save_weights(out, state, metadata | {"spacing": spacing and list(spacing)})
-        return {}
-
-    monkeypatch.setattr(networks, "unet", tiny_network)
-    monkeypatch.setattr(pipeline.training, "train", train)
-    return done
 
 
 class Night:
