@@ -5,6 +5,7 @@ No label judges that the published model has learned from. The rules are in :mod
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ def publish_better(
         pipeline: The round's cases and steps.
         made: Models of this round before retraining.
         retrained: The SSL model after it.
-        promoted: Ids of the promoted cases that it was trained on.
+        promoted: Ids of the promoted cases that the retrained model learned from.
         report: Called with (done, total) after each kind.
         kinds: Only these are published.
         crossed: Differences of the SSL models on labels of the training:
@@ -65,10 +66,11 @@ def publish_better(
         The models that are published now, a line per kind with the reason, and the candidates' validation Dice.
     """
     best, lines, dice, chosen = made.with_file(ModelKind.SSL, _candidate_ssl(pipeline, made, retrained)), [], {}, []
+    learned = promoted if best[ModelKind.SSL] == retrained else _promoted_before(best[ModelKind.SSL])
     foreign = False
     for done, kind in enumerate(kinds, 1):
         current = comparable(pipeline, kind)
-        candidate = _score(pipeline, kind, best, current, promoted)
+        candidate = _score(pipeline, kind, best, current, learned if kind == ModelKind.SSL else ())
         if kind == ModelKind.SSL:
             candidate = replace(candidate, differences={**candidate.differences, **(crossed or {})})
         accepted, line = _decide(pipeline, candidate, current, foreign)
@@ -89,6 +91,11 @@ def publish_better(
         report(done, len(kinds))
     _serve(pipeline, chosen, lines)
     return best, lines, dice
+
+
+def _promoted_before(model: Path) -> list[str]:
+    """Ids of the promoted cases that a model of this round was trained on, from what is kept beside its file."""
+    return [case for case, *_ in json.loads(model.with_name("inputs.json").read_text())["promoted"]]
 
 
 def _decide(
@@ -155,11 +162,10 @@ def _candidate_ssl(pipeline: RoundPipeline, made: ModelSet, retrained: Path) -> 
 
 
 def _score(
-    pipeline: RoundPipeline, kind: ModelKind, models: ModelSet, current: Published | None, promoted: Sequence[str]
+    pipeline: RoundPipeline, kind: ModelKind, models: ModelSet, current: Published | None, learned: Sequence[str]
 ) -> Candidate:
     """A candidate, and the published model beside it on the same validation cases, each on its own working grid."""
-    labels, learned = learned_labels(pipeline), promoted if kind == ModelKind.SSL else ()
-    judges = pipeline.cases.validation
+    labels, judges = learned_labels(pipeline), pipeline.cases.validation
     fair = judges if current is None else not_learned(pipeline, judges, current)
     maps = pipeline.predict(kind, models)
     candidate = Candidate(

@@ -103,6 +103,7 @@ def trainings(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> list[Trainin
         name = next(iter(state))
         state[name] = state[name] + int(hashlib.sha256(text.encode()).hexdigest()[:6], 16) / 1e9
         save_weights(out, state, metadata | {"spacing": spacing and list(spacing)})
+        more["report"](1, 1)
         return {}
 
     monkeypatch.setattr(networks, "unet", tiny_network)

@@ -29,12 +29,18 @@ STORE = {"total": 3, "completed": 1, "label_tags": {"final": 1}}
 ROLES = (
     "case,patient,role\nphantom_000,a,train\nphantom_001,b,validation\nphantom_002,c,train\nphantom_003,d,validation\n"
 )
-SHORT = {"ssl_iterations": 1, "retrain_iterations": 1, "sam_iterations": 1, "adapter_iterations": 1}
+SHORT = {
+    "ssl_iterations": 1,
+    "retrain_iterations": 1,
+    "sam_iterations": 1,
+    "adapter_iterations": 1,
+    "promote_fraction": 0,
+}
 
 
 def folder(root: Path, **conf: object) -> tuple[Path, Settings, Ledger]:
     """One label to learn from, one that validates; nothing is promoted unless a test asks for it."""
-    studies, settings = tiny_studies(root, cases=5, labelled=2), tiny_settings(root, promote_fraction=0, **SHORT | conf)
+    studies, settings = tiny_studies(root, cases=5, labelled=2), tiny_settings(root, **SHORT | conf)
     (studies / "patients.csv").write_text(ROLES)
     return studies, settings, Ledger(Paths(settings, studies).ledger)
 

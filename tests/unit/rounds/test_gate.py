@@ -84,7 +84,9 @@ def test_other_promoted_masks_have_to_be_better(
     night.publish(["phantom_004"])
     served, more = night.served, ["phantom_004", "phantom_005"]
     line = night.publish(more)
-    assert f"mean difference of Dice {gain:+.4f} on 4 human labels; 0.0060 is asked" in line
+    # with masks that make it worse the first model was published without any
+    change = gain * (2 if gain < 0 else 1)
+    assert f"mean difference of Dice {change:+.4f} on 4 human labels; 0.0060 is asked" in line
     assert line.startswith("ssl: published; no human label is new") == published
     assert (night.served != served) == published
     trainings.clear()
@@ -232,14 +234,14 @@ def test_a_fold_is_retrained_with_masks_of_its_own_model_and_sees_none_of_its_la
 def test_a_whole_round_is_withdrawn_when_its_masks_do_not_help(
     tmp_path: Path, trainings: list[Training], scored: Scored
 ) -> None:
-    scored(lambda learned, _: 0.8 - 0.02 * len(learned.promoted))
+    scored(lambda learned, _: (0.8, 0.81, 0.78)[len(learned.promoted)])
     night = Night(tmp_path)
     settings = night.settings.model_copy(update={"promote_cases": 1, "promote_fraction": 1.0})
     first = run_round(night.studies, settings)
     standing = night.ledger.masks(PSEUDO)
     second = run_round(night.studies, settings.model_copy(update={"promote_cases": 2}))
     assert "no human label is new, and this model is not shown to be better" in second["published"][0]
-    assert "on 4 human labels" in second["published"][0]
+    assert "-0.0300 on 4 human labels" in second["published"][0]
     assert "compare" in second["measured"]
     assert (second["promoted"], len(second["withdrawn"])) == ([], 2)
     assert [p.case for p in night.ledger.promotions()] == first["promoted"]
