@@ -48,8 +48,7 @@ def collect(
         failures.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
     try:
         decided, loss, night = decisions(ledger), ledger.loss(), _night(ledger, settings)
-        checked = {e.details["mask"]: e.details["dice"] for e in ledger.events(kinds=(CHECKED,))}
-        fresh = pooled(ledger.events(kinds=(FRESH,)))
+        checked, fresh = _checked(ledger), pooled(ledger.events(kinds=(FRESH,)))
     except LedgerError as error:
         decided, loss, night, checked, fresh = Decisions(), str(error), {}, {}, {}
     if loss:
@@ -87,6 +86,11 @@ def collect(
         ],
         "errors": failures[-MOST:],
     }
+
+
+def _checked(ledger: Ledger) -> dict[str, dict[str, float | None]]:
+    """Dice of promoted masks with the labels that came after them, by the mask's hash."""
+    return {e.details["mask"]: e.details["dice"] for e in ledger.events(kinds=(CHECKED,))}
 
 
 def named(skipped: tuple[str, str]) -> str:

@@ -98,10 +98,7 @@ def run_round(
         kept = _found_stages(paths, ledger, number, inputs)
         progress = Progress(paths.home / "progress.json", work, report, number, kept, brake)
         with _record_outcome(progress, ledger, number):
-            _remove_stale_temporaries(paths, found)
-            paths.remember_models()
-            sync_label_files(ledger, found, paths)
-            record_checked(paths, settings)
+            _tidy_up(paths, found, settings, ledger)
             opened = {r.number: r.seq for r in ledger.rounds()}[number]
             cases = _cases(found, settings, paths, ledger, progress)
             pipeline = RoundPipeline(paths, settings, ledger, cases, progress, number, opened)
@@ -309,6 +306,14 @@ def _clean_up(pipeline: RoundPipeline, number: int) -> None:
     write_json(notes, used)
     pipeline.artefacts.prune(name for names in used.values() for name in names)
     pipeline.masks.prune(pipeline.ledger)
+
+
+def _tidy_up(paths: Paths, studies: Studies, settings: Settings, ledger: Ledger) -> None:
+    """Bring the folder in line with the ledger, and the ledger with what people have saved."""
+    _remove_stale_temporaries(paths, studies)
+    paths.remember_models()
+    sync_label_files(ledger, studies, paths)
+    record_checked(paths, settings)
 
 
 def _remove_stale_temporaries(paths: Paths, studies: Studies) -> None:

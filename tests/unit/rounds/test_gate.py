@@ -201,8 +201,9 @@ def test_labels_that_arrive_one_by_one_are_learned_each_night(
 
 
 def test_a_fold_is_retrained_with_masks_of_its_own_model_and_sees_none_of_its_labels(
-    night: Night, trainings: list[Training]
+    night: Night, scored: Scored, trainings: list[Training]
 ) -> None:
+    scored(lambda learned, _: 0.8 + 0.01 * len(learned.promoted))
     night.settings = night.settings.model_copy(update={"uncertainty_weight": 0.1})
     night.publish(["phantom_004"])
     trainings.clear()
