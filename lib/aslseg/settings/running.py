@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from aslseg.registry import RECIPES
 from aslseg.settings.base import Section, setting
 from aslseg.settings.values import (
+    AutoLabelThresholds,
+    AutoThresholds,
     DeviceName,
     FolderName,
     HttpAddress,
@@ -96,6 +98,31 @@ class RoundSettings(Section):
         unit="Dice",
         example="0.85,tumour=0.6",
         common=True,
+    )
+    promote_target: AutoLabelThresholds = setting(
+        AutoThresholds(),
+        "Mean true Dice of the promoted masks that a round must be able to promise, once there are audits, in place of "
+        "promote_threshold: auto (0.85, and 0.7 for labels that lie in another one) or a number for all labels, then "
+        "exceptions label=number; 0: nothing is promised, and promote_threshold decides",
+        unit="Dice",
+        example="auto,tumour=0.6",
+        common=True,
+    )
+    promote_confidence: float = setting(
+        0.9,
+        "Probability with which the promoted masks shall reach promote_target",
+        example="0.95",
+        ge=0.5,
+        lt=1,
+    )
+    audits: int = setting(
+        3,
+        "Promoted scans that are drawn at random after each round for a person to label, by the strategy audit; 0: "
+        "none, and nothing can be promised",
+        unit="scans",
+        example="5",
+        common=True,
+        ge=0,
     )
     promote_fraction: float = setting(
         0.5,
