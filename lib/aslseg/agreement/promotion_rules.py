@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -91,6 +91,20 @@ def judge(
         malformed = _implausible(np.asarray(class_map).astype(np.uint8), math.prod(spacing), reference, labels)
     reasons += malformed
     return Verdict(not reasons, tuple(reasons))
+
+
+def without_thresholds(verdict: Verdict, agreement: Agreement, thresholds: Mapping[str, float]) -> Verdict:
+    """A verdict that does not ask for a fixed agreement of some labels, of which a promise decides instead.
+
+    Args:
+        verdict: Of :func:`judge`.
+        agreement: That it judged; a label whose agreement is not known stays a reason.
+        thresholds: What it asked of these labels.
+    """
+    known = {name for name, value in agreement.per_label.items() if value is not None and not math.isnan(value)}
+    low = _disagreement(agreement, {name: least for name, least in thresholds.items() if name in known})
+    reasons = tuple(reason for reason in verdict.reasons if reason not in low)
+    return replace(verdict, promote=not reasons, reasons=reasons) if reasons != verdict.reasons else verdict
 
 
 @dataclass(frozen=True)

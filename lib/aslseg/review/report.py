@@ -23,7 +23,7 @@ from aslseg.review.page import template
 from aslseg.review.pictures import COLOURS, outlined
 from aslseg.review.status import named
 from aslseg.review.webhook import send
-from aslseg.rounds.corrections import CHECKED
+from aslseg.rounds.audits import CHECKED, audits, kept_since, promise_lines, waiting
 from aslseg.rounds.ledger import Event, Ledger, RoundRow
 from aslseg.rounds.masks import MaskStore
 from aslseg.rounds.promotion_decisions import Decision, count_reasons, decisions_of
@@ -123,6 +123,8 @@ def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
         "validation": summary.get("validation", {}),
         "classes": _classes(settings, summary),
         "checked": _checked(ledger),
+        "promise": promise_lines(summary.get("promise", {}), kept_since(ledger, ledger.rounds())),
+        "audits": _audits(ledger, row.number),
         "seconds": dict(sorted(seconds.items(), key=lambda pair: -pair[1])),
         "computed": set(summary.get("measured", seconds)),
     }
@@ -132,6 +134,7 @@ def headline(content: dict[str, Any]) -> dict[str, Any]:
     """A report in a few plain values. It names no scan, because names of scans may be names of patients."""
     asked = content["promoted_total"] + content["left_total"]
     text = f"Round {content['round']}: {content['promoted_total']} of {asked} scans without a human label promoted."
+    text = " ".join([text, *(f"{line[:1].upper()}{line[1:]}." for line in content["promise"])])
     if not content["promoted_total"] and content["reasons"]:
         text += f" Most frequent reason: {content['reasons'][0]['reason']}."
     return {
@@ -142,6 +145,8 @@ def headline(content: dict[str, Any]) -> dict[str, Any]:
         "promoted": content["promoted_total"],
         "not_promoted": content["left_total"],
         "reasons": content["reasons"],
+        "promise": content["promise"],
+        "audits": content["audits"]["waiting"],
         "published": content["published"],
         "classes": {c["name"]: c["dice"] for c in content["classes"]},
         "warnings": len(content["warnings"]),
@@ -204,6 +209,16 @@ def _classes(settings: Settings, summary: dict[str, Any]) -> list[dict[str, Any]
                 words += f" Uncertain: measured on {cases} {'scan' if cases == 1 else 'scans'}."
         found.append({"name": name, "dice": dice, "cases": cases, "words": words})
     return found
+
+
+def _audits(ledger: Ledger, number: int) -> dict[str, Any]:
+    """The scans that were drawn after a round, and how many audits wait or were answered, of all rounds."""
+    every = audits(ledger)
+    return {
+        "drawn": [a.case for a in every if a.round == number],
+        "waiting": len(waiting(ledger)),
+        "answered": sum(a.dice is not None for a in every),
+    }
 
 
 def _checked(ledger: Ledger) -> dict[str, Any] | None:

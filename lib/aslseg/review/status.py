@@ -15,7 +15,7 @@ from aslseg.files import FileStamp
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published, left_behind
 from aslseg.review.ledger_lists import MOST, Decisions, decisions
-from aslseg.rounds.corrections import CHECKED
+from aslseg.rounds.audits import CHECKED, kept_since, promise_lines, waiting
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.nights import Nights
 from aslseg.rounds.progress import read_progress
@@ -23,6 +23,7 @@ from aslseg.rounds.schedule import finish_text, utc_now, zone_of
 from aslseg.settings import Paths, Settings
 
 TICK_SECONDS = 0.1
+NO_ROUND = ["no promise yet: it needs audits of promoted masks, and no round has drawn any"]
 
 
 def collect(
@@ -48,8 +49,10 @@ def collect(
     try:
         decided, loss, night = decisions(ledger), ledger.loss(), _night(ledger, settings)
         checked = {e.details["mask"]: e.details["dice"] for e in ledger.events(kinds=(CHECKED,))}
+        since, left = kept_since(ledger, decided.rounds), waiting(ledger)
     except LedgerError as error:
         decided, loss, night, checked = Decisions(), str(error), {}, {}
+        since, left = {}, []
     if loss:
         failures.append({"model": "ledger", "time": None, "lines": [loss]})
     last: dict[str, Any] = next((r.summary for r in reversed(decided.rounds) if r.summary), {})
@@ -61,6 +64,8 @@ def collect(
         "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
         "problems": [*_problems(paths, ledger), *notes],
+        "promise": promise_lines(last["promise"], since) if "promise" in last else NO_ROUND,
+        "audits": len(left),
         "warnings": [*last.get("warnings", []), *map(named, last.get("skipped", {}).items())],
         "rounds": [
             {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
-from aslseg.cases.studies import PSEUDO, read_studies
+from aslseg.cases.studies import PSEUDO, Studies, read_studies
 from aslseg.compute.overlap import dice
 from aslseg.errors import AslsegError
 from aslseg.files import sha256
+from aslseg.rounds.audits import CHECKED, audits
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import MaskStore
 from aslseg.settings import Paths, Settings
@@ -15,14 +17,14 @@ from aslseg.volume.io import read_image, read_label
 
 logger = logging.getLogger(__name__)
 
-CHECKED = "checked"
-"""Kind of event: Dice of a promoted mask and the human label that came after it."""
+REPLACED = "an audit of a scan that was replaced since says nothing"
 
 
 def record_checked(paths: Paths, settings: Settings, case: str | None = None) -> None:
-    """Append the Dice of each promoted mask whose scan has a human label now, each pair of mask and label once.
+    """Append the Dice of each promoted or audited mask whose scan has a human label now, each pair of both once.
 
-    What cannot be compared is passed over with a line in the log.
+    What cannot be compared is passed over with a line in the log. An audited mask is compared as long as it is kept,
+    also where it is not promoted any more.
 
     Args:
         paths: The studies folder.
@@ -35,25 +37,40 @@ def record_checked(paths: Paths, settings: Settings, case: str | None = None) ->
     """
     if paths.studies is None:
         return
-    ledger = Ledger(paths.ledger)
-    promoted = {c: e for c, e in ledger.masks(PSEUDO).items() if e.kind == "mask" and case in (None, c)}
-    if not promoted:
+    ledger, store = Ledger(paths.ledger), MaskStore(paths.home)
+    drawn = {(a.case, a.mask): a for a in audits(ledger) if store.path(a.mask).exists()}
+    rounds = {key: audit.round for key, audit in drawn.items()}
+    rounds |= {(c, e.details["sha256"]): e.round or 0 for c, e in ledger.masks(PSEUDO).items() if e.kind == "mask"}
+    rounds = {key: number for key, number in rounds.items() if case in (None, key[0])}
+    if not rounds:
         return
-    studies, store, labels = read_studies(paths.studies), MaskStore(paths.home), settings.label_set
-    noted = {(e.details["mask"], e.details["label"]) for e in ledger.events(kinds=(CHECKED,))}
-    for name in sorted(promoted.keys() & studies.final.keys()):
-        event, path = promoted[name], studies.final[name]
-        pair = event.details["sha256"], sha256(path)
-        if pair in noted:
+    studies, noted = read_studies(paths.studies), _noted(ledger)
+    for name, digest in sorted(key for key in rounds if key[0] in studies.final):
+        pair = {"mask": digest, "label": sha256(studies.final[name])}
+        if (name, *pair.values()) in noted:
+            continue
+        audit = drawn.get((name, digest))
+        if audit and sha256(studies.images[name]) != audit.image:
+            ledger.append([Entry("note", rounds[name, digest], name, PSEUDO, pair | {"why": REPLACED})])
             continue
         try:
-            scan = read_image(studies.images[name], settings.max_voxels)
-            human = labels.regions(read_label(path, scan, labels))
-            machine = labels.regions(read_image(store.path(pair[0]), settings.max_voxels).array.astype("uint8"))
-            found = {label: dice(a, b) for label, a, b in zip(labels.names, machine, human, strict=True)}
+            found = _compared(studies, name, store.path(digest), settings)
         except (AslsegError, ValueError, OSError) as error:
             logger.warning("the promoted mask of %s was not compared with its human label: %s", name, error)
             continue
-        details = {"dice": found, "mask": pair[0], "label": pair[1]}
-        ledger.append([Entry(CHECKED, event.round, name, PSEUDO, details)])
+        ledger.append([Entry(CHECKED, rounds[name, digest], name, PSEUDO, pair | {"dice": found})])
         logger.info("promoted mask of %s: Dice with its human label %s", name, found)
+
+
+def _noted(ledger: Ledger) -> set[tuple[str | None, str, str]]:
+    """Scan, mask and label of what needs no comparison any more."""
+    events = ledger.events(kinds=(CHECKED, "note"))
+    return {(e.case, e.details["mask"], e.details["label"]) for e in events if {"mask", "label"} <= e.details.keys()}
+
+
+def _compared(studies: Studies, case: str, mask: Path, settings: Settings) -> dict[str, float | None]:
+    labels = settings.label_set
+    scan = read_image(studies.images[case], settings.max_voxels)
+    human = labels.regions(read_label(studies.final[case], scan, labels))
+    machine = labels.regions(read_image(mask, settings.max_voxels).array.astype("uint8"))
+    return {label: dice(a, b) for label, a, b in zip(labels.names, machine, human, strict=True)}

@@ -7,65 +7,32 @@ What a round decided on each scan, and why, is made in :mod:`aslseg.rounds.promo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from aslseg.agreement.measures import Agreement, compare
-from aslseg.agreement.promotion_rules import Verdict, judge
+from aslseg.agreement.measures import compare
+from aslseg.agreement.promotion_rules import Verdict, judge, without_thresholds
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.audit_draw import closest, draw_audits
 from aslseg.rounds.late import NOT_USED, drop_late, late_changes
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
 from aslseg.rounds.pipeline import Promoted, RoundPipeline
+from aslseg.rounds.promises import withdrawn
 from aslseg.rounds.promotion_decisions import decide
 from aslseg.rounds.publishing_gate import publish_better
 from aslseg.rounds.ranking import settings_key
 from aslseg.rounds.rollback import withdraw
+from aslseg.rounds.state import CaseAssessment, RoundState
 from aslseg.rounds.vetoes import MASK_VETO, mask_vetoes
 from aslseg.types import Labels, ProgressCallback
 from aslseg.volume.io import read_image
-
-
-@dataclass(frozen=True)
-class CaseAssessment:
-    """How far the two networks agree on a scan, and whether its mask may be promoted."""
-
-    agreement: Agreement
-    verdict: Verdict
-
-
-@dataclass
-class RoundState:
-    """What a round has predicted and decided so far.
-
-    Attributes:
-        pipeline: The round's cases and steps.
-        models: The models before retraining.
-        ssl_maps: Region probabilities of the SSL model.
-        second_maps: Region probabilities of the network that the SSL model is compared with: the adaptation network,
-            or CFR's canvas model.
-        source: Whose masks are promoted, for the ledger.
-        masks: Region probabilities of the source.
-        assessments: By case id, of every scan without a human label.
-        refused: Why scans are not promoted, by case id.
-    """
-
-    pipeline: RoundPipeline
-    models: ModelSet
-    ssl_maps: CachedProbabilities
-    second_maps: CachedProbabilities
-    source: str
-    masks: CachedProbabilities
-    assessments: dict[str, CaseAssessment] = field(default_factory=dict)
-    refused: dict[str, list[str]] = field(default_factory=dict)
-
 
 SAME_MASK = 0.9
 """Dice of each label from which two masks of a scan count as the same one."""
@@ -109,6 +76,7 @@ def conclude(
         rejected = published.sha256(ModelKind.SSL) != pipeline.cases.hashes(retrained)
         settle_promotions(pipeline, wanted, learned, rejected)
         promoted = without_late(pipeline, [] if rejected else promoted)
+        draw_audits(pipeline, closest(state), lambda case: about_mask(state, case))
     with progress.stage("originals") as report:
         shown, masks = write_originals(state, published, report)
     return {
@@ -119,6 +87,7 @@ def conclude(
         "withdrawn": sorted(learned) if rejected else [],
         "dropped": pipeline.dropped,
         "agreement": {case: found.agreement.mean for case, found in sorted(state.assessments.items())},
+        "promise": withdrawn(state.promise) if rejected else state.promise,
         "decisions": decide(state, [p.case.id for p in promoted], learned if rejected else ()),
         "classes": {name: {"dice": d, "cases": n} for name, (d, n) in pipeline.dice_by_label(masks).items()},
         "published": lines,
@@ -145,10 +114,12 @@ def assess(
     p = state.pipeline
     cases, vetoes = p.cases.without_label if cases is None else cases, mask_vetoes(p.ledger)
     settings = settings_key(p.settings)
+    decided = {name: least for name, least in p.settings.thresholds.items() if name in state.promises.lines}
     for done, case in enumerate(cases, 1):
         agreement = compare(p.decode(state.ssl_maps(case)), p.decode(state.second_maps(case)), p.labels)
         mask = p.decode(state.masks(case))
         verdict = judge(agreement, mask, case.grid.spacing, p.reference, p.settings, case.image.shape)
+        verdict = without_thresholds(verdict, agreement, decided)
         if case.id in vetoes and _is_vetoed(p, keep_mask(p, case, state.masks), vetoes[case.id]):
             verdict = Verdict(False, (*verdict.reasons, MASK_VETO))
         state.assessments[case.id] = CaseAssessment(agreement, verdict)
@@ -193,16 +164,25 @@ def promotion_details(
     if p.settings.uncertainty_weight < 1:
         levels = np.rint(255 * case.grid.to_native(confidence(state.masks(case))))
         certain["confidence"] = p.masks.add(levels, case.grid.affine)
-    return certain | {
-        "sha256": keep_mask(p, case, state.masks),
-        "disagreement": p.masks.add(case.grid.to_native(disagreement.astype(np.float32)) >= 0.5, case.grid.affine),
-        "image": case.image_hash,
-        "source": state.source,
-        "agreement": state.assessments[case.id].agreement.per_label,
-        "threshold": thresholds,
-        "models": state.models.hashes,
-        "basis": p.basis,
-    }
+    return (
+        certain
+        | about_mask(state, case.id)
+        | {
+            "disagreement": p.masks.add(case.grid.to_native(disagreement.astype(np.float32)) >= 0.5, case.grid.affine),
+            "source": state.source,
+            "threshold": thresholds,
+            "models": state.models.hashes,
+            "basis": p.basis,
+        }
+    )
+
+
+def about_mask(state: RoundState, case: str) -> dict[str, Any]:
+    """Keep the mask of a case; returns its hash, that of the scan, and how far the networks agree by label."""
+    p = state.pipeline
+    prepared = next(c for c in p.cases.unlabelled if c.id == case)
+    agreement = state.assessments[case].agreement.per_label
+    return {"sha256": keep_mask(p, prepared, state.masks), "image": prepared.image_hash, "agreement": agreement}
 
 
 def _without_vetoes(pipeline: RoundPipeline, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

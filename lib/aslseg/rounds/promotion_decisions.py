@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aslseg.rounds.ledger import RoundRow, Score
 
 if TYPE_CHECKING:
-    from aslseg.rounds.promotion import RoundState
+    from aslseg.rounds.state import RoundState
 
 VALIDATES = "its patient validates models and is never trained on"
 WITHDRAWN = "withdrawn, because the model that was retrained with it is not published"
@@ -25,6 +25,7 @@ KINDS = (
     (re.compile(r"volume .* ml outside .*"), "volume unlike human labels"),
     (re.compile(r"\d+ pieces, more than \d+"), "more pieces than human labels"),
     (re.compile(r"passed, but \d+ scans agree better"), "passed, but others agree better"),
+    (re.compile(r"holds for (\d+ scans? only|no scan) \(promote_target\)"), "would not hold with it"),
 )
 
 

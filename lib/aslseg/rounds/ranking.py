@@ -105,8 +105,9 @@ def _measure(
     """Predict some scans with the published models, and record their agreement beside the scores that hold."""
     from aslseg.compute.hardware import resolved
     from aslseg.models.cascade import published_files
-    from aslseg.rounds.promotion import RoundState, assess
+    from aslseg.rounds.promotion import assess
     from aslseg.rounds.run import opened_pipeline
+    from aslseg.rounds.state import RoundState
 
     assert paths.studies is not None  # noqa: S101 - the command takes no address
     models = published_files(paths, ModelKind.ADAPTER)

@@ -14,7 +14,8 @@ from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.cross_fit import cross_fit
 from aslseg.rounds.pipeline import RoundPipeline
-from aslseg.rounds.promotion import RoundState, conclude, promotion_details
+from aslseg.rounds.promotion import conclude, promotion_details
+from aslseg.rounds.state import RoundState
 from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def choose_source(
 
 
 def promotable(state: RoundState, report: ProgressCallback) -> dict[str, dict[str, Any]]:
-    """Keep the masks of the scans on which the networks agree best.
+    """Keep the masks of the scans on which the networks agree best, as many as the promise allows.
 
     While neither human labels nor settings change, a promoted mask stays as it is until the networks agree clearly
     better on a new one (``KEEP_GAIN``), and promoted scans come before others. Otherwise every round would draw
@@ -97,13 +98,21 @@ def promotable(state: RoundState, report: ProgressCallback) -> dict[str, dict[st
     kept = p.still_promoted()
     names = select(verdicts, agreements, limits, kept)
     state.refused = refusals(verdicts, agreements, limits, names)
+    stay = {c: old for c, old in kept.items() if agreements[c].mean - mean_agreement(old) < KEEP_GAIN}
+    masks = [stay[c]["agreement"] if c in stay else agreements[c].per_label for c in names]
+    most, promises = state.promises.largest(masks), state.promises
+    state.promise = promises.about(masks, most)
+    if most < len(names):
+        left = {c for c in cases if verdicts[c].promote} - set(names[:most])
+        state.refused |= {c: [promises.refusal(most)] for c in left}
+    names, asked = names[:most], {name: least for name, least in s.thresholds.items() if name not in promises.lines}
     for done, name in enumerate(names, 1):
-        case, old = cases[name], kept.get(name)
-        if old is not None and agreements[name].mean - mean_agreement(old) < KEEP_GAIN:
-            wanted[name] = old
+        if name in stay:
+            wanted[name] = stay[name]
         else:
+            case = cases[name]
             differ = p.decode(state.ssl_maps(case)) != p.decode(state.second_maps(case))
-            wanted[name] = promotion_details(state, case, differ, s.thresholds)
+            wanted[name] = promotion_details(state, case, differ, asked)
         report(done, len(names))
     return wanted
 

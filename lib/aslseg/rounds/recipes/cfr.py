@@ -15,7 +15,8 @@ import numpy as np
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.pipeline import RoundPipeline
-from aslseg.rounds.promotion import RoundState, conclude, promotion_details
+from aslseg.rounds.promotion import conclude, promotion_details
+from aslseg.rounds.state import RoundState
 from aslseg.types import ProgressCallback
 
 
