@@ -111,9 +111,8 @@ def fit_line(pairs: Sequence[Pair]) -> DiceLine | None:
     if not ours.any():
         return None
     offset, slope = _least_squares(x[kept], dice[kept])
-    centred = x[kept] - x[kept].mean()
-    spread = float((centred**2).sum())
-    leverage = 1 / kept.sum() + (centred**2 / spread if spread > 0 else 0)
+    centred, spread = _centred(x[kept])
+    leverage = 1 / kept.sum() + (centred**2 / spread if spread else 0)
     residuals = (dice[kept] - offset - slope * x[kept]) / (1 - np.minimum(leverage, LARGEST_LEVERAGE))
     of_audits, of_others = residuals[ours], residuals[~ours]
     squares = sum(float(((e - e.mean()) ** 2).sum()) for e in (of_audits, of_others) if len(e))
@@ -143,7 +142,7 @@ def missing_audits(pairs: Sequence[Pair]) -> int:
 def correlation(pairs: Sequence[Pair]) -> float | None:
     """Correlation r of true Dice and -log(1 - agreement); None where it is not defined."""
     x, dice = -_transformed([p.agreement for p in pairs]), np.array([p.dice for p in pairs], float)
-    if len(pairs) < 3 or np.ptp(x) == 0 or np.ptp(dice) == 0:
+    if len(pairs) < 3 or np.ptp(x) <= 1e-9 or np.ptp(dice) <= 1e-9:
         return None
     return float(np.corrcoef(x, dice)[0, 1])
 
@@ -152,11 +151,16 @@ def _transformed(agreements: Sequence[float]) -> np.ndarray:
     return np.log(np.maximum(1 - np.asarray(agreements, float), LEAST_DISAGREEMENT))
 
 
+def _centred(x: np.ndarray) -> tuple[np.ndarray, float]:
+    """x without its mean, and the sum of the squares; that is 0 where all x are equal, whatever is rounded."""
+    centred = x - x.mean()
+    return centred, float((centred**2).sum()) if np.ptp(x) > 1e-9 else 0.0
+
+
 def _least_squares(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """Offset and slope; the slope is 0 where all x are equal."""
-    centred = x - x.mean()
-    spread = float((centred**2).sum())
-    slope = float((centred * y).sum()) / spread if spread > 0 else 0.0
+    centred, spread = _centred(x)
+    slope = float((centred * y).sum()) / spread if spread else 0.0
     return float(y.mean()) - slope * float(x.mean()), slope
 
 
