@@ -20,7 +20,7 @@ class Entry:
         kind: ``opened``, ``failed``, ``closed``, ``withdrawn``, ``rolled back`` (rounds); ``mask``, ``removed`` (label
             files of rounds); ``scored`` (agreement of all scans); ``published``; ``validation``; ``veto`` (a mask or a
             model that somebody took back); ``saved``, ``deleted``, ``refused`` (by people, through the server);
-            ``audit``, ``checked`` (a mask drawn for a person, and the Dice that followed); ``lost`` (what a repair could
+            ``audit``, ``checked`` (a mask drawn for a person, and its Dice); ``lost`` (what a repair could
             not bring back); ``note``.
         round, case, tag: What it is about, where that applies.
         details: JSON-serialisable.
