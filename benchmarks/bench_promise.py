@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,40 @@ SCENARIOS = (
 )
 
 
-class Simulated:
-    """A study whose agreement and Dice are drawn from normal distributions.
+class Study:
+    """Scans of one study, with the drift that its scenario has.
+
+    Args:
+        drift: See :class:`Scenario`.
+        sd: Standard deviation of log(1 - a) for each Dice, to say by how much agreement can show a lower Dice.
+        generator: Of all that is random.
+    """
+
+    def __init__(self, drift: bool, sd: float, generator: np.random.Generator) -> None:
+        self.drift, self.sd, self.generator = float(drift), sd, generator
+        self.easier, self.closer = generator.uniform(0, 0.08), generator.uniform(0, 0.5)
+        self.change, self.changed = generator.uniform(0.03, 0.1), int(generator.integers(2, 12))
+        self.visible, self.part, self.better = generator.uniform(0, 1), generator.uniform(0.3, 1), 0.0
+
+    @abstractmethod
+    def scans(self, count: int, night: int) -> tuple[np.ndarray, np.ndarray]:
+        """log(1 - agreement) and Dice without drift."""
+
+    def draw(self, count: int, night: int) -> tuple[np.ndarray, np.ndarray]:
+        """Agreement and Dice of scans; night 0 gives labelled ones, which nothing was trained on."""
+        x, dice = self.scans(count, night)
+        if night == 0:
+            dice, x = dice + self.drift * self.easier, x - self.drift * (self.closer + 0.5 * self.easier * self.sd)
+        else:
+            new = (night >= self.changed) * (self.generator.random(count) < self.part)
+            lower = self.drift * self.change * new
+            dice, x = dice + self.better - lower, x + self.visible * lower * self.sd
+            self.better += self.drift * self.generator.normal(0.002, 0.006)
+        return np.clip(1 - np.exp(x), 0, 1), np.clip(dice, 0, 0.98)
+
+
+class Simulated(Study):
+    """Agreement and Dice are drawn from normal distributions; the lower half of Dice is wider.
 
     Args:
         scenario: Which.
@@ -77,60 +110,39 @@ class Simulated:
     """
 
     def __init__(self, scenario: Scenario, generator: np.random.Generator) -> None:
-        self.scenario, self.generator = scenario, generator
-        self.mean, self.sd = generator.uniform(0.74, 0.86), generator.uniform(0.07, 0.12)
-        drift = float(scenario.drift)
-        self.easier, self.closer = drift * generator.uniform(0, 0.08), drift * generator.uniform(0, 0.5)
-        self.change, self.changed = drift * generator.uniform(0.03, 0.1), int(generator.integers(2, 12))
-        self.visible, self.part = generator.uniform(0, 1), generator.uniform(0.3, 1)
+        self.scenario, self.mean, self.width = scenario, generator.uniform(0.74, 0.86), generator.uniform(0.07, 0.12)
+        super().__init__(scenario.drift, 0.6 / self.width, generator)
 
-    def draw(self, count: int, night: int) -> tuple[np.ndarray, np.ndarray]:
-        """Agreement and Dice of scans; night 0 gives labelled ones, which nothing was trained on."""
+    def scans(self, count: int, night: int) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`Study.scans`."""
         generator, r = self.generator, self.scenario.r
         z = generator.standard_normal(count)
         z = np.where(z < 0, 1.15 * z, 0.85 * z)
         x = -2.2 + 0.6 * (np.sqrt(1 - r * r) * generator.standard_normal(count) - r * z)
-        dice = self.mean + self.sd * z
-        if night == 0:
-            dice, x = dice + self.easier, x - self.closer - 0.3 * self.easier / self.sd
-        elif self.scenario.drift:
-            if night >= self.changed:
-                lower = self.change * (generator.random(count) < self.part)
-                dice, x = dice - lower, x + 0.6 * self.visible * lower / self.sd
-            self.mean += generator.normal(0.002, 0.006)
-        dice = np.clip(dice, 0, 0.98)
-        if night:
-            wrong = generator.random(count) < self.scenario.mistakes
-            dice = np.where(wrong, generator.uniform(0, 0.3, count), dice)
-        return np.clip(1 - np.exp(x), 0, 1), dice
+        wrong = (generator.random(count) < self.scenario.mistakes) & (night > 0)
+        return x, np.where(wrong, generator.uniform(0, 0.3, count), self.mean + self.width * z)
 
 
-class Resampled:
-    """A study whose scans are drawn, with replacement, from real pairs of agreement and Dice of one pair of networks.
+class Resampled(Study):
+    """Scans are drawn, with replacement, from real pairs of agreement and Dice of two networks.
 
     Args:
         rows: (n, 2) agreement and Dice.
-        drift: Whether labelled scans are easier (their Dice has a rank that is on average in the upper half, with
-            probability in proportion to the rank) and, from a night on, half of the pool comes from the lower half.
+        drift: Whether the drift of :class:`Scenario` is put upon them.
         generator: Of all that is random.
     """
 
     def __init__(self, rows: np.ndarray, drift: bool, generator: np.random.Generator) -> None:
-        self.rows, self.drift, self.generator = rows[np.argsort(rows[:, 1])], drift, generator
-        self.changed = int(generator.integers(2, 12))
+        self.x, self.dice = _logs(rows[:, 0]), rows[:, 1]
+        super().__init__(drift, float(self.x.std() / self.dice.std()), generator)
 
-    def draw(self, count: int, night: int) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`Simulated.draw`."""
-        weights = np.ones(len(self.rows))
-        if self.drift and night == 0:
-            weights = np.arange(1.0, len(self.rows) + 1)
-        elif self.drift and night >= self.changed:
-            weights[: len(self.rows) // 2] = 3
-        chosen = self.rows[self.generator.choice(len(self.rows), count, p=weights / weights.sum())]
-        return chosen[:, 0], chosen[:, 1]
+    def scans(self, count: int, night: int) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`Study.scans`."""
+        chosen = self.generator.integers(len(self.x), size=count)
+        return self.x[chosen], self.dice[chosen]
 
 
-Maker = Callable[[np.random.Generator], Simulated | Resampled]
+Maker = Callable[[np.random.Generator], Study]
 """Makes a study."""
 
 
@@ -155,7 +167,7 @@ def product(pairs: Sequence[Pair], agreements: np.ndarray) -> np.ndarray | None:
     return None if line is None else line.lower_bounds(list(agreements), CONFIDENCE)
 
 
-def nights(study: Simulated | Resampled, rule: Rule, count: int, target: float) -> Iterator[tuple[int, int, int, bool]]:
+def nights(study: Study, rule: Rule, count: int, target: float) -> Iterator[tuple[int, int, int, bool]]:
     """Night, number of promised masks, that of the oracle, and whether the promise is broken."""
     generator = study.generator
     labelled = zip(*study.draw(int(generator.integers(6, 13)), 0), strict=True)

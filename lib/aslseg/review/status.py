@@ -23,7 +23,7 @@ from aslseg.rounds.schedule import finish_text, utc_now, zone_of
 from aslseg.settings import Paths, Settings
 
 TICK_SECONDS = 0.1
-NO_ROUND = ["no promise yet: it needs audits of promoted masks, and no round has drawn any"]
+NO_ROUND = "no promise yet: it needs audits of promoted masks, and no round has drawn any"
 
 
 def collect(
@@ -49,10 +49,10 @@ def collect(
     try:
         decided, loss, night = decisions(ledger), ledger.loss(), _night(ledger, settings)
         checked = {e.details["mask"]: e.details["dice"] for e in ledger.events(kinds=(CHECKED,))}
-        since, left = kept_since(ledger, decided.rounds), waiting(ledger)
+        promised = _promised(ledger, decided)
     except LedgerError as error:
         decided, loss, night, checked = Decisions(), str(error), {}, {}
-        since, left = {}, []
+        promised = {"promise": [], "audits": 0}
     if loss:
         failures.append({"model": "ledger", "time": None, "lines": [loss]})
     last: dict[str, Any] = next((r.summary for r in reversed(decided.rounds) if r.summary), {})
@@ -64,8 +64,7 @@ def collect(
         "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
         "problems": [*_problems(paths, ledger), *notes],
-        "promise": promise_lines(last["promise"], since) if "promise" in last else NO_ROUND,
-        "audits": len(left),
+        **promised,
         "warnings": [*last.get("warnings", []), *map(named, last.get("skipped", {}).items())],
         "rounds": [
             {
@@ -95,6 +94,14 @@ def named(skipped: tuple[str, str]) -> str:
     """Why a round left a scan out, with its name."""
     case, reason = skipped
     return reason if reason.startswith((f"{case}:", f"{case}.")) else f"{case}: {reason}"
+
+
+def _promised(ledger: Ledger, decided: Decisions) -> dict[str, Any]:
+    """What the last round promised, a line for each label, and how many audits wait."""
+    ended = [r.summary for r in decided.rounds if r.state == "done"]
+    since = kept_since(ledger, decided.rounds)
+    lines = promise_lines(ended[-1].get("promise", {}), since) if ended else [NO_ROUND]
+    return {"promise": lines, "audits": len(waiting(ledger))}
 
 
 def _night(ledger: Ledger, settings: Settings) -> dict[str, str]:

@@ -89,15 +89,13 @@ def kept_since(ledger: Ledger, rounds: Iterable[RoundRow]) -> dict[str, tuple[in
 def promise_lines(
     promise: Mapping[str, Mapping[str, Any]], since: Mapping[str, tuple[int, float]] | None = None
 ) -> list[str]:
-    """What a round promised, a line for each label.
+    """What a round promised, a line for each label; none where the round asked for nothing.
 
     Args:
         promise: ``promise`` of its summary.
         since: :func:`kept_since`.
     """
-    return [f"{name}: {_promised(about, (since or {}).get(name))}" for name, about in promise.items()] or [
-        "no promise: this round measured nothing that one could rest on"
-    ]
+    return [f"{name}: {_promised(about, (since or {}).get(name))}" for name, about in promise.items()]
 
 
 def promises_by_round(ledger: Ledger, rounds: Sequence[RoundRow]) -> dict[int, list[str]]:

@@ -14,7 +14,7 @@ from aslseg.files import sha256
 from aslseg.rounds import promotion
 from aslseg.rounds.audit_draw import draw_audits
 from aslseg.rounds.audits import AUDIT, CHECKED, audited_pairs, audits, kept_since, promises_by_round, waiting
-from aslseg.rounds.corrections import record_checked
+from aslseg.rounds.corrections import REPLACED, record_checked
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import MaskStore
 from aslseg.rounds.run import run_round
@@ -152,14 +152,17 @@ def test_a_replaced_scan_answers_nothing_and_can_be_drawn_again(pool: Any) -> No
     promote(pool, UNLABELLED[0])
     draw(pool)
     scan = pool.paths.studies / f"{UNLABELLED[0]}.nii.gz"
-    write_label(scan, read_image(scan).array[::-1].astype(np.uint8), np.eye(4))
+    image = read_image(scan)
+    write_label(scan, image.array[::-1].astype(np.uint8), image.affine)
+    for _ in range(2):
+        answer(pool, UNLABELLED[0])
+    assert [e.details["why"] for e in pool.ledger.events(kinds=("note",))] == [REPLACED], "said once"
+    assert audited_pairs(pool.ledger, ("liver",)) == {"liver": []}
+    (pool.paths.studies / "labels" / "final" / f"{UNLABELLED[0]}.nii.gz").unlink()
     pool.cases.unlabelled[0].image_hash = sha256(scan)
     pool.number = 2
     promote(pool, UNLABELLED[0], number=2)
     assert draw(pool) == [UNLABELLED[0]]
-    for _ in range(2):
-        answer(pool, UNLABELLED[0])
-    assert len(pool.ledger.events(kinds=("note",))) == 1
 
 
 def test_audits_of_a_round_that_was_rolled_back_are_over(pool: Any) -> None:

@@ -156,7 +156,7 @@ def test_audits_are_handed_out_oldest_first_until_they_are_answered(ledger: Ledg
     store, strategy = Store(["a", "b", "c"], tmp_path), ByAudit(ledger, Leases(), ScanChecks(1e6), "")
     none = strategy({"client_id": "ann"}, store)
     assert (none["id"], none["audit"]) == ("b", None)
-    assert none["reason"] == "no audit waits; lowest agreement, 1 of 4 (0.200): a human helps most here"
+    assert none["reason"] == "no audit waits; lowest agreement, 1 of 3 (0.200): a human helps most here"
 
     ledger.append([Entry("opened", 1), audit(1, "c"), Entry("closed", 1), Entry("opened", 2), audit(2, "a")])
     order = [strategy({"client_id": who}, store) for who in ("bob", "eve", "joe")]
