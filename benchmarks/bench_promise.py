@@ -1,4 +1,4 @@
-"""How often a promise of the mean Dice of promoted masks is made and broken, over simulated nights.
+"""How often the mean Dice of promoted masks is promised, and the promise broken, over simulated nights.
 
 Each study is a pool of scans without a label, some labelled ones, and nights on which three promoted scans are drawn as
 audits and answered. The rule of the product (``aslseg.agreement.promise``) and the plain one, which has no allowance
@@ -7,7 +7,7 @@ for mistakes that both networks share, no limit to extrapolation and the audits'
     python benchmarks/bench_promise.py                       # simulated agreement and Dice; about a minute
     python benchmarks/bench_promise.py --pairs pairs.csv     # nights drawn from real ones, columns set,agreement,dice
 
-A promise is broken where the true mean Dice of the masks that it promotes lies below the target. The oracle promotes
+The promise is broken where the true mean Dice of the masks that it promotes lies below the target. The oracle promotes
 the largest number of masks, in the same order and within the same limit, whose true mean reaches the target.
 """
 
@@ -219,7 +219,7 @@ def _scenarios(pairs: dict[str, np.ndarray]) -> Iterator[tuple[str, Maker]]:
 def table(pairs: dict[str, np.ndarray], studies: int, length: int, seed: int, target: float) -> Iterator[str]:
     """The lines of the table as Markdown."""
     shown = [f"night {n}" for n in SHOWN_NIGHTS if n <= length]
-    columns = ["nights", "rule", *shown, "all nights", "broken", "of the oracle's masks", "on nights with a promise"]
+    columns = ["nights", "rule", *shown, "all nights", "broken", "of the oracle's masks", "on promised nights"]
     yield "| " + " | ".join(columns) + " |"
     yield "|---" * len(columns) + "|"
     for name, make in _scenarios(pairs):

@@ -129,11 +129,14 @@ def lines(content: Mapping[str, Any]) -> Iterator[str]:
 
 def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A round's summary without the parts that only programs read."""
+    from aslseg.rounds.audits import promise_lines
+
     lowest = sorted(summary["agreement"].items(), key=lambda pair: (pair[1], pair[0]))[:FEW]
     left = {case: "; ".join(d["reasons"]) for case, d in summary["decisions"].items() if not d["promoted"]}
     refused = dict(list(left.items())[:FEW])
     hidden = ("agreement", "decisions", "measured", "rates", "inputs", "models")
     shown = {k: v for k, v in summary.items() if k not in hidden}
+    shown["promise"] = promise_lines(summary.get("promise", {}))
     more = len(left) - len(refused)
     if more:
         refused["and more"] = f"{more} scans"

@@ -94,7 +94,7 @@ def judge(
 
 
 def without_thresholds(verdict: Verdict, agreement: Agreement, thresholds: Mapping[str, float]) -> Verdict:
-    """A verdict that does not ask for a fixed agreement of some labels, of which a promise decides instead.
+    """A verdict that does not ask for a fixed agreement of the labels for which the promise decides instead.
 
     Args:
         verdict: Of :func:`judge`.

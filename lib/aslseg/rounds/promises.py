@@ -73,7 +73,7 @@ class Promises:
             promoted: How many of them are promoted.
 
         Returns:
-            ``made``, ``target``, ``confidence``, ``bound`` (of the promoted masks or, without a promise, the highest;
+            ``made``, ``target``, ``confidence``, ``bound`` (of the promoted masks or, where ``made`` is false, the highest;
             None where there is none), ``k`` (promoted scans that hold the label), ``audits``, ``pairs``, ``r`` (their
             correlation), ``missing`` (audits, at least).
         """
