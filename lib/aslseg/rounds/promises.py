@@ -73,8 +73,8 @@ class Promises:
             promoted: How many of them are promoted.
 
         Returns:
-            ``made``, ``target``, ``confidence``, ``bound`` (of the promoted masks or, where ``made`` is false, the highest;
-            None where there is none), ``k`` (promoted scans that hold the label), ``audits``, ``pairs``, ``r`` (their
+            ``made``, ``target``, ``confidence``, ``bound`` (of the promoted masks or, where none is, the highest; None
+            where there is none), ``k`` (promoted scans that hold the label), ``audits``, ``pairs``, ``r`` (their
             correlation), ``missing`` (audits, at least).
         """
         found = {}

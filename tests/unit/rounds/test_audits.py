@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +14,23 @@ from aslseg.cases.studies import PSEUDO
 from aslseg.files import sha256
 from aslseg.rounds import promotion
 from aslseg.rounds.audit_draw import draw_audits
-from aslseg.rounds.audits import AUDIT, CHECKED, audited_pairs, audits, kept_since, promises_by_round, waiting
+from aslseg.rounds.audits import (
+    AUDIT,
+    CHECKED,
+    audited_pairs,
+    audits,
+    kept_since,
+    promise_lines,
+    promises_by_round,
+    waiting,
+)
 from aslseg.rounds.corrections import REPLACED, record_checked
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import MaskStore
 from aslseg.rounds.run import run_round
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import read_image, write_label
-from tiny_rounds import tiny_settings, tiny_studies
+from tiny_rounds import Judged, published_hashes, tiny_settings, tiny_studies
 
 UNLABELLED = [f"phantom_{n:03d}" for n in range(1, 9)]
 
@@ -263,3 +273,21 @@ def test_a_round_that_is_killed_after_its_draw_draws_nothing_more(
     assert len(before) == 1
     assert run_round(studies, settings)["continued"]
     assert ledger.events(kinds=(AUDIT,)) == before
+
+
+@pytest.mark.usefixtures("plausible")
+def test_a_rejected_round_promises_nothing_and_loses_no_audit(tmp_path: Path, judged: Judged) -> None:
+    studies, settings, ledger = tiny(tmp_path, audits=2)
+    good: set[str] = set()
+    judged(lambda digest: 0.9 if not good or digest in good else 0.1)
+    run_round(studies, settings)
+    good.add(published_hashes(settings, studies)["ssl"])
+    first, second = waiting(ledger)
+    shutil.copy(tmp_path / "studies_truth" / f"{second.case}.nii.gz", studies / "labels" / "final")
+    summary = run_round(studies, settings)
+    assert summary["withdrawn"] == [first.case]
+    assert summary["promise"]["liver"]["withdrawn"]
+    assert promise_lines(summary["promise"])[0].startswith("liver: no promise: the promotions of this round were")
+    assert waiting(ledger) == [first], "its mask stands again and waits still; the other one is answered"
+    assert [p.case for p in audited_pairs(ledger, ("liver",))["liver"]] in ([second.case], []), "empty in both: none"
+    assert ledger.events(kinds=(CHECKED,))[0].case == second.case
