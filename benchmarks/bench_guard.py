@@ -98,7 +98,8 @@ def measure(folder: Path, repeats: int, seed: int) -> None:
     whole = plausibility.learned(true, whose).rejected
     sys.stdout.write(f"{folder.name}: {len(found)} labels; each by those of all other patients: {whole:.1%} rejected\n")
     for size in (n for n in SIZES if n <= len(found) - 4):
-        rejected, trusted, false, caught = [], [], [], {name: [] for name in bad[0]}
+        rejected, trusted, false = [], [], []
+        caught: dict[str, list[bool]] = {name: [] for name in bad[0]}
         for _ in range(repeats):
             chosen = rng.choice(len(found), size, replace=False)
             shapes = plausibility.learned(true[chosen], [whose[n] for n in chosen])

@@ -161,7 +161,8 @@ def implausible(
     Returns:
         Reasons against the mask, and what a person should look at.
     """
-    reasons, flags = [], []
+    reasons: list[str] = []
+    flags: list[str] = []
     regions = labels.regions(class_map)
     for name, mask in zip(labels.names, regions, strict=True):
         if not mask.any():

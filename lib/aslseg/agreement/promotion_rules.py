@@ -65,7 +65,8 @@ def judge(
     """
     labels = settings.label_set
     reasons = _disagreement(agreement, {n: t for n, t in settings.thresholds.items() if n not in unknown})
-    malformed, flags = _malformed(class_map, spacing, len(labels), shape), []
+    malformed = _malformed(class_map, spacing, len(labels), shape)
+    flags: list[str] = []
     if not malformed:
         array = np.asarray(class_map).astype(np.uint8)
         malformed, flags = implausible(array, image, spacing, reference, labels)

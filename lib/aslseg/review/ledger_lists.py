@@ -48,9 +48,9 @@ def _read(path: Path, inode: int | None, last: int) -> Decisions:
     newest = reversed(ledger.promotions(active_only=False))
     rounds, scores = tuple(ledger.rounds()), ledger.scores()
     closed = [r for r in rounds if r.closed]
-    last = decisions_of(closed[-1], scores) if closed else []
-    left = _not_promoted(closed[-1], last) if closed else None
-    flagged = ({"case": d.case, "promoted": d.promoted, "flags": list(d.flags)} for d in last if d.flags)
+    decided = decisions_of(closed[-1], scores) if closed else []
+    left = _not_promoted(closed[-1], decided) if closed else None
+    flagged = ({"case": d.case, "promoted": d.promoted, "flags": list(d.flags)} for d in decided if d.flags)
     return Decisions(rounds, tuple(scores[:MOST]), tuple(newest)[:MOST], left, tuple(flagged)[:MOST])
 
 

@@ -65,6 +65,11 @@ class CrossFit:
         """Region probabilities of each fold's model."""
         return [fold.maps for fold in self.folds]
 
+    @property
+    def parts(self) -> list[list[str]]:
+        """Ids of the labelled cases of each fold."""
+        return [[case.id for case in fold.cases] for fold in self.folds]
+
     def summary(self) -> dict[str, Any]:
         """For the summary of a round."""
         return {"out_of_fold": {"folds": len(self.folds), "dice": self.dice, "cases": self.cases}}

@@ -94,7 +94,7 @@ class RoundPipeline:
         self.labels = settings.label_set
         self.artefacts = ArtefactStore(paths.rounds / "steps")
         self.masks = MaskStore(paths.home)
-        # about the SSL model that was trained last
+        # about the SSL model of all labels that was trained last
         self.not_learned: list[str] = []
         self.dropped: dict[str, str] = {}
 
@@ -116,7 +116,7 @@ class RoundPipeline:
             part: Part of the training's steps that are done.
         """
         s, cases = self.settings, self.cases
-        init = self.train_ssl([], report) if promoted and s.retrain_from == "ssl" else None
+        init = self.train_ssl([], report, without, part) if promoted and s.retrain_from == "ssl" else None
         iterations = max(1, round(part * (s.retrain_iterations if promoted else s.ssl_iterations)))
         inputs = {
             "human": [key for key in self._human() if key[0] not in without],
@@ -144,7 +144,8 @@ class RoundPipeline:
             )
 
         path = self._model("ssl", inputs, train)
-        self.not_learned = warnings_of(self.artefacts.result(path).get("classes", {}))
+        if not without:
+            self.not_learned = warnings_of(self.artefacts.result(path).get("classes", {}))
         return path
 
     def train_sam(self, report: ProgressCallback) -> Path:

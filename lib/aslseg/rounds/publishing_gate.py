@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def publish_better(
         The models that are published now, a line per kind with the reason, and the candidates' validation Dice.
     """
     best, lines, dice, chosen = made.with_file(ModelKind.SSL, _better_ssl(pipeline, made, retrained)), [], {}, []
-    foreign, vetoes = False, model_vetoes(pipeline.ledger)
+    foreign, vetoes, before = False, model_vetoes(pipeline.ledger), _published_before(pipeline)
     for done, kind in enumerate(kinds, 1):
         current = _comparable(pipeline, kind)
         candidate = _score(pipeline, kind, best, current, promoted if kind == ModelKind.SSL else ())
@@ -68,7 +68,7 @@ def publish_better(
         elif current is not None:
             best = best.with_file(kind, current.path)
             foreign = kind == ModelKind.SSL and best.spacing != pipeline.cases.spacing
-        if accepted and published.find_published(pipeline.paths, kind) is None:
+        if accepted and kind not in before:
             words, warning = first_model(kind, _measured(pipeline, kind, best, evidence))
             line += words
             pipeline.cases.warnings += [warning] if warning else []
@@ -84,6 +84,13 @@ def publish_better(
         report(done, len(kinds))
     _serve(pipeline, chosen, lines)
     return best, lines, dice
+
+
+def _published_before(pipeline: RoundPipeline) -> Collection[str]:
+    """The kinds that were published before this round; one that was killed may have published some already."""
+    number = pipeline.number
+    events = pipeline.ledger.events(kinds=("published",), number=number) if number else []
+    return events[0].details["before"] if events else published.manifest(pipeline.paths)
 
 
 def _measured(
