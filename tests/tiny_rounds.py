@@ -33,7 +33,10 @@ def tiny_sam(path: Path) -> Path:
 
 
 def tiny_settings(root: Path, **conf: object) -> Settings:
-    """Settings whose state lies beside the studies folder; nothing comes from the environment."""
+    """Settings whose state lies beside the studies folder; nothing comes from the environment.
+
+    Networks of six steps find nothing, so no label has a floor, and no folds are trained.
+    """
     sam = root / "sam.safetensors"
     values = {
         "network": "unet",
@@ -48,6 +51,8 @@ def tiny_settings(root: Path, **conf: object) -> Settings:
         "overlap": 0.0,
         "min_component": 0,
         "promote_threshold": "0",
+        "promote_floor": "0",
+        "label_folds": 0,
         "sam_checkpoint": str(sam if sam.exists() else tiny_sam(sam)),
         "model_dir": str(root / "models"),
         "min_free_gb": 0.0,

@@ -100,7 +100,7 @@ def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
     ledger = Ledger(paths.ledger)
     summary, decisions = row.summary, decisions_of(row, ledger.scores())
     events, seconds = _promotions(ledger, row), summary.get("seconds", {})
-    left, reasons = [d for d in decisions if not d.promoted], {d.case: d.reasons for d in decisions}
+    left, known = [d for d in decisions if not d.promoted], {d.case: d for d in decisions}
     return {
         "round": row.number,
         "state": row.state,
@@ -110,7 +110,7 @@ def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
         "labels": _colours(settings),
         "warnings": summary.get("warnings", []),
         "first": [_shown(d) for d in decisions[:FIRST]],
-        "promoted": [_shown_promotion(e, reasons.get(e.case or "", ())) for e in events[:MOST]],
+        "promoted": [_shown_promotion(e, known.get(e.case or "")) for e in events[:MOST]],
         "promoted_total": len(events),
         "source": summary.get("source"),
         "shown": summary.get("shown"),
@@ -122,6 +122,7 @@ def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
         "published": summary.get("published", []),
         "validation": summary.get("validation", {}),
         "classes": _classes(settings, summary),
+        "evidence": _evidence(settings, summary),
         "checked": _checked(ledger),
         "promise": promise_lines(summary.get("promise", {}), kept_since(ledger, ledger.rounds())),
         "audits": _audits(ledger, row.number),
@@ -183,12 +184,13 @@ def _mean(agreement: dict[str, float | None]) -> float:
 
 def _shown(decision: Decision) -> dict[str, Any]:
     d = decision
-    return {"case": d.case, "agreement": d.agreement, "per_label": d.per_label, "reasons": d.reasons}
+    return {"case": d.case, "agreement": d.agreement, "per_label": d.per_label, "reasons": d.reasons, "flags": d.flags}
 
 
-def _shown_promotion(event: Event, reasons: Sequence[str]) -> dict[str, Any]:
+def _shown_promotion(event: Event, decision: Decision | None) -> dict[str, Any]:
     about = {name: event.details[name] for name in ("agreement", "threshold")}
-    return {"case": event.case, "reasons": reasons, **about}
+    reasons, flags = (decision.reasons, decision.flags) if decision else ((), ())
+    return {"case": event.case, "reasons": reasons, "flags": flags, **about}
 
 
 def _colours(settings: Settings) -> list[dict[str, str]]:
@@ -219,6 +221,12 @@ def _audits(ledger: Ledger, number: int) -> dict[str, Any]:
         "waiting": len(waiting(ledger)),
         "answered": sum(a.dice is not None for a in every),
     }
+
+
+def _evidence(settings: Settings, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each class with its Dice on human labels that were not trained on, and whether that allows a promotion."""
+    about = summary.get("evidence", {})
+    return [{"name": name, **about[name]} for name in settings.label_set.names if name in about]
 
 
 def _checked(ledger: Ledger) -> dict[str, Any] | None:

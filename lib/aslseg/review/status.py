@@ -61,6 +61,7 @@ def collect(
         "progress": progress | {"finish_text": finish_text(progress, settings)},
         "night": night,
         "not_promoted": decided.not_promoted,
+        "flagged": list(decided.flagged),
         "models": [_model(kind, find_published(paths, kind)) for kind in PUBLISHED_KINDS],
         "cases": store,
         "problems": [*_problems(paths, ledger), *notes],

@@ -27,8 +27,9 @@ def closest(state: RoundState) -> list[str]:
     found = {}
     for case in state.pipeline.cases.unlabelled:
         about = state.assessments[case.id]
-        if without_thresholds(about.verdict, about.agreement, state.pipeline.settings.thresholds).promote:
-            found[case.id] = (len(about.agreement.empty), -about.agreement.mean)
+        agreement = about.of_learned
+        if without_thresholds(about.verdict, agreement, state.pipeline.settings.thresholds).promote:
+            found[case.id] = (len(agreement.empty), -agreement.mean)
     return sorted(found, key=lambda case: (found[case], case))[:CLOSEST]
 
 

@@ -6,7 +6,7 @@ fixed threshold of agreement.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +38,22 @@ class Promises:
     lines: dict[str, DiceLine]
 
     @classmethod
-    def of(cls, settings: Settings, ledger: Ledger, crossed: Mapping[str, Sequence[Pair]]) -> Promises:
+    def of(
+        cls,
+        settings: Settings,
+        ledger: Ledger,
+        crossed: Mapping[str, Sequence[Pair]],
+        left_open: Collection[str] = (),
+    ) -> Promises:
         """From the audits in the ledger and the pairs of human labels that were not trained on.
 
         Args:
             settings: ``labels``, ``nested``, ``promote_target``, ``promote_confidence``.
             ledger: With the audits.
             crossed: Pairs by label. That of a scan that was audited is left out: it is no further evidence.
+            left_open: Labels that promoted masks do not teach, so that nothing is asked of them.
         """
-        targets = {name: target for name, target in settings.targets.items() if target > 0}
+        targets = {n: target for n, target in settings.targets.items() if target > 0 and n not in left_open}
         pairs = audited_pairs(ledger, targets)
         for name, audited in pairs.items():
             known = {p.case for p in audited}

@@ -7,12 +7,13 @@ What a round decided on each scan, and why, is made in :mod:`aslseg.rounds.promo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from aslseg.agreement.measures import compare
-from aslseg.agreement.promotion_rules import Verdict, judge, without_thresholds
+from aslseg.agreement.promotion_rules import judge, without_thresholds
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
@@ -72,7 +73,9 @@ def conclude(
         retrained = pipeline.train_ssl(promoted, report)
     learned = {p.case.id: p.mask for p in promoted}
     with progress.stage("publish") as report:
-        published, lines, gated = publish_better(pipeline, models, retrained, list(learned), report, kinds)
+        published, lines, gated = publish_better(
+            pipeline, models, retrained, list(learned), report, kinds, state.evidence
+        )
         rejected = published.sha256(ModelKind.SSL) != pipeline.cases.hashes(retrained)
         settle_promotions(pipeline, wanted, learned, rejected)
         promoted = without_late(pipeline, [] if rejected else promoted)
@@ -90,6 +93,7 @@ def conclude(
         "promise": withdrawn(state.promise) if rejected else state.promise,
         "decisions": decide(state, [p.case.id for p in promoted], learned if rejected else ()),
         "classes": {name: {"dice": d, "cases": n} for name, (d, n) in pipeline.dice_by_label(masks).items()},
+        "evidence": state.floors.about,
         "published": lines,
         "models": {kind.value: str(path) for kind, path in models.items()} | {"retrained": str(retrained)},
     }
@@ -114,15 +118,11 @@ def assess(
     p = state.pipeline
     cases, vetoes = p.cases.without_label if cases is None else cases, mask_vetoes(p.ledger)
     settings = settings_key(p.settings)
-    decided = {name: least for name, least in p.settings.thresholds.items() if name in state.promises.lines}
     for done, case in enumerate(cases, 1):
-        agreement = compare(p.decode(state.ssl_maps(case)), p.decode(state.second_maps(case)), p.labels)
-        mask = p.decode(state.masks(case))
-        verdict = judge(agreement, mask, case.grid.spacing, p.reference, p.settings, case.image.shape)
-        verdict = without_thresholds(verdict, agreement, decided)
+        found = _assess(state, case)
         if case.id in vetoes and _is_vetoed(p, keep_mask(p, case, state.masks), vetoes[case.id]):
-            verdict = Verdict(False, (*verdict.reasons, MASK_VETO))
-        state.assessments[case.id] = CaseAssessment(agreement, verdict)
+            found = replace(found, verdict=found.verdict.against(MASK_VETO))
+        state.assessments[case.id] = found
         report(done, len(cases))
     measured = [
         Score(
@@ -131,7 +131,7 @@ def assess(
             found.agreement.mean,
             {
                 "per_label": found.agreement.per_label,
-                "flags": list(found.agreement.flags),
+                "flags": [*found.agreement.flags, *found.verdict.flags],
                 "promote": found.verdict.promote,
                 "reasons": list(found.verdict.reasons),
                 "models": state.models.hashes,
@@ -141,6 +141,21 @@ def assess(
         for case, found in state.assessments.items()
     ]
     p.ledger.set_scores([*kept, *measured])
+
+
+def _assess(state: RoundState, case: Prepared) -> CaseAssessment:
+    """Compare and judge one case, on the labels that its promotion would teach."""
+    p, unknown = state.pipeline, state.floors.unknown
+    first, second, mask = (p.decode(maps(case)) for maps in (state.ssl_maps, state.second_maps, state.masks))
+    agreement, learned = compare(first, second, p.labels), None
+    if unknown:
+        first, second, mask = (p.labels.merge(one, unknown) for one in (first, second, mask))
+        learned = compare(first, second, p.labels).without(unknown)
+    spacing, shape = case.grid.spacing, case.image.shape
+    verdict = judge(learned or agreement, mask, spacing, p.reference, p.settings, shape, unknown, case.image)
+    decided = {name: least for name, least in p.settings.thresholds.items() if name in state.promises.lines}
+    verdict = without_thresholds(verdict, learned or agreement, decided)
+    return CaseAssessment(agreement, verdict.against(*state.floors.blocking), learned)
 
 
 def confidence(regions: np.ndarray) -> np.ndarray:
@@ -173,6 +188,7 @@ def promotion_details(
             "threshold": thresholds,
             "models": state.models.hashes,
             "basis": p.basis,
+            **({"unknown": list(state.floors.unknown)} if state.floors.unknown else {}),
         }
     )
 
@@ -181,7 +197,9 @@ def about_mask(state: RoundState, case: str) -> dict[str, Any]:
     """Keep the mask of a case; returns its hash, that of the scan, and how far the networks agree by label."""
     p = state.pipeline
     prepared = next(c for c in p.cases.unlabelled if c.id == case)
-    agreement = state.assessments[case].agreement.per_label
+    found = state.assessments[case]
+    # of the labels that it teaches, as they are compared where others are left open
+    agreement = {**found.agreement.per_label, **found.of_learned.per_label}
     return {"sha256": keep_mask(p, prepared, state.masks), "image": prepared.image_hash, "agreement": agreement}
 
 

@@ -39,6 +39,7 @@ class Decision:
         per_label: Agreement by label; None where both networks find nothing. Empty where it was not kept.
         promoted: Whether its mask is trained on.
         reasons: Everything that speaks against its mask.
+        flags: What a person should know of the mask beside that.
     """
 
     case: str
@@ -46,6 +47,7 @@ class Decision:
     per_label: dict[str, float | None]
     promoted: bool
     reasons: tuple[str, ...]
+    flags: tuple[str, ...] = ()
 
 
 def decide(state: RoundState, promoted: Collection[str], withdrawn: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -66,6 +68,7 @@ def decide(state: RoundState, promoted: Collection[str], withdrawn: Collection[s
             "per_label": assessment.agreement.per_label,
             "promoted": case in promoted,
             "reasons": reasons,
+            "flags": [*assessment.verdict.flags, *(state.floors.notes if case in promoted else ())],
         }
     return found
 
@@ -101,7 +104,11 @@ def decisions_of(row: RoundRow, scores: Iterable[Score] = ()) -> list[Decision]:
             }
             for case, mean in row.summary.get("agreement", {}).items()
         }
-    found = [Decision(case, **{**about, "reasons": tuple(about["reasons"])}) for case, about in kept.items()]
+    found = [
+        # rounds of earlier versions kept no flags
+        Decision(case, **{**about, **{name: tuple(about.get(name, ())) for name in ("reasons", "flags")}})
+        for case, about in kept.items()
+    ]
     return sorted(found, key=lambda d: (d.agreement, d.case))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from aslseg.models.loaded import load_model
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import Candidate, Published, gate
 from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.cross_fit import region_dice
+from aslseg.rounds.evidence import Evidence, Scored, first_model
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import first_kept_event
 from aslseg.rounds.pipeline import RoundPipeline
@@ -31,6 +33,7 @@ def publish_better(
     promoted: Sequence[str],
     report: ProgressCallback,
     kinds: Sequence[ModelKind] = PUBLISHED_KINDS,
+    evidence: Evidence | None = None,
 ) -> tuple[ModelSet, list[str], dict[str, float | None]]:
     """Compare each model with the published one of its kind on the same validation cases, and publish the better.
 
@@ -45,12 +48,13 @@ def publish_better(
         promoted: Ids of the promoted cases that it was trained on.
         report: Called with (done, total) after each kind.
         kinds: Only these are published.
+        evidence: What human labels say of the masks of this round; None asks the validation cases.
 
     Returns:
         The models that are published now, a line per kind with the reason, and the candidates' validation Dice.
     """
     best, lines, dice, chosen = made.with_file(ModelKind.SSL, _better_ssl(pipeline, made, retrained)), [], {}, []
-    foreign, vetoes = False, model_vetoes(pipeline.ledger)
+    foreign, vetoes, before = False, model_vetoes(pipeline.ledger), _published_before(pipeline)
     for done, kind in enumerate(kinds, 1):
         current = _comparable(pipeline, kind)
         candidate = _score(pipeline, kind, best, current, promoted if kind == ModelKind.SSL else ())
@@ -64,6 +68,10 @@ def publish_better(
         elif current is not None:
             best = best.with_file(kind, current.path)
             foreign = kind == ModelKind.SSL and best.spacing != pipeline.cases.spacing
+        if accepted and kind not in before:
+            words, warning = first_model(kind, _measured(pipeline, kind, best, evidence))
+            line += words
+            pipeline.cases.warnings += [warning] if warning else []
         if kind == ModelKind.SSL:
             name = "retrained" if candidate.path == retrained and retrained != made[ModelKind.SSL] else "ssl"
             dice["retrained"] = pipeline.dice(_ssl_maps(pipeline, made, retrained))
@@ -76,6 +84,23 @@ def publish_better(
         report(done, len(kinds))
     _serve(pipeline, chosen, lines)
     return best, lines, dice
+
+
+def _published_before(pipeline: RoundPipeline) -> Collection[str]:
+    """The kinds that were published before this round; one that was killed may have published some already."""
+    number = pipeline.number
+    events = pipeline.ledger.events(kinds=("published",), number=number) if number else []
+    return events[0].details["before"] if events else published.manifest(pipeline.paths)
+
+
+def _measured(
+    pipeline: RoundPipeline, kind: ModelKind, models: ModelSet, evidence: Evidence | None
+) -> dict[str, list[float]]:
+    """Dice by label of a model on human labels that it, or the model of a fold, was not trained on."""
+    maps = pipeline.predict(kind, models)
+    scored = (Scored(c.id, False, {}, {kind: region_dice(pipeline, maps, c)}) for c in pipeline.cases.validation)
+    folds = [one for one in evidence.scored if one.fold] if evidence else []
+    return Evidence((*scored, *folds), pipeline.labels.names).by_label(kind)
 
 
 def _serve(pipeline: RoundPipeline, chosen: list[Candidate], lines: list[str]) -> None:

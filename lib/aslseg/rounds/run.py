@@ -23,6 +23,7 @@ from aslseg.registry import RECIPES, REPORTS
 from aslseg.rounds.brake import NO_BRAKE, Brake
 from aslseg.rounds.cases import RoundCases, prepare_cases, trained_before
 from aslseg.rounds.corrections import record_checked
+from aslseg.rounds.cross_fit import fold_share
 from aslseg.rounds.ledger import Entry, Ledger, RoundRow
 from aslseg.rounds.lock import round_lock
 from aslseg.rounds.masks import sync_label_files, unwritable_labels
@@ -40,11 +41,11 @@ logger = logging.getLogger(__name__)
 
 KEEP_ARTEFACTS = 2
 """Rounds whose artefacts are kept."""
-UNUSED_STAGES = {"cfr": ("folds", "adapter", "refine")}
+UNUSED_STAGES = {"cfr": ("folds", "adapter", "refine", "score")}
 """Stages that a recipe does not have."""
 MODEL_STAGES = {"ssl", "folds", "sam", "adapter"}
 """Stages whose results a round has made already if the round before it had the same inputs."""
-STORED_STAGES = MODEL_STAGES | {"predict", "redraw", "refine", "retrain"}
+STORED_STAGES = MODEL_STAGES | {"predict", "redraw", "refine", "score", "retrain"}
 """Stages whose results are found again."""
 STALE_SECONDS = 600
 
@@ -207,15 +208,19 @@ def expected_work(
     a guess for two CPU cores.
     """
     scans, unlabelled = len(studies.images), len(studies.images) - len(studies.final)
+    # at least one patient validates
+    patients = len({studies.patients[c] for c in studies.final}) - (settings.validation_fraction > 0)
+    parts = min(settings.most_folds, patients)
     work = {
         "prepare": Work(scans, 1.0),
         "ssl": Work(settings.ssl_iterations, 0.3),
-        **({"folds": Work(settings.label_folds * settings.ssl_iterations, 0.3)} if settings.label_folds else {}),
+        **({"folds": Work(parts * fold_share(parts) * settings.ssl_iterations, 0.3)} if parts > 1 else {}),
         "predict": Work(unlabelled, 2.0),
         "sam": Work(settings.sam_iterations, 0.5),
         "redraw": Work(unlabelled, 3.0),
         "adapter": Work(settings.adapter_iterations, 0.3),
         "refine": Work(unlabelled, 1.0),
+        **({"score": Work(len(studies.final), 4.0)} if parts > 1 else {}),
         "rank": Work(unlabelled, 0.5),
         "promote": Work(settings.promote_fraction * unlabelled, 1.0),
         "retrain": Work(settings.retrain_iterations, 0.3),

@@ -19,6 +19,9 @@ SECTIONS = (
 
 TARGET, NESTED_TARGET = 0.85, 0.7
 """Mean Dice that promoted masks should have, of labels that lie in no other one and of those that do."""
+BELOW_TARGET, LEAST_FLOOR = 0.05, 0.5
+"""How far the Dice on human labels may lie below the target of a promoted label, and the least of these floors."""
+MOST_FOLDS = 4
 
 
 # pydantic takes the fields of the last base first
@@ -45,7 +48,7 @@ class Settings(
         if self.window_low >= self.window_high:
             raise ValueError(f"window_low {self.window_low} must lie below window_high {self.window_high}")
         _ = self.label_set
-        for setting in ("promote_threshold", "promote_target"):
+        for setting in ("promote_threshold", "promote_target", "promote_floor"):
             given = getattr(self, setting)
             for name, _ in given.exceptions if given != type(self).model_fields[setting].default else ():
                 if name not in self.labels:
@@ -74,6 +77,18 @@ class Settings(
             for name, parent in zip(labels.names, labels.parents, strict=True)
         }
         return self.promote_target.by_label(automatic)
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Least Dice on human labels for promotion, by label name: for ``auto``, the target minus 0.05."""
+        return self.promote_floor.by_label(
+            {name: max(LEAST_FLOOR, round(target - BELOW_TARGET, 4)) for name, target in self.targets.items()}
+        )
+
+    @property
+    def most_folds(self) -> int:
+        """Most parts into which a round splits the labelled patients."""
+        return MOST_FOLDS if self.label_folds == "auto" else self.label_folds
 
     @property
     def misspelt_defaults(self) -> dict[str, str]:

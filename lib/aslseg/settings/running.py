@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from aslseg.registry import RECIPES
-from aslseg.settings.base import Section, setting
+from aslseg.settings.base import Auto, Section, setting
 from aslseg.settings.values import (
     AutoLabelThresholds,
     AutoThresholds,
@@ -84,12 +86,13 @@ class RoundSettings(Section):
         ge=0,
         lt=1,
     )
-    label_folds: int = setting(
-        0,
-        "Most parts into which a round splits the labelled patients: a model is trained without each part and scored "
-        "on it, and the mean of all models is one more source of masks; 0: none",
-        example="4",
-        ge=0,
+    label_folds: Auto | Annotated[int, Field(ge=0)] = setting(
+        "auto",
+        "Parts into which a round splits the labelled patients: a model is trained without each part and scored on it, "
+        "and the mean of all models is one more source of masks. It takes up to twice the time of the SSL training "
+        "whenever labels have changed, more with more than four parts; auto: 4, or as many as there are patients; 0: "
+        "none",
+        example="0",
     )
     promote_threshold: LabelThresholds = setting(
         Thresholds(0.9, (("tumour", 0.7),)),
@@ -123,6 +126,15 @@ class RoundSettings(Section):
         example="5",
         common=True,
         ge=0,
+    )
+    promote_floor: AutoLabelThresholds = setting(
+        AutoThresholds(),
+        "Least mean Dice on human labels that were not trained on at which a label is promoted at all, whatever the "
+        "agreement: auto (promote_target minus 0.05, at least 0.5) or a number for all labels, then exceptions "
+        "label=number; 0: none is asked",
+        unit="Dice",
+        example="auto,tumour=0.5",
+        common=True,
     )
     promote_fraction: float = setting(
         0.5,

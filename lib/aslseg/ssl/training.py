@@ -137,17 +137,24 @@ def _train_stages(run: _Run, branches: Sequence[Branch], iterations: int) -> dic
     results.append(_train_first(run, files[0], steps, iterations))
     first = load(files[0], nested.first_settings(run.settings))
     stored: dict[str, Any] = {}
+    # promoted cases that leave nested labels open teach the first stage only
+    inner = replace(run, labelled=[c for c in run.labelled if _says_all(c, len(run.settings.label_set))])
     for branch in branches:
         name = branch.labels.names[0]
-        geometry = nested.geometry(run.labelled, branch, run.settings, run.spacing)
+        geometry = nested.geometry(inner.labelled, branch, run.settings, run.spacing)
         files.append(run.beside(f"second-{branch.parent}"))
         report = run.report_from(iterations - each * (len(branches) - len(stored)), iterations)
-        results.append(_train_second(run, files[-1], branch, geometry, first, each, report))
+        results.append(_train_second(inner, files[-1], branch, geometry, first, each, report))
         stored[name] = {"geometry": geometry.stored(), "model": load_weights(files[-1], "ssl")[1]}
     _join(run, files, branches, stored, iterations)
     for path in run.out.parent.glob(f"{run.out.stem}.*-init.safetensors"):
         path.unlink()
     return _summary(results) | {"sha256": sha256(run.out)}
+
+
+def _says_all(case: Prepared, classes: int) -> bool:
+    """Whether the label says of every voxel which class it has; see :meth:`aslseg.types.Labels.mark_unknown`."""
+    return case.label is not None and int(np.max(case.label, initial=0)) <= classes
 
 
 def _train_first(run: _Run, out: Path, steps: int, total: int) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
     names = [f"phantom_{n:03d}" for n in range(1, 11)]
     entries = [promoted(paths, name, 0.7 + 0.01 * n) for n, name in enumerate(names)]
     low = decision(0.4, "liver: agreement 0.400 below 0.9")
+    strange = decision(0.9, promoted=True) | {"flags": ["liver: unlike the 5 human labels: worth a look"]}
     numbers = {
         "published": ["ssl: published (Dice 0.9100, published 0.9000 on 3 validation cases) [retrained]"],
         "validation": {"ssl": 0.91, "adapter": None},
@@ -88,8 +89,12 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
         "skipped": {"broken": "no image"},
         "source": "ssl",
         "shown": "ssl",
+        "evidence": {
+            "liver": {"dice": 0.883, "cases": 8, "floor": 0.8, "reason": None},
+            "tumour": {"dice": None, "cases": 0, "floor": 0.65, "reason": "tumour: no human label"},
+        },
     }
-    ledger = close(paths, *entries, decisions={"zzz": low}, **numbers)
+    ledger = close(paths, *entries, decisions={"zzz": low, names[3]: strange}, **numbers)
     path, content = write(paths, settings, 1)
     page = path.read_text()
     assert path == report_path(paths, 1)
@@ -113,6 +118,9 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
         "Mostly right.",
         "A hint of where to look. Expect to redraw much of it. Uncertain: measured on 2 scans.",
         "2 h 0 min",
+        '<td>liver</td><td class="n">0.883</td><td class="n">8</td><td class="n">0.8</td><td></td>',
+        '<td class="n">not measured</td><td class="n">0</td><td class="n">0.65</td><td>tumour: no human label</td>',
+        "<td>liver: unlike the 5 human labels: worth a look</td>",
         "found from before",
         "a warning",
         "broken: no image",

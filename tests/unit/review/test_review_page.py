@@ -190,7 +190,8 @@ def test_the_schedule_and_why_scans_were_not_promoted(paths: Paths) -> None:
     ledger.open_round({})
     refused = {"agreement": 0.7, "per_label": {"liver": 0.9, "tumour": 0.5}, "promoted": False}
     refused["reasons"] = ["tumour: agreement 0.500 below 0.7", "liver: 40 pieces, more than 30"]
-    ledger.close_round(1, {"decisions": {"c<1>": refused}})
+    strange = {"agreement": 0.9, "per_label": {}, "promoted": True, "reasons": [], "flags": ["liver: worth a look"]}
+    ledger.close_round(1, {"decisions": {"c<1>": refused, "c2": strange}, "promoted": ["c2"]})
     nights.note_stop("ann", datetime(2026, 11, 27, 9, tzinfo=UTC))
     mask = {"sha256": "m", "agreement": {"liver": 0.9}, "threshold": {}, "models": {}}
     ledger.append([Entry("mask", 1, "c2", "aslseg_pseudo", mask)])
@@ -203,5 +204,6 @@ def test_the_schedule_and_why_scans_were_not_promoted(paths: Paths) -> None:
     assert "<li>1 scan: tumour: agreement below 0.7</li>" in page
     row = '<td class="n">liver 0.900, tumour 0.500</td><td>tumour: agreement 0.500 below 0.7; liver: 40 pieces'
     assert f"c&lt;1&gt;</td>{row}" in page
+    assert "<td>c2</td><td>promoted</td><td>liver: worth a look</td>" in page
     assert '<a href="/aslseg/reports/1">' in page
     assert "liver 0.750, tumour empty" in page

@@ -251,3 +251,24 @@ def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path, settings):
         run(out, settings(ssl_method="mean_teacher"), free=[free])
         hashes.append(sha256(out))
     assert hashes[0] == hashes[1]
+
+
+def test_a_case_that_leaves_the_nested_label_open_teaches_the_first_stage_only(tmp_path, settings, monkeypatch):
+    labels, seen = settings().label_set, []
+    train = engine.train
+
+    def watched(labelled, *rest, **more):
+        seen.append({c.id: set(np.unique(c.label)) for c in labelled})
+        return train(labelled, *rest, **more)
+
+    monkeypatch.setattr(engine, "train", watched)
+    whole = case("open")
+    left_open = replace(
+        whole, label=labels.mark_unknown(whole.label, ("tumour",)), voxel_weight=np.ones(SHAPE, np.float16)
+    )
+    assert left_open.label.max() == 3
+    run(tmp_path / "ssl.safetensors", settings(), cases=[case("a"), case("bb"), left_open])
+    first, second = seen
+    assert first["open"] == {0, 1}
+    assert "open" not in second
+    assert all(values <= {0, 1, 2} for values in second.values())
