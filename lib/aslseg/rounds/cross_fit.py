@@ -17,6 +17,7 @@ import numpy as np
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.split import hash_fraction
 from aslseg.compute.overlap import dice
+from aslseg.errors import TrainingDivergedError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
@@ -61,22 +62,29 @@ def folds(cases: Sequence[Prepared], count: int) -> list[list[Prepared]]:
 def cross_fit(pipeline: RoundPipeline, report: ProgressCallback) -> CrossFit | None:
     """Train a model on the complement of each fold, without promoted masks, and score it on the fold.
 
-    Promoted masks come from models that have seen all labels, so that a fold's model must not learn from them.
+    Promoted masks come from models that have seen all labels, so that a fold's model must not learn from them. A fold
+    whose training diverges is left out, with a warning: it says nothing about the models that are published.
 
     Returns:
-        None where the setting ``label_folds`` or the number of labelled patients gives no two folds.
+        None where the setting ``label_folds`` or the number of labelled patients gives no two folds, or all diverge.
     """
     parts = folds(pipeline.cases.train, pipeline.settings.label_folds)
     maps: list[CachedProbabilities] = []
     scored: dict[str, dict[str, float | None]] = {}
     for number, part in enumerate(parts):
-        model = pipeline.train_ssl([], _share(report, number, len(parts)), without=[c.id for c in part])
+        try:
+            model = pipeline.train_ssl([], _share(report, number, len(parts)), without=[c.id for c in part])
+        except TrainingDivergedError as error:
+            line = f"the training without {', '.join(c.id for c in part)} is left out of cross-fitting: {error}"
+            logger.warning("%s", line)
+            pipeline.cases.warnings.append(line)
+            continue
         maps.append(pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model})))
         scored |= {c.id: _dice(pipeline, maps[-1], c) for c in part}
-    if not parts:
+    if not maps:
         return None
     mean = {name: _mean([d[name] for d in scored.values()]) for name in pipeline.labels.names}
-    logger.info("out-of-fold Dice of the SSL stage on %d labelled cases, %d folds: %s", len(scored), len(parts), mean)
+    logger.info("out-of-fold Dice of the SSL stage on %d labelled cases, %d folds: %s", len(scored), len(maps), mean)
     return CrossFit(mean, dict(sorted(scored.items())), maps)
 
 

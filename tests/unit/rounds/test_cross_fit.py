@@ -7,14 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from aslseg.errors import TrainingDivergedError
 from aslseg.rounds import pipeline
 from aslseg.rounds.cross_fit import cross_fit, folds
 from aslseg.rounds.recipes import aslseg
 from aslseg.rounds.run import run_round
 from aslseg.settings import Paths
-from aslseg.types import no_progress
+from aslseg.types import Labels, no_progress
 from tiny_rounds import tiny_settings, tiny_studies
 
 PATIENTS = (
@@ -79,6 +81,40 @@ def test_every_label_is_scored_by_a_model_that_has_not_seen_its_patient(
     (folder,) = (Paths(settings, studies).rounds / "steps").glob("ensemble-*")
     assert len(json.loads((folder / "inputs.json").read_text())["members"]) == 3
     assert {p.name[:11] for p in folder.glob("*.npz")} >= set(summary["promoted"])
+
+
+def test_a_fold_that_diverges_is_left_out_and_said() -> None:
+    truth = np.zeros((4, 4, 4), np.uint8)
+    truth[:2] = 1
+    cases = [SimpleNamespace(id=name, patient=name, label=truth) for name in "abc"]
+
+    class Pipeline:
+        """Trains nothing; the model without b diverges, the others are right."""
+
+        settings = SimpleNamespace(label_folds=3)
+        labels = Labels.parse("liver")
+        decode = staticmethod(lambda regions: regions)
+
+        def __init__(self) -> None:
+            self.cases = SimpleNamespace(train=cases, warnings=[])
+
+        def train_ssl(self, promoted: Any, report: Any, without: Any) -> Path:
+            if "b" in without:
+                raise TrainingDivergedError("loss became nan at step 3")
+            return Path("model")
+
+        def predict(self, kind: Any, models: Any) -> Any:
+            return lambda case: truth
+
+    some: Any = Pipeline()
+    found = cross_fit(some, no_progress)
+    assert found is not None
+    assert (sorted(found.cases), len(found.maps), found.dice) == (["a", "c"], 2, {"liver": 1.0})
+    assert some.cases.warnings == ["the training without b is left out of cross-fitting: loss became nan at step 3"]
+    some.cases.train = [c for c in cases if c.id != "a"]
+    some.settings = SimpleNamespace(label_folds=2)
+    some.train_ssl = lambda *_, **__: (_ for _ in ()).throw(TrainingDivergedError("no"))
+    assert cross_fit(some, no_progress) is None
 
 
 def test_one_patient_gives_no_folds() -> None:
