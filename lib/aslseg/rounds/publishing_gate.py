@@ -21,6 +21,7 @@ from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import first_kept_event
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.vetoes import model_vetoes
+from aslseg.ssl.class_watch import warnings_of
 from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def publish_better(
             name = "retrained" if candidate.path == retrained and retrained != made[ModelKind.SSL] else "ssl"
             dice["retrained"] = pipeline.dice(_ssl_maps(pipeline, made, retrained))
             line += f" [{name}]"
+            # the mean over the labels hides a small one
+            line = "; ".join([line, *warnings_of(pipeline.artefacts.result(candidate.path).get("classes", {}))])
         logger.info("%s", line)
         lines.append(line)
         if accepted and current is not None and candidate.dice is None:

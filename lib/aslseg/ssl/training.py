@@ -62,7 +62,7 @@ def _learnable(labelled: Sequence[Prepared], settings: Settings) -> list[Branch]
     for branch in nested.branches(settings.label_set) if settings.nested_fraction else ():
         there = [np.unique(c.label) for c in labelled if c.label is not None]
         names = branch.labels.names
-        if not any(np.isin(values, branch.values).any() for values in there):
+        if not any(branch.values[0] in values for values in there):
             logger.warning("no labelled scan shows %s: no second stage for %s", names[0], ", ".join(names[1:]))
             continue
         for name, value in zip(names[1:], branch.values[1:], strict=True):
@@ -184,8 +184,7 @@ def _train_second(
     value = nested.top_level(run.settings.label_set).index(branch.parent) + 1
     labelled = [
         _kept(nested.view_case(c, np.isin(c.label, branch.values), branch, geometry), folder)
-        for c in run.labelled
-        if c.label is not None and np.isin(c.label, branch.values).any()
+        for c in _with_parent(run.labelled, branch)
     ]
     unlabelled = []
     for case in run.unlabelled if run.settings.ssl_method != "supervised" else ():
@@ -205,6 +204,24 @@ def _train_second(
         report=report,
         reuse=True,
     )
+
+
+def _with_parent(cases: Sequence[Prepared], branch: Branch) -> list[Prepared]:
+    """The labelled cases that show the parent itself; intensities relative to a lesion alone would mislead."""
+    found = []
+    for case in cases:
+        values = np.unique(case.label) if case.label is not None else np.zeros(0)
+        if branch.values[0] in values:
+            found.append(case)
+        elif np.isin(values, branch.values).any():
+            parent, *inner = branch.labels.names
+            logger.warning(
+                "%s is labelled with %s but without %s around it: the second stage learns without it",
+                case.id,
+                " or ".join(inner),
+                parent,
+            )
+    return found
 
 
 def _folder(out: Path) -> Path:

@@ -189,6 +189,14 @@ def test_scans_without_tumours_without_liver_or_without_any_are_no_obstacle(tmp_
     cases = [case("a"), case("bb", tumour=False), case("ccc", liver=False), case("dddd", tumour=False, liver=False)]
     run(tmp_path / "ssl.safetensors", settings(), cases)
     assert "tumour is labelled in 2 of 4 scans" in caplog.text
+    assert "ccc is labelled with tumour but without liver around it: the second stage learns without it" in caplog.text
+    assert "dddd is labelled" not in caplog.text
+
+
+def test_lesions_that_nobody_drew_a_parent_around_give_no_second_stage(tmp_path, settings, caplog):
+    run(tmp_path / "ssl.safetensors", settings(), [case("a", liver=False), case("bb", liver=False)])
+    assert "no labelled scan shows liver: no second stage for tumour" in caplog.text
+    assert "stages" not in read_metadata(tmp_path / "ssl.safetensors")
 
 
 @pytest.mark.parametrize("voxels", [1e6, 2000])
