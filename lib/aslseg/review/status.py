@@ -15,6 +15,7 @@ from aslseg.files import FileStamp
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published, left_behind
 from aslseg.review.ledger_lists import MOST, Decisions, decisions
+from aslseg.rounds import savings
 from aslseg.rounds.audits import CHECKED, kept_since, promise_lines, waiting
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.nights import Nights
@@ -86,6 +87,7 @@ def collect(
             | {"threshold": p.threshold, "checked": checked.get(p.sha256)}
             for p in decided.promotions
         ],
+        "savings": [] if loss else savings.in_words(savings.savings(ledger)),
         "errors": failures[-MOST:],
     }
 

@@ -7,6 +7,8 @@ What a round decided on each scan, and why, is made in :mod:`aslseg.rounds.promo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,10 @@ from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
+from aslseg.rounds import canaries
 from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.audit_draw import closest, draw_audits
+from aslseg.rounds.drift import find_drift
 from aslseg.rounds.late import NOT_USED, drop_late, late_changes
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
@@ -61,6 +65,7 @@ def conclude(
     """
     pipeline, progress, models = state.pipeline, state.pipeline.progress, state.models
     with progress.stage("rank") as report:
+        state.canaries, state.stops = canaries.watch(pipeline, partial(_assess_one, state))
         assess(state, report)
     with progress.stage("promote") as report:
         chosen = choose(state, report)
@@ -69,6 +74,7 @@ def conclude(
         promoted = promote(pipeline, wanted)
     with progress.stage("retrain") as report:
         promoted = without_late(pipeline, promoted)
+        drift = find_drift(pipeline, promoted)
         retrained = pipeline.train_ssl(promoted, report)
     learned = {p.case.id: p.mask for p in promoted}
     with progress.stage("publish") as report:
@@ -91,6 +97,8 @@ def conclude(
         "decisions": decide(state, [p.case.id for p in promoted], learned if rejected else ()),
         "classes": {name: {"dice": d, "cases": n} for name, (d, n) in pipeline.dice_by_label(masks).items()},
         "published": lines,
+        "canaries": canaries.summarise(state.canaries, state.stops),
+        "drift": drift,
         "models": {kind.value: str(path) for kind, path in models.items()} | {"retrained": str(retrained)},
     }
 
@@ -116,13 +124,12 @@ def assess(
     settings = settings_key(p.settings)
     decided = {name: least for name, least in p.settings.thresholds.items() if name in state.promises.lines}
     for done, case in enumerate(cases, 1):
-        agreement = compare(p.decode(state.ssl_maps(case)), p.decode(state.second_maps(case)), p.labels)
-        mask = p.decode(state.masks(case))
-        verdict = judge(agreement, mask, case.grid.spacing, p.reference, p.settings, case.image.shape)
-        verdict = without_thresholds(verdict, agreement, decided)
+        found, mask = _assess_one(state, case)
+        verdict = without_thresholds(found.verdict, found.agreement, decided)
+        verdict = canaries.stopped(verdict, mask, p.labels, state.stops)
         if case.id in vetoes and _is_vetoed(p, keep_mask(p, case, state.masks), vetoes[case.id]):
             verdict = Verdict(False, (*verdict.reasons, MASK_VETO))
-        state.assessments[case.id] = CaseAssessment(agreement, verdict)
+        state.assessments[case.id] = replace(found, verdict=verdict)
         report(done, len(cases))
     measured = [
         Score(
@@ -141,6 +148,17 @@ def assess(
         for case, found in state.assessments.items()
     ]
     p.ledger.set_scores([*kept, *measured])
+
+
+def _assess_one(state: RoundState, case: Prepared) -> tuple[CaseAssessment, np.ndarray]:
+    """What the networks and the rules say of a scan, and its mask (i, j, k)."""
+    p = state.pipeline
+    agreement = compare(p.decode(state.ssl_maps(case)), p.decode(state.second_maps(case)), p.labels)
+    mask = p.decode(state.masks(case))
+    verdict = judge(agreement, mask, case.grid.spacing, p.reference, p.settings, case.image.shape)
+    if case.id in p.cases.unlike:
+        verdict = Verdict(False, (*verdict.reasons, p.cases.unlike[case.id]))
+    return CaseAssessment(agreement, verdict), mask
 
 
 def confidence(regions: np.ndarray) -> np.ndarray:

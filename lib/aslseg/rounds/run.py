@@ -31,6 +31,7 @@ from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress, Work, read_progress
 from aslseg.rounds.publishing_gate import publish_better
 from aslseg.rounds.reports import write_report
+from aslseg.rounds.savings import record_compared
 from aslseg.settings import Paths, ResolvedSettings, Settings
 from aslseg.settings.paths import require_writable
 from aslseg.types import ProgressCallback, no_progress
@@ -100,6 +101,7 @@ def run_round(
             paths.remember_models()
             sync_label_files(ledger, found, paths)
             record_checked(paths, settings)
+            record_compared(paths, settings)
             opened = {r.number: r.seq for r in ledger.rounds()}[number]
             cases = _cases(found, settings, paths, ledger, progress)
             pipeline = RoundPipeline(paths, settings, ledger, cases, progress, number, opened)

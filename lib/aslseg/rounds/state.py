@@ -11,6 +11,7 @@ from aslseg.agreement.promise import Pair
 from aslseg.agreement.promotion_rules import Verdict
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.canaries import Canary, Stop
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.promises import Promises
 
@@ -39,6 +40,8 @@ class RoundState:
         refused: Why scans are not promoted, by case id.
         pairs: Agreement and Dice of human labels that the predicting network was not trained on, by label.
         promise: What the round promises of the promoted masks, for the summary.
+        canaries: What the verdict says of the validation scans, and how good their masks are.
+        stops: What may not be promoted, because a canary shows that it would be wrong.
     """
 
     pipeline: RoundPipeline
@@ -51,6 +54,8 @@ class RoundState:
     refused: dict[str, list[str]] = field(default_factory=dict)
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
     promise: dict[str, dict[str, Any]] = field(default_factory=dict)
+    canaries: list[Canary] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
 
     @cached_property
     def promises(self) -> Promises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ import numpy as np
 import pytest
 
 from aslseg.cases.prepared_case import Prepared
+from aslseg.files import sha256
 from aslseg.models.cascade import StageOutput
+from aslseg.review.report import collect
 from aslseg.rounds import pipeline, run
+from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.promotion import confidence
 from aslseg.rounds.run import run_round
+from aslseg.settings import Paths
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
 
@@ -62,26 +67,48 @@ def test_where_retraining_starts_and_how_voxels_weigh(
             np.testing.assert_allclose(part.astype(np.float32), expected, atol=0.01)
 
 
-@pytest.mark.usefixtures("plausible")
-def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = run.prepare_cases
+TIMES = ("seconds", "measured", "rates", "ledger", "models", "inputs")
+"""Of a summary, what two equal rounds in two folders do not share."""
 
-    def poisoned(*arguments: Any) -> Any:
-        cases = prepare(*arguments)
-        for group in (cases.unlabelled, cases.predict_only):
-            group[:] = [replace(c, label=np.full(c.image.shape, np.nan, np.float32)) for c in group]
-        assert cases.unlabelled
-        assert cases.predict_only
-        return cases
+
+@pytest.mark.usefixtures("plausible")
+@pytest.mark.parametrize("folds", [0, 2])
+def test_poisoned_labels_of_unlabelled_scans_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folds: int
+) -> None:
+    """Through two whole rounds: folds, ensemble, verdicts, canaries, promotion, drift, retraining, gate and report."""
+    prepare, rng = run.prepare_cases, np.random.default_rng(0)
+
+    def poisoning(poison: Callable[[tuple[int, ...]], np.ndarray]) -> Callable[..., Any]:
+        def prepared(*arguments: Any) -> Any:
+            cases = prepare(*arguments)
+            for group in (cases.unlabelled, cases.predict_only):
+                group[:] = [replace(c, label=poison(c.image.shape)) for c in group]
+            assert cases.unlabelled
+            assert cases.predict_only
+            return cases
+
+        return prepared
 
     found = []
-    for name, preparation in (("clean", prepare), ("poisoned", poisoned)):
+    for name, preparation in (
+        ("clean", prepare),
+        ("nan", poisoning(lambda shape: np.full(shape, np.nan, np.float32))),
+        ("garbage", poisoning(lambda shape: rng.integers(0, 255, shape).astype(np.uint8))),
+    ):
         root = tmp_path / name
         root.mkdir()
-        studies, settings = tiny_studies(root), tiny_settings(root, promote_fraction=1, promote_empty=1)
+        studies = tiny_studies(root)
+        settings = tiny_settings(root, promote_fraction=1, promote_empty=1, label_folds=folds)
         (studies / "patients.csv").write_text("case,patient,role\nphantom_000,P,validation\nphantom_005,P,\n")
         monkeypatch.setattr(run, "prepare_cases", preparation)
-        summary = run_round(studies, settings)
-        assert summary["promoted"] + summary["withdrawn"] == ["phantom_003", "phantom_004"]
-        found.append((label_hashes(studies), published_hashes(settings, studies), summary["agreement"]))
-    assert found[0] == found[1]
+        summaries = [run_round(studies, settings) for _ in range(2)]
+        assert summaries[0]["promoted"] + summaries[0]["withdrawn"] == ["phantom_003", "phantom_004"]
+        assert ("out_of_fold" in summaries[0]) == bool(folds)
+        paths, row = Paths(settings, studies), Ledger(Paths(settings, studies).ledger).rounds()[-1]
+        reported = collect(paths, settings, row)
+        decided = [{k: v for k, v in s.items() if k not in TIMES} for s in summaries]
+        shown = {k: v for k, v in reported.items() if k not in (*TIMES, "opened", "closed", "written", "computed")}
+        models = [{kind: sha256(Path(path)) for kind, path in s["models"].items()} for s in summaries]
+        found.append((label_hashes(studies), published_hashes(settings, studies), models, decided, shown))
+    assert found[0] == found[1] == found[2]
