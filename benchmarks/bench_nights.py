@@ -162,7 +162,7 @@ def build(out: Path, plan: Plan, source: Source) -> None:
 
 
 def bad_label(label: np.ndarray) -> np.ndarray:
-    """A label of somebody in a hurry: a third of the object's slices, and moved by a sixth of the scan."""
+    """A careless label: a third of the object's slices, and moved by a sixth of the scan."""
     planes = np.flatnonzero(label.any((0, 1)))
     found = np.zeros_like(label)
     kept = planes[: max(1, len(planes) // 3)]

@@ -26,9 +26,10 @@ NEAREST = 3
 FEWEST, FEWEST_SCANS = 2, 8
 """Labelled scans, and scans in all, below which nothing is compared."""
 FEWEST_TURNED = 4
-"""Labelled scans below which chance makes too many scans more alike when they are turned over."""
-FAR = 5.0
-"""Robust standard deviations below the median correlation of all scans."""
+"""Labelled scans below which too many scans are more alike by chance when they are turned over."""
+FAR, LEAST_FAR = 5.0, 0.2
+"""Robust standard deviations below the median correlation of all scans; and the least distance from it, times the number
+of labelled scans up to four, since few of them are alike by chance."""
 TURNED = 0.05
 """How much more alike a scan is when it is turned over."""
 FIELD = 2.0
@@ -115,7 +116,8 @@ def _far(likeness: _Likeness) -> list[str]:
     """Why each scan is too far from the labelled ones; empty where it is not."""
     alike = likeness()
     middle = np.median(alike)
-    least = middle - FAR * 1.4826 * np.median(np.abs(alike - middle))
+    distance = FAR * 1.4826 * np.median(np.abs(alike - middle))
+    least = middle - max(distance, LEAST_FAR / min(likeness.known, FEWEST_TURNED))
     return [
         f"the scan is unlike every labelled one (correlation {value:.2f}, of all scans {middle:.2f} in the middle)"
         if value < least

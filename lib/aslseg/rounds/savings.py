@@ -51,10 +51,12 @@ def record_compared(paths: Paths, settings: Settings) -> None:
     ledger = Ledger(paths.ledger)
     noted = {(e.details["mask"], e.details["label"]) for e in ledger.events(kinds=(COMPARED,))}
     new = [(s, m) for s, m in _shown(ledger) if (m.details["sha256"], s.details["sha256"]) not in noted]
-    studies = read_studies(paths.studies) if new else None
-    for saved, shown in new if studies else ():
+    if not new:
+        return
+    studies, store = read_studies(paths.studies), MaskStore(paths.home)
+    for saved, shown in new:
         try:
-            found = _compare(studies, MaskStore(paths.home), saved, shown, settings)
+            found = _compare(studies, store, saved, shown, settings)
         except (AslsegError, ValueError, OSError) as error:
             logger.warning("the mask that was shown for %s was not compared with its label: %s", saved.case, error)
             continue
