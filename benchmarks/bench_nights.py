@@ -62,11 +62,11 @@ PHANTOM = {
     "nested": "",
     "spacing": "native",
     "network": "vnet_small",
-    "patch": "48,48,16",
-    "ssl_iterations": "120",
-    "retrain_iterations": "60",
-    "sam_iterations": "20",
-    "adapter_iterations": "40",
+    "patch": "32,32,16",
+    "ssl_iterations": "60",
+    "retrain_iterations": "30",
+    "sam_iterations": "10",
+    "adapter_iterations": "20",
     "promote_threshold": "0.85",
     "min_free_gb": "0",
 }
@@ -83,9 +83,9 @@ LA = {
     "adapter_iterations": "150",
     "promote_threshold": "0.85",
 }
-SHAPE = (48, 48, 16)
+SHAPE = (32, 32, 12)
 EDGE = 3
-HELD_OUT = 16
+HELD_OUT = 12
 PERSON = "simulated human"
 Source = Callable[[int], tuple[str, Volume, np.ndarray]]
 """Number of a scan to its id, the scan, and its true class map (i, j, k)."""
@@ -109,7 +109,7 @@ class Plan:
     nights: int = 3
     labels: int = 2
     strategy: str = "agreement"
-    pool: int = 20
+    pool: int = 16
     first: int = 2
     weak: bool = False
     aliens: float = 0.0

@@ -28,8 +28,8 @@ FEWEST, FEWEST_SCANS = 2, 8
 FEWEST_TURNED = 4
 """Labelled scans below which too many scans are more alike by chance when they are turned over."""
 FAR, LEAST_FAR = 5.0, 0.2
-"""Robust standard deviations below the median correlation of all scans; and the least distance from it, times the number
-of labelled scans up to four, since few of them are alike by chance."""
+"""Robust standard deviations below the median correlation of all scans; and the least distance from it, divided by the
+number of labelled scans up to four: a scan may be less like two of them by chance."""
 TURNED = 0.05
 """How much more alike a scan is when it is turned over."""
 FIELD = 2.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,43 +71,36 @@ TIMES = ("seconds", "measured", "rates", "ledger", "models", "inputs")
 
 
 @pytest.mark.usefixtures("plausible")
-@pytest.mark.parametrize("folds", [0, 2])
-def test_poisoned_labels_of_unlabelled_scans_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folds: int
-) -> None:
+def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through two whole rounds: folds, ensemble, verdicts, canaries, promotion, drift, retraining, gate and report."""
     prepare, rng = run.prepare_cases, np.random.default_rng(0)
 
-    def poisoning(poison: Callable[[tuple[int, ...]], np.ndarray]) -> Callable[..., Any]:
-        def prepared(*arguments: Any) -> Any:
-            cases = prepare(*arguments)
-            for group in (cases.unlabelled, cases.predict_only):
-                group[:] = [replace(c, label=poison(c.image.shape)) for c in group]
-            assert cases.unlabelled
-            assert cases.predict_only
-            return cases
+    def poison(number: int, shape: tuple[int, ...]) -> np.ndarray:
+        return rng.integers(0, 255, shape).astype(np.uint8) if number % 2 else np.full(shape, np.nan, np.float32)
 
-        return prepared
+    def poisoned(*arguments: Any) -> Any:
+        cases = prepare(*arguments)
+        for group in (cases.unlabelled, cases.predict_only):
+            group[:] = [replace(c, label=poison(n, c.image.shape)) for n, c in enumerate(group)]
+        assert [len(group) for group in (cases.unlabelled, cases.predict_only)] == [2, 1]
+        return cases
 
     found = []
-    for name, preparation in (
-        ("clean", prepare),
-        ("nan", poisoning(lambda shape: np.full(shape, np.nan, np.float32))),
-        ("garbage", poisoning(lambda shape: rng.integers(0, 255, shape).astype(np.uint8))),
-    ):
+    for name, preparation in (("clean", prepare), ("poisoned", poisoned)):
         root = tmp_path / name
         root.mkdir()
         studies = tiny_studies(root)
-        settings = tiny_settings(root, promote_fraction=1, promote_empty=1, label_folds=folds)
+        settings = tiny_settings(root, promote_fraction=1, promote_empty=1, label_folds=2)
         (studies / "patients.csv").write_text("case,patient,role\nphantom_000,P,validation\nphantom_005,P,\n")
         monkeypatch.setattr(run, "prepare_cases", preparation)
         summaries = [run_round(studies, settings) for _ in range(2)]
         assert summaries[0]["promoted"] + summaries[0]["withdrawn"] == ["phantom_003", "phantom_004"]
-        assert ("out_of_fold" in summaries[0]) == bool(folds)
-        paths, row = Paths(settings, studies), Ledger(Paths(settings, studies).ledger).rounds()[-1]
-        reported = collect(paths, settings, row)
+        assert summaries[0]["out_of_fold"]["folds"] == 2
+        assert summaries[0]["canaries"]["cases"]
+        paths = Paths(settings, studies)
+        reported = collect(paths, settings, Ledger(paths.ledger).rounds()[-1])
         decided = [{k: v for k, v in s.items() if k not in TIMES} for s in summaries]
         shown = {k: v for k, v in reported.items() if k not in (*TIMES, "opened", "closed", "written", "computed")}
         models = [{kind: sha256(Path(path)) for kind, path in s["models"].items()} for s in summaries]
         found.append((label_hashes(studies), published_hashes(settings, studies), models, decided, shown))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
