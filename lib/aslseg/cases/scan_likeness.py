@@ -30,6 +30,8 @@ FEWEST_TURNED = 4
 FAR, LEAST_FAR = 5.0, 0.2
 """Robust standard deviations below the median correlation of all scans; and the least distance from it, divided by the
 number of labelled scans up to four: a scan may be less like two of them by chance."""
+NOTHING = 0.25
+"""Part of the median correlation below which a scan shows nothing of what the others show, however these differ."""
 TURNED = 0.05
 """How much more alike a scan is when it is turned over."""
 FIELD = 2.0
@@ -117,7 +119,7 @@ def _far(likeness: _Likeness) -> list[str]:
     alike = likeness()
     middle = np.median(alike)
     distance = FAR * 1.4826 * np.median(np.abs(alike - middle))
-    least = middle - max(distance, LEAST_FAR / min(likeness.known, FEWEST_TURNED))
+    least = max(middle - max(distance, LEAST_FAR / min(likeness.known, FEWEST_TURNED)), NOTHING * middle)
     return [
         f"the scan is unlike every labelled one (correlation {value:.2f}, of all scans {middle:.2f} in the middle)"
         if value < least
