@@ -23,6 +23,7 @@ from aslseg.review.page import template
 from aslseg.review.pictures import COLOURS, outlined
 from aslseg.review.status import named
 from aslseg.review.webhook import send
+from aslseg.rounds import canaries, savings
 from aslseg.rounds.audits import CHECKED, audits, kept_since, promise_lines, waiting
 from aslseg.rounds.ledger import Event, Ledger, RoundRow
 from aslseg.rounds.masks import MaskStore
@@ -126,6 +127,9 @@ def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
         "checked": _checked(ledger),
         "promise": promise_lines(summary.get("promise", {}), kept_since(ledger, ledger.rounds())),
         "audits": _audits(ledger, row.number),
+        "canaries": canaries.in_words(summary.get("canaries", {})),
+        "drift": summary.get("drift", {}),
+        "savings": savings.in_words(savings.savings(ledger)),
         "seconds": dict(sorted(seconds.items(), key=lambda pair: -pair[1])),
         "computed": set(summary.get("measured", seconds)),
     }

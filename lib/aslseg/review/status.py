@@ -15,8 +15,9 @@ from aslseg.files import FileStamp
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published, left_behind
 from aslseg.review.ledger_lists import MOST, Decisions, decisions
+from aslseg.rounds import savings
 from aslseg.rounds.audits import CHECKED, kept_since, promise_lines, waiting
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger import Ledger, RoundRow
 from aslseg.rounds.nights import Nights
 from aslseg.rounds.progress import read_progress
 from aslseg.rounds.schedule import finish_text, utc_now, zone_of
@@ -67,17 +68,7 @@ def collect(
         "problems": [*_problems(paths, ledger), *notes],
         **promised,
         "warnings": [*last.get("warnings", []), *map(named, last.get("skipped", {}).items())],
-        "rounds": [
-            {
-                "round": r.number,
-                "state": r.state,
-                "opened": r.opened,
-                "closed": r.closed,
-                "error": r.error,
-                "out_of_fold": r.summary.get("out_of_fold", {}).get("dice", {}),
-            }
-            for r in reversed(decided.rounds)
-        ][:MOST],
+        "rounds": [_round(r) for r in reversed(decided.rounds)][:MOST],
         "ranking": [
             {"rank": n + 1, "case": s.case, "agreement": round(s.agreement, 4), "details": s.details}
             for n, s in enumerate(decided.scores)
@@ -87,6 +78,7 @@ def collect(
             | {"threshold": p.threshold, "checked": checked.get(p.sha256)}
             for p in decided.promotions
         ],
+        "savings": [] if loss else savings.in_words(savings.savings(ledger)),
         "errors": failures[-MOST:],
     }
 
@@ -95,6 +87,11 @@ def named(skipped: tuple[str, str]) -> str:
     """Why a round left a scan out, with its name."""
     case, reason = skipped
     return reason if reason.startswith((f"{case}:", f"{case}.")) else f"{case}: {reason}"
+
+
+def _round(row: RoundRow) -> dict[str, Any]:
+    about = {"round": row.number, "state": row.state, "opened": row.opened, "closed": row.closed, "error": row.error}
+    return about | {"out_of_fold": row.summary.get("out_of_fold", {}).get("dice", {})}
 
 
 def _promised(ledger: Ledger, decided: Decisions) -> dict[str, Any]:

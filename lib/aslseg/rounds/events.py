@@ -20,8 +20,8 @@ class Entry:
         kind: ``opened``, ``failed``, ``closed``, ``withdrawn``, ``rolled back`` (rounds); ``mask``, ``removed`` (label
             files of rounds); ``scored`` (agreement of all scans); ``published``; ``validation``; ``veto`` (a mask or a
             model that somebody took back); ``saved``, ``deleted``, ``refused`` (by people, through the server);
-            ``audit``, ``checked`` (a mask drawn for a person, and its Dice); ``lost`` (what a repair could
-            not bring back); ``note``.
+            ``audit``, ``checked`` (a mask drawn for a person, and its Dice); ``compared`` (a mask that was shown
+            and the label that a person saved); ``lost`` (what a repair could not bring back); ``note``.
         round, case, tag: What it is about, where that applies.
         details: JSON-serialisable.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
+from aslseg.rounds import canaries
 from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.audit_draw import closest, draw_audits
+from aslseg.rounds.drift import find_drift
 from aslseg.rounds.late import NOT_USED, drop_late, late_changes
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
@@ -62,6 +65,7 @@ def conclude(
     """
     pipeline, progress, models = state.pipeline, state.pipeline.progress, state.models
     with progress.stage("rank") as report:
+        state.canaries, state.stops = canaries.watch(pipeline, partial(_assess_one, state), state.floors.unknown)
         assess(state, report)
     with progress.stage("promote") as report:
         chosen = choose(state, report)
@@ -70,6 +74,7 @@ def conclude(
         promoted = promote(pipeline, wanted)
     with progress.stage("retrain") as report:
         promoted = without_late(pipeline, promoted)
+        drift = find_drift(pipeline, promoted)
         retrained = pipeline.train_ssl(promoted, report)
     learned = {p.case.id: p.mask for p in promoted}
     with progress.stage("publish") as report:
@@ -95,6 +100,8 @@ def conclude(
         "classes": {name: {"dice": d, "cases": n} for name, (d, n) in pipeline.dice_by_label(masks).items()},
         "evidence": state.floors.about,
         "published": lines,
+        "canaries": canaries.summarise(state.canaries, state.stops),
+        "drift": drift,
         "models": {kind.value: str(path) for kind, path in models.items()} | {"retrained": str(retrained)},
     }
 
@@ -119,10 +126,11 @@ def assess(
     cases, vetoes = p.cases.without_label if cases is None else cases, mask_vetoes(p.ledger)
     settings = settings_key(p.settings)
     for done, case in enumerate(cases, 1):
-        found = _assess(state, case)
+        found, mask = _assess_one(state, case)
+        verdict = canaries.stopped(found.verdict, mask, p.labels, state.stops)
         if case.id in vetoes and _is_vetoed(p, keep_mask(p, case, state.masks), vetoes[case.id]):
-            found = replace(found, verdict=found.verdict.against(MASK_VETO))
-        state.assessments[case.id] = found
+            verdict = verdict.against(MASK_VETO)
+        state.assessments[case.id] = replace(found, verdict=verdict)
         report(done, len(cases))
     measured = [
         Score(
@@ -143,8 +151,8 @@ def assess(
     p.ledger.set_scores([*kept, *measured])
 
 
-def _assess(state: RoundState, case: Prepared) -> CaseAssessment:
-    """Compare and judge one case, on the labels that its promotion would teach."""
+def _assess_one(state: RoundState, case: Prepared) -> tuple[CaseAssessment, np.ndarray]:
+    """Compare and judge one case, and its mask (i, j, k), both on the labels that its promotion would teach."""
     p, unknown = state.pipeline, state.floors.unknown
     first, second, mask = (p.decode(maps(case)) for maps in (state.ssl_maps, state.second_maps, state.masks))
     agreement, learned = compare(first, second, p.labels), None
@@ -155,7 +163,8 @@ def _assess(state: RoundState, case: Prepared) -> CaseAssessment:
     verdict = judge(learned or agreement, mask, spacing, p.reference, p.settings, shape, unknown, case.image)
     decided = {name: least for name, least in p.settings.thresholds.items() if name in state.promises.lines}
     verdict = without_thresholds(verdict, learned or agreement, decided)
-    return CaseAssessment(agreement, verdict.against(*state.floors.blocking), learned)
+    unlike = [p.cases.unlike[case.id]] if case.id in p.cases.unlike else []
+    return CaseAssessment(agreement, verdict.against(*state.floors.blocking, *unlike), learned), mask
 
 
 def confidence(regions: np.ndarray) -> np.ndarray:

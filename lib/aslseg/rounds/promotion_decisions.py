@@ -24,6 +24,10 @@ KINDS = (
     (re.compile(r"agreement \S+ below"), "agreement below"),
     (re.compile(r"volume .* ml outside .*"), "volume unlike human labels"),
     (re.compile(r"\d+ pieces, more than \d+"), "more pieces than human labels"),
+    (re.compile(r"canary .*: (\S+) would have been promoted.*"), r"\1 of a validation scan would be promoted wrongly"),
+    (re.compile(r"the scan is unlike every labelled one.*"), "the scan is unlike the labelled ones"),
+    (re.compile(r"the scan seems to have (.*) exchanged.*"), r"the scan seems to have \1 exchanged"),
+    (re.compile(r"the scan's field of view is .*"), "another field of view than labelled scans"),
     (re.compile(r"passed, but \d+ scans agree better"), "passed, but others agree better"),
     (re.compile(r"holds for (\d+ scans? only|no scan) \(promote_target\)"), "would not hold with it"),
 )

@@ -32,6 +32,7 @@ from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress, Work, read_progress
 from aslseg.rounds.publishing_gate import publish_better
 from aslseg.rounds.reports import write_report
+from aslseg.rounds.savings import record_compared
 from aslseg.settings import Paths, ResolvedSettings, Settings
 from aslseg.settings.paths import require_writable
 from aslseg.types import ProgressCallback, no_progress
@@ -100,7 +101,7 @@ def run_round(
             _remove_stale_temporaries(paths, found)
             paths.remember_models()
             sync_label_files(ledger, found, paths)
-            record_checked(paths, settings)
+            _compare_saved(paths, settings)
             opened = {r.number: r.seq for r in ledger.rounds()}[number]
             cases = _cases(found, settings, paths, ledger, progress)
             pipeline = RoundPipeline(paths, settings, ledger, cases, progress, number, opened)
@@ -185,6 +186,12 @@ def opened_pipeline(
             paths.remember_models()
             cases = _cases(found, settings, paths, ledger, progress)
             yield RoundPipeline(paths, settings, ledger, cases, progress)
+
+
+def _compare_saved(paths: Paths, settings: Settings) -> None:
+    """Compare what people have saved since the last round with promoted masks, and with those that they were shown."""
+    record_checked(paths, settings)
+    record_compared(paths, settings)
 
 
 def _about(pipeline: RoundPipeline) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from aslseg.agreement.promotion_rules import Verdict
 from aslseg.cases.prepared_case import Prepared
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.canaries import Canary, Stop
 from aslseg.rounds.evidence import Evidence, Floors
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.promises import Promises
@@ -56,6 +57,8 @@ class RoundState:
         assessments: By case id, of every scan without a human label.
         refused: Why scans are not promoted, by case id.
         promise: What the round promises of the promoted masks, for the summary.
+        canaries: What the verdict says of the validation scans, and how good their masks are.
+        stops: What may not be promoted, because a canary shows that it would be wrong.
     """
 
     pipeline: RoundPipeline
@@ -69,6 +72,8 @@ class RoundState:
     assessments: dict[str, CaseAssessment] = field(default_factory=dict)
     refused: dict[str, list[str]] = field(default_factory=dict)
     promise: dict[str, dict[str, Any]] = field(default_factory=dict)
+    canaries: list[Canary] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
 
     @property
     def pairs(self) -> dict[str, list[Pair]]:

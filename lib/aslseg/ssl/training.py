@@ -183,7 +183,7 @@ def _train_second(
     folder = _folder(out)
     value = nested.top_level(run.settings.label_set).index(branch.parent) + 1
     labelled = [
-        _kept(nested.view_case(c, np.isin(c.label, branch.values), branch, geometry), folder)
+        _kept(nested.view_case(c, np.isin(np.asarray(c.label), branch.values), branch, geometry), folder)
         for c in _with_parent(run.labelled, branch)
     ]
     unlabelled = []
