@@ -77,11 +77,12 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Left]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """What :func:`tiny_rounds.make_tiny` changes, for one test."""
-    from aslseg.rounds import promotion
+    from aslseg.rounds import canaries, promotion
     from aslseg.ssl import engine
 
     monkeypatch.setattr(engine, "STATISTICS_BATCHES", engine.STATISTICS_BATCHES)
     monkeypatch.setattr(promotion, "judge", promotion.judge)
+    monkeypatch.setattr(canaries, "FLOOR", canaries.FLOOR)
     make_tiny()
 
 
