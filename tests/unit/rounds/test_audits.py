@@ -212,17 +212,20 @@ def evidence(ledger: Ledger, dice: float) -> None:
 def assessed(monkeypatch: pytest.MonkeyPatch, agreement: float) -> None:
     """Let the networks agree to a certain degree on every scan."""
     from aslseg.agreement.measures import Agreement
+    from aslseg.agreement.promotion_rules import Verdict
 
     found = Agreement({"liver": agreement, "tumour": None}, agreement)
     monkeypatch.setattr(promotion, "compare", lambda *_: found)
     reasons = () if agreement >= 0.9 else (f"liver: agreement {agreement:.3f} below 0.9",)
-    monkeypatch.setattr(promotion, "judge", lambda *_: promotion.Verdict(not reasons, reasons))
+    monkeypatch.setattr(promotion, "judge", lambda *_: Verdict(not reasons, reasons))
     monkeypatch.setattr(canaries, "FLOOR", 0.0)  # networks of six steps are wrong on the validation scan
 
 
 def tiny(root: Path, **conf: object) -> tuple[Path, Settings, Ledger]:
     studies = tiny_studies(root, cases=5)
     base = {"promote_fraction": 1, "promote_empty": 1, "promote_threshold": "0.9", "audits": 1}
+    # no validation case: its pair of agreement and Dice, of networks of six steps, would be evidence too
+    base |= {"validation_fraction": 0}
     settings = tiny_settings(root, **base | conf)
     return studies, settings, Ledger(Paths(settings, studies).ledger)
 
