@@ -17,7 +17,7 @@ from aslseg.models.published import Published, find_published, left_behind
 from aslseg.review.ledger_lists import MOST, Decisions, decisions
 from aslseg.rounds import savings
 from aslseg.rounds.audits import CHECKED, kept_since, promise_lines, waiting
-from aslseg.rounds.ledger import Ledger, RoundRow
+from aslseg.rounds.ledger import Ledger, Promotion, RoundRow
 from aslseg.rounds.nights import Nights
 from aslseg.rounds.progress import read_progress
 from aslseg.rounds.schedule import finish_text, utc_now, zone_of
@@ -73,11 +73,7 @@ def collect(
             {"rank": n + 1, "case": s.case, "agreement": round(s.agreement, 4), "details": s.details}
             for n, s in enumerate(decided.scores)
         ],
-        "promotions": [
-            {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
-            | {"threshold": p.threshold, "checked": checked.get(p.sha256)}
-            for p in decided.promotions
-        ],
+        "promotions": [_promotion(p, checked) for p in decided.promotions],
         "savings": [] if loss else savings.in_words(savings.savings(ledger)),
         "errors": failures[-MOST:],
     }
@@ -92,6 +88,12 @@ def named(skipped: tuple[str, str]) -> str:
 def _round(row: RoundRow) -> dict[str, Any]:
     about = {"round": row.number, "state": row.state, "opened": row.opened, "closed": row.closed, "error": row.error}
     return about | {"out_of_fold": row.summary.get("out_of_fold", {}).get("dice", {})}
+
+
+def _promotion(p: Promotion, checked: dict[str, dict[str, float | None]]) -> dict[str, Any]:
+    """A promoted mask, with its Dice with the human label that came after it."""
+    about = {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
+    return about | {"threshold": p.threshold, "checked": checked.get(p.sha256)}
 
 
 def _promised(ledger: Ledger, decided: Decisions) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from aslseg.agreement.promotion_rules import without_thresholds
 from aslseg.cases.studies import PSEUDO
-from aslseg.rounds.audits import AUDIT, waiting
+from aslseg.rounds.audits import AUDIT, GONE, waiting
 from aslseg.rounds.ledger import Entry
 from aslseg.rounds.masks import human_labels
 
@@ -36,7 +36,8 @@ def closest(state: RoundState) -> list[str]:
 def draw_audits(pipeline: RoundPipeline, spare: Sequence[str], about: Callable[[str], dict[str, Any]]) -> list[str]:
     """Draw the audits of a round at random among the promoted scans, once, whatever is killed and resumed.
 
-    Scans whose earlier audit waits for an answer are not drawn again, unless the scan was replaced since.
+    Scans whose earlier audit waits for an answer are not drawn again, unless the scan was replaced since; the audit is
+    over then.
 
     Args:
         pipeline: The round, whose promotions are settled; the seed is the setting's and the round's number.
@@ -51,7 +52,9 @@ def draw_audits(pipeline: RoundPipeline, spare: Sequence[str], about: Callable[[
     if not most or number is None or root is None or ledger.events(kinds=(AUDIT,), number=number):
         return []
     images = {c.id: c.image_hash for c in pipeline.cases.unlabelled}
-    taken = human_labels(root) | {a.case for a in waiting(ledger) if a.image == images.get(a.case)}
+    human, left = human_labels(root), waiting(ledger)
+    gone = [a for a in left if a.case not in human and a.image != images.get(a.case)]
+    taken = human | {a.case for a in left if a not in gone}
     promoted = {
         case: event.details
         for case, event in ledger.masks(PSEUDO).items()
@@ -60,13 +63,14 @@ def draw_audits(pipeline: RoundPipeline, spare: Sequence[str], about: Callable[[
     generator = np.random.default_rng([pipeline.settings.seed, number])
     drawn = _some(generator, sorted(promoted), most)
     others = _some(generator, [c for c in spare if c not in promoted and c not in taken], most - len(drawn))
-    entries = []
+    why = [{"why": GONE, "mask": a.mask, "image": a.image} for a in gone]
+    entries = [Entry("note", number, a.case, PSEUDO, about_it) for a, about_it in zip(gone, why, strict=True)]
     for case in [*drawn, *others]:
         details = promoted[case] if case in promoted else about(case)
         kept = {name: details[name] for name in ("sha256", "image", "agreement")}
         entries.append(Entry(AUDIT, number, case, PSEUDO, kept | {"promoted": case in promoted}))
     ledger.append(entries)
-    return [e.case or "" for e in entries]
+    return [*drawn, *others]
 
 
 def _some(generator: np.random.Generator, cases: Sequence[str], most: int) -> list[str]:

@@ -16,6 +16,7 @@ from aslseg.rounds.ledger import Ledger
 
 AUDIT, CHECKED = "audit", "checked"
 """Kinds of events: a scan was drawn; the Dice of its mask and the label that a person saved."""
+GONE = "the audit is over: its scan was deleted or replaced"
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,12 @@ def audits(ledger: Ledger) -> list[Audit]:
 
 
 def waiting(ledger: Ledger) -> list[Audit]:
-    """Audits without an answer, oldest first; those of rounds that were rolled back are over."""
+    """Audits without an answer, oldest first; after a rollback, or without its scan, an audit is over."""
     undone = {r.number for r in ledger.rounds() if r.state == "rolled back"}
-    return [a for a in audits(ledger) if a.dice is None and a.round not in undone]
+    notes = [e for e in ledger.events(kinds=("note",)) if {"mask", "image"} <= e.details.keys()]
+    over = {(e.case, e.details["mask"], e.details["image"]) for e in notes}
+    left = [a for a in audits(ledger) if a.dice is None and a.round not in undone]
+    return [a for a in left if (a.case, a.mask, a.image) not in over]
 
 
 def audited_pairs(ledger: Ledger, names: Iterable[str]) -> dict[str, list[Pair]]:

@@ -9,15 +9,13 @@ from aslseg.cases.studies import PSEUDO, Studies, read_studies
 from aslseg.compute.overlap import dice
 from aslseg.errors import AslsegError
 from aslseg.files import sha256
-from aslseg.rounds.audits import CHECKED, audits
+from aslseg.rounds.audits import CHECKED, GONE, audits
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import MaskStore
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import read_image, read_label
 
 logger = logging.getLogger(__name__)
-
-REPLACED = "an audit of a scan that was replaced since says nothing"
 
 
 def record_checked(paths: Paths, settings: Settings, case: str | None = None) -> None:
@@ -51,7 +49,8 @@ def record_checked(paths: Paths, settings: Settings, case: str | None = None) ->
             continue
         audit = drawn.get((name, digest))
         if audit and sha256(studies.images[name]) != audit.image:
-            ledger.append([Entry("note", rounds[name, digest], name, PSEUDO, pair | {"why": REPLACED})])
+            about = {"why": GONE, "image": audit.image}
+            ledger.append([Entry("note", rounds[name, digest], name, PSEUDO, pair | about)])
             continue
         try:
             found = _compared(studies, name, store.path(digest), settings)

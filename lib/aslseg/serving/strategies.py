@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 LEASE_SECONDS = 30 * 60
 REMEMBERED_SECONDS = 12 * 3600
 """How long it counts that somebody was given a scan and left it."""
-AUDIT_EVENTS = (AUDIT, CHECKED, "rolled back")
+AUDIT_EVENTS = (AUDIT, CHECKED, "rolled back", "note")
 """Events that change which audits wait."""
 ANYBODY = {None, "", "user-xyz", "admin"}
 

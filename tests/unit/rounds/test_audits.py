@@ -17,6 +17,7 @@ from aslseg.rounds.audit_draw import draw_audits
 from aslseg.rounds.audits import (
     AUDIT,
     CHECKED,
+    GONE,
     audited_pairs,
     audits,
     kept_since,
@@ -24,7 +25,7 @@ from aslseg.rounds.audits import (
     promises_by_round,
     waiting,
 )
-from aslseg.rounds.corrections import REPLACED, record_checked
+from aslseg.rounds.corrections import record_checked
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import MaskStore
 from aslseg.rounds.run import run_round
@@ -166,13 +167,27 @@ def test_a_replaced_scan_answers_nothing_and_can_be_drawn_again(pool: Any) -> No
     write_label(scan, image.array[::-1].astype(np.uint8), image.affine)
     for _ in range(2):
         answer(pool, UNLABELLED[0])
-    assert [e.details["why"] for e in pool.ledger.events(kinds=("note",))] == [REPLACED], "said once"
+    assert [e.details["why"] for e in pool.ledger.events(kinds=("note",))] == [GONE], "said once"
     assert audited_pairs(pool.ledger, ("liver",)) == {"liver": []}
+    assert waiting(pool.ledger) == []
     (pool.paths.studies / "labels" / "final" / f"{UNLABELLED[0]}.nii.gz").unlink()
     pool.cases.unlabelled[0].image_hash = sha256(scan)
     pool.number = 2
     promote(pool, UNLABELLED[0], number=2)
     assert draw(pool) == [UNLABELLED[0]]
+
+
+def test_an_audit_of_a_scan_that_was_deleted_or_replaced_is_over_with_the_next_round(pool: Any) -> None:
+    promote(pool, *UNLABELLED[:3])
+    deleted, replaced, kept = draw(pool)
+    pool.cases.unlabelled = [c for c in pool.cases.unlabelled if c.id != deleted]
+    next(c for c in pool.cases.unlabelled if c.id == replaced).image_hash = "another"
+    pool.number = 2
+    assert draw(pool) == []
+    assert [a.case for a in waiting(pool.ledger)] == [kept]
+    assert [e.case for e in pool.ledger.events(kinds=("note",))] == sorted([deleted, replaced])
+    assert draw(pool) == []
+    assert len(pool.ledger.events(kinds=("note",))) == 2
 
 
 def test_audits_of_a_round_that_was_rolled_back_are_over(pool: Any) -> None:
