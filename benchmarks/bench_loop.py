@@ -7,6 +7,7 @@ scans to choose by; lines 65 to 80, the held-out ones, decide nothing. Every arm
     python benchmarks/bench_loop.py --sets 1,2,3 --out work/loop
     python benchmarks/bench_loop.py --arms ssl,student,today --sets 1 --out work/loop
     python benchmarks/bench_loop.py --sets 1,2,3 --arms none --out work/loop      # only the table
+    python benchmarks/bench_loop.py --arms ssl,supervised --pairs pairs.csv --out work/loop   # for bench_promise.py
 
 Each arm writes result.json into OUT/setN/ARM; finished arms are not computed again, and a killed training goes on from
 its checkpoint. OUT/table.md compares the arms with ``ssl``: two-sided Wilcoxon test of the scans' means over the sets.
@@ -15,6 +16,7 @@ its checkpoint. OUT/table.md compares the arms with ``ssl``: two-sided Wilcoxon 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import logging
 import os
@@ -228,6 +230,18 @@ def score(maps: dict[str, np.ndarray], case: Prepared) -> float:
     return dice(maps[case.id] > 0.5, np.asarray(case.label)) or 0.0
 
 
+def write_pairs(bench: Bench, path: Path) -> None:
+    """Append agreement and Dice of all scans that a set's arms have not learned from to a CSV, by number."""
+    first, second = (bench.maps(name) for name in ("ssl", "supervised"))
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerows([("set", "case", "agreement", "dice")] if new else [])
+        for number, case in enumerate([*bench.unlabelled, *bench.scored]):
+            agreement = dice(first[case.id] > 0.5, second[case.id] > 0.5) or 0.0
+            rows.writerow((bench.folder.name, number, round(agreement, 4), round(score(first, case), 4)))
+
+
 def table(out: Path, sets: Sequence[int]) -> str:
     """The finished arms as Markdown."""
     found = {
@@ -265,6 +279,7 @@ def main() -> None:
     parser.add_argument("--sets", default="1", help="labelled sets, such as 1,2,3")
     parser.add_argument("--arms", default=",".join(ARMS), help="in this order; none: only the table")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--pairs", type=Path, help="CSV for agreement of ssl and supervised, and Dice of ssl")
     parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -276,6 +291,8 @@ def main() -> None:
         for name in arguments.arms.split(","):
             bench.result(name)
             (arguments.out / "table.md").write_text(table(arguments.out, sets))
+        if arguments.pairs:
+            write_pairs(bench, arguments.pairs)
     (arguments.out / "table.md").write_text(table(arguments.out, sets))
     logger.info("\n%s", table(arguments.out, sets))
 

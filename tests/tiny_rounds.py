@@ -49,7 +49,10 @@ def tiny_sam(path: Path) -> Path:
 
 
 def tiny_settings(root: Path, **conf: object) -> Settings:
-    """Settings whose state lies beside the studies folder; nothing comes from the environment."""
+    """Settings whose state lies beside the studies folder; nothing comes from the environment.
+
+    Networks of six steps find nothing, so no label has a floor, and no folds are trained.
+    """
     sam = root / "sam.safetensors"
     values = {
         "network": "unet",
@@ -64,6 +67,8 @@ def tiny_settings(root: Path, **conf: object) -> Settings:
         "overlap": 0.0,
         "min_component": 0,
         "promote_threshold": "0",
+        "promote_floor": "0",
+        "label_folds": 0,
         "sam_checkpoint": str(sam if sam.exists() else tiny_sam(sam)),
         "model_dir": str(root / "models"),
         "min_free_gb": 0.0,
@@ -86,13 +91,14 @@ def make_tiny(promote: bool = True) -> None:
     """For the rest of this process: fewer batch-norm batches, one thread, and, as networks of six steps never
     look right, every mask that agrees counts as plausible."""
     from aslseg.agreement.promotion_rules import Verdict
-    from aslseg.rounds import promotion
+    from aslseg.rounds import canaries, promotion
     from aslseg.ssl import engine
 
     torch.set_num_threads(1)
     engine.STATISTICS_BATCHES = 2
     if promote:
         promotion.judge = lambda *_: Verdict(True)  # type: ignore[assignment]
+        canaries.FLOOR = 0.0
 
 
 def copy_with_steps(before: Path, after: Path, root: Path) -> None:

@@ -10,5 +10,7 @@ TINY = {
     "batch_labelled": 1,
     "sam_batch": 2,
     "overlap": 0.25,
+    "label_folds": 0,
+    "promote_floor": 0,
 }
 TINY_SHAPE = (56, 48, 24)

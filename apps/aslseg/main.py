@@ -17,7 +17,7 @@ from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.clicks import ClickSessions, ClickTask
 from aslseg.serving.infer_tasks import AdapterTask, CascadeTask, MaskTask
 from aslseg.serving.scoring import AgreementScoring
-from aslseg.serving.strategies import ByAgreement, Random
+from aslseg.serving.strategies import ByAgreement, ByAudit, Random
 
 
 class Aslseg(app.ServedApp, MONAILabelApp):
@@ -80,9 +80,11 @@ class Aslseg(app.ServedApp, MONAILabelApp):
         ledger = Ledger(self.paths.ledger)
         lowest = "Lowest agreement first: where a human helps most"
         highest = "Highest agreement first: quick confirmations"
+        audits = "Promoted masks drawn at random, so that their quality is known; then the lowest agreement first"
         return {
             "agreement": ByAgreement(ledger, self.leases, self.scan_checks, False, lowest),
             "confirm": ByAgreement(ledger, self.leases, self.scan_checks, True, highest),
+            "audit": ByAudit(ledger, self.leases, self.scan_checks, audits),
             "random": Random(self.leases, self.scan_checks, np.random.default_rng()),
         }
 

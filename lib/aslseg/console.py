@@ -129,11 +129,14 @@ def lines(content: Mapping[str, Any]) -> Iterator[str]:
 
 def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A round's summary without the parts that only programs read."""
+    from aslseg.rounds.audits import promise_lines
+
     lowest = sorted(summary["agreement"].items(), key=lambda pair: (pair[1], pair[0]))[:FEW]
     left = {case: "; ".join(d["reasons"]) for case, d in summary["decisions"].items() if not d["promoted"]}
     refused = dict(list(left.items())[:FEW])
     hidden = ("agreement", "decisions", "measured", "rates", "inputs", "models")
     shown = {k: v for k, v in summary.items() if k not in hidden}
+    shown["promise"] = promise_lines(summary.get("promise", {}))
     more = len(left) - len(refused)
     if more:
         refused["and more"] = f"{more} scans"
@@ -176,19 +179,24 @@ def print_info(found: Mapping[str, Any]) -> None:
 
 
 def ledger_lines(
-    rounds: Sequence[RoundRow], promotions: Sequence[Promotion], reasons: Mapping[int, str]
+    rounds: Sequence[RoundRow],
+    promotions: Sequence[Promotion],
+    reasons: Mapping[int, str],
+    promises: Mapping[int, Sequence[str]] | None = None,
 ) -> Iterator[str]:
     """Rounds, each with its promotions, as text.
 
     Args:
         rounds, promotions: From the ledger.
         reasons: By round that promoted nothing, why.
+        promises: By round, what it promised of the masks.
     """
     for r in rounds:
         ours = [p for p in promotions if p.round == r.number]
         end = f", {r.error}" if r.error and r.state == "open" else ""
         why = f": {reasons[r.number]}" if reasons.get(r.number) else ""
         yield f"round {r.number}: {r.state}, opened {r.opened}, {len(ours)} promoted{why}{end}"
+        yield from (f"  {line}" for line in (promises or {}).get(r.number, ()))
         for p in ours:
             numbers = f"agreement {short(p.agreement)}; asked {asked(p.threshold)}"
             yield f"  {p.case}: {p.status}, {numbers}; mask {p.sha256[:12]}"
@@ -196,7 +204,12 @@ def ledger_lines(
         yield "no rounds yet"
 
 
-def print_ledger(rounds: Sequence[RoundRow], promotions: Sequence[Promotion], reasons: Mapping[int, str]) -> None:
+def print_ledger(
+    rounds: Sequence[RoundRow],
+    promotions: Sequence[Promotion],
+    reasons: Mapping[int, str],
+    promises: Mapping[int, Sequence[str]] | None = None,
+) -> None:
     """Draw the tables of ``aslseg ledger list`` on the terminal; arguments as :func:`ledger_lines`."""
     promoted = Counter(p.round for p in promotions)
     print_table(
@@ -204,6 +217,8 @@ def print_ledger(rounds: Sequence[RoundRow], promotions: Sequence[Promotion], re
         ("round", "state", "opened", "promoted", "error, or why nothing was promoted"),
         ((r.number, r.state, r.opened, promoted[r.number], r.error or reasons.get(r.number, "")) for r in rounds),
     )
+    lines = ((number, line) for number, found in (promises or {}).items() for line in found)
+    print_table("Promises", ("round", "of the promoted masks"), lines)
     print_table(
         "Promotions",
         ("round", "scan", "state", "agreement", "asked", "mask"),

@@ -6,7 +6,7 @@ map holds 0 for background and 1..N in the order of the ``labels`` setting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +127,37 @@ class Labels:
     def regions(self, class_map: np.ndarray) -> np.ndarray:
         """Class map (...) to region masks (N, ...), bool."""
         return np.stack([np.isin(class_map, self.members(n)) for n in range(len(self))])
+
+    def merge(self, class_map: np.ndarray, names: Collection[str]) -> np.ndarray:
+        """A class map in which some nested labels count as the label in which they lie, uint8.
+
+        Args:
+            class_map: (...), values 0..N.
+            names: Labels that lie in another one.
+        """
+        table = np.arange(256, dtype=np.uint8)
+        for n, (name, parent) in enumerate(zip(self.names, self.parents, strict=True)):
+            if name in names and parent is not None:
+                # a parent stands before its children, so its own entry is final
+                table[n + 1] = table[parent + 1]
+        return table[class_map]
+
+    def mark_unknown(self, class_map: np.ndarray, names: Collection[str]) -> np.ndarray:
+        """A class map that says nothing of some nested labels, uint8.
+
+        A voxel of one of them, or of the label in which it lies, gets the value N + 1 + n: label n or anything nested
+        in it. :func:`aslseg.compute.losses.merge_unknown` learns from such a map.
+
+        Args:
+            class_map: (...), values 0..N.
+            names: Labels that lie in another one.
+        """
+        found = self.merge(class_map, names)
+        for name in names:
+            outer = self.parents[self.names.index(name)]
+            if outer is not None:
+                found[found == outer + 1] = len(self) + 1 + outer
+        return found
 
     def region_probabilities(self, probabilities: np.ndarray) -> np.ndarray:
         """Softmax output (1 + N, ...) to region probabilities (N, ...), float32.

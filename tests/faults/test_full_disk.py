@@ -7,14 +7,17 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from aslseg.agreement.promotion_rules import Verdict
 from aslseg.errors import DiskFullError
 from aslseg.review.report import write
+from aslseg.rounds import canaries, promotion
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.run import run_round
 from aslseg.settings import Paths
@@ -63,6 +66,65 @@ def test_a_disk_that_fills_up_stops_the_round_and_room_lets_it_go_on(
     summary = run_round(studies, settings)
     assert (summary["round"], summary["continued"]) == (1, True)
     assert set(published_hashes(settings, studies)) == {"ssl", "sam", "adapter"}
+
+
+STEPS = [
+    "*/cache/*.npy",
+    "*/steps/ssl-*.safetensors",
+    "*/steps/predict-*.npz",
+    "*/steps/sam-*.safetensors",
+    "*/steps/redraw-*.npz",
+    "*/steps/adapter-*.safetensors",
+    "*/steps/refine-*.npz",
+    "*/.aslseg/masks/*",
+    "*/labels/aslseg_pseudo/*",
+    "*/steps/promoted-*.npy",
+    "*/steps/ssl-*.safetensors",
+    "*/models/ssl-*",
+    "*/models/manifest.json",
+    "*/labels/original/*",
+    "*/.aslseg/original/*.json",
+    "*/rounds/used.json",
+    "*/reports/round-1.json",
+]
+"""What a round writes, in its order."""
+
+
+def test_a_disk_that_is_full_at_each_step_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run goes on where the one before it stopped, and the last one ends like a round that had room."""
+    monkeypatch.setattr(promotion, "judge", lambda *_: Verdict(True))
+    monkeypatch.setattr(canaries, "FLOOR", 0.0)
+    results = []
+    for name, steps in (("room", []), ("full", STEPS)):
+        root = tmp_path / name
+        root.mkdir()
+        studies = tiny_studies(root, cases=3, labelled=2)
+        settings = tiny_settings(root, promote_fraction=1, promote_empty=1)
+        for step in steps:
+            with monkeypatch.context() as filled:
+                filled.setattr(os, "replace", refusing(step))
+                with pytest.raises(DiskFullError, match="free some space and run again"):
+                    run_round(studies, settings)
+            (row,) = Ledger(Paths(settings, studies).ledger).rounds()
+            assert row.state == "open", step
+            assert "disk full" in str(row.error), step
+        summary = run_round(studies, settings)
+        assert (summary["round"], summary["continued"]) == (1, bool(steps))
+        results.append((label_hashes(studies), published_hashes(settings, studies), summary["decisions"]))
+    assert results[0] == results[1]
+
+
+def refusing(step: str) -> Any:
+    """``os.replace`` on a disk without room for the first file that matches."""
+    replace, refused = os.replace, []
+
+    def full(source: Any, target: Any) -> None:
+        if not refused and fnmatch(str(target), step):
+            refused.append(target)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    return full
 
 
 def test_a_report_that_cannot_be_written_or_sent_leaves_the_round_done(

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from aslseg.agreement.measures import Agreement, compare
-from aslseg.agreement.promotion_rules import PromotionLimits, Reference, Verdict, judge, select
+from aslseg.agreement.plausibility import Reference
+from aslseg.agreement.promotion_rules import PromotionLimits, Verdict, judge, select
 from aslseg.settings import Settings
 from aslseg.types import Labels
 

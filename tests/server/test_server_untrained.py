@@ -34,7 +34,7 @@ def test_info(untrained: Any) -> None:
     info = untrained.client().info()
     assert list(info["models"]) == ["sam", "sam_2d"]
     assert list(info["trainers"]) == ["round", "ssl", "sam", "adapter"]
-    assert list(info["strategies"]) == ["agreement", "confirm", "random"]
+    assert list(info["strategies"]) == ["agreement", "confirm", "audit", "random"]
     assert list(info["scoring"]) == ["agreement"]
     assert info["labels"] == ["liver", "tumour"]
     assert "config" not in info, "Slicer refuses a server whose info has this key"
@@ -43,7 +43,7 @@ def test_info(untrained: Any) -> None:
 
 
 def test_next_sample(untrained: Any) -> None:
-    for strategy in ("agreement", "confirm", "random"):
+    for strategy in ("agreement", "confirm", "audit", "random"):
         sample = untrained.client().next_sample(strategy, {})
         assert sample["id"] in {"phantom_000", "phantom_001", "phantom_002"}, "the broken one is never handed out"
         assert Path(sample["path"]).is_file()

@@ -110,6 +110,12 @@ def test_app_folder_is_no_setting():
         ({"promote_threshold": "0.9,tumor=0.6"}, r"unknown label 'tumor'; did you mean 'tumour'\?"),
         ({"promote_threshold": "0.9,0.8"}, "two numbers for all labels"),
         ({"promote_threshold": "0.9,liver=0.8,liver=0.7"}, "two numbers for liver"),
+        ({"promote_floor": "auto,tumor=0.6"}, r"promote_floor: unknown label 'tumor'; did you mean 'tumour'\?"),
+        ({"promote_floor": "auto,0.8"}, "auto and a number for all labels"),
+        ({"promote_floor": "auto,auto"}, "auto stands there twice"),
+        ({"promote_floor": "high"}, "'high' is not a number"),
+        ({"label_folds": "some"}, "label_folds: Input should be 'auto', or a valid integer.*got 'some'"),
+        ({"label_folds": "-1"}, "label_folds: .*greater than or equal to 0"),
         ({"labels": ""}, "different names"),
         ({"promote_threshold": "much"}, "'much' is not a number"),
         ({"promote_threshold": "1.2"}, r"outside 0\.\.1"),
@@ -144,6 +150,27 @@ def test_settings_are_frozen():
 )
 def test_thresholds_by_label(text, expected):
     assert Settings(promote_threshold=text).thresholds == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("auto", {"liver": 0.8, "tumour": 0.65}),
+        ("tumour=0.5", {"liver": 0.8, "tumour": 0.5}),
+        ("auto,tumour=0.5", {"liver": 0.8, "tumour": 0.5}),
+        ("0.6", {"liver": 0.6, "tumour": 0.6}),
+        ("0.6, tumour=0", {"liver": 0.6, "tumour": 0.0}),
+        ("0", {"liver": 0.0, "tumour": 0.0}),
+    ],
+)
+def test_floors_by_label(text, expected):
+    settings = Settings(promote_floor=text)
+    assert settings.floors == expected
+    assert Settings(**settings.model_dump()).floors == expected
+
+
+def test_folds_are_four_unless_a_number_is_given():
+    assert [Settings(label_folds=given).most_folds for given in ("auto", 0, "2")] == [4, 0, 2]
 
 
 def test_direct_construction_ignores_the_environment(monkeypatch):

@@ -92,3 +92,18 @@ def test_spacing_of_an_oblique_volume():
 
 def test_silent_accepts_any_report():
     assert no_progress(1, 2, loss=0.3) is None
+
+
+def test_labels_that_are_left_open():
+    labels = Labels.parse("liver,tumour,vein,kidney", "tumour:liver,vein:liver")
+    whole = np.array([0, 1, 2, 3, 4], np.uint8)
+    assert labels.merge(whole, ("tumour",)).tolist() == [0, 1, 1, 3, 4]
+    assert labels.merge(whole, ()).tolist() == whole.tolist()
+    # 5 = 4 labels + 1 + liver's index; the vein is known
+    assert labels.mark_unknown(whole, ("tumour",)).tolist() == [0, 5, 5, 3, 4]
+    assert labels.mark_unknown(whole, ("tumour", "vein")).tolist() == [0, 5, 5, 5, 4]
+    assert labels.mark_unknown(whole, ()).tolist() == whole.tolist()
+    # a child of an unknown label lies in the outer one too
+    deep = Labels.parse("a,b,c", "b:a,c:b")
+    assert deep.mark_unknown(np.array([0, 1, 2, 3], np.uint8), ("b", "c")).tolist() == [0, 4, 4, 4]
+    assert deep.mark_unknown(np.array([0, 1, 2, 3], np.uint8), ("c",)).tolist() == [0, 1, 5, 5]

@@ -67,6 +67,8 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Left]:
         tar.extractall(tmp_path, filter="data")
     monkeypatch.setattr(networks, "unet", tiny_network)
     conf = {k: str(tmp_path / v) for k, v in PATHS.items()}
+    # neither was there at that time
+    conf |= {"label_folds": "0", "promote_floor": "0"}
     settings, _ = load_settings(conf, env={}, dotenv=tmp_path / "settings.env")
     with recorded.without_bfloat16():
         yield Left(tmp_path, settings)
@@ -75,11 +77,12 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Left]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """What :func:`tiny_rounds.make_tiny` changes, for one test."""
-    from aslseg.rounds import promotion
+    from aslseg.rounds import canaries, promotion
     from aslseg.ssl import engine
 
     monkeypatch.setattr(engine, "STATISTICS_BATCHES", engine.STATISTICS_BATCHES)
     monkeypatch.setattr(promotion, "judge", promotion.judge)
+    monkeypatch.setattr(canaries, "FLOOR", canaries.FLOOR)
     make_tiny()
 
 

@@ -9,7 +9,7 @@ directed percentiles; medpy (and the published tables) pools both directions fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,12 @@ class Agreement:
         """The labels that are empty in both maps: nothing is known of how well the two agree on them."""
         return tuple(name for name, value in self.per_label.items() if value is None)
 
+    def without(self, names: Collection[str]) -> Agreement:
+        """The agreement on the other labels."""
+        kept = {name: value for name, value in self.per_label.items() if name not in names}
+        flags = tuple(flag for flag in self.flags if flag.split(":")[0] not in names)
+        return Agreement(kept, _mean(kept), flags)
+
 
 def compare(a: np.ndarray, b: np.ndarray, labels: Labels) -> Agreement:
     """Dice per label of two class maps (i, j, k) with values 0..N, over the whole volume.
@@ -54,10 +60,14 @@ def compare(a: np.ndarray, b: np.ndarray, labels: Labels) -> Agreement:
         per_label[name] = 2 * both / (first + second) if first + second else None
         if not first or not second:
             flags.append(f"{name}: empty in {'the second' if first else 'the first' if second else 'both'}")
-    known = [d for d in per_label.values() if d is not None]
-    if not known:
+    if all(value is None for value in per_label.values()):
         flags.append("all labels are empty in both")
-    return Agreement(per_label, float(np.mean(known)) if known else 1.0, tuple(flags))
+    return Agreement(per_label, _mean(per_label), tuple(flags))
+
+
+def _mean(per_label: Mapping[str, float | None]) -> float:
+    known = [value for value in per_label.values() if value is not None]
+    return float(np.mean(known)) if known else 1.0
 
 
 def surface_distances(a: np.ndarray, b: np.ndarray, spacing: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:

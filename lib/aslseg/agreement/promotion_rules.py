@@ -1,8 +1,8 @@
 """Which machine masks are good enough to be trained on.
 
-A mask is promoted if the two networks agree on every label and the mask is similar to the human labels: its volume
-lies within a wide range around theirs, and it has not many more components. A verdict never raises an error: a mask
-that cannot be judged is not promoted, and the verdict gives the reason.
+A mask is promoted if the two networks agree on every label and the mask is similar to the human labels
+(:mod:`aslseg.agreement.plausibility`). A verdict never raises an error: a mask that cannot be judged is not promoted,
+and the verdict gives the reason.
 """
 
 from __future__ import annotations
@@ -10,57 +10,32 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import ndimage
 
 from aslseg.agreement.measures import Agreement
-from aslseg.cases.prepared_case import Prepared
+from aslseg.agreement.plausibility import Reference, implausible
 from aslseg.settings import Settings
-from aslseg.types import Labels
-
-SMALLEST_VOLUME, LARGEST_VOLUME = 0.2, 5.0
-"""Times the smallest and the largest human volume."""
-MOST_COMPONENTS, COMPONENTS_FACTOR = 30, 3
-"""Components that are always allowed, and times the most that a human label has."""
-_ANY_NEIGHBOUR = np.ones((3, 3, 3), bool)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Volumes and components of the human labels; each label includes everything nested in it.
-
-    Attributes:
-        volumes: Smallest and largest volume in mm³ among the labelled cases that hold the label; a label that no
-            case holds is left out.
-        components: Most connected components (26-neighbourhood) in one case.
-    """
-
-    volumes: dict[str, tuple[float, float]]
-    components: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a mask may be trained on, and all reasons against it."""
+    """Whether a mask may be trained on, and all reasons against it.
+
+    Attributes:
+        promote: Whether it may.
+        reasons: Against it.
+        flags: What is unusual about it and no reason against it: a person should have a look.
+    """
 
     promote: bool
     reasons: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
-
-def reference(labelled: Sequence[Prepared], labels: Labels) -> Reference:
-    """Measure the human labels; cases without a label are passed over."""
-    volumes: dict[str, list[float]] = {name: [] for name in labels.names}
-    components = dict.fromkeys(labels.names, 0)
-    for case in labelled:
-        if case.label is None:
-            continue
-        for name, mask in zip(labels.names, labels.regions(np.asarray(case.label)), strict=True):
-            if mask.any():
-                volumes[name].append(float(mask.sum()) * math.prod(case.grid.spacing))
-                components[name] = max(components[name], _components(mask))
-    return Reference({n: (min(v), max(v)) for n, v in volumes.items() if v}, components)
+    def against(self, *reasons: str) -> Verdict:
+        """The verdict with further reasons against the mask."""
+        return Verdict(self.promote and not reasons, (*self.reasons, *reasons), self.flags)
 
 
 def judge(
@@ -70,6 +45,8 @@ def judge(
     reference: Reference,
     settings: Settings,
     shape: tuple[int, ...] | None = None,
+    unknown: Collection[str] = (),
+    image: np.ndarray | None = None,
 ) -> Verdict:
     """Judge one machine mask. Never raises; lower thresholds never turn a promotion into a refusal.
 
@@ -83,14 +60,32 @@ def judge(
         reference: From the human labels.
         settings: ``promote_threshold``, ``labels``, ``nested``.
         shape: The scan's shape; None leaves it unchecked.
+        unknown: Labels that nobody learns from the mask; it does not hold them.
+        image: The scan (i, j, k) in 0..1; None leaves shape and place unchecked.
     """
     labels = settings.label_set
-    reasons = _disagreement(agreement, settings.thresholds)
+    reasons = _disagreement(agreement, {n: t for n, t in settings.thresholds.items() if n not in unknown})
     malformed = _malformed(class_map, spacing, len(labels), shape)
+    flags: list[str] = []
     if not malformed:
-        malformed = _implausible(np.asarray(class_map).astype(np.uint8), math.prod(spacing), reference, labels)
+        array = np.asarray(class_map).astype(np.uint8)
+        malformed, flags = implausible(array, image, spacing, reference, labels)
     reasons += malformed
-    return Verdict(not reasons, tuple(reasons))
+    return Verdict(not reasons, tuple(reasons), tuple(flags))
+
+
+def without_thresholds(verdict: Verdict, agreement: Agreement, thresholds: Mapping[str, float]) -> Verdict:
+    """A verdict that does not ask for a fixed agreement of the labels for which the promise decides instead.
+
+    Args:
+        verdict: Of :func:`judge`.
+        agreement: That it judged; a label whose agreement is not known stays a reason.
+        thresholds: What it asked of these labels.
+    """
+    known = {name for name, value in agreement.per_label.items() if value is not None and not math.isnan(value)}
+    low = _disagreement(agreement, {name: least for name, least in thresholds.items() if name in known})
+    reasons = tuple(reason for reason in verdict.reasons if reason not in low)
+    return replace(verdict, promote=not reasons, reasons=reasons) if reasons != verdict.reasons else verdict
 
 
 @dataclass(frozen=True)
@@ -201,27 +196,3 @@ def _malformed(
     if sizes.shape != (3,) or not np.isfinite(sizes).all() or sizes.min() <= 0:
         return [f"mask: voxel size {spacing}, expected three lengths in mm"]
     return []
-
-
-def _implausible(class_map: np.ndarray, voxel_mm3: float, reference: Reference, labels: Labels) -> list[str]:
-    """How the mask differs from all human labels."""
-    reasons = []
-    for name, mask in zip(labels.names, labels.regions(class_map), strict=True):
-        if not mask.any():
-            continue
-        if name not in reference.volumes:
-            reasons.append(f"{name}: no labelled case holds it")
-            continue
-        volume = float(mask.sum()) * voxel_mm3
-        low, high = SMALLEST_VOLUME * reference.volumes[name][0], LARGEST_VOLUME * reference.volumes[name][1]
-        if not low <= volume <= high:
-            reasons.append(f"{name}: volume {volume / 1000:.2f} ml outside {low / 1000:.2f}..{high / 1000:.2f} ml")
-        most = max(MOST_COMPONENTS, COMPONENTS_FACTOR * reference.components.get(name, 0))
-        count = _components(mask)
-        if count > most:
-            reasons.append(f"{name}: {count} pieces, more than {most}")
-    return reasons
-
-
-def _components(mask: np.ndarray) -> int:
-    return int(ndimage.label(mask, _ANY_NEIGHBOUR)[1])

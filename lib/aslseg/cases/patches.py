@@ -53,7 +53,8 @@ class PatchSampler:
         self.human = [n for n, c in enumerate(self.cases) if c.voxel_weight is None]
         self.promoted = [n for n, c in enumerate(self.cases) if c.voxel_weight is not None]
         fixed = np.random.default_rng(0)
-        self.foreground = [{} if c.label is None else _class_voxels(c.label, classes, fixed) for c in self.cases]
+        # values above the number of classes are "a label, or anything nested in it"
+        self.foreground = [{} if c.label is None else _class_voxels(c.label, 2 * classes, fixed) for c in self.cases]
 
     def draw_batch(self, rng: np.random.Generator, count: int) -> list[Patch]:
         """The patches of a batch."""

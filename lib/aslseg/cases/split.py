@@ -52,7 +52,8 @@ def validation_patients(
 def split(studies: Studies, fraction: float, before: Collection[str] = (), trained: Collection[str] = ()) -> list[Case]:
     """Give every scan its role.
 
-    Unlabelled scans of a validation patient are left out: nothing of that patient may be learned from.
+    Unlabelled scans of a validation patient are left out: nothing of that patient may be learned from, also after all
+    of its labels were deleted.
 
     Args:
         studies: The studies folder.
@@ -74,12 +75,13 @@ def split(studies: Studies, fraction: float, before: Collection[str] = (), train
     labelled = {studies.patients[c] for c in studies.final}
     learned = {studies.patients[c] for c in trained if c in studies.patients}
     validation = validation_patients(labelled, fraction, studies.fixed_roles, before, learned)
+    judged = {p for p in set(before) - labelled if studies.fixed_roles.get(p) != "train"}
     cases = []
     for case, image in studies.images.items():
         patient = studies.patients[case]
         if case in studies.final:
             role = "validation" if patient in validation else "train"
             cases.append(Case(case, image, patient, role, studies.final[case]))  # type: ignore[arg-type]
-        elif patient not in validation:
+        elif patient not in validation | judged:
             cases.append(Case(case, image, patient, "unlabelled"))
     return cases

@@ -19,9 +19,10 @@ ledger_app = typer.Typer(no_args_is_help=True, help="The decisions of rounds: li
 
 @ledger_app.command("list")
 def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
-    """List rounds and promotions, with their current state, and why a round promoted nothing."""
+    """List rounds and promotions, with their current state, what was promised, and why a round promoted nothing."""
     from dataclasses import asdict
 
+    from aslseg.rounds.audits import promises_by_round
     from aslseg.rounds.promotion_decisions import why_nothing
 
     ledger = _ledger(studies, conf)
@@ -30,9 +31,10 @@ def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> N
         return show({"rounds": [asdict(r) for r in rounds], "promotions": [asdict(p) for p in promotions]}, True)
     scores = ledger.scores()
     reasons = {r.number: why_nothing(r, scores) for r in rounds}
+    promises = promises_by_round(ledger, rounds)
     if console.on_terminal(sys.stdout) and rounds:
-        return console.print_ledger(rounds, promotions, reasons)
-    for line in console.ledger_lines(rounds, promotions, reasons):
+        return console.print_ledger(rounds, promotions, reasons, promises)
+    for line in console.ledger_lines(rounds, promotions, reasons, promises):
         typer.echo(line)
 
 

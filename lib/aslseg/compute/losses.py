@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aslseg.types import Labels
+
 EPSILON = 1e-5
 
 
@@ -73,6 +75,52 @@ def region_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     overlap, size = _overlap_and_size(p, _one_hot(target, p), weight[:, None], False, (2, 3, 4))
     dice = (1 - (2 * overlap + EPSILON) / (size + EPSILON)).mean(1)
     return 0.5 * (ce + weighted_mean(dice, weight.sum((1, 2, 3))))
+
+
+IMPOSSIBLE = -1e4
+"""Logit whose probability is 0."""
+
+
+def merge_unknown(logits: Tensor, target: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+    """Logits and target of voxels of which only the outer label is known (:meth:`aslseg.types.Labels.mark_unknown`).
+
+    There the outer label n has the probability of all classes that it may be, z_n = log sum_(c in n) exp z_c, and the
+    classes nested in it have none. So cross-entropy is -log of that sum, and a Dice of the outer label takes it as a
+    whole, while no loss says anything of the classes within.
+
+    Args:
+        logits: (B, 1 + N, i, j, k).
+        target: (B, i, j, k) int64; values above N are "label n or anything nested in it".
+        labels: The N labels.
+
+    Returns:
+        Logits (float32 where anything is merged) and a target with values 0..N.
+    """
+    if not bool((target > len(labels)).any()):
+        return logits, target
+    logits = logits.float()
+    channels = list(logits.unbind(1))
+    for outer in sorted({parent for parent in labels.parents if parent is not None}):
+        here, members = target == len(labels) + 1 + outer, labels.members(outer)
+        whole = logits[:, members].logsumexp(1)
+        for value in members:
+            channels[value] = torch.where(here, whole if value == outer + 1 else IMPOSSIBLE, channels[value])
+        target = torch.where(here, outer + 1, target)
+    return torch.stack(channels, 1), target
+
+
+def classes_known(target: Tensor, labels: Labels) -> Tensor:
+    """Whether a patch says which voxels are a class's: no voxel may be of it as well as of another, (B, N) bool.
+
+    Args:
+        target: (B, i, j, k) as for :func:`merge_unknown`.
+        labels: The N labels.
+    """
+    known = torch.ones(len(target), len(labels), dtype=torch.bool, device=target.device)
+    for outer in {parent for parent in labels.parents if parent is not None}:
+        unknown = (target == len(labels) + 1 + outer).flatten(1).any(1)
+        known[:, [value - 1 for value in labels.members(outer)]] &= ~unknown[:, None]
+    return known
 
 
 def _one_hot(target: Tensor, like: Tensor) -> Tensor:

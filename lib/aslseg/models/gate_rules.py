@@ -1,6 +1,6 @@
 """When a new model replaces the published one: the rules, on differences of Dice of both on the same human labels.
 
-What has changed since the published model decides what is asked (docs/science.md §6.5). New human labels are worth
+What has changed since the published model decides what is asked (docs/science.md §6.7). New human labels are worth
 more than promoted masks, so a model that learned from them is published unless it is shown to be worse; one that
 learned only from other promoted masks has to show that it is better. Imports no torch.
 """

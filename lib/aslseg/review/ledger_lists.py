@@ -10,7 +10,7 @@ from typing import Any
 
 from aslseg.files import FileStamp
 from aslseg.rounds.ledger import Ledger, Promotion, RoundRow, Score
-from aslseg.rounds.promotion_decisions import count_reasons, decisions_of
+from aslseg.rounds.promotion_decisions import Decision, count_reasons, decisions_of
 
 MOST = 50
 """Entries of each list."""
@@ -22,13 +22,14 @@ DECIDED = ("opened", "failed", "closed", "withdrawn", "rolled back", "mask", "re
 class Decisions:
     """All rounds, oldest first; the lowest scores and the newest promotions, :data:`MOST` of each.
 
-    ``not_promoted`` is None before the first round has ended.
+    ``not_promoted`` is None before the first round has ended; ``flagged`` are scans whose masks are worth a look.
     """
 
     rounds: tuple[RoundRow, ...] = ()
     scores: tuple[Score, ...] = ()
     promotions: tuple[Promotion, ...] = ()
     not_promoted: dict[str, Any] | None = None
+    flagged: tuple[dict[str, Any], ...] = ()
 
 
 def decisions(ledger: Ledger) -> Decisions:
@@ -46,17 +47,18 @@ def _read(path: Path, inode: int | None, last: int) -> Decisions:
     ledger = Ledger(path)
     newest = reversed(ledger.promotions(active_only=False))
     rounds, scores = tuple(ledger.rounds()), ledger.scores()
-    return Decisions(rounds, tuple(scores[:MOST]), tuple(newest)[:MOST], _not_promoted(rounds, scores))
-
-
-def _not_promoted(rounds: Sequence[RoundRow], scores: Sequence[Score]) -> dict[str, Any] | None:
-    """Why the last round that has ended left scans out: reasons with their number of scans, then the scans."""
     closed = [r for r in rounds if r.closed]
-    if not closed:
-        return None
-    left = [d for d in decisions_of(closed[-1], scores) if not d.promoted]
+    decided = decisions_of(closed[-1], scores) if closed else []
+    left = _not_promoted(closed[-1], decided) if closed else None
+    flagged = ({"case": d.case, "promoted": d.promoted, "flags": list(d.flags)} for d in decided if d.flags)
+    return Decisions(rounds, tuple(scores[:MOST]), tuple(newest)[:MOST], left, tuple(flagged)[:MOST])
+
+
+def _not_promoted(row: RoundRow, decided: Sequence[Decision]) -> dict[str, Any]:
+    """Why a round left scans out: reasons with their number of scans, then the scans."""
+    left = [d for d in decided if not d.promoted]
     return {
-        "round": closed[-1].number,
+        "round": row.number,
         "total": len(left),
         "reasons": [{"reason": kind, "scans": count} for kind, count in count_reasons(left)][:MOST],
         "scans": [

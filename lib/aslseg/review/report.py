@@ -23,7 +23,8 @@ from aslseg.review.page import template
 from aslseg.review.pictures import COLOURS, outlined
 from aslseg.review.status import named
 from aslseg.review.webhook import send
-from aslseg.rounds.corrections import CHECKED
+from aslseg.rounds import canaries, savings
+from aslseg.rounds.audits import CHECKED, audits, kept_since, promise_lines, waiting
 from aslseg.rounds.fresh import stated
 from aslseg.rounds.ledger import Event, Ledger, RoundRow
 from aslseg.rounds.masks import MaskStore
@@ -101,7 +102,7 @@ def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
     ledger = Ledger(paths.ledger)
     summary, decisions = row.summary, decisions_of(row, ledger.scores())
     events, seconds = _promotions(ledger, row), summary.get("seconds", {})
-    left, reasons = [d for d in decisions if not d.promoted], {d.case: d.reasons for d in decisions}
+    left, known = [d for d in decisions if not d.promoted], {d.case: d for d in decisions}
     return {
         "round": row.number,
         "state": row.state,
@@ -111,7 +112,7 @@ def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
         "labels": _colours(settings),
         "warnings": summary.get("warnings", []),
         "first": [_shown(d) for d in decisions[:FIRST]],
-        "promoted": [_shown_promotion(e, reasons.get(e.case or "", ())) for e in events[:MOST]],
+        "promoted": [_shown_promotion(e, known.get(e.case or "")) for e in events[:MOST]],
         "promoted_total": len(events),
         "source": summary.get("source"),
         "shown": summary.get("shown"),
@@ -123,7 +124,13 @@ def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
         "published": summary.get("published", []),
         "validation": summary.get("validation", {}),
         "classes": _classes(settings, summary),
+        "evidence": _evidence(settings, summary),
         "checked": _checked(ledger),
+        "promise": promise_lines(summary.get("promise", {}), kept_since(ledger, ledger.rounds())),
+        "audits": _audits(ledger, row.number),
+        "canaries": canaries.in_words(summary.get("canaries", {})),
+        "drift": summary.get("drift", {}),
+        "savings": savings.in_words(savings.savings(ledger)),
         "seconds": dict(sorted(seconds.items(), key=lambda pair: -pair[1])),
         "computed": set(summary.get("measured", seconds)),
     }
@@ -133,6 +140,7 @@ def headline(content: dict[str, Any]) -> dict[str, Any]:
     """A report in a few plain values. It names no scan, because names of scans may be names of patients."""
     asked = content["promoted_total"] + content["left_total"]
     text = f"Round {content['round']}: {content['promoted_total']} of {asked} scans without a human label promoted."
+    text = " ".join([text, *(f"{line[:1].upper()}{line[1:]}." for line in content["promise"])])
     if not content["promoted_total"] and content["reasons"]:
         text += f" Most frequent reason: {content['reasons'][0]['reason']}."
     return {
@@ -143,6 +151,8 @@ def headline(content: dict[str, Any]) -> dict[str, Any]:
         "promoted": content["promoted_total"],
         "not_promoted": content["left_total"],
         "reasons": content["reasons"],
+        "promise": content["promise"],
+        "audits": content["audits"]["waiting"],
         "published": content["published"],
         "classes": {c["name"]: c["dice"] for c in content["classes"]},
         "scans": {c["name"]: c["cases"] for c in content["classes"]},
@@ -180,12 +190,13 @@ def _mean(agreement: dict[str, float | None]) -> float:
 
 def _shown(decision: Decision) -> dict[str, Any]:
     d = decision
-    return {"case": d.case, "agreement": d.agreement, "per_label": d.per_label, "reasons": d.reasons}
+    return {"case": d.case, "agreement": d.agreement, "per_label": d.per_label, "reasons": d.reasons, "flags": d.flags}
 
 
-def _shown_promotion(event: Event, reasons: Sequence[str]) -> dict[str, Any]:
+def _shown_promotion(event: Event, decision: Decision | None) -> dict[str, Any]:
     about = {name: event.details[name] for name in ("agreement", "threshold")}
-    return {"case": event.case, "reasons": reasons, **about}
+    reasons, flags = (decision.reasons, decision.flags) if decision else ((), ())
+    return {"case": event.case, "reasons": reasons, "flags": flags, **about}
 
 
 def _colours(settings: Settings) -> list[dict[str, str]]:
@@ -209,6 +220,22 @@ def _classes(settings: Settings, summary: dict[str, Any]) -> list[dict[str, Any]
                 words += " On validation scans, which have chosen the model: rather too high."
         found.append({"name": name, "dice": dice, "cases": cases, "validation": validation, "words": words})
     return found
+
+
+def _audits(ledger: Ledger, number: int) -> dict[str, Any]:
+    """The scans that were drawn after a round, and how many audits wait or were answered, of all rounds."""
+    every = audits(ledger)
+    return {
+        "drawn": [a.case for a in every if a.round == number],
+        "waiting": len(waiting(ledger)),
+        "answered": sum(a.dice is not None for a in every),
+    }
+
+
+def _evidence(settings: Settings, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each class with its Dice on human labels that were not trained on, and whether that allows a promotion."""
+    about = summary.get("evidence", {})
+    return [{"name": name, **about[name]} for name in settings.label_set.names if name in about]
 
 
 def _checked(ledger: Ledger) -> dict[str, Any] | None:

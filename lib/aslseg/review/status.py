@@ -15,15 +15,17 @@ from aslseg.files import FileStamp
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published, left_behind
 from aslseg.review.ledger_lists import MOST, Decisions, decisions
-from aslseg.rounds.corrections import CHECKED
+from aslseg.rounds import savings
+from aslseg.rounds.audits import CHECKED, kept_since, promise_lines, waiting
 from aslseg.rounds.fresh import FRESH, mean_over_labels, pooled, stated
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger import Ledger, Promotion, RoundRow
 from aslseg.rounds.nights import Nights
 from aslseg.rounds.progress import read_progress
 from aslseg.rounds.schedule import finish_text, utc_now, zone_of
 from aslseg.settings import Paths, Settings
 
 TICK_SECONDS = 0.1
+NO_ROUND = "no promise yet: it needs audits of promoted masks, and no round has drawn any"
 
 
 def collect(
@@ -49,8 +51,10 @@ def collect(
     try:
         decided, loss, night = decisions(ledger), ledger.loss(), _night(ledger, settings)
         checked, fresh = _checked(ledger), pooled(ledger.events(kinds=(FRESH,)))
+        promised = _promised(ledger, decided)
     except LedgerError as error:
         decided, loss, night, checked, fresh = Decisions(), str(error), {}, {}, {}
+        promised = {"promise": [], "audits": 0}
     if loss:
         failures.append({"model": "ledger", "time": None, "lines": [loss]})
     last: dict[str, Any] = next((r.summary for r in reversed(decided.rounds) if r.summary), {})
@@ -59,31 +63,20 @@ def collect(
         "progress": progress | {"finish_text": finish_text(progress, settings)},
         "night": night,
         "not_promoted": decided.not_promoted,
+        "flagged": list(decided.flagged),
         "models": [_model(kind, find_published(paths, kind), fresh) for kind in PUBLISHED_KINDS],
         "stated": stated(fresh),
         "cases": store,
         "problems": [*_problems(paths, ledger), *notes],
+        **promised,
         "warnings": [*last.get("warnings", []), *map(named, last.get("skipped", {}).items())],
-        "rounds": [
-            {
-                "round": r.number,
-                "state": r.state,
-                "opened": r.opened,
-                "closed": r.closed,
-                "error": r.error,
-                "out_of_fold": r.summary.get("out_of_fold", {}).get("dice", {}),
-            }
-            for r in reversed(decided.rounds)
-        ][:MOST],
+        "rounds": [_round(r) for r in reversed(decided.rounds)][:MOST],
         "ranking": [
             {"rank": n + 1, "case": s.case, "agreement": round(s.agreement, 4), "details": s.details}
             for n, s in enumerate(decided.scores)
         ],
-        "promotions": [
-            {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
-            | {"threshold": p.threshold, "checked": checked.get(p.sha256)}
-            for p in decided.promotions
-        ],
+        "promotions": [_promotion(p, checked) for p in decided.promotions],
+        "savings": [] if loss else savings.in_words(savings.savings(ledger)),
         "errors": failures[-MOST:],
     }
 
@@ -97,6 +90,25 @@ def named(skipped: tuple[str, str]) -> str:
     """Why a round left a scan out, with its name."""
     case, reason = skipped
     return reason if reason.startswith((f"{case}:", f"{case}.")) else f"{case}: {reason}"
+
+
+def _round(row: RoundRow) -> dict[str, Any]:
+    about = {"round": row.number, "state": row.state, "opened": row.opened, "closed": row.closed, "error": row.error}
+    return about | {"out_of_fold": row.summary.get("out_of_fold", {}).get("dice", {})}
+
+
+def _promotion(p: Promotion, checked: dict[str, dict[str, float | None]]) -> dict[str, Any]:
+    """A promoted mask, with its Dice with the human label that came after it."""
+    about = {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
+    return about | {"threshold": p.threshold, "checked": checked.get(p.sha256)}
+
+
+def _promised(ledger: Ledger, decided: Decisions) -> dict[str, Any]:
+    """What the last round promised, a line for each label, and how many audits wait."""
+    ended = [r.summary for r in decided.rounds if r.state == "done"]
+    since = kept_since(ledger, decided.rounds)
+    lines = promise_lines(ended[-1].get("promise", {}), since) if ended else [NO_ROUND]
+    return {"promise": lines, "audits": len(waiting(ledger))}
 
 
 def _night(ledger: Ledger, settings: Settings) -> dict[str, str]:

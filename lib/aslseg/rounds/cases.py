@@ -12,6 +12,7 @@ import numpy as np
 from aslseg.cases.intensity_check import unusual_intensities
 from aslseg.cases.prepare import PreparedStore, Spacing, working_spacing
 from aslseg.cases.prepared_case import Prepared
+from aslseg.cases.scan_likeness import unlike_labelled
 from aslseg.cases.split import split
 from aslseg.cases.studies import Case, Studies
 from aslseg.compute.weights import read_metadata
@@ -39,6 +40,8 @@ class RoundCases:
         predict_only: Unlabelled scans of validation patients; predicted, never trained on.
         sources: Case id to its files.
         skipped: Case id to the reason why it was left out.
+        unlike: Case id of unlabelled scans whose masks are not promoted, to the reason
+            (:mod:`aslseg.cases.scan_likeness`).
         warnings: For the person who started the round.
         hashes: Of the files, kept for the length of the round.
     """
@@ -50,6 +53,7 @@ class RoundCases:
     predict_only: list[Prepared] = field(default_factory=list)
     sources: dict[str, Case] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    unlike: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     hashes: FileHashes = field(default_factory=FileHashes)
 
@@ -100,6 +104,7 @@ def prepare_cases(
         report(done, len(listed) + len(others))
     _leave_out_unusual(cases, studies, settings)
     _leave_out_copies(cases)
+    cases.unlike = unlike_labelled([*cases.train, *cases.validation], cases.without_label, studies.confirmed)
     _check(cases, studies, settings)
     return cases
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.split import hash_fraction
 from aslseg.compute.overlap import dice
+from aslseg.errors import TrainingDivergedError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
@@ -25,26 +27,52 @@ from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
+SHARED_STEPS, LEAST_SHARE = 2.0, 0.5
+"""All folds together train for so many times the steps of the SSL training, but each for at least this part of them."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A part of the labelled cases, and a model that has seen nothing of its patients.
+
+    Attributes:
+        cases: The part.
+        model: Its SSL model's file.
+        maps: Region probabilities of this model.
+    """
+
+    cases: list[Prepared]
+    model: Path
+    maps: CachedProbabilities
+
 
 @dataclass(frozen=True)
 class CrossFit:
     """What the folds give.
 
     Attributes:
+        folds: One for each part whose training succeeded.
         dice: By label, with all that is nested in it: mean over the labelled cases; None where no case holds it.
         cases: The same by case id.
-        maps: Region probabilities of each fold's model.
-        parts: Ids of the labelled cases of each fold.
     """
 
+    folds: list[Fold]
     dice: dict[str, float | None]
     cases: dict[str, dict[str, float | None]]
-    maps: list[CachedProbabilities]
-    parts: list[list[str]] = field(default_factory=list)
+
+    @property
+    def maps(self) -> list[CachedProbabilities]:
+        """Region probabilities of each fold's model."""
+        return [fold.maps for fold in self.folds]
+
+    @property
+    def parts(self) -> list[list[str]]:
+        """Ids of the labelled cases of each fold."""
+        return [[case.id for case in fold.cases] for fold in self.folds]
 
     def summary(self) -> dict[str, Any]:
         """For the summary of a round."""
-        return {"out_of_fold": {"folds": len(self.maps), "dice": self.dice, "cases": self.cases}}
+        return {"out_of_fold": {"folds": len(self.folds), "dice": self.dice, "cases": self.cases}}
 
 
 def folds(cases: Sequence[Prepared], count: int) -> list[list[Prepared]]:
@@ -60,26 +88,41 @@ def folds(cases: Sequence[Prepared], count: int) -> list[list[Prepared]]:
     return [[c for c in cases if c.patient in part] for part in parts]
 
 
+def fold_share(parts: int) -> float:
+    """Part of the SSL training's steps for which the model of each of so many folds is trained.
+
+    Shorter trainings find a little less, so that out-of-fold Dice is rather too low than too high.
+    """
+    return min(1.0, max(LEAST_SHARE, SHARED_STEPS / parts)) if parts else 0.0
+
+
 def cross_fit(pipeline: RoundPipeline, report: ProgressCallback) -> CrossFit | None:
     """Train a model on the complement of each fold, without promoted masks, and score it on the fold.
 
-    Promoted masks come from models that have seen all labels, so that a fold's model must not learn from them.
+    Promoted masks come from models that have seen all labels, so that a fold's model must not learn from them. A
+    fold whose training fails is left out with a warning; its labels are scored by nobody.
 
     Returns:
         None where the setting ``label_folds`` or the number of labelled patients gives no two folds.
     """
-    parts = folds(pipeline.cases.train, pipeline.settings.label_folds)
-    maps: list[CachedProbabilities] = []
+    parts = folds(pipeline.cases.train, pipeline.settings.most_folds)
+    found: list[Fold] = []
     scored: dict[str, dict[str, float | None]] = {}
     for number, part in enumerate(parts):
-        model = pipeline.train_ssl([], share(report, number, len(parts)), without=[c.id for c in part])
-        maps.append(pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model})))
-        scored |= {c.id: _dice(pipeline, maps[-1], c) for c in part}
-    if not parts:
+        ids = [c.id for c in part]
+        shown = share(report, number, len(parts))
+        try:
+            model = pipeline.train_ssl([], shown, without=ids, part=fold_share(len(parts)))
+        except TrainingDivergedError as error:
+            pipeline.cases.warnings.append(f"no model without {', '.join(ids)} ({error}): their labels score nothing")
+            continue
+        found.append(Fold(part, model, pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model}))))
+        scored |= {c.id: region_dice(pipeline, found[-1].maps, c) for c in part}
+    if not found:
         return None
     mean = {name: _mean([d[name] for d in scored.values()]) for name in pipeline.labels.names}
-    logger.info("out-of-fold Dice of the SSL stage on %d labelled cases, %d folds: %s", len(scored), len(parts), mean)
-    return CrossFit(mean, dict(sorted(scored.items())), maps, [[c.id for c in part] for part in parts])
+    logger.info("out-of-fold Dice of the SSL stage on %d labelled cases, %d folds: %s", len(scored), len(found), mean)
+    return CrossFit(found, mean, dict(sorted(scored.items())))
 
 
 def share(report: ProgressCallback, number: int, parts: int) -> ProgressCallback:
@@ -87,7 +130,8 @@ def share(report: ProgressCallback, number: int, parts: int) -> ProgressCallback
     return lambda done, total, **shown: report(number * total + done, parts * total, **shown)
 
 
-def _dice(pipeline: RoundPipeline, maps: CachedProbabilities, case: Prepared) -> dict[str, float | None]:
+def region_dice(pipeline: RoundPipeline, maps: CachedProbabilities, case: Prepared) -> dict[str, float | None]:
+    """Dice of each label, with all that is nested in it, with the human label; None where both are empty."""
     predicted = pipeline.labels.regions(pipeline.decode(maps(case)))
     true = pipeline.labels.regions(np.asarray(case.label))
     return {n: dice(a, b) for n, a, b in zip(pipeline.labels.names, predicted, true, strict=True)}

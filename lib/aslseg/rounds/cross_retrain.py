@@ -18,13 +18,17 @@ from aslseg.cases.prepared_case import Prepared
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities, confidence
-from aslseg.rounds.cross_fit import CrossFit, share
+from aslseg.rounds.cross_fit import CrossFit, fold_share, folds, share
 from aslseg.rounds.pipeline import Promoted, RoundPipeline
 from aslseg.types import ProgressCallback
 
 
 def retrained_dice(
-    pipeline: RoundPipeline, crossed: CrossFit, promoted: Collection[str], report: ProgressCallback
+    pipeline: RoundPipeline,
+    crossed: CrossFit,
+    promoted: Collection[str],
+    report: ProgressCallback,
+    unknown: tuple[str, ...] = (),
 ) -> dict[str, float]:
     """Mean Dice over the labels of each labelled case, by the retrained model of the fold that it lies in.
 
@@ -36,22 +40,26 @@ def retrained_dice(
         crossed: The folds and the predictions of their models f_k.
         promoted: Ids of the promoted cases. None: the folds' models stay as they are.
         report: Called with (step, steps) of all trainings.
+        unknown: Nested labels of which the promoted masks say nothing.
 
     Returns:
         Case to Dice; a case in which neither mask holds anything is left out.
     """
     unlabelled = [c for c in pipeline.cases.unlabelled if c.id in promoted]
     found: dict[str, float | None] = {}
+    steps = fold_share(len(folds(pipeline.cases.train, pipeline.settings.most_folds)))
     for number, (part, maps) in enumerate(zip(crossed.parts, crossed.maps, strict=True)):
         if unlabelled:
-            own = [own_mask(pipeline, maps, case) for case in unlabelled]
-            model = pipeline.train_ssl(own, share(report, number, len(crossed.parts)), without=part)
+            own = [own_mask(pipeline, maps, case, unknown) for case in unlabelled]
+            model = pipeline.train_ssl(own, share(report, number, len(crossed.parts)), without=part, part=steps)
             maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model}))
         found |= {c.id: pipeline.dice(maps, [c]) for c in pipeline.cases.train if c.id in part}
     return {case: value for case, value in sorted(found.items()) if value is not None}
 
 
-def own_mask(pipeline: RoundPipeline, maps: CachedProbabilities, case: Prepared) -> Promoted:
+def own_mask(
+    pipeline: RoundPipeline, maps: CachedProbabilities, case: Prepared, unknown: tuple[str, ...] = ()
+) -> Promoted:
     """A promoted case with the mask that a fold's model draws on it."""
     s = pipeline.settings
     inputs = {
@@ -59,17 +67,18 @@ def own_mask(pipeline: RoundPipeline, maps: CachedProbabilities, case: Prepared)
         "image": case.image_hash,
         "labels": [*s.model_dump(include={"labels", "nested"}).values()],
         "uncertainty_weight": s.uncertainty_weight,
+        "unknown": unknown,
     }
     folder = pipeline.artefacts.folder("own_mask", inputs)
     label, weight = (folder / f"{folder.name}.{part}.npy" for part in ("label", "weight"))
     if not (label.exists() and weight.exists()):
         regions = maps(case)
         save_array(weight, (1 - (1 - s.uncertainty_weight) * (1 - confidence(regions))).astype(np.float16))
-        save_array(label, pipeline.decode(regions).astype(np.uint8))
+        save_array(label, pipeline.labels.mark_unknown(pipeline.decode(regions).astype(np.uint8), unknown))
     learned = replace(
         case,
         label=np.load(label, mmap_mode="r"),
         weight=s.promote_weight,
         voxel_weight=np.load(weight, mmap_mode="r"),
     )
-    return Promoted(learned, case.image_hash, folder.name, "")
+    return Promoted(learned, case.image_hash, folder.name, "", unknown=unknown)

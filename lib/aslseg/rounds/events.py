@@ -20,7 +20,8 @@ class Entry:
         kind: ``opened``, ``failed``, ``closed``, ``withdrawn``, ``rolled back`` (rounds); ``mask``, ``removed`` (label
             files of rounds); ``scored`` (agreement of all scans); ``published``; ``validation``; ``veto`` (a mask or a
             model that somebody took back); ``saved``, ``deleted``, ``refused`` (by people, through the server);
-            ``checked``, ``fresh`` (Dice of a promoted mask, or of the served models, with a label that people saved);
+            ``audit``, ``checked`` (a mask drawn for a person, and its Dice); ``compared`` (a mask that was shown
+            and the label that a person saved); ``fresh`` (Dice of the served models with a label that is new to them);
             ``lost`` (what a repair could not bring back); ``note``.
         round, case, tag: What it is about, where that applies.
         details: JSON-serialisable.

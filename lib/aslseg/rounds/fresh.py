@@ -200,4 +200,9 @@ def _dice_of_shown(pipeline: RoundPipeline, case: Prepared) -> dict[str, float |
     about = event.details.get("image"), event.details.get("params", {}).get("label_names")
     if about != (case.image_hash, pipeline.labels.values):
         return None
-    return dice_of_kept(pipeline.paths, pipeline.settings, source.image, source.label, event.details["sha256"])
+    try:
+        mask = pipeline.masks.path(event.details["sha256"])
+        return dice_of_kept(source.image, source.label, mask, pipeline.settings)
+    except (AslsegError, ValueError, OSError) as error:
+        logger.warning("the mask that was shown of %s was not compared with its new label: %s", case.id, error)
+        return None

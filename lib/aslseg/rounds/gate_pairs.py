@@ -20,7 +20,7 @@ from aslseg.models.loaded import load_model
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import Published, find_published
 from aslseg.rounds.artefacts import CachedProbabilities
-from aslseg.rounds.cross_fit import CrossFit, share
+from aslseg.rounds.cross_fit import CrossFit, fold_share, folds, share
 from aslseg.rounds.cross_retrain import retrained_dice
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.vetoes import mask_vetoes
@@ -74,7 +74,12 @@ def _taken_back(pipeline: RoundPipeline, current: Published) -> bool:
 
 
 def crossed_differences(
-    pipeline: RoundPipeline, crossed: CrossFit, retrained: Path, promoted: Collection[str], report: ProgressCallback
+    pipeline: RoundPipeline,
+    crossed: CrossFit,
+    retrained: Path,
+    promoted: Collection[str],
+    report: ProgressCallback,
+    unknown: tuple[str, ...] = (),
 ) -> dict[str, float]:
     """Dice of the round's SSL model minus Dice of the published one, by cross-fitting on labels of the training.
 
@@ -82,7 +87,7 @@ def crossed_differences(
     each (:mod:`aslseg.rounds.cross_retrain`). If these are the same cases, cross-fitting sees no difference.
 
     Where it learned others, the labels that are new to it are scored by it and by the fold's model that has not seen
-    them; but only where that one has learned at least as many labels, or it would look worse for having fewer.
+    them; but only where that one has learned at least as many labels, and for as many steps as the round's model.
 
     Args:
         pipeline: The round.
@@ -90,6 +95,7 @@ def crossed_differences(
         retrained: The SSL model of the round.
         promoted: Ids of the promoted cases that it was trained on.
         report: Called with (step, steps) of all trainings.
+        unknown: Nested labels of which the promoted masks say nothing.
 
     Returns:
         By case; empty where nothing can be compared, or where settings alone have changed.
@@ -104,8 +110,8 @@ def crossed_differences(
         before = set(current.trained_on) - labels.keys()
         if before == set(promoted):
             return {}
-        new = retrained_dice(pipeline, crossed, promoted, share(report, 0, 2))
-        old = retrained_dice(pipeline, crossed, before, share(report, 1, 2))
+        new = retrained_dice(pipeline, crossed, promoted, share(report, 0, 2), unknown)
+        old = retrained_dice(pipeline, crossed, before, share(report, 1, 2), unknown)
     else:
         cases = _new_to(pipeline, crossed, current)
         new = {}
@@ -135,6 +141,8 @@ def differences(new: dict[str, float], old: dict[str, float]) -> dict[str, float
 
 def _new_to(pipeline: RoundPipeline, crossed: CrossFit, current: Published) -> list[Prepared]:
     """Labelled cases of patients that the published model has not seen, where the fold's model has learned enough."""
+    if fold_share(len(folds(pipeline.cases.train, pipeline.settings.most_folds))) < 1:
+        return []
     cases, least = pipeline.cases.train, len(current.trained_on if current.labelled is None else current.labelled)
     judged = {case for part in crossed.parts if len(cases) - len(part) >= least for case in part}
     return [c for c in not_learned(pipeline, cases, current) if c.id in judged]

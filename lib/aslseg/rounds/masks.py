@@ -17,6 +17,7 @@ import numpy as np
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
 from aslseg.files import atomic_file, sha256, write_json
+from aslseg.rounds.audits import waiting
 from aslseg.rounds.label_info import label_info_problems
 from aslseg.rounds.ledger import Entry, Event, Ledger
 from aslseg.rounds.reports import contradicting_reports
@@ -75,6 +76,7 @@ class MaskStore:
                 needed |= _hashes(event.details)
             for event in ledger.events(kinds=("mask",), tag=tag):
                 needed |= _hashes(event.details) if event.seq >= first else set()
+        needed |= {audit.mask for audit in waiting(ledger)}
         # new masks are compared with those that were taken back
         needed |= set().union(*mask_vetoes(ledger).values())
         for path in self.folder.glob("*.nii.gz") if first else ():

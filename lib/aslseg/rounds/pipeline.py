@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aslseg.adaptation import train as adapter_train
-from aslseg.agreement.promotion_rules import Reference, reference
+from aslseg.agreement.plausibility import Reference, reference
 from aslseg.cases.prepare import PreparedStore, Spacing, save_array
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import PSEUDO
@@ -45,7 +45,8 @@ from aslseg.volume.io import read_image, require_free_disk
 class Promoted:
     """A promoted case on the working grid, and the hashes of what it was made from.
 
-    ``confidence`` is empty where all voxels are equally certain or their certainty was not kept.
+    ``confidence`` is empty where all voxels are equally certain or their certainty was not kept. ``unknown`` are the
+    nested labels of which the case says nothing.
     """
 
     case: Prepared
@@ -53,11 +54,13 @@ class Promoted:
     mask: str
     disagreement: str
     confidence: str = ""
+    unknown: tuple[str, ...] = ()
 
     @property
     def key(self) -> list[str]:
         """What a training step depends on."""
-        return [self.case.id, self.image, self.mask, self.disagreement, *filter(None, [self.confidence])]
+        more = [*filter(None, [self.confidence]), *(f"unknown: {name}" for name in self.unknown)]
+        return [self.case.id, self.image, self.mask, self.disagreement, *more]
 
 
 class RoundPipeline:
@@ -91,13 +94,14 @@ class RoundPipeline:
         self.labels = settings.label_set
         self.artefacts = ArtefactStore(paths.rounds / "steps")
         self.masks = MaskStore(paths.home)
-        # about the SSL model of all labels that was trained last
-        self.not_learned: list[str] = []
+        self.not_learned: list[str] = []  # about the SSL model of all labels that was trained last
         self.dropped: dict[str, str] = {}
 
     # training
 
-    def train_ssl(self, promoted: Sequence[Promoted], report: ProgressCallback, without: Collection[str] = ()) -> Path:
+    def train_ssl(
+        self, promoted: Sequence[Promoted], report: ProgressCallback, without: Collection[str] = (), part: float = 1.0
+    ) -> Path:
         """The SSL model for a set of promoted cases.
 
         Training starts from random weights or, with promoted cases and ``retrain_from ssl``, from the model that was
@@ -108,10 +112,11 @@ class RoundPipeline:
             promoted: Machine masks to learn beside the human labels.
             report: Called with (step, steps).
             without: Ids of labelled cases that are left out.
+            part: Part of the training's steps that are done.
         """
         s, cases = self.settings, self.cases
-        init = self.train_ssl([], report, without) if promoted and s.retrain_from == "ssl" else None
-        iterations = s.retrain_iterations if promoted else s.ssl_iterations
+        init = self.train_ssl([], report, without, part) if promoted and s.retrain_from == "ssl" else None
+        iterations = max(1, round(part * (s.retrain_iterations if promoted else s.ssl_iterations)))
         inputs = {
             "human": [key for key in self._human() if key[0] not in without],
             "promoted": [p.key for p in promoted],
@@ -226,7 +231,7 @@ class RoundPipeline:
         settings = self.settings
         before = {need: self.predict(need, models) for need in NEEDS[kind]}
         inputs = prediction_inputs(kind, models, settings)
-        get_model = _once(partial(load_model, kind, models[kind], settings))
+        get_model = lru_cache(maxsize=1)(partial(load_model, kind, models[kind], settings))
 
         def make(case: Prepared) -> np.ndarray:
             given = {need: maps(case) for need, maps in before.items()}
@@ -349,7 +354,7 @@ class RoundPipeline:
             case: The unlabelled case.
             details: ``sha256`` of its mask; ``disagreement``: of the map where both networks disagree;
                 ``confidence``: of the map from :func:`aslseg.rounds.artefacts.confidence`, which is kept
-                only where ``uncertainty_weight`` is less than 1.
+                only where ``uncertainty_weight`` is less than 1; ``unknown``: nested labels of which it says nothing.
         """
         s = self.settings
         confidence = details.get("confidence", "") if s.uncertainty_weight < 1 else ""
@@ -360,6 +365,9 @@ class RoundPipeline:
         }
         if confidence:
             inputs |= {"confidence": confidence, "uncertainty_weight": s.uncertainty_weight}
+        unknown = tuple(n for n in details.get("unknown", ()) if n in self.labels.names)
+        if unknown:
+            inputs |= {"unknown": unknown}
         folder = self.artefacts.folder("promoted", inputs)
         # checkpoints know an array by the name of its file (aslseg.cases.prepared_case.backing_file)
         label, weight = (folder / f"{folder.name}.{part}.npy" for part in ("label", "weight"))
@@ -371,14 +379,14 @@ class RoundPipeline:
                 weights *= 1 - (1 - s.uncertainty_weight) * (1 - certain)
             save_array(weight, weights.astype(np.float16))
             mask = self._kept(details["sha256"]).astype(np.uint8)
-            save_array(label, case.grid.label_to_working(mask, self.labels))
+            save_array(label, self.labels.mark_unknown(case.grid.label_to_working(mask, self.labels), unknown))
         learned = replace(
             case,
             label=np.load(label, mmap_mode="r"),
             weight=s.promote_weight,
             voxel_weight=np.load(weight, mmap_mode="r"),
         )
-        return Promoted(learned, details["image"], details["sha256"], details["disagreement"], confidence)
+        return Promoted(learned, details["image"], details["sha256"], details["disagreement"], confidence, unknown)
 
     def _kept(self, digest: str) -> np.ndarray:
         """A map from the store of masks, (i, j, k) on its scan's own grid."""
@@ -386,9 +394,5 @@ class RoundPipeline:
 
     @cached_property
     def reference(self) -> Reference:
-        """Volumes and components of the human labels, for the verdict."""
+        """What the human labels look like, for the verdict."""
         return reference(self.cases.train, self.labels)
-
-
-def _once(load: Callable[[], Any]) -> Callable[[], Any]:
-    return lru_cache(maxsize=1)(load)

@@ -7,69 +7,37 @@ What a round decided on each scan, and why, is made in :mod:`aslseg.rounds.promo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from aslseg.agreement.measures import Agreement, compare
-from aslseg.agreement.promotion_rules import Verdict, judge
+from aslseg.agreement.measures import compare
+from aslseg.agreement.promotion_rules import judge, without_thresholds
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
+from aslseg.rounds import canaries
 from aslseg.rounds.artefacts import CachedProbabilities, confidence
-from aslseg.rounds.cross_fit import CrossFit
+from aslseg.rounds.audit_draw import closest, draw_audits
+from aslseg.rounds.drift import find_drift
 from aslseg.rounds.gate_pairs import crossed_differences
 from aslseg.rounds.late import NOT_USED, drop_late, late_changes
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
 from aslseg.rounds.pipeline import Promoted, RoundPipeline
+from aslseg.rounds.promises import withdrawn
 from aslseg.rounds.promotion_decisions import decide
 from aslseg.rounds.publishing_gate import publish_better
 from aslseg.rounds.ranking import settings_key
 from aslseg.rounds.rollback import withdraw
+from aslseg.rounds.state import CaseAssessment, RoundState
 from aslseg.rounds.vetoes import MASK_VETO, mask_vetoes
 from aslseg.types import Labels, ProgressCallback
 from aslseg.volume.io import read_image
-
-
-@dataclass(frozen=True)
-class CaseAssessment:
-    """How far the two networks agree on a scan, and whether its mask may be promoted."""
-
-    agreement: Agreement
-    verdict: Verdict
-
-
-@dataclass
-class RoundState:
-    """What a round has predicted and decided so far.
-
-    Attributes:
-        pipeline: The round's cases and steps.
-        models: The models before retraining.
-        ssl_maps: Region probabilities of the SSL model.
-        second_maps: Region probabilities of the network that the SSL model is compared with: the adaptation network,
-            or CFR's canvas model.
-        source: Whose masks are promoted, for the ledger.
-        masks: Region probabilities of the source.
-        assessments: By case id, of every scan without a human label.
-        refused: Why scans are not promoted, by case id.
-        crossed: What the folds give; None without.
-    """
-
-    pipeline: RoundPipeline
-    models: ModelSet
-    ssl_maps: CachedProbabilities
-    second_maps: CachedProbabilities
-    source: str
-    masks: CachedProbabilities
-    assessments: dict[str, CaseAssessment] = field(default_factory=dict)
-    refused: dict[str, list[str]] = field(default_factory=dict)
-    crossed: CrossFit | None = None
-
 
 SAME_MASK = 0.9
 """Dice of each label from which two masks of a scan count as the same one."""
@@ -98,6 +66,7 @@ def conclude(
     """
     pipeline, progress, models = state.pipeline, state.pipeline.progress, state.models
     with progress.stage("rank") as report:
+        state.canaries, state.stops = canaries.watch(pipeline, partial(_assess_one, state), state.floors.unknown)
         assess(state, report)
     with progress.stage("promote") as report:
         chosen = choose(state, report)
@@ -106,17 +75,23 @@ def conclude(
         promoted = promote(pipeline, wanted)
     with progress.stage("retrain") as report:
         promoted = without_late(pipeline, promoted)
+        drift = find_drift(pipeline, promoted)
         retrained = pipeline.train_ssl(promoted, report)
     learned = {p.case.id: p.mask for p in promoted}
     judged: dict[str, float] = {}
     if state.crossed is not None:
         with progress.stage("compare") as report:
-            judged = crossed_differences(pipeline, state.crossed, retrained, list(learned), report)
+            judged = crossed_differences(
+                pipeline, state.crossed, retrained, list(learned), report, state.floors.unknown
+            )
     with progress.stage("publish") as report:
-        published, lines, gated = publish_better(pipeline, models, retrained, list(learned), report, kinds, judged)
+        published, lines, gated = publish_better(
+            pipeline, models, retrained, list(learned), report, kinds, state.evidence, judged
+        )
         rejected = published.sha256(ModelKind.SSL) != pipeline.cases.hashes(retrained)
         settle_promotions(pipeline, wanted, learned, rejected)
         promoted = without_late(pipeline, [] if rejected else promoted)
+        draw_audits(pipeline, closest(state), lambda case: about_mask(state, case))
     with progress.stage("originals") as report:
         shown, masks = write_originals(state, published, report)
     return {
@@ -127,9 +102,13 @@ def conclude(
         "withdrawn": sorted(learned) if rejected else [],
         "dropped": pipeline.dropped,
         "agreement": {case: found.agreement.mean for case, found in sorted(state.assessments.items())},
+        "promise": withdrawn(state.promise) if rejected else state.promise,
         "decisions": decide(state, [p.case.id for p in promoted], learned if rejected else ()),
         "classes": {name: {"dice": d, "cases": n} for name, (d, n) in pipeline.dice_by_label(masks).items()},
+        "evidence": state.floors.about,
         "published": lines,
+        "canaries": canaries.summarise(state.canaries, state.stops),
+        "drift": drift,
         "models": {kind.value: str(path) for kind, path in models.items()} | {"retrained": str(retrained)},
     }
 
@@ -154,12 +133,11 @@ def assess(
     cases, vetoes = p.cases.without_label if cases is None else cases, mask_vetoes(p.ledger)
     settings = settings_key(p.settings)
     for done, case in enumerate(cases, 1):
-        agreement = compare(p.decode(state.ssl_maps(case)), p.decode(state.second_maps(case)), p.labels)
-        mask = p.decode(state.masks(case))
-        verdict = judge(agreement, mask, case.grid.spacing, p.reference, p.settings, case.image.shape)
+        found, mask = _assess_one(state, case)
+        verdict = canaries.stopped(found.verdict, mask, p.labels, state.stops)
         if case.id in vetoes and _is_vetoed(p, keep_mask(p, case, state.masks), vetoes[case.id]):
-            verdict = Verdict(False, (*verdict.reasons, MASK_VETO))
-        state.assessments[case.id] = CaseAssessment(agreement, verdict)
+            verdict = verdict.against(MASK_VETO)
+        state.assessments[case.id] = replace(found, verdict=verdict)
         report(done, len(cases))
     measured = [
         Score(
@@ -168,7 +146,7 @@ def assess(
             found.agreement.mean,
             {
                 "per_label": found.agreement.per_label,
-                "flags": list(found.agreement.flags),
+                "flags": [*found.agreement.flags, *found.verdict.flags],
                 "promote": found.verdict.promote,
                 "reasons": list(found.verdict.reasons),
                 "models": state.models.hashes,
@@ -178,6 +156,22 @@ def assess(
         for case, found in state.assessments.items()
     ]
     p.ledger.set_scores([*kept, *measured])
+
+
+def _assess_one(state: RoundState, case: Prepared) -> tuple[CaseAssessment, np.ndarray]:
+    """Compare and judge one case, and its mask (i, j, k), both on the labels that its promotion would teach."""
+    p, unknown = state.pipeline, state.floors.unknown
+    first, second, mask = (p.decode(maps(case)) for maps in (state.ssl_maps, state.second_maps, state.masks))
+    agreement, learned = compare(first, second, p.labels), None
+    if unknown:
+        first, second, mask = (p.labels.merge(one, unknown) for one in (first, second, mask))
+        learned = compare(first, second, p.labels).without(unknown)
+    spacing, shape = case.grid.spacing, case.image.shape
+    verdict = judge(learned or agreement, mask, spacing, p.reference, p.settings, shape, unknown, case.image)
+    decided = {name: least for name, least in p.settings.thresholds.items() if name in state.promises.lines}
+    verdict = without_thresholds(verdict, learned or agreement, decided)
+    unlike = [p.cases.unlike[case.id]] if case.id in p.cases.unlike else []
+    return CaseAssessment(agreement, verdict.against(*state.floors.blocking, *unlike), learned), mask
 
 
 def promotion_details(
@@ -196,16 +190,28 @@ def promotion_details(
     if p.settings.uncertainty_weight < 1:
         levels = np.rint(255 * case.grid.to_native(confidence(state.masks(case))))
         certain["confidence"] = p.masks.add(levels, case.grid.affine)
-    return certain | {
-        "sha256": keep_mask(p, case, state.masks),
-        "disagreement": p.masks.add(case.grid.to_native(disagreement.astype(np.float32)) >= 0.5, case.grid.affine),
-        "image": case.image_hash,
-        "source": state.source,
-        "agreement": state.assessments[case.id].agreement.per_label,
-        "threshold": thresholds,
-        "models": state.models.hashes,
-        "basis": p.basis,
-    }
+    return (
+        certain
+        | about_mask(state, case.id)
+        | {
+            "disagreement": p.masks.add(case.grid.to_native(disagreement.astype(np.float32)) >= 0.5, case.grid.affine),
+            "source": state.source,
+            "threshold": thresholds,
+            "models": state.models.hashes,
+            "basis": p.basis,
+            **({"unknown": list(state.floors.unknown)} if state.floors.unknown else {}),
+        }
+    )
+
+
+def about_mask(state: RoundState, case: str) -> dict[str, Any]:
+    """Keep the mask of a case; returns its hash, that of the scan, and how far the networks agree by label."""
+    p = state.pipeline
+    prepared = next(c for c in p.cases.unlabelled if c.id == case)
+    found = state.assessments[case]
+    # of the labels that it teaches, as they are compared where others are left open
+    agreement = {**found.agreement.per_label, **found.of_learned.per_label}
+    return {"sha256": keep_mask(p, prepared, state.masks), "image": prepared.image_hash, "agreement": agreement}
 
 
 def _without_vetoes(pipeline: RoundPipeline, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aslseg.rounds.ledger import RoundRow, Score
 
 if TYPE_CHECKING:
-    from aslseg.rounds.promotion import RoundState
+    from aslseg.rounds.state import RoundState
 
 VALIDATES = "its patient validates models and is never trained on"
 WITHDRAWN = "withdrawn, because the model that was retrained with it is not published"
@@ -24,7 +24,12 @@ KINDS = (
     (re.compile(r"agreement \S+ below"), "agreement below"),
     (re.compile(r"volume .* ml outside .*"), "volume unlike human labels"),
     (re.compile(r"\d+ pieces, more than \d+"), "more pieces than human labels"),
+    (re.compile(r"canary .*: (\S+) would have been promoted.*"), r"\1 of a validation scan would be promoted wrongly"),
+    (re.compile(r"the scan is unlike every labelled one.*"), "the scan is unlike the labelled ones"),
+    (re.compile(r"the scan seems to have (.*) exchanged.*"), r"the scan seems to have \1 exchanged"),
+    (re.compile(r"the scan's field of view is .*"), "another field of view than labelled scans"),
     (re.compile(r"passed, but \d+ scans agree better"), "passed, but others agree better"),
+    (re.compile(r"holds for (\d+ scans? only|no scan) \(promote_target\)"), "would not hold with it"),
 )
 
 
@@ -38,6 +43,7 @@ class Decision:
         per_label: Agreement by label; None where both networks find nothing. Empty where it was not kept.
         promoted: Whether its mask is trained on.
         reasons: Everything that speaks against its mask.
+        flags: What a person should know of the mask beside that.
     """
 
     case: str
@@ -45,6 +51,7 @@ class Decision:
     per_label: dict[str, float | None]
     promoted: bool
     reasons: tuple[str, ...]
+    flags: tuple[str, ...] = ()
 
 
 def decide(state: RoundState, promoted: Collection[str], withdrawn: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -65,6 +72,7 @@ def decide(state: RoundState, promoted: Collection[str], withdrawn: Collection[s
             "per_label": assessment.agreement.per_label,
             "promoted": case in promoted,
             "reasons": reasons,
+            "flags": [*assessment.verdict.flags, *(state.floors.notes if case in promoted else ())],
         }
     return found
 
@@ -100,7 +108,11 @@ def decisions_of(row: RoundRow, scores: Iterable[Score] = ()) -> list[Decision]:
             }
             for case, mean in row.summary.get("agreement", {}).items()
         }
-    found = [Decision(case, **{**about, "reasons": tuple(about["reasons"])}) for case, about in kept.items()]
+    found = [
+        # rounds of earlier versions kept no flags
+        Decision(case, **{**about, **{name: tuple(about.get(name, ())) for name in ("reasons", "flags")}})
+        for case, about in kept.items()
+    ]
     return sorted(found, key=lambda d: (d.agreement, d.case))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import Candidate, Published, gate
 from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.cross_fit import region_dice
+from aslseg.rounds.evidence import Evidence, Scored, first_model
 from aslseg.rounds.gate_pairs import (
     case_dice,
     cause_of,
@@ -31,6 +33,7 @@ from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import first_kept_event
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.vetoes import model_vetoes
+from aslseg.ssl.class_watch import warnings_of
 from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,7 @@ def publish_better(
     promoted: Sequence[str],
     report: ProgressCallback,
     kinds: Sequence[ModelKind] = PUBLISHED_KINDS,
+    evidence: Evidence | None = None,
     crossed: Mapping[str, float] | None = None,
 ) -> tuple[ModelSet, list[str], dict[str, float | None]]:
     """Compare each model with the published one of its kind on the same human labels, and publish what passes the gate.
@@ -59,6 +63,7 @@ def publish_better(
         promoted: Ids of the promoted cases that the retrained model learned from.
         report: Called with (done, total) after each kind.
         kinds: Only these are published.
+        evidence: What human labels say of the masks of this round; None asks the validation cases.
         crossed: Differences of the SSL models on labels of the training:
             :func:`aslseg.rounds.gate_pairs.crossed_differences`.
 
@@ -67,7 +72,7 @@ def publish_better(
     """
     best, lines, dice, chosen = made.with_file(ModelKind.SSL, _candidate_ssl(pipeline, made, retrained)), [], {}, []
     learned = promoted if best[ModelKind.SSL] == retrained else _promoted_before(best[ModelKind.SSL])
-    foreign = False
+    foreign, before = False, _published_before(pipeline)
     for done, kind in enumerate(kinds, 1):
         current = comparable(pipeline, kind)
         candidate = _score(pipeline, kind, best, current, learned if kind == ModelKind.SSL else ())
@@ -79,10 +84,16 @@ def publish_better(
         elif current is not None:
             best = best.with_file(kind, current.path)
             foreign = kind == ModelKind.SSL and best.spacing != pipeline.cases.spacing
+        if accepted and kind not in before:
+            words, warning = first_model(kind, _measured(pipeline, kind, best, evidence))
+            line += words
+            pipeline.cases.warnings += [warning] if warning else []
         if kind == ModelKind.SSL:
             name = "retrained" if candidate.path == retrained and retrained != made[ModelKind.SSL] else "ssl"
             dice["retrained"] = pipeline.dice(_ssl_maps(pipeline, made, retrained))
             line += f" [{name}]"
+            # the mean over the labels hides a small one
+            line = "; ".join([line, *warnings_of(pipeline.artefacts.result(candidate.path).get("classes", {}))])
         logger.info("%s", line)
         lines.append(line)
         if accepted and _unchecked(pipeline, candidate, current):
@@ -115,6 +126,23 @@ def _unchecked(pipeline: RoundPipeline, candidate: Candidate, current: Published
     if current is None or candidate.dice is not None or candidate.differences:
         return False
     return current.sha256 != pipeline.cases.hashes(candidate.path)
+
+
+def _published_before(pipeline: RoundPipeline) -> Collection[str]:
+    """The kinds that were published before this round; one that was killed may have published some already."""
+    number = pipeline.number
+    events = pipeline.ledger.events(kinds=("published",), number=number) if number else []
+    return events[0].details["before"] if events else published.manifest(pipeline.paths)
+
+
+def _measured(
+    pipeline: RoundPipeline, kind: ModelKind, models: ModelSet, evidence: Evidence | None
+) -> dict[str, list[float]]:
+    """Dice by label of a model on human labels that it, or the model of a fold, was not trained on."""
+    maps = pipeline.predict(kind, models)
+    scored = (Scored(c.id, False, {}, {kind: region_dice(pipeline, maps, c)}) for c in pipeline.cases.validation)
+    folds = [one for one in evidence.scored if one.fold] if evidence else []
+    return Evidence((*scored, *folds), pipeline.labels.names).by_label(kind)
 
 
 def _serve(pipeline: RoundPipeline, chosen: list[Candidate], lines: list[str]) -> None:

@@ -105,8 +105,10 @@ def _measure(
     """Predict some scans with the published models, and record their agreement beside the scores that hold."""
     from aslseg.compute.hardware import resolved
     from aslseg.models.cascade import published_files
-    from aslseg.rounds.promotion import RoundState, assess
+    from aslseg.rounds.evidence import Floors
+    from aslseg.rounds.promotion import assess
     from aslseg.rounds.run import opened_pipeline
+    from aslseg.rounds.state import RoundState
 
     assert paths.studies is not None  # noqa: S101 - the command takes no address
     models = published_files(paths, ModelKind.ADAPTER)
@@ -117,6 +119,8 @@ def _measure(
             with pipeline.progress.stage(stage) as shown:
                 maps[kind] = pipeline.fill(pipeline.predict(kind, models), cases, shown)
         ssl_maps = maps[ModelKind.SSL]
-        state = RoundState(pipeline, models, ssl_maps, maps[ModelKind.ADAPTER], "ssl", ssl_maps)
+        ended = [row.summary for row in pipeline.ledger.rounds() if row.state == "done"]
+        floors = Floors.stored(ended[-1].get("evidence", {}) if ended else {}, pipeline.labels)
+        state = RoundState(pipeline, models, ssl_maps, maps[ModelKind.ADAPTER], "ssl", ssl_maps, floors=floors)
         assess(state, no_progress, cases, stored)
         pipeline.progress.finish()

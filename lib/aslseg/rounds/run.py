@@ -23,6 +23,7 @@ from aslseg.registry import RECIPES, REPORTS
 from aslseg.rounds.brake import NO_BRAKE, Brake
 from aslseg.rounds.cases import RoundCases, prepare_cases, trained_before
 from aslseg.rounds.corrections import record_checked
+from aslseg.rounds.cross_fit import fold_share
 from aslseg.rounds.fresh import FRESH, pooled, record_fresh, unscored
 from aslseg.rounds.ledger import Entry, Ledger, RoundRow
 from aslseg.rounds.lock import round_lock
@@ -32,6 +33,7 @@ from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress, Work, read_progress
 from aslseg.rounds.publishing_gate import publish_better
 from aslseg.rounds.reports import write_report
+from aslseg.rounds.savings import record_compared
 from aslseg.settings import Paths, ResolvedSettings, Settings
 from aslseg.settings.paths import require_writable
 from aslseg.types import ProgressCallback, no_progress
@@ -41,11 +43,11 @@ logger = logging.getLogger(__name__)
 
 KEEP_ARTEFACTS = 2
 """Rounds whose artefacts are kept."""
-UNUSED_STAGES = {"cfr": ("folds", "adapter", "refine", "compare")}
+UNUSED_STAGES = {"cfr": ("folds", "adapter", "refine", "score", "compare")}
 """Stages that a recipe does not have."""
 MODEL_STAGES = {"ssl", "folds", "sam", "adapter"}
 """Stages whose results a round has made already if the round before it had the same inputs."""
-STORED_STAGES = MODEL_STAGES | {"predict", "redraw", "refine", "retrain", "compare"}
+STORED_STAGES = MODEL_STAGES | {"predict", "redraw", "refine", "score", "retrain", "compare"}
 """Stages whose results are found again."""
 STALE_SECONDS = 600
 
@@ -215,21 +217,25 @@ def expected_work(
     a guess for two CPU cores.
     """
     scans, unlabelled = len(studies.images), len(studies.images) - len(studies.final)
+    # at least one patient validates
+    patients = len({studies.patients[c] for c in studies.final}) - (settings.validation_fraction > 0)
+    parts = min(settings.most_folds, patients)
     work = {
         "prepare": Work(scans, 1.0),
         "fresh": Work(unscored(ledger, studies.final), 3.0),
         "ssl": Work(settings.ssl_iterations, 0.3),
-        **({"folds": Work(settings.label_folds * settings.ssl_iterations, 0.3)} if settings.label_folds else {}),
+        **({"folds": Work(parts * fold_share(parts) * settings.ssl_iterations, 0.3)} if parts > 1 else {}),
         "predict": Work(unlabelled, 2.0),
         "sam": Work(settings.sam_iterations, 0.5),
         "redraw": Work(unlabelled, 3.0),
         "adapter": Work(settings.adapter_iterations, 0.3),
         "refine": Work(unlabelled, 1.0),
+        **({"score": Work(len(studies.final), 4.0)} if parts > 1 else {}),
         "rank": Work(unlabelled, 0.5),
         "promote": Work(settings.promote_fraction * unlabelled, 1.0),
         "retrain": Work(settings.retrain_iterations, 0.3),
         # mostly nothing: trainings only where other scans are promoted and no label is new
-        **({"compare": Work(0, 0.3)} if settings.label_folds else {}),
+        **({"compare": Work(0, 0.3)} if parts > 1 else {}),
         "publish": Work(len(PUBLISHED_KINDS), 2.0),
         "originals": Work(unlabelled, 2.0),
     }
@@ -314,6 +320,7 @@ def _tidy_up(paths: Paths, studies: Studies, settings: Settings, ledger: Ledger)
     paths.remember_models()
     sync_label_files(ledger, studies, paths)
     record_checked(paths, settings)
+    record_compared(paths, settings)
 
 
 def _remove_stale_temporaries(paths: Paths, studies: Studies) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,20 @@ class SavedLabels:
         self.ledger = ledger
         self._all: dict[tuple[str, str], dict[str, Any]] | None = None
 
-    def record_saved(self, case: str, tag: str, info: dict[str, Any]) -> None:
-        """Append that a label is about to be written; ``info`` holds its ``sha256``."""
-        self._append(SAVED, case, tag, {"sha256": info["sha256"], "by": info.get("user"), "info": info})
+    def record_saved(
+        self, case: str, tag: str, info: dict[str, Any], scan_info: Mapping[str, Any] | None = None
+    ) -> None:
+        """Append that a label is about to be written.
+
+        Args:
+            case: Id of the scan.
+            tag: Of the label.
+            info: Of the label, with its ``sha256``.
+            scan_info: Of the scan, which says when it was handed out.
+        """
+        opened = handed_out(scan_info or {}, info.get("user"))
+        details = {"sha256": info["sha256"], "by": info.get("user"), "info": info}
+        self._append(SAVED, case, tag, details | ({} if opened is None else {"handed_out": opened}))
 
     def record_deleted(self, case: str, tag: str, details: dict[str, Any]) -> None:
         """Append that a file is about to be moved to the trash."""
@@ -110,3 +122,18 @@ class SavedLabels:
         other = new_entry(case, path.name)
         other.info.update(sha256=found, note="this file was not saved through the server")
         return other
+
+
+def handed_out(scan_info: Mapping[str, Any], person: str | None) -> float | None:
+    """When a scan was last handed out to a person, in seconds since 1970; to anybody where that person is not named.
+
+    Args:
+        scan_info: With the key ``strategy`` that MONAI Label writes for each strategy at *Next Sample*: ``ts`` and
+            ``client_id``. Clients can write it too, so that anything may stand there.
+        person: Who saves, if that is known.
+    """
+    noted = scan_info.get("strategy")
+    entries = [e for e in noted.values() if isinstance(e, Mapping)] if isinstance(noted, Mapping) else []
+    entries = [e for e in entries if isinstance(e.get("ts"), int | float) and math.isfinite(e["ts"])]
+    theirs = [e for e in entries if person and e.get("client_id") == person]
+    return max((float(e["ts"]) for e in theirs or entries), default=None)

@@ -17,6 +17,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 
 from aslseg.cases.scan_checks import ScanChecks
 from aslseg.errors import BadImageError
+from aslseg.rounds.audits import AUDIT, CHECKED, waiting
 from aslseg.rounds.ledger import Ledger
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 LEASE_SECONDS = 30 * 60
 REMEMBERED_SECONDS = 12 * 3600
 """How long it counts that somebody was given a scan and left it."""
+AUDIT_EVENTS = (AUDIT, CHECKED, "rolled back", "note")
+"""Events that change which audits wait."""
 ANYBODY = {None, "", "user-xyz", "admin"}
 
 
@@ -181,6 +184,50 @@ class ByAgreement(HandsOut):
         if order is None or order.cases is not cases or order.version != version:
             order = self._order = Order.of(cases, version, self.ledger.agreements(), self.highest)
         return order
+
+
+class ByAudit(ByAgreement):
+    """Scans that were drawn as audits and wait for a label, oldest first; then the lowest agreement first.
+
+    Args:
+        ledger: Audits and scores.
+        leases, checks, description: As for :class:`HandsOut`.
+    """
+
+    def __init__(self, ledger: Ledger, leases: Leases, checks: ScanChecks, description: str) -> None:
+        super().__init__(ledger, leases, checks, False, description)
+        self._drawn: tuple[int, dict[str, int]] = (-1, {})
+
+    def ranked(self, cases: list[str]) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
+        """Audits that wait, then as by agreement; the reason says which of both it is."""
+        others, why = super().ranked(cases)
+        rounds, left = self._waiting(), set(cases)
+        first = [case for case in rounds if case in left]
+        if not first:
+            return others, lambda case: self._without_audit(why(case))
+
+        def reason(case: str) -> dict[str, Any]:
+            if case not in rounds:
+                return self._without_audit(why(case))
+            text = f"audit, {first.index(case) + 1} of {len(first)}: drawn at random after round {rounds[case]}"
+            return why(case) | {"audit": rounds[case], "reason": f"{text}; correct it as far as you would any other"}
+
+        drawn = set(first)
+        return [*first, *(case for case in others if case not in drawn)], reason
+
+    def _waiting(self) -> dict[str, int]:
+        """Scan to the round of its oldest audit that waits; read again only when the ledger has other audits."""
+        version = self.ledger.last_seq(AUDIT_EVENTS)
+        if version != self._drawn[0]:
+            rounds: dict[str, int] = {}
+            for audit in waiting(self.ledger):
+                rounds.setdefault(audit.case, audit.round)
+            self._drawn = version, rounds
+        return self._drawn[1]
+
+    @staticmethod
+    def _without_audit(reason: dict[str, Any]) -> dict[str, Any]:
+        return reason | {"audit": None, "reason": f"no audit waits; {reason['reason']}"}
 
 
 class Random(HandsOut):

@@ -266,7 +266,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
                 write_label(temporary, class_map, image.affine)
                 stamp = FileStamp.of(self._sidecar_path(case))
                 info |= {"sha256": sha256(temporary), "sidecar": stamp.mtime_ns if stamp else 0}
-                self.saved.record_saved(case, tag, info)
+                self.saved.record_saved(case, tag, info, obj.image.info)
             self._remove_other_files(case, tag)
             changes.append(Change(case, tag, DataModel(info=info, ext=".nii.gz")))
 

@@ -24,6 +24,7 @@ GROUPS = {
     "prompts": _SAM_PROMPTS,
     "adapter": {name for name in Settings.model_fields if name.startswith("adapter_")},
     "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}
+    | {"promote_target", "promote_confidence", "audits", "promote_floor"}
     | {"disagreement_weight", "uncertainty_weight", "retrain_from", "label_folds", "gate_tolerance", "first_round"}
     | {"ssl_iterations", "retrain_iterations", "spacing", "keep_models", "promote_cases", "promote_empty"}
     | {"max_working_voxels", "max_voxels", "max_upload_voxels", "report_webhook"},

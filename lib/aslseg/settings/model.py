@@ -17,6 +17,12 @@ SECTIONS = (
     *(ClickSettings, RoundSettings, NightSettings, ServerSettings, MachineSettings),
 )
 
+TARGET, NESTED_TARGET = 0.85, 0.7
+"""Mean Dice that promoted masks should have, of labels that lie in no other one and of those that do."""
+BELOW_TARGET, LEAST_FLOOR = 0.05, 0.5
+"""How far the Dice on human labels may lie below the target of a promoted label, and the least of these floors."""
+MOST_FOLDS = 4
+
 
 # pydantic takes the fields of the last base first
 class Settings(
@@ -42,10 +48,11 @@ class Settings(
         if self.window_low >= self.window_high:
             raise ValueError(f"window_low {self.window_low} must lie below window_high {self.window_high}")
         _ = self.label_set
-        if self.promote_threshold != type(self).model_fields["promote_threshold"].default:
-            for name, _ in self.promote_threshold.exceptions:
+        for setting in ("promote_threshold", "promote_target", "promote_floor"):
+            given = getattr(self, setting)
+            for name, _ in given.exceptions if given != type(self).model_fields[setting].default else ():
                 if name not in self.labels:
-                    raise ValueError(f"promote_threshold: unknown label {name!r}; {suggest(name, list(self.labels))}")
+                    raise ValueError(f"{setting}: unknown label {name!r}; {suggest(name, list(self.labels))}")
         return self
 
     @property
@@ -60,6 +67,28 @@ class Settings(
     def thresholds(self) -> dict[str, float]:
         """Least agreement for promotion, by label name."""
         return self.promote_threshold.by_label(self.labels)
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """Mean Dice that promoted masks should have, by label name."""
+        labels = self.label_set
+        automatic = {
+            name: TARGET if parent is None else NESTED_TARGET
+            for name, parent in zip(labels.names, labels.parents, strict=True)
+        }
+        return self.promote_target.by_label(automatic)
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Least Dice on human labels for promotion, by label name: for ``auto``, the target minus 0.05."""
+        return self.promote_floor.by_label(
+            {name: max(LEAST_FLOOR, round(target - BELOW_TARGET, 4)) for name, target in self.targets.items()}
+        )
+
+    @property
+    def most_folds(self) -> int:
+        """Most parts into which a round splits the labelled patients."""
+        return MOST_FOLDS if self.label_folds == "auto" else self.label_folds
 
     @property
     def misspelt_defaults(self) -> dict[str, str]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from aslseg.registry import RECIPES
-from aslseg.settings.base import Section, setting
+from aslseg.settings.base import Auto, Section, setting
 from aslseg.settings.values import (
+    AutoLabelThresholds,
+    AutoThresholds,
     DeviceName,
     FolderName,
     HttpAddress,
@@ -82,12 +86,13 @@ class RoundSettings(Section):
         ge=0,
         lt=1,
     )
-    label_folds: int = setting(
-        0,
-        "Most parts into which a round splits the labelled patients: a model is trained without each part and scored "
-        "on it, and the mean of all models is one more source of masks; 0: none",
-        example="4",
-        ge=0,
+    label_folds: Auto | Annotated[int, Field(ge=0)] = setting(
+        "auto",
+        "Parts into which a round splits the labelled patients: a model is trained without each part and scored on it, "
+        "and the mean of all models is one more source of masks. It takes up to twice the time of the SSL training "
+        "whenever labels have changed, more with more than four parts; auto: 4, or as many as there are patients; 0: "
+        "none",
+        example="0",
     )
     promote_threshold: LabelThresholds = setting(
         Thresholds(0.9, (("tumour", 0.7),)),
@@ -95,6 +100,40 @@ class RoundSettings(Section):
         "all labels, then exceptions label=number",
         unit="Dice",
         example="0.85,tumour=0.6",
+        common=True,
+    )
+    promote_target: AutoLabelThresholds = setting(
+        AutoThresholds(),
+        "Mean true Dice of the promoted masks that a round must be able to promise, once there are audits, in place of "
+        "promote_threshold: auto (0.85, and 0.7 for labels that lie in another one) or a number for all labels, then "
+        "exceptions label=number; 0: nothing is promised, and promote_threshold decides",
+        unit="Dice",
+        example="auto,tumour=0.6",
+        common=True,
+    )
+    promote_confidence: float = setting(
+        0.9,
+        "Probability with which the promoted masks shall reach promote_target",
+        example="0.95",
+        ge=0.5,
+        lt=1,
+    )
+    audits: int = setting(
+        3,
+        "Promoted scans that are drawn at random after each round for a person to label, by the strategy audit; 0: "
+        "none, and nothing can be promised",
+        unit="scans",
+        example="5",
+        common=True,
+        ge=0,
+    )
+    promote_floor: AutoLabelThresholds = setting(
+        AutoThresholds(),
+        "Least mean Dice on human labels that were not trained on at which a label is promoted at all, whatever the "
+        "agreement: auto (promote_target minus 0.05, at least 0.5) or a number for all labels, then exceptions "
+        "label=number; 0: none is asked",
+        unit="Dice",
+        example="auto,tumour=0.5",
         common=True,
     )
     promote_fraction: float = setting(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -56,6 +56,44 @@ class Thresholds:
 
     def __str__(self) -> str:
         return ",".join([_number(self.general), *(f"{name}={_number(value)}" for name, value in self.exceptions)])
+
+
+@dataclass(frozen=True)
+class AutoThresholds:
+    """As :class:`Thresholds`, where the number for all labels may be ``auto``, which is chosen by label."""
+
+    general: float | None = None
+    exceptions: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> AutoThresholds:
+        """From ``auto``, ``0.8`` or ``auto,tumour=0.6``; without a number for all labels it is ``auto``.
+
+        Raises:
+            ValueError: As :meth:`Thresholds.parse`.
+        """
+        parts = [part.strip() for part in text.split(",")]
+        automatic = parts.count("auto")
+        if automatic > 1:
+            raise ValueError("auto stands there twice; give it once")
+        rest = [part for part in parts if part != "auto"]
+        given = any("=" not in part for part in rest)
+        if automatic and given:
+            raise ValueError(f"auto and a number for all labels in {text!r}; give one of them")
+        found = Thresholds.parse(",".join(rest)) if rest else Thresholds(0)
+        return cls(found.general if given else None, found.exceptions)
+
+    def by_label(self, automatic: Mapping[str, float]) -> dict[str, float]:
+        """The number of each label, given those that ``auto`` stands for."""
+        exceptions = dict(self.exceptions)
+        return {
+            name: exceptions.get(name, value if self.general is None else self.general)
+            for name, value in automatic.items()
+        }
+
+    def __str__(self) -> str:
+        general = "auto" if self.general is None else _number(self.general)
+        return ",".join([general, *(f"{name}={_number(value)}" for name, value in self.exceptions)])
 
 
 def _number(value: float) -> str:
@@ -151,6 +189,7 @@ Nesting = Annotated[
 Spacing = Annotated[Literal["auto", "native"] | Triple, _text(_spacing), PlainSerializer(_joined)]
 PatchSize = Annotated[Literal["auto"] | tuple[int, int, int], _text(_patch), PlainSerializer(_joined)]
 LabelThresholds = Annotated[Thresholds, _text(Thresholds.parse), PlainSerializer(str)]
+AutoLabelThresholds = Annotated[AutoThresholds, _text(AutoThresholds.parse), PlainSerializer(str)]
 PromptKinds = Annotated[tuple[str, ...], _text(_prompts), PlainSerializer("+".join)]
 DeviceName = Annotated[str, _text(_device)]
 FolderName = Annotated[str, _text(_folder)]

@@ -36,7 +36,7 @@ def class_probabilities(network: nn.Module, batches: Iterable[Batch], names: Seq
         p = network(batch.image)[:, : len(names) + 1].float().softmax(1)
         for n in range(len(names)):
             own = batch.target == n + 1
-            for side, where in enumerate((own, ~own & (batch.weight > 0))):
+            for side, where in enumerate((own, ~own & (batch.weight > 0) & (batch.target <= len(names)))):
                 sums[n, side] += [p[:, n + 1][where].sum().item(), where.sum().item()]
     network.train(training)
     return {

@@ -86,7 +86,10 @@ def merged(class_map: np.ndarray, labels: Labels) -> np.ndarray:
     """A class map with every nested label counted as its top-level parent; values 1.. in the order of `top_level`."""
     table = np.zeros(256, np.uint8)
     for value, top in enumerate(top_level(labels), 1):
-        table[labels.members(top)] = value
+        members = labels.members(top)
+        table[members] = value
+        # what is only known to be a label or anything nested in it
+        table[[len(labels) + member for member in members]] = value
     return table[class_map]
 
 

@@ -62,7 +62,7 @@ def _learnable(labelled: Sequence[Prepared], settings: Settings) -> list[Branch]
     for branch in nested.branches(settings.label_set) if settings.nested_fraction else ():
         there = [np.unique(c.label) for c in labelled if c.label is not None]
         names = branch.labels.names
-        if not any(np.isin(values, branch.values).any() for values in there):
+        if not any(branch.values[0] in values for values in there):
             logger.warning("no labelled scan shows %s: no second stage for %s", names[0], ", ".join(names[1:]))
             continue
         for name, value in zip(names[1:], branch.values[1:], strict=True):
@@ -137,17 +137,24 @@ def _train_stages(run: _Run, branches: Sequence[Branch], iterations: int) -> dic
     results.append(_train_first(run, files[0], steps, iterations))
     first = load(files[0], nested.first_settings(run.settings))
     stored: dict[str, Any] = {}
+    # promoted cases that leave nested labels open teach the first stage only
+    inner = replace(run, labelled=[c for c in run.labelled if _says_all(c, len(run.settings.label_set))])
     for branch in branches:
         name = branch.labels.names[0]
-        geometry = nested.geometry(run.labelled, branch, run.settings, run.spacing)
+        geometry = nested.geometry(inner.labelled, branch, run.settings, run.spacing)
         files.append(run.beside(f"second-{branch.parent}"))
         report = run.report_from(iterations - each * (len(branches) - len(stored)), iterations)
-        results.append(_train_second(run, files[-1], branch, geometry, first, each, report))
+        results.append(_train_second(inner, files[-1], branch, geometry, first, each, report))
         stored[name] = {"geometry": geometry.stored(), "model": load_weights(files[-1], "ssl")[1]}
     _join(run, files, branches, stored, iterations)
     for path in run.out.parent.glob(f"{run.out.stem}.*-init.safetensors"):
         path.unlink()
     return _summary(results) | {"sha256": sha256(run.out)}
+
+
+def _says_all(case: Prepared, classes: int) -> bool:
+    """Whether the label says of every voxel which class it has; see :meth:`aslseg.types.Labels.mark_unknown`."""
+    return case.label is not None and int(np.max(case.label, initial=0)) <= classes
 
 
 def _train_first(run: _Run, out: Path, steps: int, total: int) -> dict[str, Any]:
@@ -176,9 +183,8 @@ def _train_second(
     folder = _folder(out)
     value = nested.top_level(run.settings.label_set).index(branch.parent) + 1
     labelled = [
-        _kept(nested.view_case(c, np.isin(c.label, branch.values), branch, geometry), folder)
-        for c in run.labelled
-        if c.label is not None and np.isin(c.label, branch.values).any()
+        _kept(nested.view_case(c, np.isin(np.asarray(c.label), branch.values), branch, geometry), folder)
+        for c in _with_parent(run.labelled, branch)
     ]
     unlabelled = []
     for case in run.unlabelled if run.settings.ssl_method != "supervised" else ():
@@ -198,6 +204,24 @@ def _train_second(
         report=report,
         reuse=True,
     )
+
+
+def _with_parent(cases: Sequence[Prepared], branch: Branch) -> list[Prepared]:
+    """The labelled cases that show the parent itself; intensities relative to a lesion alone would mislead."""
+    found = []
+    for case in cases:
+        values = np.unique(case.label) if case.label is not None else np.zeros(0)
+        if branch.values[0] in values:
+            found.append(case)
+        elif np.isin(values, branch.values).any():
+            parent, *inner = branch.labels.names
+            logger.warning(
+                "%s is labelled with %s but without %s around it: the second stage learns without it",
+                case.id,
+                " or ".join(inner),
+                parent,
+            )
+    return found
 
 
 def _folder(out: Path) -> Path:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from aslseg.agreement.measures import Agreement
-from aslseg.agreement.promotion_rules import PromotionLimits, Reference, Verdict, judge, reference, refusals, select
+from aslseg.agreement.plausibility import Reference, reference
+from aslseg.agreement.promotion_rules import PromotionLimits, Verdict, judge, refusals, select
 from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import Settings
 from aslseg.types import Labels, Volume

@@ -94,6 +94,15 @@ def test_roles_by_patient():
     assert [c.id for c in found] == sorted(c.id for c in found)
 
 
+def test_a_judge_whose_labels_were_deleted_is_not_learned_from():
+    """Its scans would be trained on and promoted, and it would judge models again once a label is saved."""
+    patients = {"a1": "A", "b1": "B", "b2": "B", "c1": "C"}
+    found = split(studies(patients, ["a1"], patients), 0.2, before={"B"})
+    assert {c.id: c.role for c in found} == {"a1": "train", "c1": "unlabelled"}
+    found = split(studies(patients, ["a1"], patients, {"B": "train"}), 0.2, before={"B"})
+    assert {c.id for c in found} == set(patients), "patients.csv overrules"
+
+
 def test_no_patient_on_both_sides():
     images = [f"case{n}" for n in range(120)]
     patients = {c: f"p{int(c[4:]) % 40}" for c in images}

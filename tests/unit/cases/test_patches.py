@@ -150,3 +150,12 @@ def test_patches_carry_the_depth_in_the_parent():
     assert patch.parent.dtype == np.float32
     assert (patch.parent[patch.weight == 1] == 7).all()
     assert (patch.parent[patch.weight == 0] == 0).all()
+
+
+def test_patches_lie_around_voxels_of_an_outer_label_whose_inner_ones_are_open():
+    one = case((60, 60, 40))
+    # 3: the first of two labels, or anything in it
+    label = np.where(one.label == 1, 3, 0).astype(np.uint8)
+    sampler = PatchSampler([replace(one, label=label)], (8, 8, 8), 2)
+    rng = np.random.default_rng(0)
+    assert 0.4 < np.mean([(sampler.draw(rng).label == 3).any() for _ in range(400)]) < 0.62

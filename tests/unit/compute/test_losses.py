@@ -10,15 +10,18 @@ import torch
 
 from aslseg.compute.losses import (
     certain_consistency_loss,
+    classes_known,
     clipped_noise,
     consistency_loss,
     dice_loss,
     foreground_fraction,
+    merge_unknown,
     predictive_entropy,
     region_loss,
     segmentation_loss,
     weighted_mean,
 )
+from aslseg.types import Labels
 
 
 def logits_of(probability: float, voxels: int = 4) -> torch.Tensor:
@@ -188,3 +191,40 @@ def test_a_class_that_is_not_there_leaves_the_dice_term():
     weight[0, 0, 0, 0] = 0
     without = dice_loss(p, torch.where(target == 2, 0, target), weight)
     assert dice_loss(p, target, weight) == pytest.approx(without.item())
+
+
+NESTED = Labels.parse("liver,tumour,cyst,kidney", "tumour:liver,cyst:liver")
+
+
+def marked(*values: int) -> torch.Tensor:
+    return torch.tensor(values).reshape(1, -1, 1, 1)
+
+
+def test_what_is_nested_and_unknown_counts_as_a_whole():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 5, 4, 1, 1)
+    # 5 = 4 labels + 1 + liver's index: the liver or anything in it
+    merged, target = merge_unknown(logits, marked(0, 5, 2, 5), NESTED)
+    assert target.flatten().tolist() == [0, 1, 2, 1]
+    p, q = logits.softmax(1)[0, :, :, 0, 0], merged.softmax(1)[0, :, :, 0, 0]
+    torch.testing.assert_close(q[:, [0, 2]], p[:, [0, 2]])
+    torch.testing.assert_close(q[1, [1, 3]], p[[1, 2, 3]][:, [1, 3]].sum(0))
+    torch.testing.assert_close(q[[0, 4]][:, [1, 3]], p[[0, 4]][:, [1, 3]])
+    assert q[[2, 3]][:, [1, 3]].abs().max() == 0
+
+
+def test_only_the_sum_of_unknown_classes_is_learned():
+    logits = torch.zeros(1, 5, 1, 1, 1, requires_grad=True)
+    loss = segmentation_loss(*merge_unknown(logits, marked(5), NESTED))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    inside = gradient[0, [1, 2, 3], 0, 0, 0]
+    # up together, and none of them against another
+    assert (inside < 0).all()
+    torch.testing.assert_close(inside, inside[:1].expand(3))
+
+
+def test_a_target_in_which_all_is_known_is_left_alone():
+    logits, target = torch.randn(1, 5, 4, 1, 1), marked(0, 1, 2, 4)
+    assert merge_unknown(logits, target, NESTED)[0] is logits
+    assert classes_known(target, NESTED).all()
+    assert classes_known(marked(0, 5, 4), NESTED).tolist() == [[False, False, False, True]]

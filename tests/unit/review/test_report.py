@@ -78,6 +78,7 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
     names = [f"phantom_{n:03d}" for n in range(1, 11)]
     entries = [promoted(paths, name, 0.7 + 0.01 * n) for n, name in enumerate(names)]
     low = decision(0.4, "liver: agreement 0.400 below 0.9")
+    strange = decision(0.9, promoted=True) | {"flags": ["liver: unlike the 5 human labels: worth a look"]}
     numbers = {
         "published": ["ssl: published (Dice 0.9100, published 0.9000 on 3 validation cases) [retrained]"],
         "validation": {"ssl": 0.91, "adapter": None},
@@ -88,8 +89,12 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
         "skipped": {"broken": "no image"},
         "source": "ssl",
         "shown": "ssl",
+        "evidence": {
+            "liver": {"dice": 0.883, "cases": 8, "floor": 0.8, "reason": None},
+            "tumour": {"dice": None, "cases": 0, "floor": 0.65, "reason": "tumour: no human label"},
+        },
     }
-    ledger = close(paths, *entries, decisions={"zzz": low}, **numbers)
+    ledger = close(paths, *entries, decisions={"zzz": low, names[3]: strange}, **numbers)
     path, content = write(paths, settings, 1)
     page = path.read_text()
     assert path == report_path(paths, 1)
@@ -109,10 +114,13 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
         "1 scan: liver: agreement below 0.9",
         "liver: agreement 0.400 below 0.9",
         "published (Dice 0.9100, published 0.9000 on 3 validation cases)",
-        "No promise yet",
+        "no promise: this round measured nothing that one could rest on",
         "Mostly right.",
         "A hint of where to look. Expect to redraw much of it. Uncertain: measured on 2 scans.",
         "2 h 0 min",
+        '<td>liver</td><td class="n">0.883</td><td class="n">8</td><td class="n">0.8</td><td></td>',
+        '<td class="n">not measured</td><td class="n">0</td><td class="n">0.65</td><td>tumour: no human label</td>',
+        "<td>liver: unlike the 5 human labels: worth a look</td>",
         "found from before",
         "a warning",
         "broken: no image",
@@ -136,6 +144,29 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
     page = write(paths, settings, 1)[0].read_text()
     assert "1 of these masks was accepted unchanged" in page
     assert "liver 0.750, tumour 0.250" in page
+
+
+def test_the_promise_and_its_audits_stand_in_report_and_headline(paths: Paths, settings: Settings) -> None:
+    about = {"target": 0.85, "confidence": 0.9, "bound": 0.86, "k": 2, "audits": 6, "pairs": 14, "r": 0.9}
+    made = {"liver": about | {"made": True, "missing": 0}, "tumour": about | {"made": False, "missing": 3}}
+    drawn = {"sha256": "m", "image": "i", "agreement": {"liver": 0.9}, "promoted": True}
+    ledger = close(paths, Entry("audit", 1, "phantom_003", PSEUDO, drawn), promise=made, published=["ssl: published"])
+    path, content = write(paths, settings, 1)
+    page, short = path.read_text(), headline(content)
+    line = "liver: promised: mean Dice of the promoted at least 0.85 (0.9 confidence), from 6 audits"
+    assert f"<li>{line}</li>" in page
+    assert "<li>tumour: no promise yet: 3 more audits</li>" in page
+    assert "Drawn at random for an audit after this round: phantom_003." in page
+    assert "0 audits were answered so far, 1 waits" in page
+    assert f"L{line[1:]}. Tumour: no promise yet: 3 more audits. Ssl: published." in short["text"]
+    assert (short["promise"][0], short["audits"]) == (line, 1)
+    assert "phantom" not in json.dumps(short), "names of scans may be names of patients"
+
+    answered = {"mask": "m", "label": "l", "dice": {"liver": 0.7, "tumour": None}}
+    ledger.append([Entry("checked", 1, "phantom_003", PSEUDO, answered)])
+    path, content = write(paths, settings, 1)
+    assert f'<li class="bad">{line}; 1 audit since: mean Dice 0.700, NOT kept</li>' in path.read_text()
+    assert "NOT kept" in headline(content)["text"]
 
 
 def test_names_are_escaped_and_lists_are_bounded(paths: Paths, settings: Settings) -> None:

@@ -64,6 +64,28 @@ def test_progress(paths: Paths, state: str) -> None:
     assert ("about 12 min to go, done about " in page) == (state == "running")
 
 
+def test_what_is_promised_and_whether_audits_kept_it(paths: Paths) -> None:
+    assert "no promise yet: it needs audits of promoted masks" in render(status(paths))
+    ledger = Ledger(paths.ledger)
+    about = {"target": 0.85, "confidence": 0.9, "bound": None, "k": 0, "audits": 1, "pairs": 9, "r": None}
+    promise = {"liver": about | {"made": False, "missing": 2}}
+    drawn = {"sha256": "m", "image": "i", "agreement": {"liver": 0.9}, "promoted": True}
+    ledger.append([Entry("opened", 1), Entry("audit", 1, "c1", "aslseg_pseudo", drawn)])
+    ledger.close_round(1, {"promise": promise})
+    page = render(status(paths))
+    assert "<li>liver: no promise yet: 2 more audits</li>" in page
+    assert "1 promoted mask waits for an audit" in page
+    made = {"liver": about | {"made": True, "missing": 0, "bound": 0.86, "k": 9, "audits": 6}}
+    ledger.append([Entry("opened", 2), Entry("audit", 2, "c2", "aslseg_pseudo", drawn)])
+    ledger.close_round(2, {"promise": made})
+    line = "liver: promised: mean Dice of the promoted at least 0.85 (0.9 confidence), from 6 audits"
+    assert f"<li>{line}</li>" in render(status(paths))
+    answered = {"mask": "m", "label": "l", "dice": {"liver": 0.6}}
+    ledger.append([Entry("checked", 2, "c2", "aslseg_pseudo", answered)])
+    page = render(status(paths))
+    assert f'<li class="bad">{line}; 1 audit since: mean Dice 0.600, NOT kept</li>' in page
+
+
 def test_names_are_escaped_and_nothing_is_fetched(paths: Paths) -> None:
     evil = "<script>alert(1)</script>"
     ledger = Ledger(paths.ledger)
@@ -168,7 +190,8 @@ def test_the_schedule_and_why_scans_were_not_promoted(paths: Paths) -> None:
     ledger.open_round({})
     refused = {"agreement": 0.7, "per_label": {"liver": 0.9, "tumour": 0.5}, "promoted": False}
     refused["reasons"] = ["tumour: agreement 0.500 below 0.7", "liver: 40 pieces, more than 30"]
-    ledger.close_round(1, {"decisions": {"c<1>": refused}})
+    strange = {"agreement": 0.9, "per_label": {}, "promoted": True, "reasons": [], "flags": ["liver: worth a look"]}
+    ledger.close_round(1, {"decisions": {"c<1>": refused, "c2": strange}, "promoted": ["c2"]})
     nights.note_stop("ann", datetime(2026, 11, 27, 9, tzinfo=UTC))
     mask = {"sha256": "m", "agreement": {"liver": 0.9}, "threshold": {}, "models": {}}
     ledger.append([Entry("mask", 1, "c2", "aslseg_pseudo", mask)])
@@ -181,5 +204,6 @@ def test_the_schedule_and_why_scans_were_not_promoted(paths: Paths) -> None:
     assert "<li>1 scan: tumour: agreement below 0.7</li>" in page
     row = '<td class="n">liver 0.900, tumour 0.500</td><td>tumour: agreement 0.500 below 0.7; liver: 40 pieces'
     assert f"c&lt;1&gt;</td>{row}" in page
+    assert "<td>c2</td><td>promoted</td><td>liver: worth a look</td>" in page
     assert '<a href="/aslseg/reports/1">' in page
     assert "liver 0.750, tumour empty" in page

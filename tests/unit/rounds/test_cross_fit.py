@@ -13,9 +13,10 @@ from aslseg.rounds import pipeline
 from aslseg.rounds.cross_fit import cross_fit, folds
 from aslseg.rounds.recipes import aslseg
 from aslseg.rounds.run import run_round
-from aslseg.settings import Paths
+from aslseg.settings import Paths, Settings
+from aslseg.ssl import training
 from aslseg.types import no_progress
-from tiny_rounds import tiny_settings, tiny_studies
+from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
 PATIENTS = (
     "case,patient,role\nphantom_000,a,train\nphantom_001,a,train\nphantom_002,b,train\nphantom_003,c,validation\n"
@@ -57,12 +58,9 @@ def test_every_label_is_scored_by_a_model_that_has_not_seen_its_patient(
         trained.append({c.id for c in labelled})
         return train(labelled, *rest, **more)
 
-    def ensemble(found: Any, candidates: Any) -> Any:
-        """As if the ensemble had validated best."""
-        return "ensemble", {name: found.dice(maps) for name, maps in candidates.items()}
-
     monkeypatch.setattr(pipeline.training, "train", watched)
-    monkeypatch.setattr(aslseg, "choose_source", ensemble)
+    # as if the ensemble had been best
+    monkeypatch.setattr(aslseg, "choose_source", lambda *_: "ensemble")
     summary = run_round(studies, settings)
     assert {frozenset(t) for t in trained[1:3]} == {
         frozenset({"phantom_000", "phantom_001"}),
@@ -76,6 +74,10 @@ def test_every_label_is_scored_by_a_model_that_has_not_seen_its_patient(
     assert found["dice"]["liver"] == pytest.approx(sum(livers) / 3)
     assert summary["source"] == "ensemble"
     assert set(summary["validation"]) >= {"ssl", "adapter", "consensus", "ensemble"}
+    assert set(summary["cross_fitted"]) == {"ssl", "adapter", "consensus", "ensemble"}
+    # three labels by cross-fitting and the validation case
+    assert summary["evidence"]["liver"]["cases"] == 4
+    assert {"folds", "score"} <= set(summary["seconds"])
     (folder,) = (Paths(settings, studies).rounds / "steps").glob("ensemble-*")
     assert len(json.loads((folder / "inputs.json").read_text())["members"]) == 3
     assert {p.name[:11] for p in folder.glob("*.npz")} >= set(summary["promoted"])
@@ -83,5 +85,50 @@ def test_every_label_is_scored_by_a_model_that_has_not_seen_its_patient(
 
 def test_one_patient_gives_no_folds() -> None:
     cases = [SimpleNamespace(id=n, patient="a") for n in range(3)]
-    one: Any = SimpleNamespace(cases=SimpleNamespace(train=cases), settings=SimpleNamespace(label_folds=4))
+    one: Any = SimpleNamespace(cases=SimpleNamespace(train=cases), settings=Settings())
+    assert one.settings.most_folds == 4
     assert cross_fit(one, no_progress) is None
+
+
+class Killed(BaseException):
+    """As by ``kill -9``: nothing catches it."""
+
+
+@pytest.mark.usefixtures("plausible")
+def test_a_round_killed_in_its_folds_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, train = {}, training.train
+    for name, kills in (("whole", ()), ("killed", ("folds", "score"))):
+        root = tmp_path / name
+        root.mkdir()
+        studies, settings = tiny_studies(root, cases=5, labelled=4), tiny_settings(root, label_folds="auto")
+        (studies / "patients.csv").write_text(PATIENTS)
+        for stage in kills:
+            seen: list[str] = []
+
+            def kill(done: int, total: int, where: str = stage, seen: list[str] = seen, **shown: Any) -> None:
+                seen.append(shown["stage"])
+                # in the second half of the stage
+                if seen.count(where) > (8 if where == "folds" else 2):
+                    raise Killed
+
+            with pytest.raises(Killed):
+                run_round(studies, settings, kill)
+        trained: list[str] = []
+        with monkeypatch.context() as patched:
+
+            def watched(labelled: Any, *rest: Any, into: list[str] = trained, **more: Any) -> Any:
+                into.append(str(sorted(c.id for c in labelled)))
+                return train(labelled, *rest, **more)
+
+            patched.setattr(training, "train", watched)
+            summary = run_round(studies, settings)
+        steps = Paths(settings, studies).rounds / "steps"
+        ended[name] = (
+            {k: summary[k] for k in ("out_of_fold", "evidence", "cross_fitted", "promoted", "decisions", "source")},
+            label_hashes(studies),
+            published_hashes(settings, studies),
+            sorted(p.name for p in steps.iterdir()),
+        )
+        # after the last kill nothing but the retraining is left
+        assert len(trained) == (4 if name == "whole" else 1)
+    assert ended["killed"] == ended["whole"]

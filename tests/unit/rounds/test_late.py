@@ -11,7 +11,7 @@ import pytest
 
 from aslseg.agreement.promotion_rules import Verdict
 from aslseg.cases.studies import ORIGINAL, PSEUDO
-from aslseg.rounds import late, promotion
+from aslseg.rounds import canaries, late, promotion
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import HUMAN_WINS, verify_label_files
 from aslseg.rounds.run import run_round
@@ -73,6 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engine, "STATISTICS_BATCHES", 2)
         patched.setattr(promotion, "judge", lambda *_: Verdict(True))
+        patched.setattr(canaries, "FLOOR", 0.0)
         run_round(after / "studies", tiny_settings(after, promote_fraction=1))
     return before, after
 

@@ -20,6 +20,7 @@ from aslseg.rounds.cases import RoundCases
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress
+from aslseg.rounds.promotion_decisions import why_nothing
 from aslseg.rounds.run import run_round
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import case_id, read_image
@@ -84,6 +85,37 @@ def test_the_verdict_refuses_what_is_unlike_human_labels_or_disputed(
     assert [k for k in label_hashes(known_masks) if "pseudo" in k] == [f"aslseg_pseudo/{PLAUSIBLE}.nii.gz"]
     # a refused mask is still shown to annotators
     assert (known_masks / "labels" / "original" / f"{TOO_LARGE}.nii.gz").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_networks_that_are_wrong_together_promote_nothing_and_a_first_model_says_how_poor_it_is(
+    known_masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = pipeline.compute
+
+    def mirrored(*given: Any) -> StageOutput:
+        return StageOutput(right(*given).regions[:, ::-1].copy())
+
+    monkeypatch.setattr(pipeline, "compute", mirrored)
+    asked = {"promote_threshold": "0.8", "promote_fraction": 1, "label_folds": "auto"}
+    summary = run_round(known_masks, tiny_settings(tmp_path, **asked, promote_floor="auto"))
+    assert summary["agreement"][PLAUSIBLE] == 1
+    assert summary["promoted"] == []
+    liver = summary["evidence"]["liver"]
+    assert (liver["cases"], liver["floor"], liver["dice"] < 0.5) == (3, 0.8, True)
+    reason = f"liver: Dice {liver['dice']:.2f} on 3 human labels that were not trained on, floor 0.8 (promote_floor)"
+    assert summary["decisions"][PLAUSIBLE]["reasons"] == [reason]
+    ledger = Ledger(Paths(tiny_settings(tmp_path), known_masks).ledger)
+    assert reason in why_nothing(ledger.rounds()[-1])
+    for kind, line in zip(("ssl", "sam", "adapter"), summary["published"], strict=True):
+        assert line.startswith(f"{kind}: published, the first one (Dice ")
+        assert f"; Dice on human labels that were not trained on: liver {liver['dice']:.2f} on 3, tumour" in line
+        assert [w for w in summary["warnings"] if w.startswith(f"the first {kind} model is published, but liver has")]
+    page = (Paths(tiny_settings(tmp_path), known_masks).reports / "round-1.html").read_text()
+    assert "the first ssl model is published, but liver has Dice" in page
+    # a ranking between two rounds goes by the same floors
+    (score,) = (s for s in ledger.scores() if s.case == PLAUSIBLE)
+    assert score.details["reasons"] == [reason]
 
 
 def test_a_changed_scan_is_hashed_again(tmp_path: Path) -> None:

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 
 from aslseg.cases.prepared_case import Prepared
+from aslseg.files import sha256
 from aslseg.models.cascade import StageOutput
+from aslseg.review.report import collect
 from aslseg.rounds import pipeline, run
 from aslseg.rounds.artefacts import confidence
+from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.run import run_round
+from aslseg.settings import Paths
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
 
@@ -62,26 +66,41 @@ def test_where_retraining_starts_and_how_voxels_weigh(
             np.testing.assert_allclose(part.astype(np.float32), expected, atol=0.01)
 
 
+TIMES = ("seconds", "measured", "rates", "ledger", "models", "inputs")
+"""Of a summary, what two equal rounds in two folders do not share."""
+
+
 @pytest.mark.usefixtures("plausible")
 def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = run.prepare_cases
+    """Through two whole rounds: folds, ensemble, verdicts, canaries, promotion, drift, retraining, gate and report."""
+    prepare, rng = run.prepare_cases, np.random.default_rng(0)
+
+    def poison(number: int, shape: tuple[int, ...]) -> np.ndarray:
+        return rng.integers(0, 255, shape).astype(np.uint8) if number % 2 else np.full(shape, np.nan, np.float32)
 
     def poisoned(*arguments: Any) -> Any:
         cases = prepare(*arguments)
         for group in (cases.unlabelled, cases.predict_only):
-            group[:] = [replace(c, label=np.full(c.image.shape, np.nan, np.float32)) for c in group]
-        assert cases.unlabelled
-        assert cases.predict_only
+            group[:] = [replace(c, label=poison(n, c.image.shape)) for n, c in enumerate(group)]
+        assert [len(group) for group in (cases.unlabelled, cases.predict_only)] == [2, 1]
         return cases
 
     found = []
     for name, preparation in (("clean", prepare), ("poisoned", poisoned)):
         root = tmp_path / name
         root.mkdir()
-        studies, settings = tiny_studies(root), tiny_settings(root, promote_fraction=1, promote_empty=1)
+        studies = tiny_studies(root)
+        settings = tiny_settings(root, promote_fraction=1, promote_empty=1, label_folds=2)
         (studies / "patients.csv").write_text("case,patient,role\nphantom_000,P,validation\nphantom_005,P,\n")
         monkeypatch.setattr(run, "prepare_cases", preparation)
-        summary = run_round(studies, settings)
-        assert summary["promoted"] + summary["withdrawn"] == ["phantom_003", "phantom_004"]
-        found.append((label_hashes(studies), published_hashes(settings, studies), summary["agreement"]))
+        summaries = [run_round(studies, settings) for _ in range(2)]
+        assert summaries[0]["promoted"] + summaries[0]["withdrawn"] == ["phantom_003", "phantom_004"]
+        assert summaries[0]["out_of_fold"]["folds"] == 2
+        assert summaries[0]["canaries"]["cases"]
+        paths = Paths(settings, studies)
+        reported = collect(paths, settings, Ledger(paths.ledger).rounds()[-1])
+        decided = [{k: v for k, v in s.items() if k not in TIMES} for s in summaries]
+        shown = {k: v for k, v in reported.items() if k not in (*TIMES, "opened", "closed", "written", "computed")}
+        models = [{kind: sha256(Path(path)) for kind, path in s["models"].items()} for s in summaries]
+        found.append((label_hashes(studies), published_hashes(settings, studies), models, decided, shown))
     assert found[0] == found[1]

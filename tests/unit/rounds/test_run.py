@@ -54,6 +54,7 @@ def test_two_rounds_rank_and_rollback(tmp_path: Path, judged: Judged) -> None:
     assert all("published, the first one" in line for line in first["published"])
     # six steps teach no network what a tumour is
     assert [w for w in first["warnings"] if w.startswith("tumour is not learned")]
+    assert "; tumour is not learned" in first["published"][0]
     assert set(first["classes"]) == {"liver", "tumour"}
     page = (paths.home / "reports" / "round-1.html").read_text()
     assert page.count("data:image/png") == 2

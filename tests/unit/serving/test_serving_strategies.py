@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from aslseg.cases.scan_checks import ScanChecks
-from aslseg.rounds.ledger import Ledger, Score
+from aslseg.rounds.ledger import Entry, Ledger, Score
 from aslseg.serving.scoring import AgreementScoring
-from aslseg.serving.strategies import ByAgreement, Leases, Random
+from aslseg.serving.strategies import ByAgreement, ByAudit, Leases, Random
 
 
 class Store:
@@ -145,3 +145,37 @@ def test_scoring_copies_the_ledger(ledger: Ledger, tmp_path: Path) -> None:
     store = Store(["a"], tmp_path)
     assert AgreementScoring(ledger)({}, store) == {"scored": 4}
     assert store.infos["b"]["aslseg"]["agreement"] == 0.2
+
+
+def audit(number: int, case: str, mask: str = "m") -> Entry:
+    about = {"sha256": mask, "image": "i", "agreement": {"liver": 0.9}, "promoted": True}
+    return Entry("audit", number, case, "aslseg_pseudo", about)
+
+
+def test_audits_are_handed_out_oldest_first_until_they_are_answered(ledger: Ledger, tmp_path: Path) -> None:
+    store, strategy = Store(["a", "b", "c"], tmp_path), ByAudit(ledger, Leases(), ScanChecks(1e6), "")
+    none = strategy({"client_id": "ann"}, store)
+    assert (none["id"], none["audit"]) == ("b", None)
+    assert none["reason"] == "no audit waits; lowest agreement, 1 of 3 (0.200): a human helps most here"
+
+    ledger.append([Entry("opened", 1), audit(1, "c"), Entry("closed", 1), Entry("opened", 2), audit(2, "a")])
+    order = [strategy({"client_id": who}, store) for who in ("bob", "eve", "joe")]
+    assert [(r["id"], r["audit"]) for r in order] == [("c", 1), ("a", 2), ("b", None)]
+    assert order[0]["reason"].startswith("audit, 1 of 2: drawn at random after round 1")
+    assert order[2]["reason"].startswith("no audit waits; lowest agreement")
+
+    ledger.append([Entry("checked", 1, "c", "aslseg_pseudo", {"mask": "m", "label": "l", "dice": {"liver": 1.0}})])
+    store.cases.remove("c")
+    fresh = ByAudit(ledger, Leases(), ScanChecks(1e6), "")
+    assert fresh({"client_id": "ann"}, store)["id"] == "a"
+    ledger.append([Entry("closed", 2), Entry("rolled back", 2)])
+    assert strategy({"client_id": "zoe"}, store)["audit"] is None, "another order as soon as the ledger says so"
+    assert by_agreement(ledger)({"client_id": "ann"}, store)["id"] == "b", "other strategies know nothing of audits"
+
+
+def test_an_audit_whose_scan_is_gone_or_labelled_is_passed_over(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    strategy = ByAudit(ledger, Leases(), ScanChecks(1e6), "")
+    assert strategy({}, Store([], tmp_path)) == {}
+    ledger.append([Entry("opened", 1), audit(1, "gone"), audit(1, "b")])
+    assert strategy({}, Store(["a", "b"], tmp_path))["id"] == "b"

@@ -518,3 +518,28 @@ def test_a_segmentation_among_the_scans_is_never_handed_out(folder: Path) -> Non
     for name in ("case0_seg.nii.gz", "other.seg.nrrd"):
         (folder / name).write_bytes((folder / "case0.nii.gz").read_bytes())
     assert sorted(open_store(folder).list_images()) == ["case0", "case1", "case2"]
+
+
+@pytest.mark.parametrize(
+    ("noted", "person", "expected"),
+    [
+        ({"agreement": {"ts": 100, "client_id": "user-xyz"}}, None, 100),
+        ({"agreement": {"ts": 100, "client_id": "ann"}, "random": {"ts": 200, "client_id": "bob"}}, "ann", 100),
+        ({"agreement": {"ts": 100, "client_id": "pc7"}, "random": {"ts": 200, "client_id": "pc8"}}, "ann", 200),
+        ({}, None, None),
+        ("nonsense", None, None),
+        ({"a": "nonsense", "b": {"ts": "late"}, "c": {"ts": float("nan")}}, None, None),
+    ],
+)
+def test_when_a_scan_was_handed_out_is_kept_with_the_saved_label(
+    store: StudiesDatastore, folder: Path, tmp_path: Path, noted: object, person: str | None, expected: float | None
+) -> None:
+    if "nonsense" not in str(noted):
+        store.update_image_info("case0", {"strategy": noted})
+        store = open_store(folder)  # a server that was started again since
+    else:
+        store._datastore.objects["case0"].image.info["strategy"] = noted
+    info = {"user": person} if person else {}
+    store.save_label("case0", str(write(tmp_path / "drawn.nii.gz", drawn(1))), FINAL, info)
+    (event,) = store.saved.ledger.events(kinds=("saved",))
+    assert event.details.get("handed_out") == expected

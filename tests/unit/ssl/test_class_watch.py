@@ -38,6 +38,15 @@ def test_voxels_without_weight_do_not_count_elsewhere():
     assert class_probabilities(Fixed(), [batch(0.0)], ["organ"])["organ"][1] is None
 
 
+def test_voxels_that_may_be_of_a_class_do_not_count_elsewhere():
+    one = batch()
+    # 3: of two labels the first, or the second that lies in it
+    left_open = Batch(one.image, torch.where(one.target == 1, 3, 0), one.weight, one.unlabelled, one.weak)
+    found = class_probabilities(Fixed(), [left_open], ["organ", "lesion"])
+    assert found["organ"] == [None, pytest.approx(0.1)]
+    assert found["lesion"] == [None, pytest.approx(0.45)]
+
+
 def test_what_is_not_learned_is_said():
     classes = {"fine": [0.9, 0.02], "low": [0.066, 0.01], "everywhere": [0.5, 0.4], "absent": [None, 0.1]}
     assert not_learned(classes) == ["low", "everywhere"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -408,3 +409,59 @@ def test_bfloat16_logits_give_finite_losses():
             loss = loss_of(method, batch_of())
         assert loss.dtype == torch.float32
         assert np.isfinite(loss.item())
+
+
+class Fixed(nn.Module):
+    """A network that gives the same output for every patch."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.output
+
+
+class Halves(nn.Module):
+    """Encoder and decoder of a network that gives the same output for every patch."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Identity(), network
+
+
+def drawing(name: str, logits: Tensor):
+    """A method whose networks all give these logits; without a consistency term, which is between networks."""
+    method = method_for(name, "liver,tumour", nested="tumour:liver", consistency="0")
+    fixed = Fixed(torch.cat([logits, torch.zeros_like(logits[:, 1:])], 1) if name == "dtc" else logits)
+    if name == "mcnet":
+        method.student = Halves(fixed)
+        method.others = nn.ModuleList([fixed, fixed])
+    else:
+        method.student = fixed
+    if name == "cps":
+        method.second = fixed
+    return method
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_labels_left_open_teach_nothing_of_what_lies_in_them(name):
+    """Whether the liver's probability is that of tumour or of liver is the same to the loss where that is left open."""
+    batch = batch_of(unlabelled=0)
+    # equal patches, which copy-paste leaves as they are
+    liver = (batch.target[:1] > 0).expand_as(batch.target)
+    left_open = replace(batch, target=torch.where(liver, 3, 0))
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, *SIZE)
+    share = torch.rand(2, 1, *SIZE)
+    whole = logits[:, 1:].logsumexp(1, keepdim=True)
+    moved = torch.cat([logits[:, :1], whole + share.log(), whole + (1 - share).log()], 1)
+    moved = torch.where(liver[:, None], moved, logits)
+    losses = [loss_of(drawing(name, z), left_open).item() for z in (logits, moved)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    known = replace(batch, target=liver.long())
+    told = [loss_of(drawing(name, z), known).item() for z in (logits, moved)]
+    assert told[0] != pytest.approx(told[1], rel=1e-4)
+    # the liver itself is learned
+    surer = torch.where(liver[:, None] & (torch.arange(3) > 0)[None, :, None, None, None], logits + 2, logits)
+    assert loss_of(drawing(name, surer), left_open).item() < losses[0]

@@ -189,6 +189,14 @@ def test_scans_without_tumours_without_liver_or_without_any_are_no_obstacle(tmp_
     cases = [case("a"), case("bb", tumour=False), case("ccc", liver=False), case("dddd", tumour=False, liver=False)]
     run(tmp_path / "ssl.safetensors", settings(), cases)
     assert "tumour is labelled in 2 of 4 scans" in caplog.text
+    assert "ccc is labelled with tumour but without liver around it: the second stage learns without it" in caplog.text
+    assert "dddd is labelled" not in caplog.text
+
+
+def test_lesions_that_nobody_drew_a_parent_around_give_no_second_stage(tmp_path, settings, caplog):
+    run(tmp_path / "ssl.safetensors", settings(), [case("a", liver=False), case("bb", liver=False)])
+    assert "no labelled scan shows liver: no second stage for tumour" in caplog.text
+    assert "stages" not in read_metadata(tmp_path / "ssl.safetensors")
 
 
 @pytest.mark.parametrize("voxels", [1e6, 2000])
@@ -251,3 +259,24 @@ def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path, settings):
         run(out, settings(ssl_method="mean_teacher"), free=[free])
         hashes.append(sha256(out))
     assert hashes[0] == hashes[1]
+
+
+def test_a_case_that_leaves_the_nested_label_open_teaches_the_first_stage_only(tmp_path, settings, monkeypatch):
+    labels, seen = settings().label_set, []
+    train = engine.train
+
+    def watched(labelled, *rest, **more):
+        seen.append({c.id: set(np.unique(c.label)) for c in labelled})
+        return train(labelled, *rest, **more)
+
+    monkeypatch.setattr(engine, "train", watched)
+    whole = case("open")
+    left_open = replace(
+        whole, label=labels.mark_unknown(whole.label, ("tumour",)), voxel_weight=np.ones(SHAPE, np.float16)
+    )
+    assert left_open.label.max() == 3
+    run(tmp_path / "ssl.safetensors", settings(), cases=[case("a"), case("bb"), left_open])
+    first, second = seen
+    assert first["open"] == {0, 1}
+    assert "open" not in second
+    assert all(values <= {0, 1, 2} for values in second.values())

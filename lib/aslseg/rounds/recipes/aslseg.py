@@ -6,21 +6,25 @@ A recipe is a function of the :class:`aslseg.rounds.pipeline.RoundPipeline` that
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from aslseg.agreement.promotion_rules import PromotionLimits, refusals, select
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds.artefacts import CachedProbabilities
-from aslseg.rounds.cross_fit import cross_fit
+from aslseg.rounds.cross_fit import cross_fit, folds
+from aslseg.rounds.evidence import Evidence, cascade_sources, fill_folds, gather, judge_labels
 from aslseg.rounds.pipeline import RoundPipeline
-from aslseg.rounds.promotion import RoundState, conclude, promotion_details
+from aslseg.rounds.promotion import conclude, promotion_details
+from aslseg.rounds.state import RoundState
 from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
 KEEP_GAIN = 0.05
 """Mean agreement that a new mask must have above that of the promoted one to replace it."""
+PROMOTED_SOURCES = ("ssl", "adapter", "consensus", "ensemble")
+"""Sources of masks that may be promoted, in the order in which they are taken where they are equally good."""
 
 
 def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     with progress.stage("ssl") as report:
         ssl = pipeline.train_ssl(before, report)
     crossed = None
-    if pipeline.settings.label_folds:
+    if folds(cases.train, pipeline.settings.most_folds):
         with progress.stage("folds") as report:
             crossed = cross_fit(pipeline, report)
     with progress.stage("predict") as report:
@@ -50,37 +54,42 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     models = ModelSet({ModelKind.SSL: ssl, ModelKind.SAM: sam, ModelKind.ADAPTER: adapter})
     with progress.stage("refine") as report:
         refined_maps = pipeline.fill(pipeline.predict(ModelKind.ADAPTER, models), cases.predicted, report)
-    candidates = {"ssl": ssl_maps, "adapter": refined_maps, "consensus": pipeline.consensus(ssl_maps, refined_maps)}
+    sources = cascade_sources(pipeline, models)
     if crossed:
-        candidates["ensemble"] = pipeline.ensemble([ssl_maps, *crossed.maps])
-    source, dice = choose_source(pipeline, candidates)
-    state = RoundState(pipeline, models, ssl_maps, refined_maps, source, candidates[source], crossed=crossed)
-    return conclude(state, dice, promotable) | (crossed.summary() if crossed else {})
+        sources["ensemble"] = pipeline.ensemble([ssl_maps, *crossed.maps])
+    if crossed:
+        with progress.stage("score") as report:
+            fill_folds(pipeline, crossed, models, report)
+    evidence = gather(pipeline, crossed, models, sources)
+    candidates = [name for name in sources if name in PROMOTED_SOURCES]
+    source = choose_source(evidence, candidates)
+    floors = judge_labels(evidence, source, pipeline.settings.floors, pipeline.labels)
+    state = RoundState(
+        pipeline, models, ssl_maps, refined_maps, source, sources[source], evidence, floors, crossed=crossed
+    )
+    dice = {name: pipeline.dice(sources[name]) for name in candidates}
+    compared = {"cross_fitted": evidence.compared(candidates)}
+    return conclude(state, dice, promotable) | compared | (crossed.summary() if crossed else {})
 
 
-def choose_source(
-    pipeline: RoundPipeline, candidates: dict[str, CachedProbabilities]
-) -> tuple[str, dict[str, float | None]]:
-    """Choose whose masks are promoted: those that are best on the validation cases.
+def choose_source(evidence: Evidence, candidates: Sequence[str]) -> str:
+    """Choose whose masks are promoted: those that are best on human labels that their network was not trained on.
 
     The adapter helps a weak SSL model and can hurt a strong one, and so do the folds' models in an ensemble. Without
-    validation cases, or where they are equal, the SSL model's are taken.
+    such labels, or where they are equal, the first is taken.
 
     Args:
-        pipeline: The round's cases.
-        candidates: Region probabilities by name, ``ssl`` first.
-
-    Returns:
-        The name of the best, and the validation Dice of all.
+        evidence: Of the round.
+        candidates: Names of the sources, ``ssl`` first.
     """
-    dice = {name: pipeline.dice(maps) for name, maps in candidates.items()}
+    dice = evidence.compared(candidates)
     source = max(candidates, key=lambda name: -1.0 if dice[name] is None else dice[name])  # type: ignore[arg-type, return-value]
-    logger.info("masks are taken from %s (validation Dice %s)", source, dice)
-    return source, dice
+    logger.info("masks are taken from %s (Dice on human labels that were not trained on: %s)", source, dice)
+    return source
 
 
 def promotable(state: RoundState, report: ProgressCallback) -> dict[str, dict[str, Any]]:
-    """Keep the masks of the scans on which the networks agree best.
+    """Keep the masks of the scans on which the networks agree best, as many as the promise allows.
 
     While neither human labels nor settings change, a promoted mask stays as it is until the networks agree clearly
     better on a new one (``KEEP_GAIN``), and promoted scans come before others. Otherwise every round would draw
@@ -92,23 +101,31 @@ def promotable(state: RoundState, report: ProgressCallback) -> dict[str, dict[st
     p, s = state.pipeline, state.pipeline.settings
     cases, wanted = {c.id: c for c in p.cases.unlabelled}, {}
     verdicts = {c: state.assessments[c].verdict for c in cases}
-    agreements = {c: state.assessments[c].agreement for c in cases}
+    agreements = {c: state.assessments[c].of_learned for c in cases}
     limits = PromotionLimits(s.promote_fraction, s.promote_cases, s.promote_empty)
-    kept = p.still_promoted()
+    unknown = state.floors.unknown
+    kept = {c: old for c, old in p.still_promoted().items() if tuple(old.get("unknown", ())) == unknown}
     names = select(verdicts, agreements, limits, kept)
     state.refused = refusals(verdicts, agreements, limits, names)
+    stay = {c: old for c, old in kept.items() if agreements[c].mean - mean_agreement(old) < KEEP_GAIN}
+    masks = [stay[c]["agreement"] if c in stay else agreements[c].per_label for c in names]
+    most, promises = state.promises.largest(masks), state.promises
+    state.promise = promises.about(masks, most)
+    if most < len(names):
+        left = {c for c in cases if verdicts[c].promote} - set(names[:most])
+        state.refused |= {c: [promises.refusal(most)] for c in left}
+    names, asked = names[:most], {name: least for name, least in s.thresholds.items() if name not in promises.lines}
     for done, name in enumerate(names, 1):
-        case, old = cases[name], kept.get(name)
-        if old is not None and agreements[name].mean - mean_agreement(old) < KEEP_GAIN:
-            wanted[name] = old
+        if name in stay:
+            wanted[name] = stay[name]
         else:
-            differ = p.decode(state.ssl_maps(case)) != p.decode(state.second_maps(case))
-            wanted[name] = promotion_details(state, case, differ, s.thresholds)
+            wanted[name] = promotion_details(state, cases[name], state.differs(cases[name]), asked)
         report(done, len(names))
     return wanted
 
 
 def mean_agreement(details: dict[str, Any]) -> float:
-    """Mean over the labels of the agreement with which a mask was promoted."""
-    known = [value for value in details["agreement"].values() if value is not None]
+    """Mean over the labels that it teaches of the agreement with which a mask was promoted."""
+    taught = {name: value for name, value in details["agreement"].items() if name not in details.get("unknown", ())}
+    known = [value for value in taught.values() if value is not None]
     return sum(known) / len(known) if known else 0.0

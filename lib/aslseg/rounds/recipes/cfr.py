@@ -1,9 +1,9 @@
 """CFR as a round: SAM fine-tuned on stitched slices labels every scan, and the SSL model learns from all of these.
 
 "Stitching, Fine-tuning, Re-training" (arXiv 2403.11229). The SSL method is the setting's; CFR's own is
-``mean_teacher`` with ``sam_train = lora`` and ``promote_weight = 1``. As in the paper, every pseudo-label is used; the
-publishing gate keeps a model that bad ones have made worse from being published. Scans are ranked by how far both
-models disagree.
+``mean_teacher`` with ``sam_train = lora`` and ``promote_weight = 1``. As in the paper, every pseudo-label is used or,
+if they miss ``promote_floor`` on the validation cases, none; the publishing gate keeps a model that bad ones have made
+worse from being published. Scans are ranked by how far both models disagree.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import numpy as np
 
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
+from aslseg.rounds.evidence import judge_labels, validated
 from aslseg.rounds.pipeline import RoundPipeline
-from aslseg.rounds.promotion import RoundState, conclude, promotion_details
+from aslseg.rounds.promotion import conclude, promotion_details
+from aslseg.rounds.state import RoundState
 from aslseg.types import ProgressCallback
 
 
@@ -36,18 +38,24 @@ def cfr(pipeline: RoundPipeline) -> dict[str, Any]:
     models = ModelSet({ModelKind.SSL: ssl, ModelKind.CANVAS: canvas})
     with progress.stage("redraw") as report:
         canvas_maps = pipeline.fill(pipeline.predict(ModelKind.CANVAS, models), cases.predicted, report)
-    dice = {"ssl": pipeline.dice(ssl_maps), "canvas": pipeline.dice(canvas_maps)}
-    state = RoundState(pipeline, models, ssl_maps, canvas_maps, "canvas", canvas_maps)
+    sources = {"ssl": ssl_maps, "canvas": canvas_maps}
+    dice = {name: pipeline.dice(maps) for name, maps in sources.items()}
+    evidence = validated(pipeline, "canvas", sources)
+    floors = judge_labels(evidence, "canvas", pipeline.settings.floors, pipeline.labels)
+    state = RoundState(pipeline, models, ssl_maps, canvas_maps, "canvas", canvas_maps, evidence, floors)
     return conclude(state, dice, promote_all, kinds=(ModelKind.SSL,))
 
 
 def promote_all(state: RoundState, report: ProgressCallback) -> dict[str, dict[str, Any]]:
-    """Keep the masks of all unlabelled scans, with the full weight everywhere.
+    """Keep the masks of all unlabelled scans, with the full weight everywhere; none where a label misses its floor.
 
     Returns:
         Case id to what the ledger says of its promotion.
     """
-    p, wanted = state.pipeline, {}
+    p, wanted, blocking = state.pipeline, {}, state.floors.blocking
+    if blocking:
+        state.refused = {case.id: list(blocking) for case in p.cases.unlabelled}
+        return {}
     for done, case in enumerate(p.cases.unlabelled, 1):
         nowhere = np.zeros(case.image.shape, bool)
         wanted[case.id] = promotion_details(state, case, nowhere, dict.fromkeys(p.labels.names, 0.0))

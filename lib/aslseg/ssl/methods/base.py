@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aslseg.compute.losses import merge_unknown
 from aslseg.compute.schedules import sigmoid_ramp
 from aslseg.errors import BadWeightsError
 from aslseg.settings import Settings
@@ -26,7 +27,8 @@ class Batch:
 
     Attributes:
         image: Labelled patches (B, 1, i, j, k), with about zero mean and unit variance.
-        target: Their class maps (B, i, j, k), int64.
+        target: Their class maps (B, i, j, k), int64; a value above N leaves open which of the labels nested in another
+            one a voxel is of (:meth:`Method.merged`).
         weight: Their voxel weights (B, i, j, k).
         unlabelled: Unlabelled patches (U, 1, i, j, k); U may be 0.
         weak: The same patches before their intensities were changed.
@@ -76,6 +78,13 @@ class Method(nn.Module, ABC):
         """Fraction done of the phase with unlabelled patches, at ``fraction`` of the training; below 0 before it."""
         before = 0.0 if self.warm else self.labelled_fraction
         return (fraction - before) / (1 - before)
+
+    def merged(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C, i, j, k) of the classes and a target (B, i, j, k) as losses take them, with values 0..N.
+
+        Every supervised loss goes through this: :attr:`Batch.target` may leave nested labels open.
+        """
+        return merge_unknown(logits, target, self.settings.label_set)
 
     @abstractmethod
     def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:

@@ -48,7 +48,7 @@ class BidirectionalCopyPaste(Method):
             target = torch.where(outside.bool(), batch.target, batch.target[other])
             weight = torch.where(outside.bool(), batch.weight, batch.weight[other])
             logits = self.student(image)
-            loss = region_loss(logits, target, weight)
+            loss = region_loss(*self.merged(logits, target), weight)
         else:
             loss, logits = self._self_training(batch, outside)
         return loss, {"supervised": loss.item(), "foreground": foreground_fraction(logits).item()}
@@ -64,7 +64,7 @@ class BidirectionalCopyPaste(Method):
         logits = self.student(torch.cat([x * outside + u * inside, u * outside + x * inside]))
         x_in, x_out = logits.chunk(2)
         every = torch.ones_like(w)
-        human = region_loss(x_in, y, w * outside) + region_loss(x_out, y, w * inside)
+        human = region_loss(*self.merged(x_in, y), w * outside) + region_loss(*self.merged(x_out, y), w * inside)
         machine = region_loss(x_in, pseudo, every * inside) + region_loss(x_out, pseudo, every * outside)
         return human + UNLABELLED_WEIGHT * machine, logits
 

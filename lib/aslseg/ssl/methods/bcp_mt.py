@@ -34,13 +34,13 @@ class CopyPasteTeacher(MeanTeacher):
     def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`. With no unlabelled patches it learns from the labelled ones alone."""
         logits = self.student(batch.image)
-        supervised = segmentation_loss(logits, batch.target, batch.weight)
+        supervised = segmentation_loss(*self.merged(logits, batch.target), batch.weight)
         logs = {"supervised": supervised.item(), "foreground": foreground_fraction(logits).item()}
         fraction = self.semi_supervised_fraction(fraction)
         if not len(batch.unlabelled) or fraction < 0:
             return supervised, logs
         image, target, weight = self._mixed(batch, generator)
-        mixed = segmentation_loss(self.student(image), target, weight)
+        mixed = segmentation_loss(*self.merged(self.student(image), target), weight)
         logs["mixed"] = mixed.item()
         return supervised + PSEUDO_WEIGHT * sigmoid_ramp(fraction / RAMP_PART) * mixed, logs
 

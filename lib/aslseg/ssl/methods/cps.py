@@ -35,8 +35,8 @@ class CrossPseudoSupervision(Method):
         labelled = len(batch.image)
         x = torch.cat([batch.image, batch.unlabelled])
         first, second = self.student(x), self.second(x)
-        supervised = segmentation_loss(first[:labelled], batch.target, batch.weight)
-        supervised = supervised + segmentation_loss(second[:labelled], batch.target, batch.weight)
+        supervised = segmentation_loss(*self.merged(first[:labelled], batch.target), batch.weight)
+        supervised = supervised + segmentation_loss(*self.merged(second[:labelled], batch.target), batch.weight)
         logs = {"supervised": supervised.item(), "foreground": foreground_fraction(first[:labelled]).item()}
         if not len(batch.unlabelled):
             return supervised, logs

@@ -7,7 +7,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from aslseg.compute.losses import dice_loss, foreground_fraction, weighted_mean
+from aslseg.compute.losses import classes_known, dice_loss, foreground_fraction, weighted_mean
 from aslseg.ssl.methods.base import Batch, Logs, Method
 
 DISTANCE_WEIGHT = 0.3
@@ -36,9 +36,10 @@ class DualTaskConsistency(Method):
         labelled, classes = len(batch.image), len(self.settings.label_set) + 1
         output = self.student(torch.cat([batch.image, batch.unlabelled])).float()
         p, distance = output[:, :classes].softmax(1), output[:, classes:].tanh()
-        truth = signed_distance(batch.target, classes)
-        error = (distance[:labelled] - truth).square().mean(1)
-        supervised = dice_loss(p[:labelled], batch.target, batch.weight)
+        logits, target = self.merged(output[:labelled, :classes], batch.target)
+        known = classes_known(batch.target, self.settings.label_set)[..., None, None, None]
+        error = ((distance[:labelled] - signed_distance(target, classes)).square() * known).mean(1)
+        supervised = dice_loss(logits.softmax(1), target, batch.weight)
         supervised = supervised + DISTANCE_WEIGHT * weighted_mean(error, batch.weight)
         consistency = (torch.sigmoid(-STEEPNESS * distance) - p[:, 1:]).square().mean()
         logs = {

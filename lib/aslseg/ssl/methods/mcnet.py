@@ -58,7 +58,8 @@ class MutualConsistency(Method):
         logits = [decode(features).float() for decode in (self.student.decode, *self.others)]
         p = [one.softmax(1) for one in logits]
         sharp = [sharpened(one) for one in logits]
-        dice = [dice_loss(one[:labelled], batch.target, batch.weight, squared=False, epsilon=1e-8) for one in p]
+        known = [self.merged(one[:labelled], batch.target) for one in logits]
+        dice = [dice_loss(z.softmax(1), y, batch.weight, squared=False, epsilon=1e-8) for z, y in known]
         supervised = SUPERVISED_WEIGHT * torch.stack(dice).sum()
         pairs = [(p[d] - sharp[e]).square().mean() for d, e in permutations(range(len(p)), 2)]
         consistency = torch.stack(pairs).sum()

@@ -28,7 +28,7 @@ class MeanTeacher(Method):
         """See :class:`Method`."""
         labelled = len(batch.image)
         logits = self.student(torch.cat([batch.image, batch.unlabelled]))
-        supervised = segmentation_loss(logits[:labelled], batch.target, batch.weight)
+        supervised = segmentation_loss(*self.merged(logits[:labelled], batch.target), batch.weight)
         logs = {"supervised": supervised.item(), "foreground": foreground_fraction(logits[:labelled]).item()}
         if not len(batch.unlabelled):
             return supervised, logs

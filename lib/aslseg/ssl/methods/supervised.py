@@ -15,5 +15,5 @@ class Supervised(Method):
     def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`."""
         logits = self.student(batch.image)
-        loss = segmentation_loss(logits, batch.target, batch.weight)
+        loss = segmentation_loss(*self.merged(logits, batch.target), batch.weight)
         return loss, {"supervised": loss.item(), "foreground": foreground_fraction(logits).item()}

@@ -1,0 +1,95 @@
+"""What a round has predicted and decided so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from aslseg.agreement.measures import Agreement
+from aslseg.agreement.promise import Pair
+from aslseg.agreement.promotion_rules import Verdict
+from aslseg.cases.prepared_case import Prepared
+from aslseg.models.model_set import ModelSet
+from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.canaries import Canary, Stop
+from aslseg.rounds.cross_fit import CrossFit
+from aslseg.rounds.evidence import Evidence, Floors
+from aslseg.rounds.pipeline import RoundPipeline
+from aslseg.rounds.promises import Promises
+
+
+@dataclass(frozen=True)
+class CaseAssessment:
+    """How far the two networks agree on a scan, and whether its mask may be promoted.
+
+    Attributes:
+        agreement: On all labels.
+        verdict: On the mask.
+        learned: Agreement on the labels that a promotion teaches; None where these are all.
+    """
+
+    agreement: Agreement
+    verdict: Verdict
+    learned: Agreement | None = None
+
+    @property
+    def of_learned(self) -> Agreement:
+        """The agreement by which masks are chosen."""
+        return self.learned or self.agreement
+
+
+@dataclass
+class RoundState:
+    """What a round has predicted and decided so far.
+
+    Attributes:
+        pipeline: The round's cases and steps.
+        models: The models before retraining.
+        ssl_maps: Region probabilities of the SSL model.
+        second_maps: Region probabilities of the network that the SSL model is compared with: the adaptation network,
+            or CFR's canvas model.
+        source: Whose masks are promoted, for the ledger.
+        masks: Region probabilities of the source.
+        evidence: What human labels say of the masks.
+        floors: Which labels it allows to be promoted.
+        assessments: By case id, of every scan without a human label.
+        refused: Why scans are not promoted, by case id.
+        promise: What the round promises of the promoted masks, for the summary.
+        canaries: What the verdict says of the validation scans, and how good their masks are.
+        stops: What may not be promoted, because a canary shows that it would be wrong.
+        crossed: What the folds give; None without.
+    """
+
+    pipeline: RoundPipeline
+    models: ModelSet
+    ssl_maps: CachedProbabilities
+    second_maps: CachedProbabilities
+    source: str
+    masks: CachedProbabilities
+    evidence: Evidence = field(default_factory=Evidence)
+    floors: Floors = field(default_factory=Floors)
+    assessments: dict[str, CaseAssessment] = field(default_factory=dict)
+    refused: dict[str, list[str]] = field(default_factory=dict)
+    promise: dict[str, dict[str, Any]] = field(default_factory=dict)
+    canaries: list[Canary] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
+    crossed: CrossFit | None = None
+
+    @property
+    def pairs(self) -> dict[str, list[Pair]]:
+        """Agreement and Dice of human labels that the predicting network was not trained on, by label."""
+        return self.evidence.pairs(self.source)
+
+    @cached_property
+    def promises(self) -> Promises:
+        """What can be promised of the masks; nothing of the labels that they leave open."""
+        return Promises.of(self.pipeline.settings, self.pipeline.ledger, self.pairs, self.floors.unknown)
+
+    def differs(self, case: Prepared) -> np.ndarray:
+        """Where the two networks differ in what a promotion of the case teaches, (i, j, k) bool."""
+        p, unknown = self.pipeline, self.floors.unknown
+        first, second = (p.labels.merge(p.decode(maps(case)), unknown) for maps in (self.ssl_maps, self.second_maps))
+        return np.asarray(first != second)
