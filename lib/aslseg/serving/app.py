@@ -46,7 +46,7 @@ from aslseg.serving.strategies import Leases
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
 from aslseg.settings.paths import require_writable
-from aslseg.volume.untrusted import keep_child_ready
+from aslseg.volume.untrusted import start_readers
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ class ServedApp(MONAILabelApp):
         watch_studies(self.metrics, self.paths, self.datastore())
         if self.paths.studies is not None:
             watch_headers(self.paths.studies, self.scan_checks)
-        keep_child_ready()
+        start_readers()
         self.start_first_round()
         if self.paths.studies is not None and (self.settings.night or self.settings.after_labels):
             Scheduler(
