@@ -242,8 +242,7 @@ class ServedApp(MONAILabelApp):
         return bool(has_case and has_case(word))
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
-        """A human label came in; with nothing trained yet, training can begin."""
-        self.leases.release(image_id)
+        """After a label was saved and its sender has an answer; with nothing trained yet, training can begin."""
         try:
             record_checked(self.paths, self.settings, image_id)
         except (AslsegError, OSError):  # the label is saved; the next round compares it

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.middleware import Middleware
 from starlette.testclient import TestClient
 
@@ -18,6 +19,7 @@ from aslseg.serving.health import check_health
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies
 from aslseg.serving.routes import _in_thread
+from aslseg.serving.routes.datastore import add_routes
 from aslseg.serving.threads import without_loop
 from aslseg.settings import Paths, load_settings
 
@@ -130,3 +132,39 @@ def test_the_round_and_the_scans_are_measured(tmp_path: Path) -> None:
     assert 'aslseg_tasks_running{queue="train"} 0.0' in text
     assert 'aslseg_round{value="number"} 4.0' in text
     assert 'aslseg_round{value="fraction"} 0.5' in text
+
+
+def test_what_follows_a_saved_label_keeps_its_sender_waiting_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    clock = [0.0]
+
+    def follow(case: str, label: str) -> None:
+        order.append(f"followed by the rest for {case}")
+        clock[0] += 1000
+
+    async def noting(scope: Any, receive: Any, send: Any) -> None:
+        async def noted(message: Any) -> None:
+            await send(message)
+            if message["type"] == "http.response.body":
+                order.append("answered")
+
+        await host(scope, receive, noted)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    store = SimpleNamespace(save_label=lambda *_: order.append("saved") or "case0")
+    app = SimpleNamespace(
+        datastore=lambda: store,
+        leases=SimpleNamespace(release=lambda case: order.append(f"released {case}")),
+        on_save_label=follow,
+    )
+    metrics, host, router = Metrics(), FastAPI(), APIRouter()
+    add_routes(router, app)  # type: ignore[arg-type]
+    host.include_router(router)
+    host.user_middleware.append(Middleware(RequestTimer, metrics=metrics))
+    reply = TestClient(noting).put("/datastore/label?image=case0", files={"label": ("label.nii.gz", b"x")})
+    assert reply.json() == {"image": "case0", "label": "case0"}
+    assert order == ["saved", "released case0", "answered", "followed by the rest for case0"]
+    text = metrics.render().decode()
+    assert 'aslseg_request_seconds_sum{method="PUT",route="/datastore/label",status="200"} 0.0' in text
