@@ -98,7 +98,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
             with self._exclusive(0.0):
                 self._reconcile_datastore()
         except RefusedError as error:
-            logger.info("the datastore was not read again: %s", error)
+            logger.debug("the datastore was not read again: %s", error)
 
     def has_case(self, name: str) -> bool:
         """Whether there is a scan with this id, as far as is known without looking at the disk."""
