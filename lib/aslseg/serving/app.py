@@ -50,6 +50,10 @@ from aslseg.volume.untrusted import start_readers
 
 logger = logging.getLogger(__name__)
 
+SWITCH_SECONDS = 0.001
+"""How long a thread may compute while others wait for their turn. Saving a label reads and writes a hundred times, and
+waits for a turn after each; Python's 5 ms would add up to half a second beside a thread that computes."""
+
 
 class ServedApp(MONAILabelApp):
     """Settings, datastore, sessions and errors; a subclass adds models, trainers, strategies and scoring.
@@ -232,6 +236,7 @@ class ServedApp(MONAILabelApp):
                 running=lambda: any(t["status"] in ("SUBMITTED", "RUNNING") for t in tasks("train")),
                 stop=lambda: AsyncTask.stop("train"),
             ).begin()
+        sys.setswitchinterval(SWITCH_SECONDS)
         # a full collection would otherwise walk through all that was imported, with every request waiting
         gc.collect()
         gc.freeze()

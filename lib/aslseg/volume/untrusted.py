@@ -150,4 +150,6 @@ def _limited(job: dict[str, Any], out: IO[bytes]) -> None:
 
 
 if __name__ == "__main__":
+    # OpenBLAS takes its memory at the first use, and where there is none it tries for ever
+    np.linalg.det(np.eye(3))
     serve(_limited)
