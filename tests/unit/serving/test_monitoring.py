@@ -159,7 +159,7 @@ def test_what_follows_a_saved_label_keeps_its_sender_waiting_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    clock = [0.0]
+    clock = [1.0]
 
     def follow(case: str, label: str) -> None:
         order.append(f"followed by the rest for {case}")

@@ -192,4 +192,6 @@ def test_a_saved_label_takes_its_scan_out_of_the_order_and_sorts_nothing(ledger:
         assert (found["id"], found["rank"], found["reason"].split(",")[1][:7]) == ("c", 1, " 1 of 2")
         assert [strategy({"client_id": "ann"}, store)["id"] for _ in range(2)] == ["a", "new"]
     ledger.set_scores([Score(c, 2, a, {}) for c, a in (("a", 0.1), ("c", 0.6), ("new", 0.05))])
+    for case in store.cases:
+        strategy.leases.release(case)
     assert [strategy({"client_id": "eve"}, store)["id"] for _ in range(3)] == ["new", "a", "c"]
