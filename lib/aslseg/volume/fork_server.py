@@ -35,6 +35,10 @@ class ForkServer:
         module: What it runs: a module that calls :func:`serve`.
     """
 
+    _lock: threading.Lock
+    _process: subprocess.Popen[bytes] | None
+    _control: socket.socket | None
+
     def __init__(self, module: str) -> None:
         self.module = module
         self._forget()
@@ -91,8 +95,7 @@ class ForkServer:
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
+        self._process = self._control = None
 
     def _run(self, file: IO[bytes], seconds: float) -> tuple[int | None, str]:
         """Exit status of the child, None where the process died with it; and the same in words."""
@@ -120,10 +123,10 @@ class ForkServer:
         if self._process is None or self._control is None or self._process.poll() is not None:
             if self._control is not None:
                 self._control.close()
-            self._control, theirs = socket.socketpair()
-            self._control.settimeout(KILL_SECONDS)
+            ours, theirs = socket.socketpair()
+            ours.settimeout(KILL_SECONDS)
             with theirs:
-                self._process = self._start(theirs)
+                self._control, self._process = ours, self._start(theirs)
         return self._process, self._control
 
     def _start(self, control: socket.socket) -> subprocess.Popen[bytes]:
@@ -155,7 +158,8 @@ def serve(work: Callable[[dict[str, Any], IO[bytes]], None]) -> None:
     control, children = socket.socket(fileno=0), dict[int, socket.socket]()
     try:
         while True:
-            ready, _, _ = select.select([control, awake, *children.values()], [], [])
+            watched: list[int | socket.socket] = [control, awake, *children.values()]
+            ready, _, _ = select.select(watched, [], [])
             if awake in ready:
                 os.read(awake, 4096)
             for pid, asker in list(children.items()):

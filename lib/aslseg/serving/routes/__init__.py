@@ -50,7 +50,7 @@ def put_in_front(host: FastAPI, router: APIRouter) -> None:
             before.add_api_route(
                 prefix + route.path,
                 without_loop(route.endpoint) if inspect.iscoroutinefunction(route.endpoint) else route.endpoint,
-                methods=list(route.methods),
+                methods=sorted(route.methods or ()),
                 name=route.name,
                 summary=route.summary,
                 tags=route.tags,
