@@ -116,6 +116,10 @@ def test_no_route_of_monai_label_runs_on_the_event_loop() -> None:
     def own(_: None = Depends(loop)) -> str:
         return "ours"
 
+    @outer.get("/docs")
+    def docs() -> str:
+        return "ours"
+
     middle = APIRouter(prefix="/api")
     middle.include_router(inner)
     host.include_router(middle, prefix="/v1")
@@ -123,6 +127,7 @@ def test_no_route_of_monai_label_runs_on_the_event_loop() -> None:
     put_in_front(host, outer)
     with TestClient(host) as client:
         assert client.get("/own").json() == "ours"
+        assert client.get("/docs").json() == "ours"
         assert client.get("/v1/api/info/?number=5").json() == "ann 5"
         assert client.get("/v1/api/info/?number=five").status_code == 422
         assert client.get("/reload").status_code == 200

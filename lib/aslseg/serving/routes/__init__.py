@@ -44,7 +44,7 @@ def install(host: FastAPI, app: ServedApp) -> None:
 
 def put_in_front(host: FastAPI, router: APIRouter) -> None:
     """Let a router answer first; the routes that were there before follow, none of them on the event loop."""
-    before, others = APIRouter(), []
+    before, others = APIRouter(), list[BaseRoute]()
     for prefix, route in _flat(host.router.routes):
         if isinstance(route, APIRoute):
             before.add_api_route(
@@ -60,9 +60,10 @@ def put_in_front(host: FastAPI, router: APIRouter) -> None:
             )
         else:
             others.append(route)
-    host.router.routes[:] = others
+    host.router.routes.clear()
     host.include_router(router)
     host.include_router(before)
+    host.router.routes.extend(others)
 
 
 def _flat(routes: Iterable[BaseRoute], prefix: str = "") -> Iterator[tuple[str, BaseRoute]]:
