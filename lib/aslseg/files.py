@@ -50,8 +50,12 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success fsync it and rename it to ``path``.
+
+    Args:
+        path: The file.
+        durable: Whether it must outlive a power cut, too; without, it outlives a kill of this process.
 
     The folder is made if missing. On any failure the temporary file is removed and ``path`` is as before.
     The temporary name keeps the extension and starts with a dot, so that a datastore does not list it.
@@ -68,14 +72,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
             os.close(handle)
             temporary = Path(created)
             yield temporary
-            sync_to_disk(temporary)
+            if durable:
+                sync_to_disk(temporary)
             # mkstemp is private to the user; a studies folder is often shared by a group
             with _UMASK:
                 umask = os.umask(0o077)
                 os.umask(umask)
             os.chmod(temporary, 0o666 & ~umask)
             os.replace(temporary, path)
-            sync_to_disk(path.parent)
+            if durable:
+                sync_to_disk(path.parent)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -113,13 +119,13 @@ def read_text(path: Path) -> str:
         return raw.decode("cp1252", "replace")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically.
+def write_json(path: Path, content: Any, durable: bool = True) -> None:
+    """Write JSON atomically; ``durable`` as for :func:`atomic_file`.
 
     Raises:
         DiskFullError, FileWriteError: As :func:`write_errors`.
     """
-    with atomic_file(path) as temporary:
+    with atomic_file(path, durable) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

@@ -81,7 +81,7 @@ def test_the_image_starts_our_server_as_no_root() -> None:
     )
     assert entry[:2] == ["aslseg", "serve"]
     assert {a for a in entry + command if a.startswith("--")} <= options("serve")
-    assert re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE) == ["aslseg"]
+    assert re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE) == [COMPOSE["services"]["aslseg"]["user"]]
     for source in re.findall(r"^COPY (\S+)", DOCKERFILE, re.MULTILINE):
         assert (ROOT / source).exists(), source
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 import nibabel as nib
 import numpy as np
@@ -27,7 +28,7 @@ from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.serving.write_behind import WriteBehind
 from aslseg.settings import Paths, load_settings
 from aslseg.volume import untrusted
-from aslseg.volume.untrusted import Limits
+from aslseg.volume.fork_server import ForkServer
 
 SETTINGS, _ = load_settings({"min_free_gb": "0"}, env={})
 SHAPE = (6, 5, 4)
@@ -129,23 +130,13 @@ WORK: dict[str, tuple[Callable[[Desk], None], tuple, list[tuple], int]] = {
 }
 
 
-class InThisProcess:
-    """Reads an upload without a child process, which takes half a second; how the child ends is tested elsewhere."""
-
-    def __init__(self) -> None:
-        self.reply = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end of the block
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.reply.close()
-
-    def run(self, path: Path, limits: Limits, error: type[AslsegError]) -> str:
-        """As the child's."""
-        untrusted._child(path.resolve(), limits.voxels, limits.setting, error, self.reply)
-        self.reply.seek(0)
-        return ""
+@contextmanager
+def in_this_process(_: ForkServer, job: dict[str, Any], __: float) -> Iterator[tuple[IO[bytes], str]]:
+    """Reads an upload without a child: a fork for each step would start readers of its own, which takes long."""
+    with tempfile.TemporaryFile() as file:
+        untrusted.read_job(job, file)
+        file.seek(0)
+        yield file, ""
 
 
 def wait_for_flush(behind: WriteBehind) -> None:
@@ -156,7 +147,7 @@ def wait_for_flush(behind: WriteBehind) -> None:
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(untrusted._spare, "take", InThisProcess)
+        patched.setattr(ForkServer, "work", in_this_process)
         patched.setattr(WriteBehind, "request", wait_for_flush)
         yield Desk.made(tmp_path_factory.mktemp("desk")).root.parent
 

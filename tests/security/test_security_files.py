@@ -15,6 +15,7 @@ import SimpleITK as sitk  # noqa: N813
 from aslseg.errors import BadImageError, BadLabelError
 from aslseg.types import Labels, Volume
 from aslseg.volume import untrusted
+from aslseg.volume.fork_server import ForkServer
 from aslseg.volume.io import read_image, read_label
 from aslseg.volume.untrusted import Limits, check_untrusted, read_untrusted, read_untrusted_label
 
@@ -140,11 +141,13 @@ def test_a_stream_that_goes_on_is_read_to_the_declared_size_only(tmp_path, name)
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_header_that_claims_more_than_the_file_holds_costs_no_memory(tmp_path):
+def test_a_header_that_claims_more_than_the_file_holds_costs_no_memory(tmp_path, monkeypatch):
     path = bomb(tmp_path / "a.nii.gz", 512**3, 1 << 20)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    monkeypatch.setattr(untrusted, "_readers", own := ForkServer("aslseg.volume.untrusted"))
     with pytest.raises(BadImageError, match="cannot be read as an image"):
         read_untrusted(path, Limits(2e8))
+    own.stop()  # what it and its children have used counts now
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - before < 100_000
 
 
@@ -158,7 +161,7 @@ def test_the_memory_of_the_child_is_limited_and_comes_back(tmp_path, monkeypatch
 
 def test_a_child_that_dies_costs_the_upload_only(tmp_path, monkeypatch):
     nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4)), tmp_path / "a.nii.gz")
-    monkeypatch.setattr(untrusted, "MODULE", "aslseg.absent")
+    monkeypatch.setattr(untrusted, "_readers", ForkServer("aslseg.absent"))
     with pytest.raises(BadImageError, match=r"a\.nii\.gz: .* limits of an upload \(exit code 1\)"):
         read_untrusted(tmp_path / "a.nii.gz", Limits(1))
 

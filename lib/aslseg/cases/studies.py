@@ -77,12 +77,19 @@ class Studies:
         return self.root / "labels" / tag / f"{case}.nii.gz"
 
 
-def read_studies(root: Path) -> Studies:
-    """List a studies folder.
+@dataclass(frozen=True)
+class Scans:
+    """The scans of a studies folder by their id, and files passed over, with the reason."""
+
+    images: dict[str, Path]
+    problems: tuple[str, ...]
+
+
+def read_scans(root: Path) -> Scans:
+    """List the scans of a studies folder.
 
     Raises:
         NotEnoughCasesError: The folder is missing or holds no scan.
-        BadSettingsError: A line of patients.csv that cannot be understood.
     """
     if not root.is_dir():
         raise NotEnoughCasesError(f"{root}: no such folder; give a folder of NIfTI or NRRD scans with --studies")
@@ -93,6 +100,22 @@ def read_studies(root: Path) -> Studies:
         raise NotEnoughCasesError(
             f"{root}: no scans (.nii.gz, .nii, .nrrd, .mha) directly in this folder{_elsewhere(root, problems)}"
         )
+    return Scans(images, tuple(problems))
+
+
+def read_studies(root: Path, scans: Scans | None = None) -> Studies:
+    """List a studies folder.
+
+    Args:
+        root: The folder.
+        scans: Its scans, if they were listed before.
+
+    Raises:
+        NotEnoughCasesError: The folder is missing or holds no scan.
+        BadSettingsError: A line of patients.csv that cannot be understood.
+    """
+    scans = scans or read_scans(root)
+    images, problems = scans.images, list(scans.problems)
     final, unmatched = _images(root / "labels" / FINAL)
     for case in sorted(set(final) - set(images)):
         unmatched.append(f"labels/{FINAL}/{final.pop(case).name}: no scan {case!r} in the folder{_close(case, images)}")

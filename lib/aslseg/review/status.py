@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from aslseg.cases.studies import FINAL, read_studies
+from aslseg.cases.studies import FINAL, Scans, read_scans, read_studies
 from aslseg.errors import AslsegError, LedgerError
 from aslseg.files import FileStamp
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
@@ -139,9 +139,7 @@ def _problems(paths: Paths, ledger: Ledger) -> list[str]:
         return []
     files = (paths.studies, paths.studies / "labels" / FINAL, paths.studies / "patients.csv")
     stamps = tuple(FileStamp.of(file) for file in files)
-    newest = max((stamp.mtime_ns for stamp in stamps if stamp), default=0) / 1e9
-    # a second change within the clock tick of the file system would leave the same stamps
-    read = _read_problems if abs(time.time() - newest) > TICK_SECONDS else _read_problems.__wrapped__
+    read = _read_problems if all(map(_settled, stamps)) else _read_problems.__wrapped__
     found = []
     try:
         served = [event.details["after"] for event in ledger.events(kinds=("published",))]
@@ -152,9 +150,21 @@ def _problems(paths: Paths, ledger: Ledger) -> list[str]:
     return [problem for problem in found if problem]
 
 
+def _settled(stamp: FileStamp | None) -> bool:
+    """Whether the next change will leave another stamp; one within the clock tick of the file system does not."""
+    return stamp is None or abs(time.time() - stamp.mtime_ns / 1e9) > TICK_SECONDS
+
+
 @lru_cache(maxsize=8)
 def _read_problems(root: Path, stamps: tuple[FileStamp | None, ...]) -> tuple[str, ...]:
-    return read_studies(root).problems
+    # after a label was saved, the scans, of which there may be thousands, are those that were listed before
+    read = _read_scans if _settled(stamps[0]) else _read_scans.__wrapped__
+    return read_studies(root, read(root, stamps[0])).problems
+
+
+@lru_cache(maxsize=8)
+def _read_scans(root: Path, _: FileStamp | None) -> Scans:
+    return read_scans(root)
 
 
 def _model(kind: ModelKind, entry: Published | None, fresh: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -254,6 +254,19 @@ class Ledger:
             for row in db.execute(query, values) if db else ():
                 seq, at, clock, kind, number, case, tag, details, previous, digest = row
                 yield Event(kind, number, case, tag, json.loads(details), seq, at, previous, digest), clock
+
+    def hold(self) -> sqlite3.Connection | None:
+        """A connection for a process that appends often to keep: without one, SQLite clears up its log after each call.
+
+        Returns:
+            Nothing to work with; None without a ledger.
+        """
+        if not self.path.exists():
+            return None
+        held = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        with suppress(sqlite3.Error):  # where something is wrong, the next call says so
+            held.execute("SELECT max(seq) FROM events").fetchall()  # only now it has the file open
+        return held
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection | None]:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 STARTED, STOPPED, NIGHT = "started", "stopped", "night"
 """Kinds of events: a start, a stop by a person, and what became of a night."""
+CONSIDERED = (STARTED, STOPPED, NIGHT, "opened", "closed", "saved")
 SCHEDULED = "scheduled"
 """Outcome of a night that no round belongs to: from here on nights are expected."""
 AHEAD = timedelta(hours=36)
@@ -118,7 +119,7 @@ class Nights:
 
     def state(self, now: datetime) -> dict[str, Any]:
         """``next`` opening, ``open`` until, ``held`` since, ``last`` night with its outcome; for people."""
-        events = self._events(now)
+        events = self._events(now, CONSIDERED[:-1])  # of saved labels there may be thousands
         stop, coming, current = _held(events), self.schedule.next_after(now), self.schedule.open_at(now)
         ended = [e for e in events if e.kind == NIGHT and e.details["outcome"] != SCHEDULED]
         return {
@@ -132,8 +133,8 @@ class Nights:
     def _append(self, kind: str, now: datetime, **details: Any) -> None:
         self.ledger.append([Entry(kind, details={"at": _text(now), **details})])
 
-    def _events(self, now: datetime) -> list[Event]:
-        found = self.ledger.events(kinds=(STARTED, STOPPED, NIGHT, "opened", "closed", "saved"))
+    def _events(self, now: datetime, kinds: tuple[str, ...] = CONSIDERED) -> list[Event]:
+        found = self.ledger.events(kinds=kinds)
         return [e for e in found if _at(e) <= now + AHEAD]
 
     def _night_due(self, events: Sequence[Event], now: datetime) -> Start | None:

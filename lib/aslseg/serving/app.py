@@ -46,9 +46,13 @@ from aslseg.serving.strategies import Leases
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
 from aslseg.settings.paths import require_writable
-from aslseg.volume.untrusted import keep_child_ready
+from aslseg.volume.untrusted import start_readers
 
 logger = logging.getLogger(__name__)
+
+SWITCH_SECONDS = 0.001
+"""How long a thread may compute while others wait for their turn. Saving a label reads and writes a hundred times, and
+waits for a turn after each; Python's 5 ms would add up to half a second beside a thread that computes."""
 
 
 class ServedApp(MONAILabelApp):
@@ -222,7 +226,7 @@ class ServedApp(MONAILabelApp):
         watch_studies(self.metrics, self.paths, self.datastore())
         if self.paths.studies is not None:
             watch_headers(self.paths.studies, self.scan_checks)
-        keep_child_ready()
+        start_readers()
         self.start_first_round()
         if self.paths.studies is not None and (self.settings.night or self.settings.after_labels):
             Scheduler(
@@ -232,6 +236,7 @@ class ServedApp(MONAILabelApp):
                 running=lambda: any(t["status"] in ("SUBMITTED", "RUNNING") for t in tasks("train")),
                 stop=lambda: AsyncTask.stop("train"),
             ).begin()
+        sys.setswitchinterval(SWITCH_SECONDS)
         # a full collection would otherwise walk through all that was imported, with every request waiting
         gc.collect()
         gc.freeze()
@@ -242,8 +247,7 @@ class ServedApp(MONAILabelApp):
         return bool(has_case and has_case(word))
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
-        """A human label came in; with nothing trained yet, training can begin."""
-        self.leases.release(image_id)
+        """After a label was saved and its sender has an answer; with nothing trained yet, training can begin."""
         try:
             record_checked(self.paths, self.settings, image_id)
         except (AslsegError, OSError):  # the label is saved; the next round compares it

@@ -32,7 +32,7 @@ from aslseg.serving.saved_labels import SavedLabels
 from aslseg.serving.series_cache import SeriesCache
 from aslseg.serving.shared_json import SharedJsonFile, new_entry
 from aslseg.settings import Paths, Settings
-from aslseg.volume.io import read_image, write_label
+from aslseg.volume.io import read_header, write_label
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
         if tag.casefold() == PSEUDO or (tag.casefold() == FINAL and tag != FINAL):
             raise RefusedError(f"tag {tag!r} cannot be saved; save under {FINAL!r}", 403)
         labels = self.settings.label_set
-        image = read_image(Path(self.get_image_uri(image_id)), self.settings.max_voxels)
+        image = read_header(Path(self.get_image_uri(image_id)), self.settings.max_voxels)
         class_map = decode_label(source, image, info.get("label_info"), labels)
         if tag != FINAL:
             return self._save_here(image_id, class_map, image.affine, tag, info)

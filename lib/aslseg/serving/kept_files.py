@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aslseg.errors import AslsegError
-from aslseg.files import atomic_file, write_json
+from aslseg.files import atomic_file, sync_to_disk, write_errors, write_json
 from aslseg.volume.io import case_id, extension
 
 STALE_SECONDS = 3600.0
@@ -38,7 +38,8 @@ class KeptFiles:
         """Keep an upload before anything is decided about it; it goes when the block succeeds.
 
         Where the block fails, or the server is killed in it, the upload stays in ``parked`` beside a JSON file with the
-        reason, and the error says where.
+        reason, and the error says where. It is on the disk before the error is answered; a power cut in the block,
+        which leaves the sender without an answer, may take it.
 
         Args:
             case: Id of the scan.
@@ -50,14 +51,16 @@ class KeptFiles:
         """
         name = f"{case}-{secrets.token_hex(4)}{extension(source) or '.bin'}"
         kept = self.home / "parked" / name
-        copy_file(source, kept)
+        copy_file(source, kept, durable=False)
         about = kept.with_name(f"{name}.json")
         described = {"case": case, "params": info}
-        write_json(about, described | {"reason": "the server was stopped while it saved this label"})
+        write_json(about, described | {"reason": "the server was stopped while it saved this label"}, durable=False)
         try:
             yield
         except AslsegError as error:
             message = str(error).replace(str(source), "it").replace(source.name, f"of {case}").rstrip(".")
+            with write_errors(kept):
+                sync_to_disk(kept)
             write_json(about, described | {"reason": message})
             error.args = (f"{message}. Your upload is kept as {kept.relative_to(self.home)}",)
             raise
@@ -94,9 +97,9 @@ def remove_stale_temporaries(*folders: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file atomically."""
-    with atomic_file(target) as temporary:
+def copy_file(source: Path, target: Path, durable: bool = True) -> None:
+    """Copy a file atomically; ``durable`` as for :func:`aslseg.files.atomic_file`."""
+    with atomic_file(target, durable) as temporary:
         shutil.copyfile(source, temporary)
 
 

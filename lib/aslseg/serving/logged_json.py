@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from aslseg.serving.shared_json import SharedJsonFile, rotate
 from aslseg.serving.write_behind import WriteBehind
 
 logger = logging.getLogger(__name__)
+
+PIECE, PAUSE_SECONDS = 100, 0.001
+"""After so many entries are made ready to be written, requests have their turn."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,10 @@ class LoggedJsonFile(SharedJsonFile):
         path = Path(self._datastore_config_path)
         with self._exclusive():
             model, seq = self._datastore.model_copy(), self._applied
+        for number, (case, entry) in enumerate(list(model.objects.items())):
+            self._entry_text(case, entry)
+            if number % PIECE == 0:
+                time.sleep(PAUSE_SECONDS)
         staged = path.with_name(f".tmp-{os.getpid()}-{threading.get_native_id()}-{path.name}")
         try:
             with write_errors(path):

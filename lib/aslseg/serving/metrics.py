@@ -109,13 +109,14 @@ class RequestTimer:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), "500"
+        began, status, ended = time.perf_counter(), "500", 0.0
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = str(message["status"])
             await send(message)
+            ended = time.perf_counter()  # what is done after the answer keeps nobody waiting
 
         with self.metrics.in_flight.track_inprogress():
             try:
@@ -123,4 +124,4 @@ class RequestTimer:
             finally:
                 route: Any = scope.get("route")
                 labels = scope["method"], getattr(route, "path", "none"), status
-                self.metrics.requests.labels(*labels).observe(time.perf_counter() - began)
+                self.metrics.requests.labels(*labels).observe((ended or time.perf_counter()) - began)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ class SavedLabels:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._all: dict[tuple[str, str], dict[str, Any]] | None = None
+        self._held: sqlite3.Connection | None = None
 
     def record_saved(
         self, case: str, tag: str, info: dict[str, Any], scan_info: Mapping[str, Any] | None = None
@@ -75,6 +77,8 @@ class SavedLabels:
     def _append(self, kind: str, case: str, tag: str, details: dict[str, Any]) -> None:
         self.ledger.append([Entry(kind, case=case, tag=tag, details=details)])
         self._all = None
+        if self._held is None:
+            self._held = self.ledger.hold()
 
     def forget(self) -> None:
         """Forget what :meth:`all` has read; other processes write the ledger too."""

@@ -13,7 +13,9 @@ from aslseg.serving.listing import ScanListing
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 30.0
-PAUSE_SECONDS = 0.002  # between two headers, so that thousands of them delay no request
+PAUSE_SECONDS = 0.002
+SHARE = 10
+"""It rests this many times as long as a header took: thousands of them, after a start, delay no request."""
 
 
 def watch_headers(folder: Path, checks: ScanChecks) -> None:
@@ -26,8 +28,9 @@ def look_at_headers(folder: Path, checks: ScanChecks) -> None:
     listing = ScanListing(folder)
     listing.changed()
     for name in filter(None, map(listing.scan, list(listing.files))):
+        began = time.monotonic()
         checks.look(folder / name)
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(max(PAUSE_SECONDS, SHARE * (time.monotonic() - began)))
 
 
 def _watch(folder: Path, checks: ScanChecks) -> None:

@@ -131,27 +131,47 @@ class HandsOut(Strategy):
 
 
 @dataclass(frozen=True)
+class Scored:
+    """All scans with an agreement, in its order.
+
+    Attributes:
+        version: The ledger's last event about scores.
+        agreement: By id, the scan that comes first at the beginning.
+    """
+
+    version: int
+    agreement: dict[str, float]
+
+    @classmethod
+    def of(cls, version: int, agreements: dict[str, float], highest: bool) -> Scored:
+        """Sort."""
+        order = sorted(agreements, key=lambda case: (agreements[case], case), reverse=highest)
+        return cls(version, {case: agreements[case] for case in order})
+
+
+@dataclass(frozen=True)
 class Order:
     """Scans without a human label in the order of their agreement.
 
     Attributes:
         cases: As the datastore gave them.
-        version: The ledger's last event about scores.
+        scored: What they were sorted by.
         ranked: Ids; those without a score come last.
-        agreement: Of the ids that have a score.
+        count: How many of them have a score.
     """
 
     cases: list[str]
-    version: int
+    scored: Scored
     ranked: list[str]
-    agreement: dict[str, float]
+    count: int
 
     @classmethod
-    def of(cls, cases: list[str], version: int, agreements: dict[str, float], highest: bool) -> Order:
-        """Sort."""
-        known = {case: agreements[case] for case in cases if case in agreements}
-        scored = sorted(known, key=lambda case: (known[case], case), reverse=highest)
-        return cls(cases, version, scored + sorted(case for case in cases if case not in known), known)
+    def of(cls, cases: list[str], scored: Scored) -> Order:
+        """Take these cases out of the order of all; whenever a label was saved, so nothing is sorted."""
+        wanted, agreement = set(cases), scored.agreement
+        known = [case for case in agreement if case in wanted]
+        rest = [case for case in cases if case not in agreement] if len(known) < len(cases) else []
+        return cls(cases, scored, known + sorted(rest), len(known))
 
 
 class ByAgreement(HandsOut):
@@ -173,16 +193,19 @@ class ByAgreement(HandsOut):
         order = self._current(cases)
 
         def reason(case: str) -> dict[str, Any]:
-            rank, scored = order.ranked.index(case) + 1, len(order.agreement)
-            return {"rank": rank, **_reason(order.agreement.get(case), rank, scored, self.highest)}
+            rank = order.ranked.index(case) + 1
+            return {"rank": rank, **_reason(order.scored.agreement.get(case), rank, order.count, self.highest)}
 
         return order.ranked, reason
 
     def _current(self, cases: list[str]) -> Order:
-        """The order, sorted again only when there are other scores, or another list of scans."""
+        """The order, sorted again only when there are other scores."""
         order, version = self._order, self.ledger.last_seq(("scored",))
-        if order is None or order.cases is not cases or order.version != version:
-            order = self._order = Order.of(cases, version, self.ledger.agreements(), self.highest)
+        scored = order.scored if order is not None else None
+        if scored is None or scored.version != version:
+            scored = Scored.of(version, self.ledger.agreements(), self.highest)
+        if order is None or order.cases is not cases or order.scored is not scored:
+            order = self._order = Order.of(cases, scored)
         return order
 
 

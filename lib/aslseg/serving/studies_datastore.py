@@ -36,9 +36,9 @@ from aslseg.volume.io import (
     IMAGE_EXTENSIONS,
     case_id,
     extension,
-    read_image,
+    read_header,
     require_free_disk,
-    write_label,
+    write_label_into,
 )
 from aslseg.volume.untrusted import Limits, check_untrusted
 
@@ -98,7 +98,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
             with self._exclusive(0.0):
                 self._reconcile_datastore()
         except RefusedError as error:
-            logger.info("the datastore was not read again: %s", error)
+            logger.debug("the datastore was not read again: %s", error)
 
     def has_case(self, name: str) -> bool:
         """Whether there is a scan with this id, as far as is known without looking at the disk."""
@@ -254,7 +254,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
         obj = self._known(case)
         target = require_trusted(self.root / "labels" / tag, self.root) / f"{case}.nii.gz"
         require_free_disk(self.root, self.settings.min_free_gb)
-        image = read_image(self.root / f"{case}{obj.image.ext}", self.settings.max_voxels)
+        image = read_header(self.root / f"{case}{obj.image.ext}", self.settings.max_voxels)
         class_map = decode_label(source, image, info.get("label_info"), self.settings.label_set)
         if tag == FINAL:
             self._empty.require_meant(case, class_map, info)
@@ -263,7 +263,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
             self._known(case)
             self._keep_version(case, tag)
             with atomic_file(target) as temporary:
-                write_label(temporary, class_map, image.affine)
+                write_label_into(temporary, class_map, image.affine)
                 stamp = FileStamp.of(self._sidecar_path(case))
                 info |= {"sha256": sha256(temporary), "sidecar": stamp.mtime_ns if stamp else 0}
                 self.saved.record_saved(case, tag, info, obj.image.info)

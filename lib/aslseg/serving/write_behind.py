@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 SHARE = 20
 """The thread rests this many times as long as the last writing took: it takes at most a twentieth of one core."""
 RETRY_SECONDS = 10.0
+FIRST_SECONDS = 0.5
+"""Between a request and the writing, in which whoever asked gets an answer: threads take turns to compute."""
 
 
 class WriteBehind:
@@ -56,6 +58,7 @@ class WriteBehind:
             self._rest = SHARE * (time.monotonic() - began)
 
     def _run(self) -> None:
+        time.sleep(FIRST_SECONDS)
         while True:
             rest = self._rest
             try:

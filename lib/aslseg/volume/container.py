@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # what the parsers and decompressors raise on damaged files
 UNREADABLE = (HeaderDataError, WrapStructError, OSError, EOFError, zlib.error, ValueError, OverflowError, LookupError)
+Z_MEM_ERROR = -4  # the decompressor's, which Python raises as a damaged file
 IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".mhd")
 
 
@@ -91,13 +92,19 @@ def _named_errors(path: Path, error: type[AslsegError]) -> Iterator[None]:
     except PermissionError:
         raise error(f"{path}: may not be read; check its permissions") from None
     except MemoryError:
-        raise error(f"{path.name}: not enough memory to read it; lower max_voxels or crop the scan") from None
+        raise error(_no_memory(path)) from None
     except UNREADABLE as problem:
+        if isinstance(problem, zlib.error) and str(problem).startswith(f"Error {Z_MEM_ERROR} "):
+            raise error(_no_memory(path)) from None
         first = str(problem).strip().splitlines()[0][:200] if str(problem).strip() else type(problem).__name__
         raise error(
             f"{path.name}: cannot be read as an image ({first}); it is truncated or not an image. "
             "Copy or export it again, or remove it"
         ) from None
+
+
+def _no_memory(path: Path) -> str:
+    return f"{path.name}: not enough memory to read it; lower max_voxels or crop the scan"
 
 
 def _check_header(path: Path, stored: StoredVolume, error: type[AslsegError]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = [
     "require_free_disk",
     "write_image",
     "write_label",
+    "write_label_into",
 ]
 
 
@@ -76,7 +78,7 @@ def finite_image(name: str, array: np.ndarray, affine: np.ndarray, notes: tuple[
     return Volume(array, affine, notes)
 
 
-def read_header(path: Path) -> Volume:
+def read_header(path: Path, max_voxels: float = math.inf) -> Volume:
     """Shape, affine and notes of a scan; its voxels stay on disk and all read as 0.
 
     Raises:
@@ -84,6 +86,7 @@ def read_header(path: Path) -> Volume:
     """
     with open_volume(path) as stored:
         require_one_channel(path.name, stored, BadImageError)
+        require_size(path.name, stored, max_voxels, BadImageError, "max_voxels")
         return Volume(np.broadcast_to(np.float32(0), stored.spatial_shape), stored.affine, stored.notes)
 
 
@@ -122,11 +125,17 @@ def write_label(path: Path, class_map: np.ndarray, affine: np.ndarray) -> None:
     Raises:
         DiskFullError, FileWriteError: The previous file, if any, is untouched.
     """
+    with atomic_file(path) as temporary:
+        write_label_into(temporary, class_map, affine)
+
+
+def write_label_into(path: Path, class_map: np.ndarray, affine: np.ndarray) -> None:
+    """As :func:`write_label`, into the temporary file of a caller who does more before it gets its name."""
     image = nib.Nifti1Image(np.asarray(class_map, np.uint8), affine)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, code=1)
     image.set_sform(affine, code=1)
-    _save(image, path)
+    nib.save(image, path)
 
 
 def write_image(path: Path, volume: Volume, dtype: type = np.int16) -> None:
@@ -134,10 +143,6 @@ def write_image(path: Path, volume: Volume, dtype: type = np.int16) -> None:
     array = np.rint(volume.array) if np.issubdtype(dtype, np.integer) else volume.array
     image = nib.Nifti1Image(array.astype(dtype), volume.affine)
     image.header.set_xyzt_units("mm")
-    _save(image, path)
-
-
-def _save(image: nib.Nifti1Image, path: Path) -> None:
     with atomic_file(path) as temporary:
         nib.save(image, temporary)
 

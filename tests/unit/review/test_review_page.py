@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -149,6 +150,30 @@ def test_labels_without_a_scan_and_notes_on_headers_stand_on_the_page(paths: Pat
     page = render(collect(settings, paths, STORE, notes=[note]))
     assert "labels/final/ana.nii.gz: no scan &#39;ana&#39; in the folder; did you mean &#39;anna&#39;?" in page
     assert note in page
+
+
+def test_a_saved_label_does_not_list_the_scans_again(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = paths.studies
+    assert root is not None
+    (root / "labels" / "final").mkdir(parents=True)
+    for name in ("a.nii.gz", "b.nii.gz", "b.nrrd"):
+        (root / name).write_bytes(b"only its name counts here")
+    for folder in (root, root / "labels" / "final"):
+        os.utime(folder, (1e9, 1e9))
+    first = status(paths)["problems"]
+    assert [p for p in first if p.startswith("b.nrrd: b.nii.gz has the same id")]
+    listed: list[Path] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(Path(folder)) or scandir(folder))
+    (root / "labels" / "final" / "c.nii.gz").write_bytes(b"")
+    os.utime(root / "labels" / "final", (1.1e9, 1.1e9))
+    second = status(paths)["problems"]
+    assert second[: len(first)] == first
+    assert "no scan 'c'" in second[-1]
+    assert root not in listed
+    (root / "c.nii.gz").write_bytes(b"")
+    os.utime(root, (1.1e9, 1.1e9))
+    assert status(paths)["problems"] == first
 
 
 def test_what_the_last_round_left_out_stands_on_the_page(paths: Paths) -> None:

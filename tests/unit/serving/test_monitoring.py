@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from starlette.middleware import Middleware
 from starlette.testclient import TestClient
 
@@ -17,7 +18,8 @@ from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.serving.health import check_health
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies
-from aslseg.serving.routes import _in_thread
+from aslseg.serving.routes import put_in_front
+from aslseg.serving.routes.datastore import add_routes
 from aslseg.serving.threads import without_loop
 from aslseg.settings import Paths, load_settings
 
@@ -87,24 +89,50 @@ def test_requests_are_measured_by_route() -> None:
     assert "Mueller" not in text
 
 
-def test_a_coroutine_that_blocks_runs_in_a_thread() -> None:
-    host, seen = FastAPI(), []
+def test_no_route_of_monai_label_runs_on_the_event_loop() -> None:
+    """Also in the versions of FastAPI that keep an included router as one route."""
+    host, seen, inner, outer = FastAPI(), {}, APIRouter(prefix="/info"), APIRouter()
 
-    @host.get("/blocking")
-    async def blocking(number: int = 1) -> int:
-        seen.append(threading.current_thread())
-        return number
+    def user() -> str:
+        return "nobody"
 
-    @host.get("/loop")
     async def loop() -> None:
-        seen.append(threading.current_thread())
+        seen["loop"] = threading.current_thread()
 
-    host.router.routes[:] = [_in_thread(r) if getattr(r, "path", "") == "/blocking" else r for r in host.router.routes]
+    @inner.get("/")
+    async def blocking(number: int = 1, who: str = Depends(user)) -> str:
+        seen["/info/"] = threading.current_thread()
+        return f"{who} {number}"
+
+    @host.get("/reload")
+    def plain() -> None:
+        seen["/reload"] = threading.current_thread()
+
+    @host.get("/own")
+    async def theirs() -> str:
+        return "theirs"
+
+    @outer.get("/own")
+    def own(_: None = Depends(loop)) -> str:
+        return "ours"
+
+    @outer.get("/docs")
+    def docs() -> str:
+        return "ours"
+
+    middle = APIRouter(prefix="/api")
+    middle.include_router(inner)
+    host.include_router(middle, prefix="/v1")
+    host.dependency_overrides[user] = lambda: "ann"
+    put_in_front(host, outer)
     with TestClient(host) as client:
-        assert client.get("/blocking?number=5").json() == 5
-        assert client.get("/blocking?number=five").status_code == 422
-        client.get("/loop")
-    assert seen[0] is not seen[1]
+        assert client.get("/own").json() == "ours"
+        assert client.get("/docs").json() == "ours"
+        assert client.get("/v1/api/info/?number=5").json() == "ann 5"
+        assert client.get("/v1/api/info/?number=five").status_code == 422
+        assert client.get("/reload").status_code == 200
+        assert client.get("/openapi.json").status_code == 200
+    assert seen["loop"] not in (seen["/info/"], seen["/reload"])
 
 
 def test_a_coroutine_that_waits_is_no_plain_function() -> None:
@@ -130,3 +158,39 @@ def test_the_round_and_the_scans_are_measured(tmp_path: Path) -> None:
     assert 'aslseg_tasks_running{queue="train"} 0.0' in text
     assert 'aslseg_round{value="number"} 4.0' in text
     assert 'aslseg_round{value="fraction"} 0.5' in text
+
+
+def test_what_follows_a_saved_label_keeps_its_sender_waiting_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    clock = [1.0]
+
+    def follow(case: str, label: str) -> None:
+        order.append(f"followed by the rest for {case}")
+        clock[0] += 1000
+
+    async def noting(scope: Any, receive: Any, send: Any) -> None:
+        async def noted(message: Any) -> None:
+            await send(message)
+            if message["type"] == "http.response.body":
+                order.append("answered")
+
+        await host(scope, receive, noted)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    store = SimpleNamespace(save_label=lambda *_: order.append("saved") or "case0")
+    app = SimpleNamespace(
+        datastore=lambda: store,
+        leases=SimpleNamespace(release=lambda case: order.append(f"released {case}")),
+        on_save_label=follow,
+    )
+    metrics, host, router = Metrics(), FastAPI(), APIRouter()
+    add_routes(router, app)  # type: ignore[arg-type]
+    host.include_router(router)
+    host.user_middleware.append(Middleware(RequestTimer, metrics=metrics))
+    reply = TestClient(noting).put("/datastore/label?image=case0", files={"label": ("label.nii.gz", b"x")})
+    assert reply.json() == {"image": "case0", "label": "case0"}
+    assert order == ["saved", "released case0", "answered", "followed by the rest for case0"]
+    text = metrics.render().decode()
+    assert 'aslseg_request_seconds_sum{method="PUT",route="/datastore/label",status="200"} 0.0' in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -179,3 +180,18 @@ def test_an_audit_whose_scan_is_gone_or_labelled_is_passed_over(tmp_path: Path) 
     assert strategy({}, Store([], tmp_path)) == {}
     ledger.append([Entry("opened", 1), audit(1, "gone"), audit(1, "b")])
     assert strategy({}, Store(["a", "b"], tmp_path))["id"] == "b"
+
+
+def test_a_saved_label_takes_its_scan_out_of_the_order_and_sorts_nothing(ledger: Ledger, tmp_path: Path) -> None:
+    """With ten thousand scans, reading and sorting the scores again would keep each annotator waiting."""
+    store, strategy = Store(["a", "b", "c", "new"], tmp_path), by_agreement(ledger)
+    assert strategy({"client_id": "ann"}, store)["id"] == "b"
+    with mock.patch.object(Ledger, "agreements", side_effect=AssertionError("the scores were read again")):
+        store.cases = ["a", "c", "new"]
+        found = strategy({"client_id": "ann"}, store)
+        assert (found["id"], found["rank"], found["reason"].split(",")[1][:7]) == ("c", 1, " 1 of 2")
+        assert [strategy({"client_id": "ann"}, store)["id"] for _ in range(2)] == ["a", "new"]
+    ledger.set_scores([Score(c, 2, a, {}) for c, a in (("a", 0.1), ("c", 0.6), ("new", 0.05))])
+    for case in store.cases:
+        strategy.leases.release(case)
+    assert [strategy({"client_id": "eve"}, store)["id"] for _ in range(3)] == ["new", "a", "c"]

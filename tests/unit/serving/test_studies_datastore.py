@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from aslseg import files
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.errors import BadImageError, BadLabelError, DiskFullError
 from aslseg.files import sha256, write_json
@@ -400,6 +401,34 @@ def test_a_drawing_is_kept_whatever_is_in_its_way(
     about = json.loads(parked[0].with_name(f"{parked[0].name}.json").read_text())
     assert (about["case"], about["params"]) == ("broken", {"client_id": "ann"})
     assert "junk" not in about["reason"]
+
+
+def test_saving_reads_no_voxel_of_the_scan_and_writes_the_label_once(
+    store: StudiesDatastore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = write(folder / "cut.nii")
+    os.truncate(scan, 352)  # its header
+    synced: list[Path] = []
+    sync = files.sync_to_disk
+    monkeypatch.setattr(files, "sync_to_disk", lambda path: synced.append(path) or sync(path))
+    store.save_label("cut", str(write(tmp_path / "l.nii.gz", drawn(1))), FINAL, {})
+    final = folder / "labels" / FINAL
+    assert (np.asarray(nib.load(final / "cut.nii.gz").dataobj) == drawn(1)).all()
+    assert [path == final or path.parent == final for path in synced].count(True) == 2, "the file and its name"
+    assert not [path for path in synced if "parked" in path.parts], "it is in the studies now"
+    assert store.paths.ledger.with_name("ledger.sqlite-wal").exists(), "SQLite does not clear up after each event"
+
+
+def test_a_refused_upload_is_on_the_disk_before_that_is_answered(
+    store: StudiesDatastore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("aslseg.serving.kept_files.sync_to_disk", synced.append)
+    monkeypatch.setattr(files, "sync_to_disk", synced.append)
+    with pytest.raises(BadLabelError, match="parked"):
+        store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(7))), FINAL, {})
+    (kept,) = (folder / ".aslseg" / "parked").glob("*.nii.gz")
+    assert synced.index(kept) < synced.index(kept.parent), "the file, then its name"
 
 
 def full(folder: Path | Ledger, *_: object) -> None:

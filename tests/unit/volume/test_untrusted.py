@@ -1,4 +1,4 @@
-"""The child that reads uploads may be started ahead: it serves one upload, and ends with its server."""
+"""Uploads are read in children of a process of its own: each is alone, limited, and ends with its server."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -15,80 +17,202 @@ import numpy as np
 import pytest
 
 from aslseg.errors import BadImageError, BadLabelError
-from aslseg.volume import untrusted
-from aslseg.volume.untrusted import Limits, read_untrusted, read_untrusted_label
+from aslseg.volume import fork_server, untrusted
+from aslseg.volume.fork_server import ForkServer
+from aslseg.volume.untrusted import Limits, read_untrusted, read_untrusted_label, start_readers
 
 LIMITS = Limits(1000)
 
 
 @pytest.fixture
-def spare(monkeypatch: pytest.MonkeyPatch) -> Iterator[untrusted._Spare]:
-    kept = untrusted._Spare()
-    monkeypatch.setattr(untrusted, "_spare", kept)
-    untrusted.keep_child_ready()
-    yield kept
-    kept._kept = False
-    with kept._lock:
-        if kept._child is not None:
-            kept._child.close()
+def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServer]:
+    own = ForkServer("aslseg.volume.untrusted")
+    monkeypatch.setattr(untrusted, "_readers", own)
+    yield own
+    own.stop()
 
 
 @pytest.fixture
 def label(tmp_path: Path) -> Path:
-    nib.save(nib.Nifti1Image(np.ones((4, 3, 2), np.uint8), np.eye(4)), tmp_path / "label.nii.gz")
-    return tmp_path / "label.nii.gz"
+    return written(tmp_path / "label.nii.gz", 1)
 
 
-def waiting(spare: untrusted._Spare) -> subprocess.Popen:
-    """The process that waits, once it has been started."""
-    while True:
-        with spare._lock:
-            if spare._child is not None:
-                return spare._child._process
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A file that never ends and never begins: whoever opens it waits."""
+    os.mkfifo(tmp_path / "endless.nii.gz")
+    return tmp_path / "endless.nii.gz"
+
+
+def written(path: Path, value: int) -> Path:
+    nib.save(nib.Nifti1Image(np.full((4, 3, 2), value, np.uint8), np.eye(4)), path)
+    return path
+
+
+def process(readers: ForkServer) -> subprocess.Popen:
+    assert readers._process is not None
+    return readers._process
+
+
+def children(readers: ForkServer) -> list[int]:
+    pid = process(readers).pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def child(readers: ForkServer) -> int:
+    """The child that reads now, once it has begun."""
+    while not (found := children(readers)):
         time.sleep(0.01)
+    return found[0]
 
 
-def test_each_upload_has_a_child_of_its_own(spare: untrusted._Spare, label: Path) -> None:
-    first = waiting(spare)
+def test_no_upload_starts_an_interpreter_and_none_meets_another(readers: ForkServer, label: Path) -> None:
+    start_readers()
+    first = process(readers)
+    for _ in range(3):
+        assert read_untrusted_label(label, LIMITS).layers.sum() == 24
+        with pytest.raises(BadLabelError, match="voxels"):
+            read_untrusted_label(label, Limits(10))
+        with pytest.raises(BadImageError, match="not an image"):
+            read_untrusted(label.with_name("notes.txt"), LIMITS)
+        assert children(readers) == [], "each child ends with its upload"
+    assert process(readers) is first
+
+
+def test_a_child_inherits_no_file_of_another_upload(readers: ForkServer, label: Path, endless: Path) -> None:
+    start_readers()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(read_untrusted_label, endless, Limits(1000, seconds=20))
+        one = child(readers)
+        read_untrusted_label(label, LIMITS)
+        kinds = {os.readlink(f"/proc/{one}/fd/{n.name}") for n in Path(f"/proc/{one}/fd").iterdir()}
+        assert sum("deleted" in kind for kind in kinds) == 1, "only the file for its own answer"
+        assert not [kind for kind in kinds if kind.startswith("socket")], "no way to the server or to other uploads"
+        os.kill(one, signal.SIGKILL)
+        with pytest.raises(BadLabelError, match="exit code -9"):
+            waiting.result(60)
+
+
+def test_uploads_of_several_clients_at_once(readers: ForkServer, tmp_path: Path) -> None:
+    paths = [written(tmp_path / f"label{n}.nii.gz", n + 1) for n in range(4)]
+
+    def upload(n: int) -> bool:
+        return bool((read_untrusted_label(paths[n % 4], LIMITS).layers == n % 4 + 1).all())
+
+    with ThreadPoolExecutor(4) as clients:
+        assert all(clients.map(upload, range(40)))
+    assert children(readers) == []
+
+
+def test_a_slow_upload_keeps_no_other_waiting(readers: ForkServer, label: Path, endless: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(read_untrusted_label, endless, Limits(1000, seconds=60))
+        start_readers()
+        one = child(readers)
+        assert read_untrusted_label(label, LIMITS).layers.sum() == 24
+        assert not slow.done()
+        os.kill(one, signal.SIGKILL)
+        with pytest.raises(BadLabelError, match="exit code -9"):
+            slow.result(60)
+
+
+def test_a_child_at_its_memory_limit_costs_the_upload_only(
+    readers: ForkServer, label: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as small:
+        small.setattr(untrusted, "INTERPRETER_BYTES", 0)
+        small.setattr(untrusted, "BYTES_PER_VOXEL", 0)
+        with pytest.raises(BadLabelError, match="not enough memory"):
+            read_untrusted_label(label, LIMITS)
+    before = process(readers)
     assert read_untrusted_label(label, LIMITS).layers.sum() == 24
-    assert first.returncode == 0
-    second = waiting(spare)
-    assert second.pid != first.pid
-    with pytest.raises(BadLabelError, match="voxels"):
-        read_untrusted_label(label, Limits(10))
-    with pytest.raises(BadImageError, match="not an image"):
-        read_untrusted(label.with_name("notes.txt"), LIMITS)
+    assert process(readers) is before
 
 
-def test_a_child_that_died_while_it_waited_is_replaced(spare: untrusted._Spare, label: Path) -> None:
-    process = waiting(spare)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+def test_a_process_that_was_killed_is_replaced(readers: ForkServer, label: Path) -> None:
+    start_readers()
+    for _ in range(2):
+        old = process(readers)
+        os.kill(old.pid, signal.SIGKILL)
+        assert read_untrusted_label(label, LIMITS).layers.sum() == 24
+        assert process(readers).pid != old.pid
+
+
+def test_a_process_killed_in_the_middle_of_an_upload(readers: ForkServer, label: Path, endless: Path) -> None:
+    start_readers()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(read_untrusted_label, endless, Limits(1000, seconds=60))
+        for _ in range(2):
+            one, old = child(readers), process(readers)
+            os.kill(old.pid, signal.SIGKILL)
+            old.wait()
+            os.kill(one, signal.SIGKILL)
+            while process(readers) is old and not waiting.done():
+                time.sleep(0.01)
+        with pytest.raises(BadLabelError, match="exit code -9"):
+            waiting.result(60)
     assert read_untrusted_label(label, LIMITS).layers.sum() == 24
 
 
-def test_the_time_limit_ends_the_child(spare: untrusted._Spare, label: Path) -> None:
-    process = waiting(spare)
-    os.kill(process.pid, signal.SIGSTOP)
+def test_the_time_limit_ends_the_child(readers: ForkServer, label: Path, endless: Path) -> None:
+    start_readers()
+    with pytest.raises(BadLabelError, match=r"more than 0\.3 s"):
+        read_untrusted_label(endless, Limits(1000, seconds=0.3))
+    assert children(readers) == []
+
+
+def test_a_process_that_hangs_is_replaced(readers: ForkServer, label: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_untrusted_label(label, LIMITS)
+    monkeypatch.setattr(fork_server, "KILL_SECONDS", 0.2)
+    hanging = process(readers)
+    os.kill(hanging.pid, signal.SIGSTOP)
     with pytest.raises(BadLabelError, match=r"more than 0\.2 s"):
         read_untrusted_label(label, Limits(1000, seconds=0.2))
-    assert process.returncode == -signal.SIGKILL
+    assert hanging.wait(60) == -signal.SIGKILL
+    assert read_untrusted_label(label, LIMITS).layers.sum() == 24
+
+
+def test_a_fork_of_the_server_has_readers_of_its_own(label: Path) -> None:
+    """Also where another thread was just about to read, as it holds the lock."""
+    read_untrusted_label(label, LIMITS)
+    theirs = process(untrusted._readers).pid
+    with untrusted._readers._lock:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                good = read_untrusted_label(label, LIMITS).layers.sum() == 24
+                code = 0 if good and process(untrusted._readers).pid != theirs else 2
+                untrusted._readers.stop()
+            finally:
+                os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert read_untrusted_label(label, LIMITS).layers.sum() == 24
+    assert process(untrusted._readers).pid == theirs
 
 
 OWNER = """
-import os
+import os, sys, threading, time
+from pathlib import Path
 from aslseg.volume import untrusted
-untrusted.keep_child_ready()
-print(untrusted._spare._child._process.pid, flush=True)
+untrusted.start_readers()
+job = (Path(sys.argv[1]), untrusted.Limits(1000))
+threading.Thread(target=untrusted.read_untrusted_label, args=job, daemon=True).start()
+pid = untrusted._readers._process.pid
+while not (found := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+    time.sleep(0.01)
+print(pid, *found, flush=True)
 os.kill(os.getpid(), 9)
 """
 
 
-def test_the_waiting_child_ends_with_its_server() -> None:
-    done = subprocess.run([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True, timeout=300, check=False)
-    pid = int(done.stdout)
+def test_all_end_with_a_server_that_is_killed(endless: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(endless)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=False)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
     end = time.monotonic() + 120
-    while running(pid):
+    while any(map(running, pids)):
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -98,3 +222,11 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_it_leaves_no_thread_and_no_descriptor(readers: ForkServer, label: Path) -> None:
+    read_untrusted_label(label, LIMITS)
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(20):
+        read_untrusted_label(label, LIMITS)
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before

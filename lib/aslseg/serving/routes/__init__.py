@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from monailabel.interfaces.exception import MONAILabelException
+from starlette.routing import BaseRoute
 
 from aslseg.errors import AslsegError
 from aslseg.serving.http_errors import status_of
@@ -32,11 +34,7 @@ def install(host: FastAPI, app: ServedApp) -> None:
     router = APIRouter()
     for module in (inference, datastore, tasks, pages):
         module.add_routes(router, app)
-    before = len(host.router.routes)
-    host.include_router(router)
-    ours = host.router.routes[before:]
-    theirs = [_in_thread(route) for route in host.router.routes[:before]]
-    host.router.routes[:] = ours + theirs
+    put_in_front(host, router)
     host.add_exception_handler(AslsegError, _readable)
     host.add_exception_handler(MONAILabelException, _unknown)
     host.add_exception_handler(OSError, _disk)
@@ -44,21 +42,38 @@ def install(host: FastAPI, app: ServedApp) -> None:
     host.middleware_stack = None
 
 
-def _in_thread(route: Any) -> Any:
-    """A route whose endpoint runs in a worker thread instead of on the event loop."""
-    if not isinstance(route, APIRoute) or not inspect.iscoroutinefunction(route.endpoint):
-        return route
-    return APIRoute(
-        route.path,
-        without_loop(route.endpoint),
-        methods=route.methods,
-        name=route.name,
-        summary=route.summary,
-        tags=route.tags,
-        response_model=route.response_model,
-        include_in_schema=route.include_in_schema,
-        deprecated=route.deprecated,
-    )
+def put_in_front(host: FastAPI, router: APIRouter) -> None:
+    """Let a router answer first; the routes that were there before follow, none of them on the event loop."""
+    before, others = APIRouter(), list[BaseRoute]()
+    for prefix, route in _flat(host.router.routes):
+        if isinstance(route, APIRoute):
+            before.add_api_route(
+                prefix + route.path,
+                without_loop(route.endpoint) if inspect.iscoroutinefunction(route.endpoint) else route.endpoint,
+                methods=sorted(route.methods or ()),
+                name=route.name,
+                summary=route.summary,
+                tags=route.tags,
+                response_model=route.response_model,
+                include_in_schema=route.include_in_schema,
+                deprecated=route.deprecated,
+            )
+        else:
+            others.append(route)
+    host.router.routes.clear()
+    host.include_router(router)
+    host.include_router(before)
+    host.router.routes.extend(others)
+
+
+def _flat(routes: Iterable[BaseRoute], prefix: str = "") -> Iterator[tuple[str, BaseRoute]]:
+    """Each route and what comes before its path: in newer versions of FastAPI a router stays one route."""
+    for route in routes:
+        included: APIRouter | None = getattr(route, "original_router", None)
+        if included is None:
+            yield prefix, route
+        else:
+            yield from _flat(included.routes, prefix + route.include_context.prefix)  # type: ignore[attr-defined]
 
 
 def _readable(request: Request, error: Exception) -> Response:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Form, Response, UploadFile
+from fastapi import APIRouter, BackgroundTasks, Form, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from monailabel.endpoints import activelearning
 from monailabel.endpoints import datastore as endpoint
@@ -67,13 +67,20 @@ def _entries(router: APIRouter, app: ServedApp) -> None:
 def _uploads(router: APIRouter, app: ServedApp) -> None:
     @router.put("/datastore/label")
     def save_label(
-        image: str, label: UploadFile, params: Annotated[str, Form()] = "{}", tag: str = "final", user: User = ANNOTATOR
+        background_tasks: BackgroundTasks,
+        image: str,
+        label: UploadFile,
+        params: Annotated[str, Form()] = "{}",
+        tag: str = "final",
+        user: User = ANNOTATOR,
     ) -> Any:
         info = _signed(parse_object(params), user)
         with tempfile.TemporaryDirectory(prefix="aslseg-upload-") as folder:
             path = save_label_upload(label, Path(folder))
             saved = app.datastore().save_label(image, str(path), tag or "final", info)
-        return {**(app.on_save_label(image, saved) or {}), "image": image, "label": saved}
+        app.leases.release(image)
+        background_tasks.add_task(app.on_save_label, image, saved)
+        return {"image": image, "label": saved}
 
     @router.put("/datastore/")
     @router.put("/datastore/image")

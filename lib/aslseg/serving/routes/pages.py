@@ -118,7 +118,7 @@ def _monitoring(router: APIRouter, app: ServedApp) -> None:
 
 
 def _viewer(router: APIRouter, app: ServedApp) -> None:
-    folder = Path(ohif.__file__).parent / "static" / "ohif"
+    folder = (Path(ohif.__file__).parent / "static" / "ohif").resolve()  # the environment may be a link
 
     @router.get("/ohif/{path:path}", include_in_schema=False)
     def viewer(path: str, request: Request, user: User = USER) -> Response:

@@ -1,0 +1,232 @@
+"""A process that has imported what some work needs, and forks a child for each piece of it.
+
+Starting Python and importing numpy takes longer than reading a label, and competes with the request that waits; a fork
+takes a few milliseconds. The process itself never sees what its children read: whatever a file does to the child that
+reads it, the next one begins as clean as the first. It has one thread, so that a fork copies no lock in use.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+KILL_SECONDS = 5.0
+"""How long the process may take to end a child; after these it is ended itself."""
+
+
+class ForkServer:
+    """Has children do pieces of work; safe to use from several threads, each piece has a child of its own.
+
+    The process is started at the first piece of work, again where it has died, and ends with this one.
+
+    Args:
+        module: What it runs: a module that calls :func:`serve`.
+    """
+
+    _lock: threading.Lock
+    _process: subprocess.Popen[bytes] | None
+    _control: socket.socket | None
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self._forget()
+
+    def start(self) -> None:
+        """Start the process ahead; returns at once."""
+        with self._lock:
+            self._running()
+
+    @contextmanager
+    def work(self, job: dict[str, Any], seconds: float) -> Iterator[tuple[IO[bytes], str]]:
+        """Have a child do a piece of work.
+
+        Args:
+            job: What ``serve`` gives to its function; JSON.
+            seconds: After these the child is killed.
+
+        Returns:
+            A context that gives what the child has written, nothing if it took too long, and how it ended.
+        """
+        reason = ""
+        with tempfile.TemporaryFile() as file:
+            for _ in range(2):  # where somebody has killed the process, a new one does it
+                _rewrite(file, json.dumps(job).encode())
+                status, reason = self._run(file, seconds)
+                if status is not None:
+                    break
+            if status != 0:
+                _rewrite(file)
+            file.seek(0)
+            yield file, reason
+
+    def stop(self) -> None:
+        """End the process and its children."""
+        with self._lock:
+            process, control = self._process, self._control
+            self._process = self._control = None
+        if control is not None:
+            control.close()  # it kills its children and ends
+        if process is not None:
+            try:
+                process.wait(KILL_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def forget(self) -> None:
+        """To be called in a fork of this process, which needs a process of its own."""
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            self._process.returncode = 0  # not a child of ours
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._process = self._control = None
+
+    def _run(self, file: IO[bytes], seconds: float) -> tuple[int | None, str]:
+        """Exit status of the child, None where the process died with it; and the same in words."""
+        mine, theirs = socket.socketpair()
+        with mine:
+            with theirs, self._lock:
+                process, control = self._running()
+                with suppress(OSError):  # it has just died, which the end of `mine` shows
+                    socket.send_fds(control, [b"+"], [theirs.fileno(), file.fileno()])
+            mine.settimeout(seconds)
+            try:
+                answer = mine.recv(32)
+            except TimeoutError:
+                if not _killed(mine):
+                    process.kill()  # it hangs
+                return -signal.SIGKILL, f"more than {seconds:g} s"
+        if not answer:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_SECONDS)
+            return None, f"exit code {process.returncode}"
+        return int(answer), f"exit code {int(answer)}"
+
+    def _running(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """The process and the socket over which it gets its work. The caller holds the lock."""
+        if self._process is None or self._control is None or self._process.poll() is not None:
+            if self._control is not None:
+                self._control.close()
+            ours, theirs = socket.socketpair()
+            ours.settimeout(KILL_SECONDS)
+            with theirs:
+                self._control, self._process = ours, self._start(theirs)
+        return self._process, self._control
+
+    def _start(self, control: socket.socket) -> subprocess.Popen[bytes]:
+        library = str(Path(__file__).resolve().parents[2])
+        # a thread pool of the linear algebra library would take address space for each core, and survive no fork
+        single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        return subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-m", self.module],
+            stdin=control.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **single, "PYTHONPATH": library},
+        )
+
+
+def serve(work: Callable[[dict[str, Any], IO[bytes]], None]) -> None:
+    """Fork a child for each job that comes over the socket at descriptor 0, until its other end is closed.
+
+    Args:
+        work: Called in the child with the job and the file into which it writes its answer.
+    """
+    gc.freeze()  # a collection in a child would copy what it shares with the others
+    awake, wake = os.pipe()
+    for end in (awake, wake):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; this ends with the server
+    control, children = socket.socket(fileno=0), dict[int, socket.socket]()
+    try:
+        while True:
+            watched: list[int | socket.socket] = [control, awake, *children.values()]
+            ready, _, _ = select.select(watched, [], [])
+            if awake in ready:
+                os.read(awake, 4096)
+            for pid, asker in list(children.items()):
+                if asker in ready:  # waits no longer
+                    os.kill(pid, signal.SIGKILL)
+                found, status = os.waitpid(pid, 0 if asker in ready else os.WNOHANG)
+                if found:
+                    with children.pop(pid) as gone, suppress(OSError):
+                        gone.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+            if control in ready and not _begin(control, children, work):
+                return
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _killed(mine: socket.socket) -> bool:
+    """Have the child killed; False if nobody does it."""
+    mine.shutdown(socket.SHUT_WR)
+    mine.settimeout(KILL_SECONDS)
+    try:
+        mine.recv(32)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _begin(
+    control: socket.socket, children: dict[int, socket.socket], work: Callable[[dict[str, Any], IO[bytes]], None]
+) -> bool:
+    """Fork a child for the next job; False if there are no more."""
+    data, received, _, _ = socket.recv_fds(control, 1, 2)
+    if not data:
+        return False
+    asker, file = socket.socket(fileno=received[0]), received[1]
+    try:
+        pid = os.fork()
+    except OSError:  # no memory, or too many processes
+        with asker, suppress(OSError):
+            asker.sendall(str(os.EX_OSERR).encode())
+    else:
+        if pid == 0:
+            for other in (control, asker, *children.values()):
+                other.close()
+            _child(file, work)
+        children[pid] = asker
+    os.close(file)
+    return True
+
+
+def _child(descriptor: int, work: Callable[[dict[str, Any], IO[bytes]], None]) -> NoReturn:
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with open(descriptor, "r+b") as file:
+            file.seek(0)
+            job = json.load(file)
+            _rewrite(file)
+            work(job, file)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _rewrite(file: IO[bytes], content: bytes = b"") -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(content)
+    file.flush()
