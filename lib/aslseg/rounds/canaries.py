@@ -63,7 +63,10 @@ class Stop:
 
 
 def floors(settings: Settings) -> dict[str, float]:
-    """Least true Dice of each label with which a mask may be promoted."""
+    """Least true Dice of each label that a single canary may have.
+
+    It is lower than ``promote_floor``, which is asked of a mean: one scan of many may be worse than that.
+    """
     return dict.fromkeys(settings.label_set.names, FLOOR)
 
 
@@ -116,7 +119,8 @@ def find_stops(canaries: Iterable[Canary], least: Mapping[str, float]) -> list[S
                 drawn = name in found.drawn
                 what = f"{name} would have been promoted with Dice {value:.2f}"
                 what += "" if drawn else " (the networks agree that there is none)"
-                stops.append(Stop(name, drawn, f"canary {found.case}: {what}, floor {least[name]:g}"))
+                why = f"canary {found.case}: {what}, floor {least[name]:g}; or its human label is wrong"
+                stops.append(Stop(name, drawn, why))
     for stop in stops:
         logger.warning("%s", stop.reason)
     return stops
