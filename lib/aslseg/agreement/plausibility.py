@@ -19,6 +19,8 @@ from scipy import ndimage, stats
 from aslseg.cases.prepared_case import Prepared
 from aslseg.types import Labels
 
+WORTH_A_LOOK = "worth a look"
+"""How a flag ends that sends a mask to a person; no reason against the mask."""
 SMALLEST_VOLUME, LARGEST_VOLUME = 0.2, 5.0
 """Times the smallest and the largest human volume."""
 MOST_COMPONENTS, COMPONENTS_FACTOR = 30, 3
@@ -183,7 +185,7 @@ def implausible(
             shapes = reference.shapes.get(name)
             if shapes is not None and shapes.excess(values) > 1:
                 text = f"{name}: unlike the {shapes.count} human labels in shape or place"
-                (reasons if shapes.trusted else flags).append(text if shapes.trusted else f"{text}: worth a look")
+                (reasons if shapes.trusted else flags).append(text if shapes.trusted else f"{text}: {WORTH_A_LOOK}")
     return reasons, flags
 
 

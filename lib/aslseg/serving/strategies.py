@@ -15,6 +15,7 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
+from aslseg.agreement.plausibility import WORTH_A_LOOK
 from aslseg.cases.scan_checks import ScanChecks
 from aslseg.errors import BadImageError
 from aslseg.rounds.audits import AUDIT, CHECKED, waiting
@@ -210,7 +211,8 @@ class ByAgreement(HandsOut):
 
 
 class ByAudit(ByAgreement):
-    """Scans that were drawn as audits and wait for a label, oldest first; then the lowest agreement first.
+    """Scans that were drawn as audits and wait for a label, oldest first; then masks that would be promoted although
+    they are unlike the human labels in shape or place; then the lowest agreement first.
 
     Args:
         ledger: Audits and scores.
@@ -220,23 +222,34 @@ class ByAudit(ByAgreement):
     def __init__(self, ledger: Ledger, leases: Leases, checks: ScanChecks, description: str) -> None:
         super().__init__(ledger, leases, checks, False, description)
         self._drawn: tuple[int, dict[str, int]] = (-1, {})
+        self._flags: tuple[int, dict[str, str]] = (-1, {})
 
     def ranked(self, cases: list[str]) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
-        """Audits that wait, then as by agreement; the reason says which of both it is."""
+        """Audits that wait, then unusual masks, then as by agreement; the reason says which of these it is."""
         others, why = super().ranked(cases)
-        rounds, left = self._waiting(), set(cases)
-        first = [case for case in rounds if case in left]
-        if not first:
-            return others, lambda case: self._without_audit(why(case))
+        rounds, unusual, left = self._waiting(), self._unusual(), set(cases)
+        drawn = [case for case in rounds if case in left]
+        looked = [case for case in unusual if case in left and case not in rounds]
 
         def reason(case: str) -> dict[str, Any]:
-            if case not in rounds:
-                return self._without_audit(why(case))
-            text = f"audit, {first.index(case) + 1} of {len(first)}: drawn at random after round {rounds[case]}"
-            return why(case) | {"audit": rounds[case], "reason": f"{text}; correct it as far as you would any other"}
+            about = why(case) | {"audit": rounds.get(case)}
+            if case in rounds:
+                text = f"audit, {drawn.index(case) + 1} of {len(drawn)}: drawn at random after round {rounds[case]}"
+                return about | {"reason": f"{text}; correct it as far as you would any other"}
+            found = unusual.get(case)
+            return about | {"reason": f"no audit waits; {found or about['reason']}"}
 
-        drawn = set(first)
-        return [*first, *(case for case in others if case not in drawn)], reason
+        first = set(drawn) | set(looked)
+        return [*drawn, *looked, *(case for case in others if case not in first)] if first else others, reason
+
+    def _unusual(self) -> dict[str, str]:
+        """Scan to what is unusual about its mask, lowest agreement first; read again when there are other scores."""
+        version = self.ledger.last_seq(("scored",))
+        if version != self._flags[0]:
+            good = [score for score in self.ledger.scores() if score.details.get("promote")]
+            flags = {s.case: [f for f in s.details.get("flags", ()) if f.endswith(WORTH_A_LOOK)] for s in good}
+            self._flags = version, {case: "; ".join(found) for case, found in flags.items() if found}
+        return self._flags[1]
 
     def _waiting(self) -> dict[str, int]:
         """Scan to the round of its oldest audit that waits; read again only when the ledger has other audits."""
@@ -247,10 +260,6 @@ class ByAudit(ByAgreement):
                 rounds.setdefault(audit.case, audit.round)
             self._drawn = version, rounds
         return self._drawn[1]
-
-    @staticmethod
-    def _without_audit(reason: dict[str, Any]) -> dict[str, Any]:
-        return reason | {"audit": None, "reason": f"no audit waits; {reason['reason']}"}
 
 
 class Random(HandsOut):

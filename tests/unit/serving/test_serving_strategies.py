@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from aslseg.agreement.plausibility import WORTH_A_LOOK
 from aslseg.cases.scan_checks import ScanChecks
 from aslseg.rounds.ledger import Entry, Ledger, Score
 from aslseg.serving.scoring import AgreementScoring
@@ -172,6 +173,21 @@ def test_audits_are_handed_out_oldest_first_until_they_are_answered(ledger: Ledg
     ledger.append([Entry("closed", 2), Entry("rolled back", 2)])
     assert strategy({"client_id": "zoe"}, store)["audit"] is None, "another order as soon as the ledger says so"
     assert by_agreement(ledger)({"client_id": "ann"}, store)["id"] == "b", "other strategies know nothing of audits"
+
+
+def test_masks_unlike_human_labels_come_after_the_audits_and_before_the_rest(tmp_path: Path) -> None:
+    """Where shape and place are no reason against a mask, they send it to a person."""
+    ledger, store = Ledger(tmp_path / "ledger.sqlite"), Store(["a", "b", "c", "d"], tmp_path)
+    flag = f"liver: unlike the 5 human labels in shape or place: {WORTH_A_LOOK}"
+    about = {"a": {"promote": True, "flags": [flag]}, "b": {"promote": True, "flags": ["tumour: empty in both"]}}
+    about |= {"c": {"promote": False, "flags": [flag]}, "d": {"promote": True, "flags": []}}
+    ledger.set_scores([Score(c, 1, 0.9 if c == "a" else 0.5, details) for c, details in about.items()])
+    ledger.append([Entry("opened", 1), audit(1, "d")])
+    strategy = ByAudit(ledger, Leases(), ScanChecks(1e6), "")
+    order = [strategy({"client_id": who}, store) for who in ("bob", "eve", "joe")]
+    assert [(r["id"], r["audit"]) for r in order] == [("d", 1), ("a", None), ("b", None)]
+    assert order[1]["reason"] == f"no audit waits; {flag}"
+    assert order[2]["reason"].startswith("no audit waits; lowest agreement")
 
 
 def test_an_audit_whose_scan_is_gone_or_labelled_is_passed_over(tmp_path: Path) -> None:
