@@ -56,8 +56,6 @@ class NestedBatches(Batches):
     """Batches of the second stage; its first label is the parent. Images and depths are two channels."""
 
     network: Mapping[str, Any] = MappingProxyType({"channels": 2, "last_relu": False})
-    # lesions have no side, unlike the anatomy around them
-    mirrored = True
 
     def sampler(self, labelled: Sequence[Prepared], patch: tuple[int, int, int]) -> PatchSampler:
         """Draws labelled patches, and learns what the labelled lesions look like."""

@@ -1,4 +1,4 @@
-"""Batches of the second stage: mirrored patches, and unlabelled scans with synthetic lesions."""
+"""Batches of the second stage: unlabelled scans with synthetic lesions."""
 
 from __future__ import annotations
 
@@ -31,13 +31,6 @@ def batches(tiny_settings, unlabelled: bool = False, **changes: object) -> Neste
     settings = tiny_settings(labels="liver,tumour", nested="tumour:liver", batch_labelled=2, **changes)
     free = [view(False)] if unlabelled else []
     return NestedBatches([view(True)], free, resolved(settings), SHAPE, torch.device("cpu"))
-
-
-def test_patches_are_mirrored_without_the_setting_for_whole_scans(tiny_settings):
-    made = batches(tiny_settings, nested_synthetic=0)
-    slopes = [float(image[24, 16, 8] - image[8, 16, 8]) for n in range(10) for image in made(n).image[:, 0]]
-    assert min(slopes) < -0.2
-    assert max(slopes) > 0.2
 
 
 def test_unlabelled_scans_give_labelled_patches_of_synthetic_lesions(tiny_settings, monkeypatch):
