@@ -56,6 +56,8 @@ def tiny_settings(root: Path, **conf: object) -> Settings:
     sam = root / "sam.safetensors"
     values = {
         "network": "unet",
+        # one network: what is tested are rounds
+        "nested_fraction": 0.0,
         "ssl_iterations": 6,
         "retrain_iterations": 4,
         "sam_iterations": 2,

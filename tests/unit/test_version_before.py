@@ -67,8 +67,8 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Left]:
         tar.extractall(tmp_path, filter="data")
     monkeypatch.setattr(networks, "unet", tiny_network)
     conf = {k: str(tmp_path / v) for k, v in PATHS.items()}
-    # neither was there at that time
-    conf |= {"label_folds": "0", "promote_floor": "0"}
+    # none of them was there at that time
+    conf |= {"label_folds": "0", "promote_floor": "0", "nested_fraction": "0"}
     settings, _ = load_settings(conf, env={}, dotenv=tmp_path / "settings.env")
     with recorded.without_bfloat16():
         yield Left(tmp_path, settings)

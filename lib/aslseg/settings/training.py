@@ -157,10 +157,10 @@ class NestedSettings(Section):
     """Second stage of the SSL model, for labels that lie in another one (nested)."""
 
     nested_fraction: float = setting(
-        0.0,
+        0.6,
         "Fraction of the SSL network's steps that a network of its own for nested labels gets (docs/nested.md); "
-        "0: one network learns all labels",
-        example="0.6",
+        "0: one network learns all labels. Without nested labels it has no effect",
+        example="0",
         ge=0,
         lt=1,
     )

@@ -29,12 +29,10 @@ class Batches:
 
     Attributes:
         network: What the network's factory is called with for these images, besides classes and patch.
-        mirrored: Whether patches are mirrored even without the setting ``flips``.
         labelled, unlabelled: Samplers of the streams; the second is None without unlabelled cases.
     """
 
     network: Mapping[str, Any] = MappingProxyType({})
-    mirrored = False
 
     def __init__(
         self,
@@ -66,18 +64,18 @@ class Batches:
 
     def __call__(self, number: int) -> Batch:
         """A batch, on the device."""
-        s, flips = self.settings, self.settings.flips or self.mirrored
+        s = self.settings
         rng = np.random.default_rng([s.seed, number])
         torch.manual_seed(s.seed * 1_000_003 + number)
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + number)
         drawn = self.draw(rng)
         image, maps = self._images(drawn), self._maps(drawn)
-        grid = random_geometry(image.shape, generator, flips)
+        grid = random_geometry(image.shape, generator, s.flips)
         image = self.strong(warp(image, grid), generator)
         maps = warp(maps.float(), grid, "nearest")
         if self.unlabelled and s.batch_unlabelled and s.ssl_method != "supervised":
             free = self._images(self.unlabelled.draw_batch(rng, s.batch_unlabelled))
-            free = warp(free, random_geometry(free.shape, generator, flips))
+            free = warp(free, random_geometry(free.shape, generator, s.flips))
             strong, weak = self.strong(free, generator), self.weak(free)
         else:
             strong = weak = image[:0]

@@ -280,3 +280,18 @@ def put(p: np.ndarray, inside: np.ndarray, branch: Branch) -> None:
     rest[0] += np.where(total < 1e-6, 1, 0)
     p[others] = rest / rest.sum(0) * inside[0]
     p[list(branch.values)] = inside[1:]
+
+
+def clear_outside(p: np.ndarray, where: tuple[slice, slice, slice], branch: Branch) -> None:
+    """Make background of the parent outside of its box, in place: islands that do not count as parent.
+
+    Args:
+        p: (1 + N, i, j, k) of the first stage.
+        where: The box.
+        branch: The parent.
+    """
+    parent = branch.values[0]
+    background, inside = p[(0, *where)].copy(), p[(parent, *where)].copy()
+    p[0] += p[parent]
+    p[parent] = 0
+    p[(0, *where)], p[(parent, *where)] = background, inside

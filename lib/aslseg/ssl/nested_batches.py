@@ -21,8 +21,6 @@ from aslseg.ssl.synthetic_lesions import Lesions
 EDGE_MM = 10.0
 # errors of the first stage: an offset of the whole border, bulges of it, no parent at all
 OFFSET_MM, BULGE_MM, MISSING = 3.0, 4.0, 0.1
-# how often a labelled patch of a batch is replaced by an unlabelled one with synthetic lesions
-UNLABELLED_PART = 0.5
 
 
 def plain(maps: Tensor) -> Tensor:
@@ -56,8 +54,6 @@ class NestedBatches(Batches):
     """Batches of the second stage; its first label is the parent. Images and depths are two channels."""
 
     network: Mapping[str, Any] = MappingProxyType({"channels": 2, "last_relu": False})
-    # lesions have no side, unlike the anatomy around them
-    mirrored = True
 
     def sampler(self, labelled: Sequence[Prepared], patch: tuple[int, int, int]) -> PatchSampler:
         """Draws labelled patches, and learns what the labelled lesions look like."""
@@ -67,15 +63,8 @@ class NestedBatches(Batches):
         return ComponentSampler(labelled, patch, len(labels), rare)
 
     def draw(self, rng: np.random.Generator) -> list[Patch]:
-        """The labelled patches of a batch, some of them with synthetic lesions.
-
-        Where there are unlabelled scans, a part of the patches that need not show a real lesion come from these: their
-        synthetic lesions are all that is known of them.
-        """
-        drawn = [self.lesions.into(patch, rng) for patch in super().draw(rng)]
-        if self.unlabelled and self.lesions.chance and len(drawn) > 1 and rng.random() < UNLABELLED_PART:
-            drawn[-1] = self.lesions.into_unlabelled(self.unlabelled.draw(rng), rng)
-        return drawn
+        """The labelled patches of a batch, some of them with synthetic lesions."""
+        return [self.lesions.into(patch, rng) for patch in super().draw(rng)]
 
     def strong(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """See :func:`varied`."""

@@ -29,6 +29,7 @@ from aslseg.ssl.nested import (
     Geometry,
     View,
     branches,
+    clear_outside,
     first_settings,
     largest,
     look,
@@ -211,7 +212,8 @@ class NestedModel:
         """Predict a volume: the first stage everywhere, then the second inside each parent's box.
 
         In the box the second stage decides what belongs to the parent, and the first stage shares out what does not
-        among the other top-level labels. Where a parent is not found, the whole scan is its box, and ``notes`` says so.
+        among the other top-level labels. Outside of it there is no parent. Where a parent is not found, the whole scan
+        is its box, and ``notes`` says so.
 
         Args:
             image: (i, j, k) float32 in 0..1 on the working grid.
@@ -238,6 +240,7 @@ class NestedModel:
             view = look(image, parent, geometry)
             inside, more = inner_probabilities(model, view, blend)
             notes += more
+            clear_outside(p, view.where, branch)
             put(p[:, *view.where], inside, branch)
         return Prediction(*_finished(p, self.settings, regions, uncertainty), tuple(notes))
 

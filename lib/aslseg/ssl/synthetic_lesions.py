@@ -17,7 +17,6 @@ from scipy import ndimage
 
 from aslseg.cases.patches import Patch
 from aslseg.cases.prepared_case import Prepared
-from aslseg.ssl.nested import REACH_MM
 from aslseg.types import Labels
 
 # as many labelled lesions as count as much as the wide distributions
@@ -28,8 +27,6 @@ CONTRAST = (0.7, 3.0)
 # lesions darker and brighter than their parent that are assumed before any is seen
 PRIOR_DARKER, PRIOR_BRIGHTER = 3, 1
 MOST = 4
-# around a lesion in an unlabelled scan: what is learned there
-NEAR_MM = 8.0
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,9 @@ class Lesions:
         self.hosts = {n + 1: labels.parents[n] + 1 for n in inner}  # type: ignore[operator]
         self.appearance = {v: Appearance.of(cases, v, [host]) for v, host in self.hosts.items()}
 
-    def into(self, patch: Patch, rng: np.random.Generator, *, always: bool = False) -> Patch:
+    def into(self, patch: Patch, rng: np.random.Generator) -> Patch:
         """The patch with lesions of random classes, or as it is."""
-        if not always and rng.random() >= self.chance:
+        if rng.random() >= self.chance:
             return patch
         image, label = _numpy(patch.image).copy(), _numpy(patch.label).copy()
         for _ in range(int(min(1 + rng.poisson(1), MOST))):
@@ -116,21 +113,6 @@ class Lesions:
                 centre = np.unravel_index(place[int(rng.integers(place.size))], label.shape)
                 self._paint(image, label, value, np.array(centre), rng)
         return replace(patch, image=_like(image, patch.image), label=_like(label, patch.label))
-
-    def into_unlabelled(self, patch: Patch, rng: np.random.Generator) -> Patch:
-        """An unlabelled patch with lesions in the predicted parent, with a weight there and near them only.
-
-        What lies elsewhere is not known: real lesions of this scan, and how good its predicted parent is.
-
-        Args:
-            patch: Without a label; ``parent`` is the depth in the predicted parent (:func:`aslseg.ssl.nested.depth`).
-        """
-        hosts = _numpy(patch.parent) > REACH_MM
-        bare = replace(patch, label=_like(hosts.astype(np.uint8), patch.label))
-        drawn = self.into(bare, rng, always=True)
-        new = _numpy(drawn.label) > 1
-        near = ndimage.distance_transform_edt(~new, self.spacing) <= NEAR_MM if new.any() else new
-        return replace(drawn, weight=_like(_numpy(patch.weight) * near, patch.weight))
 
     def _paint(
         self, image: np.ndarray, label: np.ndarray, value: int, centre: np.ndarray, rng: np.random.Generator

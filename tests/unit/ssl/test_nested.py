@@ -185,3 +185,14 @@ def test_network_input_is_reproducible_and_the_parent_now_and_then_missing():
     kept = plain(maps)
     assert torch.equal(kept[:, 0], maps[:, 0])
     assert 0 <= kept[:, 1].min() < 0.1 < 0.9 < kept[:, 1].max() <= 1
+
+
+def test_islands_outside_of_the_box_become_background():
+    (branch,) = nested.branches(Labels.parse("liver,spleen,tumour", "tumour:liver"))
+    p = np.zeros((4, 3, 2, 2), np.float32)
+    p[:3] = np.array([0.1, 0.6, 0.3], np.float32)[:, None, None, None]
+    before = p.copy()
+    nested.clear_outside(p, np.s_[1:3, 0:2, 0:1], branch)
+    assert np.array_equal(p[:, 1:, :, :1], before[:, 1:, :, :1])
+    assert np.allclose(p[:, 0], np.array([0.7, 0, 0.3, 0])[:, None, None])
+    assert np.allclose(p[:, :, :, 1], np.array([0.7, 0, 0.3, 0])[:, None, None])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from aslseg.cases.patches import Patch
 from aslseg.cases.prepared_case import Prepared
-from aslseg.ssl.nested import REACH_MM
 from aslseg.ssl.synthetic_lesions import RADIUS_MM, Appearance, Lesions
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
@@ -126,19 +123,3 @@ def test_lesions_of_one_voxel_and_cases_without_parent_are_no_obstacle():
     assert len(found.contrasts) == 1
     drawn = Lesions([bare, case], LABELS, 1.0).into(patch_of(case), np.random.default_rng(1))
     assert (drawn.label == 2).sum() > 1
-
-
-def test_an_unlabelled_patch_counts_around_its_synthetic_lesions_only():
-    case = view(0)
-    depth = np.where(case.label == 1, REACH_MM + 4, REACH_MM - 4).astype(np.float32)
-    free = Patch(case.image, np.zeros(SHAPE, np.uint8), np.ones(SHAPE, np.float32), depth)
-    drawn = Lesions([view()], LABELS, 0.1).into_unlabelled(free, np.random.default_rng(2))
-    new = drawn.label == 2
-    assert new.any()
-    assert (case.label[new] == 1).all()
-    assert (drawn.weight[new] == 1).all()
-    assert 0 < drawn.weight.mean() < 0.9
-    known = drawn.weight > 0
-    assert ((drawn.label > 0) == (case.label > 0))[known].all()
-    nowhere = replace(free, parent=np.zeros(SHAPE, np.float32))
-    assert not Lesions([view()], LABELS, 1.0).into_unlabelled(nowhere, np.random.default_rng(2)).weight.any()
