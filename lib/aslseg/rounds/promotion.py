@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,12 +79,7 @@ def conclude(
         drift = find_drift(pipeline, promoted)
         retrained = pipeline.train_ssl(promoted, report)
     learned = {p.case.id: p.mask for p in promoted}
-    judged: dict[str, float] = {}
-    if state.crossed is not None:
-        with progress.stage("compare") as report:
-            judged = crossed_differences(
-                pipeline, state.crossed, retrained, list(learned), report, state.floors.unknown
-            )
+    judged = _compare(state, retrained, list(learned))
     with progress.stage("publish") as report:
         published, lines, gated = publish_better(
             pipeline, models, retrained, list(learned), report, kinds, state.evidence, judged
@@ -111,6 +107,14 @@ def conclude(
         "drift": drift,
         "models": {kind.value: str(path) for kind, path in models.items()} | {"retrained": str(retrained)},
     }
+
+
+def _compare(state: RoundState, retrained: Path, learned: list[str]) -> dict[str, float]:
+    """What cross-fitting says of the retrained model beside the published one; nothing without folds."""
+    if state.crossed is None:
+        return {}
+    with state.pipeline.progress.stage("compare") as report:
+        return crossed_differences(state.pipeline, state.crossed, retrained, learned, report, state.floors.unknown)
 
 
 def assess(

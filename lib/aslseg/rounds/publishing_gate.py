@@ -89,11 +89,9 @@ def publish_better(
             line += words
             pipeline.cases.warnings += [warning] if warning else []
         if kind == ModelKind.SSL:
-            name = "retrained" if candidate.path == retrained and retrained != made[ModelKind.SSL] else "ssl"
             dice["retrained"] = pipeline.dice(_ssl_maps(pipeline, made, retrained))
-            line += f" [{name}]"
-            # the mean over the labels hides a small one
-            line = "; ".join([line, *warnings_of(pipeline.artefacts.result(candidate.path).get("classes", {}))])
+            again = candidate.path == retrained and retrained != made[ModelKind.SSL]
+            line = _about_ssl(pipeline, line, candidate.path, "retrained" if again else "ssl")
         logger.info("%s", line)
         lines.append(line)
         if accepted and _unchecked(pipeline, candidate, current):
@@ -102,6 +100,12 @@ def publish_better(
         report(done, len(kinds))
     _serve(pipeline, chosen, lines)
     return best, lines, dice
+
+
+def _about_ssl(pipeline: RoundPipeline, line: str, model: Path, name: str) -> str:
+    """The gate's line on an SSL model with its name in the round, and the classes that it has not learned."""
+    # the mean over the labels hides a small one
+    return "; ".join([f"{line} [{name}]", *warnings_of(pipeline.artefacts.result(model).get("classes", {}))])
 
 
 def _promoted_before(model: Path) -> list[str]:

@@ -66,7 +66,7 @@ class Night:
             crossed = cross_fit(found, no_progress)
             judged = crossed_differences(found, crossed, retrained, promoted, no_progress) if crossed else {}
             kinds = (ModelKind.SSL,)
-            _, (line,), _ = publish_better(found, made, retrained, promoted, no_progress, kinds, judged)
+            _, (line,), _ = publish_better(found, made, retrained, promoted, no_progress, kinds, crossed=judged)
         return str(line)
 
 
