@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, File, UploadFile
+from fastapi import FastAPI, File, Form, UploadFile
 from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
@@ -31,6 +32,14 @@ def guarded(**conf: str) -> TestClient:
     @host.post("/upload")
     def upload(file: UploadFile = File(...)) -> int:  # noqa: B008 - FastAPI's form
         return len(file.file.read())
+
+    @host.post("/points")
+    def points(params: dict[str, Any]) -> int:
+        return len(params["foreground"])
+
+    @host.post("/form")
+    def form(params: str = Form()) -> int:
+        return len(params)
 
     install_guard(host, load_settings({"hosts": "seg.example", **conf}, env={})[0])
     return TestClient(host, base_url="http://seg.example")
@@ -113,6 +122,31 @@ def test_large_requests_are_refused_by_their_header_and_by_their_bytes() -> None
     chunked = client.post("/upload", content=pieces(), headers={"content-type": "multipart/form-data; boundary=b"})
     assert chunked.status_code == 413
     assert client.post("/upload", files={"file": b"x" * 300}).json() == 300
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("application/json", "/points"),
+        ("text/plain", "/points"),
+        ("", "/points"),
+        ("application/x-www-form-urlencoded", "/form"),
+    ],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_without_files_is_small(kind: str, path: str, chunked: bool) -> None:
+    body = b'{"foreground": [' + b"1," * 1_000_000 + b"1]}"
+    content = iter([body[:1_000_000], body[1_000_000:]]) if chunked else body
+    answer = guarded().post(path, content=content, headers={"content-type": kind})
+    assert answer.status_code == 413
+    assert "multipart/form-data" in answer.json()["detail"]
+
+
+def test_ten_thousand_points_fit() -> None:
+    points = [[n / 7, n / 11, n / 13] for n in range(10_000)]
+    client = guarded()
+    assert client.post("/points", json={"foreground": points}).json() == 10_000
+    assert client.post("/form", data={"params": json.dumps(points)}).json() > 500_000
 
 
 @pytest.mark.parametrize("pieces", [[], [b"--b\r\n"]])
