@@ -29,11 +29,12 @@ def guarded(**conf: str) -> TestClient:
     def answer() -> str:
         return "done"
 
-    @host.post("/upload")
+    @host.post("/session/")
     def upload(file: UploadFile = File(...)) -> int:  # noqa: B008 - FastAPI's form
         return len(file.file.read())
 
     @host.post("/points")
+    @host.post("/batch/infer/points")
     def points(params: dict[str, Any]) -> int:
         return len(params["foreground"])
 
@@ -114,14 +115,14 @@ def test_names_of_the_server(host: str, known: bool) -> None:
 
 def test_large_requests_are_refused_by_their_header_and_by_their_bytes() -> None:
     client = guarded(max_upload_gb="1e-6")
-    assert client.post("/upload", files={"file": b"x" * 2000}).status_code == 413
+    assert client.post("/session/", files={"file": b"x" * 2000}).status_code == 413
 
     def pieces() -> Iterable[bytes]:
         yield from (b"x" * 500 for _ in range(4))
 
-    chunked = client.post("/upload", content=pieces(), headers={"content-type": "multipart/form-data; boundary=b"})
+    chunked = client.post("/session/", content=pieces(), headers={"content-type": "multipart/form-data; boundary=b"})
     assert chunked.status_code == 413
-    assert client.post("/upload", files={"file": b"x" * 300}).json() == 300
+    assert client.post("/session/", files={"file": b"x" * 300}).json() == 300
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,8 @@ def test_large_requests_are_refused_by_their_header_and_by_their_bytes() -> None
         ("application/json", "/points"),
         ("text/plain", "/points"),
         ("", "/points"),
+        ("multipart/form-data; boundary=b", "/points"),
+        ("multipart/form-data; boundary=b", "/batch/infer/points"),
         ("application/x-www-form-urlencoded", "/form"),
     ],
 )
@@ -140,6 +143,10 @@ def test_a_body_without_files_is_small(kind: str, path: str, chunked: bool) -> N
     answer = guarded().post(path, content=content, headers={"content-type": kind})
     assert answer.status_code == 413
     assert "multipart/form-data" in answer.json()["detail"]
+
+
+def test_files_may_be_larger() -> None:
+    assert guarded().post("/session/", files={"file": b"x" * 3_000_000}).json() == 3_000_000
 
 
 def test_ten_thousand_points_fit() -> None:
@@ -153,7 +160,7 @@ def test_ten_thousand_points_fit() -> None:
 def test_an_upload_that_stalls_is_dropped(pieces: list[bytes]) -> None:
     host = FastAPI()
 
-    @host.post("/upload")
+    @host.post("/session/")
     def upload(file: UploadFile = File(...)) -> int:  # noqa: B008 - FastAPI's form
         return 0
 
@@ -170,7 +177,13 @@ def test_an_upload_that_stalls_is_dropped(pieces: list[bytes]) -> None:
         sent.append(message)
 
     headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=b")]
-    scope = {"type": "http", "method": "POST", "path": "/upload", "raw_path": b"/upload", "query_string": b""}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/session/",
+        "raw_path": b"/session/",
+        "query_string": b"",
+    }
     scope |= {"headers": headers, "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1)}
     asyncio.run(host(scope, receive, send))
     assert sent[0]["status"] == 408
