@@ -51,6 +51,10 @@ class NotEnoughMemoryError(AslsegError):
     """A prediction does not fit into memory, whatever its batch and window size."""
 
 
+class NoResourcesError(AslsegError):
+    """The operating system has no process, memory or file left for a piece of work; later it may."""
+
+
 class DiskFullError(AslsegError, OSError):
     """The disk is full, or has less free space than a step needs; what was there before is untouched."""
 

@@ -212,6 +212,7 @@ class ServedApp(MONAILabelApp):
         from monailabel.app import app as host
 
         from aslseg.serving.routes import install
+        from aslseg.serving.routes.uploads import remove_stale_uploads
 
         try:
             require_safe_exposure(bound_host(sys.argv), self.settings)
@@ -226,6 +227,7 @@ class ServedApp(MONAILabelApp):
         watch_studies(self.metrics, self.paths, self.datastore())
         if self.paths.studies is not None:
             watch_headers(self.paths.studies, self.scan_checks)
+        remove_stale_uploads()
         start_readers()
         self.start_first_round()
         if self.paths.studies is not None and (self.settings.night or self.settings.after_labels):

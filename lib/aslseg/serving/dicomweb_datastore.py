@@ -161,7 +161,7 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
             raise RefusedError(f"tag {tag!r} cannot be saved; save under {FINAL!r}", 403)
         labels = self.settings.label_set
         image = read_header(Path(self.get_image_uri(image_id)), self.settings.max_voxels)
-        class_map = decode_label(source, image, info.get("label_info"), labels)
+        class_map = decode_label(source, image, info.get("label_info"), labels, self.settings.max_upload_voxels)
         if tag != FINAL:
             return self._save_here(image_id, class_map, image.affine, tag, info)
         present = [n for n, value in labels.values.items() if value in np.unique(class_map)]

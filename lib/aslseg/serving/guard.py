@@ -21,6 +21,11 @@ from aslseg.settings import Settings
 
 STALL_SECONDS = 30.0
 LEAST_BYTES_PER_SECOND = 10_000
+MOST_OTHER_BYTES = 2_000_000
+"""Bytes of a body without files: it is parsed in one piece, on the event loop, before it is known who asks.
+10,000 points with all their digits take 0.6 MB, ten times as many as a request may have."""
+WITH_FILES = {"datastore", "infer", "session"}
+"""Parts of the addresses to which files are sent; ``batch/infer`` takes none."""
 READING = ("GET", "HEAD", "OPTIONS")
 
 
@@ -35,7 +40,8 @@ class RequestGuard:
         app: What follows.
         hosts: Names of the server beside ``localhost``, the machine's name and IP addresses.
         origins: Other origins that may send requests, as ``https://viewer.example.org``.
-        max_bytes: Largest body.
+        max_bytes: Largest body in parts (``multipart/form-data``), the form in which files come, at an address that
+            takes files; any other body has at most 2 MB.
         stall_seconds: A body of which nothing comes for this long is dropped.
     """
 
@@ -54,21 +60,23 @@ class RequestGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with 400, 403 or 413, or pass the request on."""
         if scope["type"] == "http":
-            refusal = self.refusal(scope["method"], Headers(scope=scope))
+            headers = Headers(scope=scope)
+            most = self._most(scope["path"], headers)
+            refusal = self.refusal(scope["method"], headers, most)
             if refusal is not None:
                 status, detail = refusal
                 await JSONResponse({"detail": detail}, status, {"connection": "close"})(scope, receive, send)
                 return
-            receive = self._bounded(receive)
+            receive = self._bounded(receive, most)
         await self.app(scope, receive, send)
 
-    def refusal(self, method: str, headers: Headers) -> tuple[int, str] | None:
+    def refusal(self, method: str, headers: Headers, most: float = MOST_OTHER_BYTES) -> tuple[int, str] | None:
         """Status and reason if a request may not pass, else None."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._known_host(host):
             return 400, f"this server is not called {host[:80]!r}; the setting hosts (--conf hosts NAME) adds a name"
-        if _length(headers) > self.max_bytes:
-            return 413, f"the request has {headers['content-length']} bytes; at most {self.max_bytes:.0f} are accepted"
+        if _length(headers) > most:
+            return 413, f"the request has {headers['content-length']} bytes; {_allowed(most)}"
         if method in READING:
             return None
         if origin is not None:
@@ -92,7 +100,13 @@ class RequestGuard:
             return name in self.hosts
         return True  # an address is not resolved, so that no other site can pretend to be this one
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _most(self, path: str, headers: Headers) -> float:
+        """Largest body of a request. A route without files would hold all of it in memory, whatever its type."""
+        kind, parts = headers.get("content-type", "").partition(";")[0].strip().lower(), set(path.split("/"))
+        files = kind == "multipart/form-data" and parts & WITH_FILES and "batch" not in parts
+        return self.max_bytes if files else min(self.max_bytes, MOST_OTHER_BYTES)
+
+    def _bounded(self, receive: Receive, most: float) -> Receive:
         """``receive`` with limits on the time and the size of the body."""
         began, received, complete = time.monotonic(), 0, False
 
@@ -108,12 +122,16 @@ class RequestGuard:
                 raise HTTPException(408, text, {"connection": "close"}) from None
             received += len(message.get("body", b""))
             complete = message["type"] != "http.request" or not message.get("more_body", False)
-            if received > self.max_bytes:
-                text = f"the request has more than {self.max_bytes:.0f} bytes"
+            if received > most:
+                text = f"the request is too large; {_allowed(most)}"
                 raise HTTPException(413, text, {"connection": "close"})
             return message
 
         return limited
+
+
+def _allowed(most: float) -> str:
+    return f"at most {most:.0f} bytes are accepted; send files as multipart/form-data, of up to max_upload_gb"
 
 
 def _length(headers: Headers) -> int:

@@ -15,6 +15,7 @@ from aslseg.errors import (
     DiskFullError,
     LedgerError,
     NoModelError,
+    NoResourcesError,
     NotEnoughCasesError,
     RoundRunningError,
 )
@@ -45,6 +46,7 @@ _STATUS: dict[type[AslsegError], int] = {
     NoModelError: 503,
     BadWeightsError: 503,
     LedgerError: 503,
+    NoResourcesError: 503,
     DiskFullError: 507,
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -16,9 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aslseg.errors import AslsegError
-from aslseg.files import atomic_file, sync_to_disk, write_errors, write_json
+from aslseg.errors import AslsegError, DiskFullError, FileWriteError, NoResourcesError
+from aslseg.files import FULL, atomic_file, sync_to_disk, write_errors, write_json
 from aslseg.volume.io import case_id, extension
+
+logger = logging.getLogger(__name__)
 
 STALE_SECONDS = 3600.0
 
@@ -33,13 +36,18 @@ class KeptFiles:
     def __init__(self, home: Path) -> None:
         self.home = home
 
+    def folders(self) -> list[Path]:
+        """All folders in which files are kept."""
+        tops = [self.home / name for name in ("parked", "versions", "trash")]
+        return [Path(folder) for top in tops for folder, _, _ in os.walk(top)]
+
     @contextmanager
     def parked(self, case: str, source: Path, info: dict[str, Any]) -> Iterator[None]:
         """Keep an upload before anything is decided about it; it goes when the block succeeds.
 
-        Where the block fails, or the server is killed in it, the upload stays in ``parked`` beside a JSON file with the
-        reason, and the error says where. It is on the disk before the error is answered; a power cut in the block,
-        which leaves the sender without an answer, may take it.
+        Where the block fails, for any reason, or the server is killed in it, the upload stays in ``parked`` beside a
+        JSON file with the reason, and the error says where. It is on the disk before the error is answered; a power cut
+        in the block, which leaves the sender without an answer, may take it.
 
         Args:
             case: Id of the scan.
@@ -48,6 +56,8 @@ class KeptFiles:
 
         Raises:
             DiskFullError: It cannot even be kept.
+            NoResourcesError: The block ran out of memory.
+            FileWriteError: The block met another error of the operating system.
         """
         name = f"{case}-{secrets.token_hex(4)}{extension(source) or '.bin'}"
         kept = self.home / "parked" / name
@@ -57,13 +67,21 @@ class KeptFiles:
         write_json(about, described | {"reason": "the server was stopped while it saved this label"}, durable=False)
         try:
             yield
-        except AslsegError as error:
+        except Exception as problem:
+            error = _answerable(problem)
             message = str(error).replace(str(source), "it").replace(source.name, f"of {case}").rstrip(".")
             with write_errors(kept):
                 sync_to_disk(kept)
-            write_json(about, described | {"reason": message})
-            error.args = (f"{message}. Your upload is kept as {kept.relative_to(self.home)}",)
-            raise
+                sync_to_disk(kept.parent)
+            try:
+                write_json(about, described | {"reason": message})
+            except AslsegError as other:  # as on a full disk: the upload is kept all the same
+                logger.warning("the reason why %s is kept could not be written: %s", kept.name, other)
+            if isinstance(error, AslsegError):
+                error.args = (f"{message}. Your upload is kept as {kept.relative_to(self.home)}",)
+            if error is problem:
+                raise
+            raise error from problem
         kept.unlink(missing_ok=True)
         about.unlink(missing_ok=True)
 
@@ -87,6 +105,22 @@ class KeptFiles:
                 raise
             copy_file(path, target)
             path.unlink()
+        sync_to_disk(target.parent)
+        sync_to_disk(path.parent)
+
+
+def _answerable(problem: Exception) -> Exception:
+    """What stopped an upload as an error whose message may be answered, if it is not a fault of this program."""
+    if isinstance(problem, AslsegError):
+        return problem
+    if isinstance(problem, MemoryError):
+        return NoResourcesError("the server has not enough memory to save this now; send it again later")
+    if isinstance(problem, OSError):
+        reason = problem.strerror or type(problem).__name__
+        if problem.errno in FULL:
+            return DiskFullError("a disk of the server is full; free some space there and send it again")
+        return FileWriteError(f"the server could not read or write a file for this ({reason}); check its disk")
+    return problem
 
 
 def remove_stale_temporaries(*folders: Path) -> None:

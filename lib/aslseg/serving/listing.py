@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from aslseg.cases.studies import is_utf8, possible_scans
+from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.links import trusted
-from aslseg.volume.io import case_id, extension
+from aslseg.volume.io import IMAGE_EXTENSIONS, case_id, extension
 
 # Two changes within the clock tick of a file system leave the same modification time.
 TICK_SECONDS = 0.1
@@ -162,6 +163,21 @@ class SidecarListing(Watched):
                 found = {e.name[:-5]: e.stat().st_mtime_ns for e in entries if e.name.endswith(".json")}
         before, self.stamps = self.stamps, found
         return {case for case, _ in before.items() ^ found.items()}
+
+
+def require_unused(root: Path, case: str) -> None:
+    """Check that no file has the name of a scan that is not listed: a segmentation, a damaged link.
+
+    Raises:
+        RefusedError: 409, there is one.
+    """
+    found = next((f"{case}{e}" for e in IMAGE_EXTENSIONS if os.path.lexists(root / f"{case}{e}")), None)
+    if found is not None:
+        raise RefusedError(
+            f"{found} lies in the studies folder already, though it is not listed as a scan; upload this one under "
+            "another id",
+            409,
+        )
 
 
 class StudiesListing:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from monailabel.datastore.local import DataModel, ImageLabelModel
+from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
 from aslseg.cases.studies import FINAL
 from aslseg.files import FileStamp, sync_to_disk, write_errors
@@ -122,6 +122,10 @@ class LoggedJsonFile(SharedJsonFile):
             self._unplaced |= changed.keys()
             self._behind.request()
         self._applied = self._log.last()
+
+    def _use(self, model: LocalDatastoreModel) -> None:
+        super()._use(model)
+        self._revision += 1
 
     def _put(self, changed: dict[str, ImageLabelModel | None]) -> None:
         before = self._datastore.objects

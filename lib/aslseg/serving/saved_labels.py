@@ -66,9 +66,10 @@ class SavedLabels:
         """
         try:
             yield
-        except AslsegError as error:
+        except (AslsegError, OSError, MemoryError) as error:
             try:
-                about = {"by": info.get("user"), "why": str(error), "sha256": sha256(source)}
+                why = str(error) or type(error).__name__
+                about = {"by": info.get("user"), "why": why, "sha256": sha256(source)}
                 self._append(REFUSED, case, tag, about)
             except (AslsegError, OSError) as other:
                 logger.warning("a refusal could not be recorded: %s", other)

@@ -20,7 +20,7 @@ from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastor
 
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.errors import BadImageError
-from aslseg.files import FileStamp, atomic_file, sha256
+from aslseg.files import FileStamp, atomic_file, sha256, sync_to_disk
 from aslseg.rounds.ledger import Ledger
 from aslseg.serving.change_log import IMAGE, Change
 from aslseg.serving.empty_labels import EmptyLabels
@@ -28,6 +28,7 @@ from aslseg.serving.http_errors import RefusedError, safe_name
 from aslseg.serving.kept_files import KeptFiles, copy_file, remove_stale_temporaries
 from aslseg.serving.labels import decode_label
 from aslseg.serving.links import require_trusted
+from aslseg.serving.listing import require_unused
 from aslseg.serving.logged_json import LoggedJsonFile
 from aslseg.serving.saved_labels import SavedLabels
 from aslseg.serving.shared_json import BACKUPS, new_entry
@@ -74,7 +75,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
             for tag in OWN_TAGS:
                 (self.root / "labels" / tag).mkdir(parents=True, exist_ok=True)
             paths.home.mkdir(parents=True, exist_ok=True)
-            remove_stale_temporaries(self.root, *(self.root / "labels").iterdir(), paths.home)
+            remove_stale_temporaries(self.root, *(self.root / "labels").iterdir(), paths.home, *self.kept.folders())
             self._open_log(self.root)
             self.saved.all()
             super().__init__(str(self.root), extensions=PATTERNS, auto_reload=False)
@@ -210,6 +211,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
                 if sha256(existing) == sha256(source):
                     return
                 raise RefusedError(f"another scan is called {case!r}; upload this one under another id", 409)
+            require_unused(self.root, case)
             copy_file(source, require_trusted(self.root / name, self.root))
             entry = new_entry(case, name)
             entry.info.update(info, ts=int(time.time()), name=name)
@@ -255,7 +257,8 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
         target = require_trusted(self.root / "labels" / tag, self.root) / f"{case}.nii.gz"
         require_free_disk(self.root, self.settings.min_free_gb)
         image = read_header(self.root / f"{case}{obj.image.ext}", self.settings.max_voxels)
-        class_map = decode_label(source, image, info.get("label_info"), self.settings.label_set)
+        limit = self.settings.max_upload_voxels
+        class_map = decode_label(source, image, info.get("label_info"), self.settings.label_set, limit)
         if tag == FINAL:
             self._empty.require_meant(case, class_map, info)
         info = self._canonical(info) | {"ts": int(time.time()), "name": target.name}
@@ -334,11 +337,12 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
         return {**info, "client_label_info": info.get("label_info"), "label_info": ours}
 
     def _keep_version(self, case: str, tag: str) -> None:
-        """Keep the human label that is about to be replaced."""
+        """Keep the human label that is about to be replaced, and all label files that are about to be removed."""
         label = self._datastore.objects[case].labels.get(tag)
-        path = self.root / "labels" / tag / f"{case}{label.ext}" if label else None
-        if tag == FINAL and label is not None and path is not None and path.exists():
-            self.kept.keep_version(case, path, label.info)
+        for path in self._files_of(case, tag, self.root / "labels" / tag):
+            if (tag == FINAL or path.name != f"{case}.nii.gz") and path.exists():
+                described = label is not None and path.name == f"{case}{label.ext}"
+                self.kept.keep_version(case, path, label.info if label and described else {"name": path.name})
 
     def _discard_label(self, case: str, tag: str, by: str | None) -> None:
         """Move all files of a label to the trash."""
@@ -355,9 +359,12 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
 
     def _remove_other_files(self, case: str, tag: str) -> None:
         """Remove labels of the case with another extension, which the next start would find beside the new one."""
-        for path in self._files_of(case, tag, self.root / "labels" / tag):
-            if path.name != f"{case}.nii.gz":
-                path.unlink(missing_ok=True)
+        folder = self.root / "labels" / tag
+        others = [path for path in self._files_of(case, tag, folder) if path.name != f"{case}.nii.gz"]
+        for path in others:
+            path.unlink(missing_ok=True)
+        if others:
+            sync_to_disk(folder)
 
     def _files_of(self, case: str, tag: str, folder: Path) -> list[Path]:
         """The label files of a case, as listed when the lock was taken."""

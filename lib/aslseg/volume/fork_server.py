@@ -7,6 +7,7 @@ reads it, the next one begins as clean as the first. It has one thread, so that 
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -18,12 +19,21 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from aslseg.errors import DiskFullError, NoResourcesError
+from aslseg.files import FULL
+
+CHILDREN = 4
+"""Pieces of work at a time; each may take as much memory as its limit allows, so that more of them wait."""
 KILL_SECONDS = 5.0
 """How long the process may take to end a child; after these it is ended itself."""
+
+
+TROUBLES = {os.EX_IOERR: errno.ENOSPC, os.EX_OSERR: errno.EAGAIN}
+"""Exit codes of a child that met a trouble of this machine, not of what it read."""
 
 
 class ForkServer:
@@ -36,6 +46,7 @@ class ForkServer:
     """
 
     _lock: threading.Lock
+    _places: threading.Semaphore
     _process: subprocess.Popen[bytes] | None
     _control: socket.socket | None
 
@@ -50,7 +61,7 @@ class ForkServer:
 
     @contextmanager
     def work(self, job: dict[str, Any], seconds: float) -> Iterator[tuple[IO[bytes], str]]:
-        """Have a child do a piece of work.
+        """Have a child do a piece of work, once fewer than ``CHILDREN`` are at work.
 
         Args:
             job: What ``serve`` gives to its function; JSON.
@@ -58,18 +69,30 @@ class ForkServer:
 
         Returns:
             A context that gives what the child has written, nothing if it took too long, and how it ended.
+
+        Raises:
+            DiskFullError: The folder for temporary files is full.
+            NoResourcesError: The operating system gives no process, or no file for the answer.
         """
-        reason = ""
-        with tempfile.TemporaryFile() as file:
-            for _ in range(2):  # where somebody has killed the process, a new one does it
-                _rewrite(file, json.dumps(job).encode())
-                status, reason = self._run(file, seconds)
-                if status is not None:
-                    break
-            if status != 0:
-                _rewrite(file)
-            file.seek(0)
+        with ExitStack() as files:
+            with _own_troubles(), self._places:
+                file = files.enter_context(tempfile.TemporaryFile())
+                reason = self._answer(file, job, seconds)
             yield file, reason
+
+    def _answer(self, file: IO[bytes], job: dict[str, Any], seconds: float) -> str:
+        """Fill a file with the answer of a child; how the child ended."""
+        for _ in range(2):  # where somebody has killed the process, a new one does it
+            _rewrite(file, json.dumps(job).encode())
+            status, reason = self._run(file, seconds)
+            if status is not None:
+                break
+        if status in TROUBLES:
+            raise OSError(TROUBLES[status], os.strerror(TROUBLES[status]))
+        if status != 0:
+            _rewrite(file)
+        file.seek(0)
+        return reason
 
     def stop(self) -> None:
         """End the process and its children."""
@@ -94,7 +117,7 @@ class ForkServer:
         self._forget()
 
     def _forget(self) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._places = threading.Lock(), threading.Semaphore(CHILDREN)
         self._process = self._control = None
 
     def _run(self, file: IO[bytes], seconds: float) -> tuple[int | None, str]:
@@ -176,6 +199,23 @@ def serve(work: Callable[[dict[str, Any], IO[bytes]], None]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+@contextmanager
+def _own_troubles() -> Iterator[None]:
+    """Errors of the operating system as errors of the server, which no other upload would mend."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise DiskFullError(
+                "the server's folder for temporary files (TMPDIR) is full; free some space there and send it again"
+            ) from error
+        reason = error.strerror or type(error).__name__
+        raise NoResourcesError(
+            f"the server has no process or file left for this ({reason}); send it again later. If it stays, look at "
+            "the memory, the limit of processes and TMPDIR of the server"
+        ) from error
+
+
 def _killed(mine: socket.socket) -> bool:
     """Have the child killed; False if nobody does it."""
     mine.shutdown(socket.SHUT_WR)
@@ -220,7 +260,10 @@ def _child(descriptor: int, work: Callable[[dict[str, Any], IO[bytes]], None]) -
             job = json.load(file)
             _rewrite(file)
             work(job, file)
+            file.flush()
         code = 0
+    except OSError as error:  # what a reader meets in a file is no OSError by now
+        code = os.EX_IOERR if error.errno in FULL else os.EX_OSERR
     finally:
         os._exit(code)
 

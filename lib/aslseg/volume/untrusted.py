@@ -20,7 +20,7 @@ import numpy as np
 
 from aslseg.errors import AslsegError, BadImageError, BadLabelError
 from aslseg.types import Volume
-from aslseg.volume.container import open_volume, require_one_channel, require_size
+from aslseg.volume.container import open_volume, require_one_channel, require_size, say_once
 from aslseg.volume.fork_server import ForkServer, serve
 from aslseg.volume.io import finite_image
 from aslseg.volume.label_file import StoredLabel
@@ -68,12 +68,13 @@ def read_untrusted(path: Path, limits: Limits) -> Volume:
 
 
 def check_untrusted(path: Path, limits: Limits) -> None:
-    """Read an uploaded scan and let its voxels go: is it one?
+    """Is an uploaded scan one? Its voxels are looked at where they are read and do not come back.
 
     Raises:
         BadImageError: As :func:`read_untrusted`.
     """
-    read_untrusted(path, limits)
+    for note in _read(path, limits, BadImageError, check=True)[1]:
+        say_once(f"{path.name}: {note}")
 
 
 def read_untrusted_label(path: Path, limits: Limits) -> StoredLabel:
@@ -85,7 +86,10 @@ def read_untrusted_label(path: Path, limits: Limits) -> StoredLabel:
     return _read(path, limits, BadLabelError)[0]
 
 
-def _read(path: Path, limits: Limits, error: type[AslsegError]) -> tuple[StoredLabel, tuple[str, ...]]:
+def _read(
+    path: Path, limits: Limits, error: type[AslsegError], check: bool = False
+) -> tuple[StoredLabel, tuple[str, ...]]:
+    """What the child has read, and what is unusual about it; with ``check`` the layers are empty."""
     job = {
         "path": str(path.resolve()),
         "voxels": limits.voxels,
@@ -93,6 +97,7 @@ def _read(path: Path, limits: Limits, error: type[AslsegError]) -> tuple[StoredL
         "seconds": limits.seconds,
         "setting": limits.setting,
         "error": error.__name__,
+        "check": check,
     }
     with _readers.work(job, limits.seconds) as (reply, reason):
         line = reply.readline(LONGEST_REPLY)
@@ -127,6 +132,9 @@ def read_job(job: dict[str, Any], out: IO[bytes]) -> None:
             if error is BadImageError:
                 require_one_channel(path.name, stored, error)
             array = stored.voxels()
+            if job["check"]:
+                finite_image(path.name, array[0].astype(np.float32, copy=False), stored.affine, ())
+                array = array[:0]
     except AslsegError as problem:
         out.write(json.dumps({"error": str(problem)}).encode() + b"\n")
         return

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, File, UploadFile
+from fastapi import FastAPI, File, Form, UploadFile
 from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
@@ -28,9 +29,18 @@ def guarded(**conf: str) -> TestClient:
     def answer() -> str:
         return "done"
 
-    @host.post("/upload")
+    @host.post("/session/")
     def upload(file: UploadFile = File(...)) -> int:  # noqa: B008 - FastAPI's form
         return len(file.file.read())
+
+    @host.post("/points")
+    @host.post("/batch/infer/points")
+    def points(params: dict[str, Any]) -> int:
+        return len(params["foreground"])
+
+    @host.post("/form")
+    def form(params: str = Form()) -> int:
+        return len(params)
 
     install_guard(host, load_settings({"hosts": "seg.example", **conf}, env={})[0])
     return TestClient(host, base_url="http://seg.example")
@@ -105,21 +115,52 @@ def test_names_of_the_server(host: str, known: bool) -> None:
 
 def test_large_requests_are_refused_by_their_header_and_by_their_bytes() -> None:
     client = guarded(max_upload_gb="1e-6")
-    assert client.post("/upload", files={"file": b"x" * 2000}).status_code == 413
+    assert client.post("/session/", files={"file": b"x" * 2000}).status_code == 413
 
     def pieces() -> Iterable[bytes]:
         yield from (b"x" * 500 for _ in range(4))
 
-    chunked = client.post("/upload", content=pieces(), headers={"content-type": "multipart/form-data; boundary=b"})
+    chunked = client.post("/session/", content=pieces(), headers={"content-type": "multipart/form-data; boundary=b"})
     assert chunked.status_code == 413
-    assert client.post("/upload", files={"file": b"x" * 300}).json() == 300
+    assert client.post("/session/", files={"file": b"x" * 300}).json() == 300
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("application/json", "/points"),
+        ("text/plain", "/points"),
+        ("", "/points"),
+        ("multipart/form-data; boundary=b", "/points"),
+        ("multipart/form-data; boundary=b", "/batch/infer/points"),
+        ("application/x-www-form-urlencoded", "/form"),
+    ],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_without_files_is_small(kind: str, path: str, chunked: bool) -> None:
+    body = b'{"foreground": [' + b"1," * 1_000_000 + b"1]}"
+    content = iter([body[:1_000_000], body[1_000_000:]]) if chunked else body
+    answer = guarded().post(path, content=content, headers={"content-type": kind})
+    assert answer.status_code == 413
+    assert "multipart/form-data" in answer.json()["detail"]
+
+
+def test_files_may_be_larger() -> None:
+    assert guarded().post("/session/", files={"file": b"x" * 3_000_000}).json() == 3_000_000
+
+
+def test_ten_thousand_points_fit() -> None:
+    points = [[n / 7, n / 11, n / 13] for n in range(10_000)]
+    client = guarded()
+    assert client.post("/points", json={"foreground": points}).json() == 10_000
+    assert client.post("/form", data={"params": json.dumps(points)}).json() > 500_000
 
 
 @pytest.mark.parametrize("pieces", [[], [b"--b\r\n"]])
 def test_an_upload_that_stalls_is_dropped(pieces: list[bytes]) -> None:
     host = FastAPI()
 
-    @host.post("/upload")
+    @host.post("/session/")
     def upload(file: UploadFile = File(...)) -> int:  # noqa: B008 - FastAPI's form
         return 0
 
@@ -136,7 +177,13 @@ def test_an_upload_that_stalls_is_dropped(pieces: list[bytes]) -> None:
         sent.append(message)
 
     headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=b")]
-    scope = {"type": "http", "method": "POST", "path": "/upload", "raw_path": b"/upload", "query_string": b""}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/session/",
+        "raw_path": b"/session/",
+        "query_string": b"",
+    }
     scope |= {"headers": headers, "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1)}
     asyncio.run(host(scope, receive, send))
     assert sent[0]["status"] == 408

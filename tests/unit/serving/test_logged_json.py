@@ -218,3 +218,16 @@ def test_requests_share_a_writing_and_a_failed_one_is_repeated(caplog: pytest.Lo
     behind.request()
     behind.flush()
     assert written.acquire(timeout=60)
+
+
+def test_who_has_a_label_is_counted_again_after_another_program_wrote_the_json(folder: Path) -> None:
+    store = open_store(folder)
+    store.save_label("case1", str(write(folder.parent / "l.nii.gz", drawn(1))), FINAL, {})
+    assert settled(store).status()["completed"] == 1
+    config = folder / "datastore_v2.json"
+    content = json.loads(config.read_text())
+    content["objects"]["case1"]["labels"] = {}
+    (folder / "labels" / FINAL / "case1.nii.gz").unlink()
+    write_json(config, content)
+    assert store.status()["completed"] == 0
+    assert store.get_unlabeled_images() == ["case0", "case1", "case2", "case3"]

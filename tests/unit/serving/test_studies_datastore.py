@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import json
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -17,10 +21,11 @@ from filelock import FileLock
 
 from aslseg import files
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
-from aslseg.errors import BadImageError, BadLabelError, DiskFullError
+from aslseg.errors import BadImageError, BadLabelError, DiskFullError, FileWriteError, NoResourcesError
 from aslseg.files import sha256, write_json
 from aslseg.rounds.ledger import Ledger
 from aslseg.serving.http_errors import RefusedError
+from aslseg.serving.routes.uploads import PREFIX, remove_stale_uploads, upload_folder
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
 
@@ -199,6 +204,33 @@ def test_empty_unknown_segment_is_no_obstacle(store: StudiesDatastore, tmp_path:
     assert store.status()["completed"] == 1
 
 
+def layered(path: Path, layers: int) -> Path:
+    array = np.zeros((layers, *SHAPE), np.uint8)
+    array[0, 1, 2, 3] = 1
+    step = " ".join(f"({','.join(str(v) for v in AFFINE[:3, n] * (-1, -1, 1))})" for n in range(3))
+    head = f"NRRD0004\ntype: uint8\ndimension: 4\nspace: left-posterior-superior\nsizes: {layers} 6 5 4\n"
+    head += f"space directions: none {step}\nkinds: list domain domain domain\nencoding: gzip\n"
+    head += "space origin: (0,0,0)\nSegment0_Name:=liver\nSegment0_LabelValue:=1\nSegment0_Layer:=0\n\n"
+    path.write_bytes(head.encode() + gzip.compress(array.tobytes(order="F")))
+    return path
+
+
+def test_the_names_of_a_client_buy_no_more_than_an_upload_may_cost(folder: Path, tmp_path: Path) -> None:
+    upload = layered(tmp_path / "l.seg.nrrd", 10)
+    repeated = {"label_info": [{"name": "liver"}] * 20}
+    named = {"label_info": [{"name": f"s{n}"} for n in range(20)]}
+    store = open_store(folder)
+    with pytest.raises(BadLabelError, match="voxels, more than the voxels of its scan"):
+        store.save_label("case0", str(upload), FINAL, repeated)
+    store.save_label("case0", str(upload), FINAL, named)
+    limited, _ = load_settings({"min_free_gb": "0", "max_upload_voxels": "1000"}, env={})
+    store = StudiesDatastore(str(folder), limited, Paths(limited, folder))
+    with pytest.raises(BadLabelError, match="voxels, more than max_upload_voxels"):
+        store.save_label("case0", str(upload), FINAL, named)
+    with pytest.raises(BadLabelError, match="256 segments; expected at most 255"):
+        store.save_label("case0", str(upload), FINAL, {"label_info": [{"name": f"s{n}"} for n in range(256)]})
+
+
 def test_earlier_human_labels_stay_as_versions(store: StudiesDatastore, folder: Path, tmp_path: Path) -> None:
     for n in range(3):
         source = write(tmp_path / "l.nii.gz", drawn(1, (n, 0, 0)))
@@ -212,6 +244,50 @@ def test_earlier_human_labels_stay_as_versions(store: StudiesDatastore, folder: 
     assert infos[2]["by"] == "eve"
     assert store.status()["completed"] == 0
     assert "case0" in store.get_unlabeled_images()
+
+
+def test_label_files_that_a_saved_one_replaces_stay_as_versions(
+    store: StudiesDatastore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tag in (FINAL, "second_reader"):
+        others = [write(folder / "labels" / tag / f"case0{e}", drawn(1)) for e in (".nii", ".nii.gz")]
+        others.append(folder / "labels" / tag / "case0.seg.nrrd")
+        others[-1].write_bytes(b"drawn elsewhere")
+        before = {path.read_bytes() for path in (others if tag == FINAL else (others[0], others[2]))}
+        synced: list[Path] = []
+        with monkeypatch.context() as watched:
+            watched.setattr("aslseg.serving.studies_datastore.sync_to_disk", synced.append)
+            store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(2))), tag, {})
+        assert os.listdir(folder / "labels" / tag) == ["case0.nii.gz"]
+        assert synced == [folder / "labels" / tag], "the names are gone from the disk, too"
+        kept = [p for p in (folder / ".aslseg" / "versions" / "case0").iterdir() if p.suffix != ".json"]
+        assert before <= {path.read_bytes() for path in kept}
+
+
+def test_a_deleted_file_changes_its_folder_on_the_disk(
+    store: StudiesDatastore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("aslseg.serving.kept_files.sync_to_disk", synced.append)
+    store.remove_image("case0")
+    assert synced == [folder / ".aslseg" / "trash" / "case0", folder]
+
+
+def test_an_uploaded_scan_replaces_no_file_that_is_not_listed(
+    store: StudiesDatastore, folder: Path, tmp_path: Path
+) -> None:
+    hidden = write(folder / "case0_seg.nii.gz", drawn(1))
+    (folder / "linked.nii.gz").symlink_to(tmp_path / "unmounted.nii.gz")
+    before, upload = hidden.read_bytes(), write(tmp_path / "up.nii.gz")
+    for case in ("case0_seg", "linked"):
+        for source in (upload, write(tmp_path / "up.nii")):
+            with pytest.raises(RefusedError, match="not listed") as refusal:
+                store.add_image(case, str(source), {})
+            assert refusal.value.status == 409
+    assert hidden.read_bytes() == before
+    assert (folder / "linked.nii.gz").is_symlink()
+    assert not (tmp_path / "unmounted.nii.gz").exists()
+    assert not list(folder.glob("*.nii"))
 
 
 def test_pseudo_labels_are_for_rounds_only(store: StudiesDatastore, tmp_path: Path) -> None:
@@ -429,6 +505,83 @@ def test_a_refused_upload_is_on_the_disk_before_that_is_answered(
         store.save_label("case0", str(write(tmp_path / "l.nii.gz", drawn(7))), FINAL, {})
     (kept,) = (folder / ".aslseg" / "parked").glob("*.nii.gz")
     assert synced.index(kept) < synced.index(kept.parent), "the file, then its name"
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind", "match"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), DiskFullError, "full.*parked"),
+        (OSError(errno.EIO, "Input/output error"), FileWriteError, r"Input/output error.*parked"),
+        (MemoryError(), NoResourcesError, "memory.*parked"),
+        (KeyError("a fault of ours"), KeyError, "a fault of ours"),
+    ],
+)
+def test_any_error_leaves_the_upload_on_the_disk_with_its_reason(
+    store: StudiesDatastore,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    problem: Exception,
+    kind: type[Exception],
+    match: str,
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("aslseg.serving.kept_files.sync_to_disk", synced.append)
+    monkeypatch.setattr("aslseg.serving.studies_datastore.write_label_into", mock.Mock(side_effect=problem))
+    monkeypatch.setattr("aslseg.serving.studies_datastore.atomic_file", plain_file)
+    source = write(tmp_path / "l.nii.gz", drawn(1))
+    with pytest.raises(kind, match=match):
+        store.save_label("case0", str(source), FINAL, {"user": "ann"})
+    (kept,) = (folder / ".aslseg" / "parked").glob("*.nii.gz")
+    assert kept.read_bytes() == source.read_bytes()
+    assert synced[:2] == [kept, kept.parent]
+    reason = json.loads(kept.with_name(f"{kept.name}.json").read_text())["reason"]
+    assert "was stopped" not in reason
+    assert reason
+    if kind is not KeyError:
+        (event,) = Ledger(store.paths.ledger).events(kinds=("refused",))
+        assert f"parked/{kept.name}" in event.details["why"]
+
+
+@contextmanager
+def plain_file(path: Path) -> Iterator[Path]:
+    """A file that is written without :func:`aslseg.files.write_errors`."""
+    yield path.with_name(f".tmp-{path.name}")
+
+
+def test_temporary_files_of_a_killed_server_go_at_the_next_start(folder: Path) -> None:
+    open_store(folder)
+    home = folder / ".aslseg"
+    places = [home / name for name in ("parked", "versions/case0", "trash/case0")]
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+        for name in (".tmp-old.nii.gz", ".tmp-new.nii.gz", "kept.nii.gz"):
+            (place / name).touch()
+        for name in (".tmp-old.nii.gz", "kept.nii.gz"):
+            os.utime(place / name, (0, 0))
+    open_store(folder)
+    assert [sorted(os.listdir(place)) for place in places] == [[".tmp-new.nii.gz", "kept.nii.gz"]] * 3
+
+
+def test_folders_of_uploads_of_a_killed_server_go_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with upload_folder() as now:
+        for name in (f"{PREFIX}old", f"{PREFIX}new", "others"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "label.nii.gz").touch()
+        (tmp_path / f"{PREFIX}link").symlink_to(tmp_path / "others")
+        for name in (f"{PREFIX}old", "others", f"{PREFIX}link"):
+            os.utime(tmp_path / name, (0, 0), follow_symlinks=False)
+        with monkeypatch.context() as other:
+            other.setattr("os.getuid", lambda: 4711)
+            remove_stale_uploads()
+        assert (tmp_path / f"{PREFIX}old").is_dir(), "of another account"
+        remove_stale_uploads()
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {f"{PREFIX}new", f"{PREFIX}link", "others", Path(now).name}
+        assert (tmp_path / "others" / "label.nii.gz").exists()
 
 
 def full(folder: Path | Ledger, *_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,15 +12,16 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from aslseg.errors import BadImageError, BadLabelError
+from aslseg.errors import AslsegError, BadImageError, BadLabelError, DiskFullError, NoResourcesError
 from aslseg.volume import fork_server, untrusted
 from aslseg.volume.fork_server import ForkServer
-from aslseg.volume.untrusted import Limits, read_untrusted, read_untrusted_label, start_readers
+from aslseg.volume.untrusted import Limits, check_untrusted, read_untrusted, read_untrusted_label, start_readers
 
 LIMITS = Limits(1000)
 
@@ -189,6 +191,95 @@ def test_a_fork_of_the_server_has_readers_of_its_own(label: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert read_untrusted_label(label, LIMITS).layers.sum() == 24
     assert process(untrusted._readers).pid == theirs
+
+
+def test_children_wait_for_a_place(
+    readers: ForkServer, label: Path, endless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers._places = threading.Semaphore(1)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(read_untrusted_label, endless, Limits(1000, seconds=60))
+        start_readers()
+        one = child(readers)
+        second = pool.submit(read_untrusted_label, label, LIMITS)
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        assert children(readers) == [one]
+        os.kill(one, signal.SIGKILL)
+        with pytest.raises(BadLabelError, match="exit code -9"):
+            first.result(60)
+        assert second.result(60).layers.sum() == 24
+
+
+def test_a_check_brings_no_voxels_back(readers: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    answer = readers._answer
+
+    def measured(file: IO[bytes], *rest: Any) -> str:
+        reason = answer(file, *rest)
+        sizes.append(os.fstat(file.fileno()).st_size)
+        return reason
+
+    monkeypatch.setattr(readers, "_answer", measured)
+    scan, empty = tmp_path / "scan.nii", tmp_path / "nan.nii"
+    nib.save(nib.Nifti1Image(np.zeros((32, 32, 32), np.float32), np.eye(4)), scan)
+    nib.save(nib.Nifti1Image(np.full((3, 3, 3), np.nan, np.float32), np.eye(4)), empty)
+    check_untrusted(scan, Limits(1e6))
+    with pytest.raises(BadImageError, match="27 voxels are NaN"):
+        check_untrusted(empty, Limits(1e6))
+    assert max(sizes) < 1000
+
+
+FAILING = """
+import errno, os, sys
+from aslseg.volume import fork_server
+
+def work(job, out):
+    raise OSError(job["errno"], "of the machine")
+
+def no_fork():
+    raise OSError(errno.EAGAIN, "no process left")
+
+if __name__ == "__main__":
+    if os.environ.get("NO_FORK"):
+        os.fork = no_fork
+    fork_server.serve(work)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "fork", "kind", "match"),
+    [
+        (errno.ENOSPC, True, DiskFullError, "TMPDIR"),
+        (errno.EDQUOT, True, DiskFullError, "TMPDIR"),
+        (errno.EMFILE, True, NoResourcesError, "send it again later"),
+        (0, False, NoResourcesError, "send it again later"),
+    ],
+)
+def test_troubles_of_the_server_are_not_the_uploads(
+    label: Path, monkeypatch: pytest.MonkeyPatch, number: int, fork: bool, kind: type[AslsegError], match: str
+) -> None:
+    """A process as the readers' own, whose children, or whose forks, fail."""
+    label.with_name("failing.py").write_text(FAILING)
+    if not fork:
+        monkeypatch.setenv("NO_FORK", "1")
+    failing = ForkServer("failing")
+    start = subprocess.Popen
+
+    def started(command: list[str], **more: Any) -> subprocess.Popen:
+        more["env"]["PYTHONPATH"] += f"{os.pathsep}{label.parent}"
+        return start(command, **more)
+
+    monkeypatch.setattr(fork_server.subprocess, "Popen", started)
+    with pytest.raises(kind, match=match), failing.work({"errno": number}, 60):
+        pass
+    failing.stop()
+
+
+def test_no_folder_for_temporary_files(label: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_server.tempfile, "tempdir", str(label.with_name("absent")))
+    with pytest.raises(NoResourcesError, match="TMPDIR"):
+        read_untrusted_label(label, LIMITS)
 
 
 OWNER = """

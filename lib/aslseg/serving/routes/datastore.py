@@ -16,7 +16,7 @@ from monailabel.endpoints import datastore as endpoint
 from aslseg.serving.auth import ADMIN, ANNOTATOR, USER, User, authenticated_name
 from aslseg.serving.http_errors import RefusedError, safe_name
 from aslseg.serving.params import parse_object
-from aslseg.serving.routes.uploads import save_label_upload, save_upload
+from aslseg.serving.routes.uploads import save_label_upload, save_upload, upload_folder
 from aslseg.volume.io import extension
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _uploads(router: APIRouter, app: ServedApp) -> None:
         user: User = ANNOTATOR,
     ) -> Any:
         info = _signed(parse_object(params), user)
-        with tempfile.TemporaryDirectory(prefix="aslseg-upload-") as folder:
+        with upload_folder() as folder:
             path = save_label_upload(label, Path(folder))
             saved = app.datastore().save_label(image, str(path), tag or "final", info)
         app.leases.release(image)
@@ -90,7 +90,7 @@ def _uploads(router: APIRouter, app: ServedApp) -> None:
         info = _signed(parse_object(params), user)
         name = Path(file.filename or "")
         case = safe_name(image or name.name[: -len(extension(name) or "")], "image id")
-        with tempfile.TemporaryDirectory(prefix="aslseg-upload-") as folder:
+        with upload_folder() as folder:
             return {"image": app.datastore().add_image(case, str(save_upload(file, Path(folder), case)), info)}
 
 

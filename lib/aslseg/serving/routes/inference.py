@@ -17,7 +17,7 @@ from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.inference_request import InferenceRequest, scan_path
 from aslseg.serving.mask_encoding import gzipped_bytes
 from aslseg.serving.params import InferenceParams, parse_json, validate_params
-from aslseg.serving.routes.uploads import save_label_upload, save_upload, upload_extension
+from aslseg.serving.routes.uploads import PREFIX, save_label_upload, save_upload, upload_extension, upload_folder
 from aslseg.volume.untrusted import Limits, check_untrusted
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _inference(router: APIRouter, app: ServedApp) -> None:
         if output == infer.ResultType.dicom_seg:
             raise RefusedError("output=dicom_seg is not offered; save the label instead, which makes a DICOM SEG")
         found = validate_params(parse_json(params or "{}"))
-        folder = Path(tempfile.mkdtemp(prefix="aslseg-upload-"))
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         background_tasks.add_task(shutil.rmtree, folder, ignore_errors=True)
         try:
             path, case = _scan(app, image, session_id, file, folder)
@@ -105,7 +105,7 @@ def _sessions(router: APIRouter, app: ServedApp) -> None:
         if len(files) != 1:
             raise RefusedError("expected one volume in a file of its own; DICOM goes through a PACS", 422)
         upload_extension(files[0])
-        with tempfile.TemporaryDirectory(prefix="aslseg-upload-") as folder:
+        with upload_folder() as folder:
             check_untrusted(save_upload(files[0], Path(folder), "image"), Limits(app.settings.max_upload_voxels))
         files[0].file.seek(0)
         return session.create_session(background_tasks, False, expiry, files)

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
+import stat
+import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from fastapi import UploadFile
 
+from aslseg.files import write_errors
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.labels import RAW
 from aslseg.volume.io import IMAGE_EXTENSIONS, extension
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "aslseg-upload-"
+STALE_SECONDS = 3600.0
+
+
+def upload_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the files of a request, which is gone after its context."""
+    return tempfile.TemporaryDirectory(prefix=PREFIX)
+
+
+def remove_stale_uploads() -> None:
+    """Delete what requests left that ended with their server; younger folders may belong to a server that runs."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(FileNotFoundError):
+            about = folder.lstat()
+            ours = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
+            if ours and time.time() - about.st_mtime > STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+                logger.info("%s was left by a server that was stopped; it has been deleted", folder)
 
 
 def upload_extension(upload: UploadFile) -> str:
@@ -42,6 +70,6 @@ def save_label_upload(upload: UploadFile, folder: Path) -> Path:
 
 
 def _write(upload: UploadFile, path: Path) -> Path:
-    with path.open("wb") as target:
+    with write_errors(path), path.open("wb") as target:
         shutil.copyfileobj(upload.file, target)
     return path
