@@ -145,8 +145,6 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
     ledger.append([Entry("checked", 1, names[1], PSEUDO, dice | {"dice": {"liver": 0.1, "tumour": 0.1}, "label": "o"})])
     last = dice | {"dice": {"liver": 0.5, "tumour": 0.25}, "label": "p"}
     ledger.append([Entry("checked", 1, names[1], PSEUDO, last)])
-        [Entry("checked", 1, names[1], PSEUDO, dice | {"dice": {"liver": 0.5, "tumour": 0.25}, "label": "p"})]
-    )
     close_one = {"sha256": "c", "image": "i", "agreement": {"liver": 0.2}, "promoted": False}
     ledger.append([Entry("audit", 1, "other", PSEUDO, close_one)])
     ledger.append([Entry("checked", 1, "other", PSEUDO, dice | {"dice": {"liver": 0.0, "tumour": 0.0}, "mask": "c"})])
