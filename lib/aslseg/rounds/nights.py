@@ -206,7 +206,7 @@ def settled(ledger: Ledger, inputs: str) -> str | None:
         return None  # somebody took something back, which the next round leaves out
     return (
         f"settled: rounds {last[0].number} to {last[-1].number} gave no better model, and scans, labels and settings "
-        "are what they were. The next label, scan or setting starts rounds again"
+        "are what they were. The next label, scan, setting or rollback starts rounds again"
     )
 
 

@@ -67,9 +67,7 @@ def conclude(
     """
     pipeline, progress, models = state.pipeline, state.pipeline.progress, state.models
     with progress.stage("rank") as report:
-        state.canaries, state.stops = canaries.watch(
-            pipeline, partial(_assess_one, state, promised=False), state.floors.unknown
-        )
+        state.canaries, state.stops = canaries.watch(pipeline, partial(_assess_one, state), state.floors.unknown)
         assess(state, report)
     with progress.stage("promote") as report:
         chosen = choose(state, report)
@@ -172,8 +170,7 @@ def _assess_one(state: RoundState, case: Prepared, promised: bool = True) -> tup
     Args:
         state: The round.
         case: The case.
-        promised: The promise may decide in place of a fixed agreement. It bounds the mean of those masks that are
-            promoted, which agree best, and says nothing of a single one; so a canary keeps the fixed agreement.
+        promised: Whether the promise may decide in place of a fixed agreement, for labels for which it exists.
     """
     p, unknown = state.pipeline, state.floors.unknown
     first, second, mask = (p.decode(maps(case)) for maps in (state.ssl_maps, state.second_maps, state.masks))
