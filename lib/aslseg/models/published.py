@@ -75,15 +75,18 @@ def put_manifest(paths: Paths, models: dict[str, dict[str, Any]]) -> None:
     write_json(paths.models / "manifest.json", {"models": models})
 
 
-def find_published(paths: Paths, kind: ModelKind, check: bool = False) -> Published | None:
+def find_published(
+    paths: Paths, kind: ModelKind, check: bool = False, entries: Mapping[str, dict[str, Any]] | None = None
+) -> Published | None:
     """The published model of a kind, or None.
 
     Args:
         paths: Where the models are published.
         kind: One of :data:`aslseg.models.kinds.PUBLISHED_KINDS`.
         check: Recompute the file's hash instead of comparing its size alone.
+        entries: A manifest of an earlier time; None reads the present one.
     """
-    entry = manifest(paths).get(kind)
+    entry = (manifest(paths) if entries is None else entries).get(kind)
     if entry is None:
         return None
     path = paths.models / str(entry["file"])

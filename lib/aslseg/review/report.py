@@ -240,7 +240,11 @@ def _evidence(settings: Settings, summary: dict[str, Any]) -> list[dict[str, Any
 
 def _checked(ledger: Ledger) -> dict[str, Any] | None:
     """How people found promoted masks: what the ledger has of masks whose scans they labelled later."""
-    scores = [e.details["dice"] for e in ledger.events(kinds=(CHECKED,))]
+    every = audits(ledger)
+    close = {(a.case, a.mask) for a in every if not a.promoted} - {(a.case, a.mask) for a in every if a.promoted}
+    # the last label of a mask counts
+    checked = {(e.case, e.details["mask"]): e.details["dice"] for e in ledger.events(kinds=(CHECKED,))}
+    scores = [dice for key, dice in checked.items() if key not in close]
     if not scores:
         return None
     known = [[v for v in dice.values() if v is not None] for dice in scores]

@@ -56,7 +56,7 @@ def audits(ledger: Ledger) -> list[Audit]:
 
 def waiting(ledger: Ledger) -> list[Audit]:
     """Audits without an answer, oldest first; after a rollback, or without its scan, an audit is over."""
-    undone = {r.number for r in ledger.rounds() if r.state == "rolled back"}
+    undone = {e.round for e in ledger.events(kinds=("rolled back",))}
     notes = [e for e in ledger.events(kinds=("note",)) if {"mask", "image"} <= e.details.keys()]
     over = {(e.case, e.details["mask"], e.details["image"]) for e in notes}
     left = [a for a in audits(ledger) if a.dice is None and a.round not in undone]

@@ -72,19 +72,21 @@ def floors(settings: Settings) -> dict[str, float]:
 
 def watch(
     pipeline: RoundPipeline,
-    assess: Callable[[Prepared], tuple[CaseAssessment, np.ndarray]],
+    assess: Callable[[Prepared, bool], tuple[CaseAssessment, np.ndarray]],
     unknown: Collection[str] = (),
 ) -> tuple[list[Canary], list[Stop]]:
     """Let a round's validation scans go through the verdict; a stop is a warning of the round, too.
 
     Args:
         pipeline: The round.
-        assess: A case to its assessment and its machine mask (i, j, k) on the working grid.
+        assess: A case, and whether the promise may decide in place of a fixed agreement, to its assessment and its
+            machine mask (i, j, k) on the working grid. The promise bounds the mean of the masks that agree best and
+            says nothing of a single one, so that a canary keeps the fixed agreement.
         unknown: Labels that no promotion teaches; the masks do not hold them.
     """
     found = []
     for case in pipeline.cases.validation:
-        assessed, mask = assess(case)
+        assessed, mask = assess(case, False)
         truth = pipeline.labels.merge(np.asarray(case.label), unknown)
         found.append(canary(case.id, assessed.verdict, mask, truth, pipeline.labels))
     stops = find_stops(found, floors(pipeline.settings))

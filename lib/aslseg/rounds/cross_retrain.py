@@ -15,6 +15,7 @@ import numpy as np
 
 from aslseg.cases.prepare import save_array
 from aslseg.cases.prepared_case import Prepared
+from aslseg.errors import TrainingDivergedError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities, confidence
@@ -43,7 +44,8 @@ def retrained_dice(
         unknown: Nested labels of which the promoted masks say nothing.
 
     Returns:
-        Case to Dice; a case in which neither mask holds anything is left out.
+        Case to Dice; a case in which neither mask holds anything is left out, and so are, with a warning, those
+        of a fold whose training diverges.
     """
     unlabelled = [c for c in pipeline.cases.unlabelled if c.id in promoted]
     found: dict[str, float | None] = {}
@@ -51,7 +53,15 @@ def retrained_dice(
     for number, (part, maps) in enumerate(zip(crossed.parts, crossed.maps, strict=True)):
         if unlabelled:
             own = [own_mask(pipeline, maps, case, unknown) for case in unlabelled]
-            model = pipeline.train_ssl(own, share(report, number, len(crossed.parts)), without=part, part=steps)
+            shown = share(report, number, len(crossed.parts))
+            try:
+                model = pipeline.train_ssl(own, shown, without=part, part=steps)
+            except TrainingDivergedError as error:
+                ids = ", ".join(part)
+                pipeline.cases.warnings.append(
+                    f"no retrained model without {ids} ({error}): their labels compare nothing"
+                )
+                continue
             maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model}))
         found |= {c.id: pipeline.dice(maps, [c]) for c in pipeline.cases.train if c.id in part}
     return {case: value for case, value in sorted(found.items()) if value is not None}

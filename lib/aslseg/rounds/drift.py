@@ -51,8 +51,10 @@ def find_drift(pipeline: RoundPipeline, promoted: Sequence[Promoted]) -> dict[st
 def features(case: Prepared, labels: Labels) -> dict[str, dict[str, float]]:
     """Volume (ml) and median intensity (0..1) of each label that a case holds, with all that is nested in it."""
     found = {}
-    voxel = math.prod(case.grid.spacing) / 1000
-    for name, mask in zip(labels.names, labels.regions(np.asarray(case.label)), strict=True):
+    voxel, label = math.prod(case.grid.spacing) / 1000, np.asarray(case.label)
+    # a promoted mask marks what is this label or anything in it (Labels.mark_unknown)
+    label = np.where(label > len(labels), label - len(labels), label)
+    for name, mask in zip(labels.names, labels.regions(label), strict=True):
         if mask.any():
             found[name] = {"volume": float(mask.sum()) * voxel, "intensity": float(np.median(case.image[mask]))}
     return found

@@ -9,7 +9,7 @@ than the SSL models do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from aslseg.agreement.measures import compare
 from aslseg.agreement.promise import Pair
 from aslseg.cases.prepared_case import Prepared
+from aslseg.compute.overlap import dice
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
@@ -41,12 +42,14 @@ class Scored:
         fold: Whether the model of a fold drew them; otherwise it is a validation case.
         agreement: Dice between the SSL mask and the second network's, by label; None where both are empty.
         dice: Dice with the human label, by source and label; None where both are empty.
+        merged: As ``agreement``, but of each label with everything nested in it.
     """
 
     case: str
     fold: bool
     agreement: dict[str, float | None]
     dice: dict[str, dict[str, float | None]]
+    merged: dict[str, float | None] = field(default_factory=dict)
 
     def of(self, source: str) -> dict[str, float | None]:
         """Dice of a source's mask by label, or of the SSL mask where it has none."""
@@ -78,12 +81,18 @@ class Evidence:
                     found[name].append(value)
         return found
 
-    def pairs(self, source: str) -> dict[str, list[Pair]]:
-        """Agreement and Dice of a source's masks by label, where there is both."""
+    def pairs(self, source: str, merged: Collection[str] = ()) -> dict[str, list[Pair]]:
+        """Agreement and Dice of a source's masks by label, where there is both.
+
+        Args:
+            source: Whose masks.
+            merged: Labels whose agreement is taken with everything nested in them: those that lie around a label that
+                promoted masks leave open, since the agreement of these masks is measured so.
+        """
         found: dict[str, list[Pair]] = {name: [] for name in self.names}
         for one in self.scored:
             for name, value in one.of(source).items():
-                agreement = one.agreement[name]
+                agreement = one.merged[name] if name in merged else one.agreement[name]
                 if value is not None and agreement is not None:
                     found[name].append(Pair(one.case, agreement, value, audited=False))
         return found
@@ -161,9 +170,10 @@ def validated(pipeline: RoundPipeline, second: str, sources: Sources) -> Evidenc
 
 def _score(pipeline: RoundPipeline, case: Prepared, second: str, sources: Sources, fold: bool = False) -> Scored:
     first, other = (pipeline.decode(sources[name](case)) for name in ("ssl", second))
-    agreement = compare(first, other, pipeline.labels)
+    labels = pipeline.labels
+    merged = {n: dice(a, b) for n, a, b in zip(labels.names, labels.regions(first), labels.regions(other), strict=True)}
     found = {name: region_dice(pipeline, maps, case) for name, maps in sources.items()}
-    return Scored(case.id, fold, agreement.per_label, found)
+    return Scored(case.id, fold, compare(first, other, labels).per_label, found, merged)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _served(pipeline: RoundPipeline) -> ModelSet:
     from aslseg.models.model_set import ModelSet
 
     files: dict[ModelKind, Path] = {}
-    entries = _entries_before(pipeline)
+    entries = entries_before(pipeline)
     for kind in PUBLISHED_KINDS:
         entry, path = entries.get(kind), pipeline.paths.models / str(entries.get(kind, {}).get("file", "-"))
         if entry is None or not path.is_file() or not set(NEEDS[kind]) <= files.keys():
@@ -163,8 +163,8 @@ def _served(pipeline: RoundPipeline) -> ModelSet:
     return ModelSet(files)
 
 
-def _entries_before(pipeline: RoundPipeline) -> dict[str, dict[str, Any]]:
-    """The manifest of the time when the round began."""
+def entries_before(pipeline: RoundPipeline) -> dict[str, dict[str, Any]]:
+    """The manifest of the time when the round began, also where the round goes on after it has published."""
     events = pipeline.ledger.events(kinds=("published",)) if pipeline.number else []
     others = [e for e in events if _of_before(pipeline, e)]
     if len(others) == len(events):

@@ -22,6 +22,7 @@ from aslseg.models.published import Published, find_published
 from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.cross_fit import CrossFit, fold_share, folds, share
 from aslseg.rounds.cross_retrain import retrained_dice
+from aslseg.rounds.fresh import entries_before
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.vetoes import mask_vetoes
 from aslseg.sam.modeling.build import base_path
@@ -31,8 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 def comparable(pipeline: RoundPipeline, kind: ModelKind) -> Published | None:
-    """The published model of a kind, if the current settings can load it."""
-    current = find_published(pipeline.paths, kind, check=True)
+    """The model of a kind that was published when the round began, if the current settings can load it.
+
+    A round that goes on after it has published is compared with this one too, so that it decides the same again.
+    """
+    current = find_published(pipeline.paths, kind, check=True, entries=entries_before(pipeline))
     if current is None:
         return None
     try:
@@ -51,7 +55,14 @@ def learned_labels(pipeline: RoundPipeline) -> dict[str, str]:
 def settings_hash(pipeline: RoundPipeline) -> str:
     """Hash of everything that people set and that the published models depend on, besides scans and labels."""
     s, files = pipeline.settings, [base_path(pipeline.settings), Path(pipeline.settings.sam_base or "-")]
-    retraining = [s.recipe, s.retrain_from, s.promote_weight, s.disagreement_weight, s.uncertainty_weight]
+    retraining = [
+        s.recipe,
+        s.retrain_from,
+        s.promote_weight,
+        s.disagreement_weight,
+        s.uncertainty_weight,
+        s.floors,
+    ]
     hashes = [pipeline.cases.hashes(f) if f.is_file() else None for f in files]
     text = json.dumps([pipeline.training_settings(), retraining, hashes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

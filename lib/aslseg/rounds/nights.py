@@ -201,9 +201,12 @@ def settled(ledger: Ledger, inputs: str) -> str | None:
     last = rounds[-SETTLED_ROUNDS:]
     if any(r.summary.get("inputs") != inputs or ledger.events(kinds=("published",), number=r.number) for r in last):
         return None
+    ends = [e.seq for e in ledger.events(kinds=("closed",), number=last[-1].number)]
+    if any(e.seq > max(ends, default=0) for e in ledger.events(kinds=("veto", "rolled back"))):
+        return None  # somebody took something back, which the next round leaves out
     return (
         f"settled: rounds {last[0].number} to {last[-1].number} gave no better model, and scans, labels and settings "
-        "are what they were. The next label, scan or setting starts rounds again"
+        "are what they were. The next label, scan, setting or rollback starts rounds again"
     )
 
 

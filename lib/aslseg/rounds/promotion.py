@@ -6,7 +6,7 @@ What a round decided on each scan, and why, is made in :mod:`aslseg.rounds.promo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from aslseg.rounds.artefacts import CachedProbabilities, confidence
 from aslseg.rounds.audit_draw import closest, draw_audits
 from aslseg.rounds.drift import find_drift
 from aslseg.rounds.gate_pairs import crossed_differences
-from aslseg.rounds.late import NOT_USED, drop_late, late_changes
+from aslseg.rounds.late import NOT_USED, REPLACED, drop_late, late_changes
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
 from aslseg.rounds.pipeline import Promoted, RoundPipeline
@@ -85,7 +85,9 @@ def conclude(
             pipeline, models, retrained, list(learned), report, kinds, state.evidence, judged
         )
         rejected = published.sha256(ModelKind.SSL) != pipeline.cases.hashes(retrained)
-        settle_promotions(pipeline, wanted, learned, rejected)
+        settle_promotions(
+            pipeline, wanted, learned, rejected, {c: why for c in state.assessments if (why := state.barred(c))}
+        )
         promoted = without_late(pipeline, [] if rejected else promoted)
         draw_audits(pipeline, closest(state), lambda case: about_mask(state, case))
     with progress.stage("originals") as report:
@@ -162,8 +164,14 @@ def assess(
     p.ledger.set_scores([*kept, *measured])
 
 
-def _assess_one(state: RoundState, case: Prepared) -> tuple[CaseAssessment, np.ndarray]:
-    """Compare and judge one case, and its mask (i, j, k), both on the labels that its promotion would teach."""
+def _assess_one(state: RoundState, case: Prepared, promised: bool = True) -> tuple[CaseAssessment, np.ndarray]:
+    """Compare and judge one case, and its mask (i, j, k), both on the labels that its promotion would teach.
+
+    Args:
+        state: The round.
+        case: The case.
+        promised: Whether the promise may decide in place of a fixed agreement, for labels for which it exists.
+    """
     p, unknown = state.pipeline, state.floors.unknown
     first, second, mask = (p.decode(maps(case)) for maps in (state.ssl_maps, state.second_maps, state.masks))
     agreement, learned = compare(first, second, p.labels), None
@@ -172,8 +180,9 @@ def _assess_one(state: RoundState, case: Prepared) -> tuple[CaseAssessment, np.n
         learned = compare(first, second, p.labels).without(unknown)
     spacing, shape = case.grid.spacing, case.image.shape
     verdict = judge(learned or agreement, mask, spacing, p.reference, p.settings, shape, unknown, case.image)
-    decided = {name: least for name, least in p.settings.thresholds.items() if name in state.promises.lines}
-    verdict = without_thresholds(verdict, learned or agreement, decided)
+    if promised:
+        decided = {name: least for name, least in p.settings.thresholds.items() if name in state.promises.lines}
+        verdict = without_thresholds(verdict, learned or agreement, decided)
     unlike = [p.cases.unlike[case.id]] if case.id in p.cases.unlike else []
     return CaseAssessment(agreement, verdict.against(*state.floors.blocking, *unlike), learned), mask
 
@@ -270,7 +279,11 @@ def without_late(pipeline: RoundPipeline, promoted: list[Promoted]) -> list[Prom
 
 
 def settle_promotions(
-    pipeline: RoundPipeline, wanted: dict[str, dict[str, Any]], learned: dict[str, str], rejected: bool
+    pipeline: RoundPipeline,
+    wanted: dict[str, dict[str, Any]],
+    learned: dict[str, str],
+    rejected: bool,
+    barred: Mapping[str, Sequence[str]],
 ) -> None:
     """Withdraw the promotions of a round whose retrained model is not the one that is published.
 
@@ -279,6 +292,7 @@ def settle_promotions(
         wanted: What was promoted.
         learned: Case to the hash of the mask that the retrained model learned from.
         rejected: Whether that model is not published.
+        barred: Cases whose earlier promotion does not stand again either, and why.
     """
     withdrawn = _withdrawn(pipeline, learned)
     if withdrawn and not rejected:
@@ -286,9 +300,11 @@ def settle_promotions(
     if withdrawn or not rejected:
         return
     ledger, studies, number = _round(pipeline)
-    known = {c.id for c in pipeline.cases.unlabelled}
-    before = ledger.masks(PSEUDO)
-    late = {c: NOT_USED for c in before if c not in known} | late_changes(pipeline, before.keys() & known)
+    known = {c.id: c.image_hash for c in pipeline.cases.unlabelled}
+    now, before = ledger.masks(PSEUDO), ledger.masks(PSEUDO, before=pipeline.opened)
+    late = {c: NOT_USED for c in now if c not in known} | {c: "; ".join(why) for c, why in barred.items() if c in known}
+    late |= {c: REPLACED for c, e in before.items() if e.details.get("image") != known.get(c) and c in known}
+    late |= late_changes(pipeline, now.keys() & known.keys())
     withdraw(ledger, studies, pipeline.paths, number, learned, late)
 
 

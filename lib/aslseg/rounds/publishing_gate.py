@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from aslseg.models.published import Candidate, Published, gate
 from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.cross_fit import region_dice
 from aslseg.rounds.evidence import Evidence, Scored, first_model
+from aslseg.rounds.fresh import entries_before
 from aslseg.rounds.gate_pairs import (
     case_dice,
     cause_of,
@@ -72,7 +73,7 @@ def publish_better(
     """
     best, lines, dice, chosen = made.with_file(ModelKind.SSL, _candidate_ssl(pipeline, made, retrained)), [], {}, []
     learned = promoted if best[ModelKind.SSL] == retrained else _promoted_before(best[ModelKind.SSL])
-    foreign, before = False, _published_before(pipeline)
+    foreign, before = False, entries_before(pipeline)
     for done, kind in enumerate(kinds, 1):
         current = comparable(pipeline, kind)
         candidate = _score(pipeline, kind, best, current, learned if kind == ModelKind.SSL else ())
@@ -130,13 +131,6 @@ def _unchecked(pipeline: RoundPipeline, candidate: Candidate, current: Published
     if current is None or candidate.dice is not None or candidate.differences:
         return False
     return current.sha256 != pipeline.cases.hashes(candidate.path)
-
-
-def _published_before(pipeline: RoundPipeline) -> Collection[str]:
-    """The kinds that were published before this round; one that was killed may have published some already."""
-    number = pipeline.number
-    events = pipeline.ledger.events(kinds=("published",), number=number) if number else []
-    return events[0].details["before"] if events else published.manifest(pipeline.paths)
 
 
 def _measured(

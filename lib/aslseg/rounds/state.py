@@ -78,10 +78,23 @@ class RoundState:
     stops: list[Stop] = field(default_factory=list)
     crossed: CrossFit | None = None
 
+    def barred(self, case: str) -> tuple[str, ...]:
+        """What speaks against every mask of a scan, however well networks agree: floors, canaries, an alien scan."""
+        unlike = self.pipeline.cases.unlike
+        always = {
+            *self.floors.blocking,
+            *(stop.reason for stop in self.stops),
+            *([unlike[case]] if case in unlike else []),
+        }
+        return tuple(reason for reason in self.assessments[case].verdict.reasons if reason in always)
+
     @property
     def pairs(self) -> dict[str, list[Pair]]:
         """Agreement and Dice of human labels that the predicting network was not trained on, by label."""
-        return self.evidence.pairs(self.source)
+        labels, unknown = self.pipeline.labels, self.floors.unknown
+        parents = zip(labels.names, labels.parents, strict=True)
+        around = {labels.names[parent] for name, parent in parents if parent is not None and name in unknown}
+        return self.evidence.pairs(self.source, around)
 
     @cached_property
     def promises(self) -> Promises:

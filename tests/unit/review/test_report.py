@@ -141,6 +141,13 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
     dice = {"dice": {"liver": 1.0, "tumour": None}, "mask": "m", "label": "n"}
     ledger.append([Entry("checked", 1, names[0], PSEUDO, dice)])
     ledger.append([Entry("checked", 1, names[1], PSEUDO, dice | {"dice": {"liver": 0.5, "tumour": 0.25}})])
+    # corrected once more: the last label counts; and an audit of a mask that was not promoted
+    ledger.append([Entry("checked", 1, names[1], PSEUDO, dice | {"dice": {"liver": 0.1, "tumour": 0.1}, "label": "o"})])
+    last = dice | {"dice": {"liver": 0.5, "tumour": 0.25}, "label": "p"}
+    ledger.append([Entry("checked", 1, names[1], PSEUDO, last)])
+    close_one = {"sha256": "c", "image": "i", "agreement": {"liver": 0.2}, "promoted": False}
+    ledger.append([Entry("audit", 1, "other", PSEUDO, close_one)])
+    ledger.append([Entry("checked", 1, "other", PSEUDO, dice | {"dice": {"liver": 0.0, "tumour": 0.0}, "mask": "c"})])
     page = write(paths, settings, 1)[0].read_text()
     assert "1 of these masks was accepted unchanged" in page
     assert "liver 0.750, tumour 0.250" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from aslseg.rounds.audits import (
     waiting,
 )
 from aslseg.rounds.corrections import record_checked
+from aslseg.rounds.evidence import Floors
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import MaskStore
 from aslseg.rounds.run import run_round
@@ -296,7 +298,9 @@ def test_a_round_that_is_killed_after_its_draw_draws_nothing_more(
 
 @pytest.mark.usefixtures("plausible")
 def test_a_rejected_round_promises_nothing_and_loses_no_audit(tmp_path: Path, judged: Judged) -> None:
+    """The label is new, but a validation case shows that the model that learned it is worse."""
     studies, settings, ledger = tiny(tmp_path, audits=2)
+    (studies / "patients.csv").write_text("case,patient,role\nphantom_000,a,train\nphantom_001,b,validation\n")
     good: set[str] = set()
     judged(lambda digest: 0.9 if not good or digest in good else 0.1)
     run_round(studies, settings)
@@ -304,9 +308,44 @@ def test_a_rejected_round_promises_nothing_and_loses_no_audit(tmp_path: Path, ju
     first, second = waiting(ledger)
     shutil.copy(tmp_path / "studies_truth" / f"{second.case}.nii.gz", studies / "labels" / "final")
     summary = run_round(studies, settings)
-    assert summary["withdrawn"] == [first.case]
+    assert first.case in summary["withdrawn"]
     assert summary["promise"]["liver"]["withdrawn"]
     assert promise_lines(summary["promise"])[0].startswith("liver: no promise: the promotions of this round were")
     assert waiting(ledger) == [first], "its mask stands again and waits still; the other one is answered"
     assert [p.case for p in audited_pairs(ledger, ("liver",))["liver"]] in ([second.case], []), "empty in both: none"
     assert ledger.events(kinds=(CHECKED,))[0].case == second.case
+
+
+def test_a_canary_keeps_the_fixed_agreement_where_the_promise_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation scan on which the networks disagree would not be promoted, and stops nothing."""
+    assessed(monkeypatch, 0.1)
+    settings = tiny_settings(tmp_path, promote_threshold="0.9")
+    mask = np.ones((4, 4, 4), np.uint8)
+    p = SimpleNamespace(
+        settings=settings,
+        labels=settings.label_set,
+        decode=lambda maps: maps,
+        reference=None,
+        cases=SimpleNamespace(unlike={}),
+    )
+    state: Any = SimpleNamespace(
+        pipeline=p,
+        floors=Floors(),
+        promises=SimpleNamespace(lines={"liver": None}),
+        **dict.fromkeys(("ssl_maps", "second_maps", "masks"), lambda _: mask),
+    )
+    case: Any = SimpleNamespace(id="a", image=mask, grid=SimpleNamespace(spacing=(1, 1, 1)))
+    assert promotion._assess_one(state, case)[0].verdict.promote, "the promise decides for other scans"
+    p.cases.validation, p.cases.warnings, case.label = [case], [], np.zeros_like(mask)
+    monkeypatch.setattr(canaries, "FLOOR", 0.5)
+    (found,), stops = canaries.watch(state.pipeline, partial(promotion._assess_one, state))
+    assert (found.verdict.promote, stops) == (False, [])
+
+
+def test_audits_that_wait_are_found_without_the_summaries(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    promote(pool, *UNLABELLED[:3])
+    drawn = draw(pool)
+    monkeypatch.setattr(Ledger, "rounds", lambda _: pytest.fail("reads the summaries of all rounds"))
+    assert [a.case for a in waiting(pool.ledger)] == drawn

@@ -11,6 +11,7 @@ import pytest
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.errors import NotEnoughCasesError
 from aslseg.rounds import canaries
+from aslseg.rounds.late import REPLACED
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.masks import verify_label_files
 from aslseg.rounds.promotion_decisions import why_nothing
@@ -51,8 +52,9 @@ def test_labels_that_were_deleted_are_not_learned_from_and_their_scans_are_unlab
         (studies / "labels" / FINAL / f"{case}.nii.gz").unlink()
     summary = run_round(studies, settings)
     assert learned(summary, "human") == [TRAINED]
-    assert DELETED in summary["promoted"], "a scan without a label, like others"
-    assert JUDGE not in summary["promoted"] + learned(summary, "unlabelled"), "its patient has judged models"
+    # without a new label or a judge, the published model stays, so that what was promoted is withdrawn
+    assert DELETED in summary["withdrawn"], "a scan without a label, like others"
+    assert JUDGE not in summary["withdrawn"] + learned(summary, "unlabelled"), "its patient has judged models"
     assert JUDGE in summary["decisions"]
     assert "no validation cases" in " ".join(summary["warnings"])
     assert f"{ORIGINAL}/{JUDGE}.nii.gz" in label_hashes(studies)
@@ -90,9 +92,10 @@ def test_the_mask_of_a_scan_that_was_replaced_is_not_learned_from(
     second = run_round(studies, settings)
     began = json.loads(Path(second["models"]["ssl"]).with_name("inputs.json").read_text())["promoted"]
     assert [case for case, *_ in began] == ["phantom_004"], "the old mask belongs to another scan"
+    assert "phantom_003" in second["withdrawn"], "no label is new, so that the published model stays"
     now = Ledger(Paths(settings, studies).ledger).masks(PSEUDO)
-    assert now["phantom_003"].details["image"] != old["phantom_003"].details["image"]
-    assert now["phantom_003"].details["sha256"] != old["phantom_003"].details["sha256"]
+    assert (now["phantom_003"].kind, now["phantom_003"].details["why"]) == ("removed", REPLACED)
+    assert now["phantom_004"].details["sha256"] == old["phantom_004"].details["sha256"], "it stands again"
     assert verify_label_files(Paths(settings, studies)) == []
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from aslseg.agreement.promotion_rules import Verdict
+from aslseg.cases.studies import PSEUDO
 from aslseg.models.cascade import CascadeInput, StageOutput
 from aslseg.models.kinds import ModelKind
-from aslseg.rounds import pipeline
+from aslseg.rounds import pipeline, publishing_gate
 from aslseg.rounds.canaries import Canary, canary, find_stops, in_words, stopped, summarise
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.run import run_round
@@ -137,3 +138,19 @@ def test_a_canary_that_the_verdict_refuses_stops_nothing(networks: dict[str, Any
     assert (summary["canaries"]["passed"], summary["canaries"]["stops"]) == (0, [])
     assert summary["canaries"]["cases"][JUDGE]["reasons"]
     assert summary["promoted"] or summary["withdrawn"]
+
+
+@pytest.mark.usefixtures("quick", "trainings")
+def test_what_a_canary_stops_does_not_come_back_when_the_gate_rejects(
+    networks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies, settings = networks["studies"], tiny_settings(tmp_path, promote_fraction=1, promote_empty=1)
+    assert run_round(studies, settings)["promoted"] == ["phantom_003", "phantom_004", "phantom_005"]
+    networks["change"] = lambda case, mask: mask[::-1]
+    monkeypatch.setattr(publishing_gate, "gate", lambda *_: (False, "ssl: not published"))
+    summary = run_round(studies, settings.model_copy(update={"seed": 5}))
+    assert summary["published"][0].startswith("ssl: not published")
+    now = Ledger(Paths(settings, studies).ledger).masks(PSEUDO)
+    assert {e.kind for e in now.values()} == {"removed"}
+    assert all(summary["canaries"]["stops"][0] in e.details["why"] for e in now.values())
+    assert not [name for name in label_hashes(studies) if "pseudo" in name]

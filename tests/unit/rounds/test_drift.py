@@ -80,3 +80,10 @@ def test_a_warning_of_the_round_has_the_numbers() -> None:
     assert before == "before"
     assert "the volume of liver in the 12 promoted masks is unlike that of 12 human labels" in warning
     assert "median 64 against 128 ml" in warning
+
+
+def test_what_a_promoted_mask_leaves_open_counts_for_the_label_around_it() -> None:
+    whole = np.zeros((4, 4, 4), np.uint8)
+    whole[:2], whole[0, 0, 0] = 1, 2
+    promoted = LABELS.mark_unknown(whole, ["tumour"])
+    assert features(case(promoted, 0.5), LABELS) == {"liver": {"volume": 16.0, "intensity": 0.5}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.cases import RoundCases
 from aslseg.rounds.cross_fit import cross_fit, fold_share
-from aslseg.rounds.evidence import Evidence, Scored, cascade_sources, first_model, gather, judge_labels
+from aslseg.rounds.evidence import Evidence, Floors, Scored, cascade_sources, first_model, gather, judge_labels
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress
@@ -318,3 +319,17 @@ def test_a_first_model_says_how_good_it_is() -> None:
 @pytest.mark.parametrize(("parts", "share"), [(0, 0), (2, 1), (3, 2 / 3), (4, 0.5), (8, 0.5)])
 def test_folds_share_twice_the_steps_of_one_training(parts: int, share: float) -> None:
     assert fold_share(parts) == pytest.approx(share)
+
+
+def test_around_a_label_that_is_left_open_the_networks_are_compared_with_it_merged() -> None:
+    """As the candidates are: where the networks disagree on the tumour alone, they agree on the liver."""
+    both = {"liver": 0.9, "tumour": 0.5}
+    one = Scored("a", True, {"liver": 0.6, "tumour": 0.1}, {"ssl": both}, {"liver": 0.95, "tumour": 0.1})
+    labels = Labels.parse("liver,tumour", "tumour:liver")
+    for unknown, expected in (((), 0.6), (("tumour",), 0.95)):
+        pipeline: Any = SimpleNamespace(labels=labels)
+        maps: Any = None
+        state = RoundState(
+            pipeline, maps, maps, maps, "ssl", maps, Evidence((one,), labels.names), Floors(unknown=unknown)
+        )
+        assert [p.agreement for p in state.pairs["liver"]] == [expected]

@@ -144,11 +144,11 @@ def test_a_round_that_goes_on_asks_for_the_models_of_before(tmp_path: Path) -> N
 
     Round.ledger = ledger  # type: ignore[attr-defined]
     ledger.append([Entry("published", 2, details={"before": {}, "after": two, "why": []})])
-    assert fresh._entries_before(Round) == {}, "its own models are none of before"  # type: ignore[arg-type]
+    assert fresh.entries_before(Round) == {}, "its own models are none of before"  # type: ignore[arg-type]
     ledger.append([Entry("published", None, details={"before": two, "after": one, "why": "rollback"})])
-    assert fresh._entries_before(Round) == one  # type: ignore[arg-type]
+    assert fresh.entries_before(Round) == one  # type: ignore[arg-type]
     Round.number = 3
-    assert fresh._entries_before(Round) == manifest(Round.paths)  # type: ignore[arg-type]
+    assert fresh.entries_before(Round) == manifest(Round.paths)  # type: ignore[arg-type]
 
 
 def test_pages_reports_and_info_state_it(tmp_path: Path) -> None:

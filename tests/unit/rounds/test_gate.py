@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ import pytest
 
 from aslseg.cases.studies import PSEUDO
 from aslseg.compute.hardware import resolved
+from aslseg.errors import TrainingDivergedError
 from aslseg.files import sha256
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import find_published
+from aslseg.rounds import cross_retrain, promotion
 from aslseg.rounds.cases import trained_before
 from aslseg.rounds.cross_fit import cross_fit
 from aslseg.rounds.cross_retrain import own_mask
-from aslseg.rounds.gate_pairs import crossed_differences
+from aslseg.rounds.gate_pairs import crossed_differences, settings_hash
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.publishing_gate import publish_better
 from aslseg.rounds.run import opened_pipeline, run_round, train_stage
@@ -248,3 +251,58 @@ def test_a_whole_round_is_withdrawn_when_its_masks_do_not_help(
     assert [p.case for p in night.ledger.promotions()] == first["promoted"]
     hashes = {c: e.details["sha256"] for c, e in night.ledger.masks(PSEUDO).items() if e.kind == "mask"}
     assert hashes == {c: e.details["sha256"] for c, e in standing.items() if e.kind == "mask"}
+
+
+def test_a_round_that_was_killed_after_it_published_decides_the_same_again(
+    tmp_path: Path, trainings: list[Training], scored: Scored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model without promoted masks is better, and is published; the round is killed before it withdraws these."""
+    scored(lambda learned, _: 0.8 - 0.1 * len(learned.promoted))
+    night = Night(tmp_path, folds=0)
+    settings = night.settings.model_copy(update={"promote_cases": 1, "promote_fraction": 1.0})
+    night.publish([])
+    night.label(4)
+    with monkeypatch.context() as killed:
+        killed.setattr(promotion, "settle_promotions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_round(night.studies, settings)
+    (event,) = night.ledger.events(kinds=("published",), number=1)
+    summary = run_round(night.studies, settings)
+    assert summary["continued"]
+    assert summary["published"] == event.details["why"]
+    assert "ssl: published; human labels are new" in summary["published"][0]
+    assert night.ledger.events(kinds=("published",), number=1) == [event]
+
+
+def test_what_floors_ask_is_among_the_settings_that_the_gate_compares(night: Night) -> None:
+    def known(floor: str) -> str:
+        chosen = resolved(tiny_settings(night.kept, promote_floor=floor))
+        with opened_pipeline(night.studies, chosen, night.paths, no_progress, ("prepare",)) as found:
+            return settings_hash(found)
+
+    assert known("0.5") != known("0.6")
+
+
+def test_a_fold_whose_retraining_diverges_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: Any, without: Any, **__: Any) -> Path:
+        if without == ["a"]:
+            raise TrainingDivergedError("loss is nan")
+        return Path("model")
+
+    cases = SimpleNamespace(
+        unlabelled=[SimpleNamespace(id="u")],
+        train=[SimpleNamespace(id=c, patient=c) for c in "ab"],
+        warnings=[],
+    )
+    pipeline: Any = SimpleNamespace(
+        cases=cases,
+        settings=SimpleNamespace(most_folds=2),
+        train_ssl=train,
+        predict=lambda *_: None,
+        dice=lambda *_: 0.8,
+    )
+    crossed: Any = SimpleNamespace(parts=[["a"], ["b"]], maps=[None, None])
+    monkeypatch.setattr(cross_retrain, "own_mask", lambda *_: None)
+    assert cross_retrain.retrained_dice(pipeline, crossed, ["u"], no_progress) == {"b": 0.8}
+    (warning,) = cases.warnings
+    assert "no retrained model without a (loss is nan)" in warning

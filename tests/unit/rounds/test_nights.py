@@ -10,7 +10,7 @@ import pytest
 
 from aslseg.rounds import ledger as ledger_module
 from aslseg.rounds.ledger import Entry, Ledger
-from aslseg.rounds.nights import Nights, Start
+from aslseg.rounds.nights import Nights, Start, settled
 from aslseg.settings import load_settings
 
 
@@ -188,3 +188,19 @@ def test_people_are_told(ledger: Ledger) -> None:
     assert told["last"]["outcome"] == "round 1 is done"
     assert told["after_labels"] == 5
     assert found.state(at("28 23:00"))["open"] == "2026-11-29T06:00:00+00:00"
+
+
+def unchanged_round(ledger: Ledger) -> int:
+    number, _ = ledger.open_round({})
+    ledger.close_round(number, {"inputs": "i"})
+    return number
+
+
+@pytest.mark.parametrize("what", ["veto", "rolled back"])
+def test_what_somebody_took_back_starts_rounds_again(ledger: Ledger, what: str) -> None:
+    last = [unchanged_round(ledger) for _ in range(3)][-1]
+    assert settled(ledger, "i")
+    ledger.append([Entry(what, last if what == "rolled back" else None)])
+    assert settled(ledger, "i") is None
+    unchanged_round(ledger)
+    assert settled(ledger, "i"), "the next round has left it out"

@@ -6,23 +6,31 @@ import hashlib
 import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from aslseg.agreement.measures import Agreement
+from aslseg.agreement.promotion_rules import Verdict
 from aslseg.cases.studies import ORIGINAL
 from aslseg.errors import LedgerError
 from aslseg.models.cascade import CascadeInput, StageOutput
 from aslseg.models.kinds import ModelKind
 from aslseg.rounds import pipeline, promotion
+from aslseg.rounds.canaries import Stop
 from aslseg.rounds.cases import RoundCases
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress
+from aslseg.rounds.promises import Promises
 from aslseg.rounds.promotion_decisions import why_nothing
+from aslseg.rounds.recipes import aslseg as recipe
 from aslseg.rounds.run import run_round
+from aslseg.rounds.state import CaseAssessment, RoundState
 from aslseg.settings import Paths, Settings
+from aslseg.types import Labels, no_progress
 from aslseg.volume.io import case_id, read_image
 from tiny_rounds import label_hashes, tiny_settings, tiny_studies
 
@@ -145,3 +153,23 @@ def test_labels_are_recorded_by_a_round_on_a_studies_folder_only(
     with pytest.raises(LedgerError, match="run one with --studies DIR"):
         promotion.record(found, ORIGINAL, {})
     assert ledger.events() == []
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_where_a_canary_stops_a_label_no_older_mask_stays(monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+    """The verdict has asked whether the new mask holds the label, not the old one."""
+    monkeypatch.setattr(recipe, "promotion_details", lambda *_: {"sha256": "new"})
+    old = {"sha256": "old", "agreement": {"liver": 0.9}}
+    pipeline: Any = SimpleNamespace(
+        cases=SimpleNamespace(unlabelled=[SimpleNamespace(id="a")], unlike={}),
+        labels=Labels.parse("liver"),
+        settings=SimpleNamespace(promote_fraction=1, promote_cases=0, promote_empty=1, thresholds={"liver": 0.5}),
+        still_promoted=lambda: {"a": old},
+    )
+    maps: Any = lambda _: np.zeros((2, 2, 2))  # noqa: E731
+    state = RoundState(pipeline, maps, maps, maps, "ssl", maps)
+    monkeypatch.setattr(RoundState, "promises", Promises({}, 0.9, {}, {}))
+    monkeypatch.setattr(RoundState, "differs", lambda *_: None)
+    state.assessments["a"] = CaseAssessment(Agreement({"liver": 0.9}, 0.9), Verdict(True))
+    state.stops = [Stop("liver", True, "canary")] if stopped else []
+    assert recipe.promotable(state, no_progress)["a"]["sha256"] == ("new" if stopped else "old")

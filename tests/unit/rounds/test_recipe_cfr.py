@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from aslseg.agreement.measures import Agreement
+from aslseg.agreement.promotion_rules import Verdict
 from aslseg.cases.prepared_case import Prepared, arrays, load_within_budget
 from aslseg.compute.weights import read_metadata
 from aslseg.models.cascade import Cascade
 from aslseg.models.kinds import ModelKind
+from aslseg.rounds.canaries import Stop
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.masks import verify_label_files
 from aslseg.rounds.progress import read_progress
+from aslseg.rounds.recipes import cfr
 from aslseg.rounds.rollback import roll_back
 from aslseg.rounds.run import run_round
+from aslseg.rounds.state import CaseAssessment, RoundState
 from aslseg.settings import Paths
 from aslseg.ssl import training
+from aslseg.types import Labels, no_progress
 from aslseg.volume.io import read_image
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
@@ -76,3 +83,22 @@ def test_two_rounds_and_a_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     roll_back(paths, 2)
     roll_back(paths, 1)
     assert label_hashes(studies) == human
+
+
+def test_alien_scans_and_masks_that_a_canary_stops_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cfr, "promotion_details", lambda state, case, *_: {"of": case.id})
+    verdicts = {
+        "alien": Verdict(False, ("unlike",)),
+        "stopped": Verdict(False, ("liver: agreement 0.1 below 0.9", "canary x")),
+        "poor": Verdict(False, ("liver: agreement 0.1 below 0.9",)),
+    }
+    scans = [SimpleNamespace(id=c, image=np.zeros((2, 2, 2))) for c in verdicts]
+    cases = SimpleNamespace(unlabelled=scans, unlike={"alien": "unlike"})
+    pipeline: Any = SimpleNamespace(cases=cases, labels=Labels.parse("liver"))
+    nothing: Any = None
+    state = RoundState(pipeline, nothing, nothing, nothing, "canvas", nothing)
+    state.stops = [Stop("liver", True, "canary x")]
+    for case, verdict in verdicts.items():
+        state.assessments[case] = CaseAssessment(Agreement({"liver": 0.1}, 0.1), verdict)
+    assert cfr.promote_all(state, no_progress) == {"poor": {"of": "poor"}}, "agreement is not asked"
+    assert state.refused == {"alien": ["unlike"], "stopped": ["canary x"]}

@@ -107,7 +107,8 @@ def promotable(state: RoundState, report: ProgressCallback) -> dict[str, dict[st
     kept = {c: old for c, old in p.still_promoted().items() if tuple(old.get("unknown", ())) == unknown}
     names = select(verdicts, agreements, limits, kept)
     state.refused = refusals(verdicts, agreements, limits, names)
-    stay = {c: old for c, old in kept.items() if agreements[c].mean - mean_agreement(old) < KEEP_GAIN}
+    # where a canary stops a label, the new mask was asked whether it holds it, not the old one
+    stay = {} if state.stops else {c: o for c, o in kept.items() if agreements[c].mean - mean_agreement(o) < KEEP_GAIN}
     masks = [stay[c]["agreement"] if c in stay else agreements[c].per_label for c in names]
     most, promises = state.promises.largest(masks), state.promises
     state.promise = promises.about(masks, most)

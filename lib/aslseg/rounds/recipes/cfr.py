@@ -2,7 +2,8 @@
 
 "Stitching, Fine-tuning, Re-training" (arXiv 2403.11229). The SSL method is the setting's; CFR's own is
 ``mean_teacher`` with ``sam_train = lora`` and ``promote_weight = 1``. As in the paper, every pseudo-label is used or,
-if they miss ``promote_floor`` on the validation cases, none; the publishing gate keeps a model that bad ones have made
+if they miss ``promote_floor`` on the validation cases, none; only alien scans, and masks that a canary stops, are
+never used. The publishing gate keeps a model that bad ones have made
 worse from being published. Scans are ranked by how far both models disagree.
 """
 
@@ -49,15 +50,16 @@ def cfr(pipeline: RoundPipeline) -> dict[str, Any]:
 def promote_all(state: RoundState, report: ProgressCallback) -> dict[str, dict[str, Any]]:
     """Keep the masks of all unlabelled scans, with the full weight everywhere; none where a label misses its floor.
 
+    Scans that are unlike every labelled one are refused, and so are masks that a canary stops.
+
     Returns:
         Case id to what the ledger says of its promotion.
     """
-    p, wanted, blocking = state.pipeline, {}, state.floors.blocking
-    if blocking:
-        state.refused = {case.id: list(blocking) for case in p.cases.unlabelled}
-        return {}
-    for done, case in enumerate(p.cases.unlabelled, 1):
+    p, wanted = state.pipeline, {}
+    state.refused = {c.id: list(why) for c in p.cases.unlabelled if (why := state.barred(c.id))}
+    cases = [c for c in p.cases.unlabelled if c.id not in state.refused]
+    for done, case in enumerate(cases, 1):
         nowhere = np.zeros(case.image.shape, bool)
         wanted[case.id] = promotion_details(state, case, nowhere, dict.fromkeys(p.labels.names, 0.0))
-        report(done, len(p.cases.unlabelled))
+        report(done, len(cases))
     return wanted
