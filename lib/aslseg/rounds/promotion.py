@@ -70,9 +70,7 @@ def conclude(
         state.canaries, state.stops = canaries.watch(pipeline, partial(_assess_one, state), state.floors.unknown)
         assess(state, report)
     with progress.stage("promote") as report:
-        chosen = choose(state, report)
-        wanted = _without_vetoes(pipeline, chosen)
-        state.refused |= {case: [MASK_VETO] for case in chosen.keys() - wanted.keys()}
+        wanted = _chosen(state, choose(state, report))
         promoted = promote(pipeline, wanted)
     with progress.stage("retrain") as report:
         promoted = without_late(pipeline, promoted)
@@ -109,6 +107,13 @@ def conclude(
         "drift": drift,
         "models": {kind.value: str(path) for kind, path in models.items()} | {"retrained": str(retrained)},
     }
+
+
+def _chosen(state: RoundState, chosen: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What a recipe chose, without masks that were rolled back."""
+    wanted = _without_vetoes(state.pipeline, chosen)
+    state.refused |= {case: [MASK_VETO] for case in chosen.keys() - wanted.keys()}
+    return wanted
 
 
 def _compare(state: RoundState, retrained: Path, learned: list[str]) -> dict[str, float]:

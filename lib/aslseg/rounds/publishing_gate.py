@@ -91,8 +91,7 @@ def publish_better(
             pipeline.cases.warnings += [warning] if warning else []
         if kind == ModelKind.SSL:
             dice["retrained"] = pipeline.dice(_ssl_maps(pipeline, made, retrained))
-            again = candidate.path == retrained and retrained != made[ModelKind.SSL]
-            line = _about_ssl(pipeline, line, candidate.path, "retrained" if again else "ssl")
+            line = _about_ssl(pipeline, line, candidate.path, made, retrained)
         logger.info("%s", line)
         lines.append(line)
         if accepted and _unchecked(pipeline, candidate, current):
@@ -103,8 +102,9 @@ def publish_better(
     return best, lines, dice
 
 
-def _about_ssl(pipeline: RoundPipeline, line: str, model: Path, name: str) -> str:
+def _about_ssl(pipeline: RoundPipeline, line: str, model: Path, made: ModelSet, retrained: Path) -> str:
     """The gate's line on an SSL model with its name in the round, and the classes that it has not learned."""
+    name = "retrained" if model == retrained and retrained != made[ModelKind.SSL] else "ssl"
     # the mean over the labels hides a small one
     return "; ".join([f"{line} [{name}]", *warnings_of(pipeline.artefacts.result(model).get("classes", {}))])
 
