@@ -59,7 +59,7 @@ class ChangeLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.closed = path, False
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = _connect(path)
@@ -137,7 +137,8 @@ class ChangeLog:
             raise self._refusal(error) from error
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; nothing can be read or written after that."""
+        self.closed = True
         with suppress(sqlite3.Error):
             self._db.close()
 

@@ -55,7 +55,7 @@ class LoggedJsonFile(SharedJsonFile):
         self._applied, self._log_stamp = 0, self._log.stamp()
         self._texts: dict[str, tuple[ImageLabelModel, str]] = {}
         self._revision, self._members = 0, Members()
-        self._behind = WriteBehind(self._write_now, root.is_dir)
+        self._behind = WriteBehind(self._write_now, lambda: root.is_dir() and not self._log.closed)
 
     def flush(self) -> None:
         """Write the JSON file now if it is behind."""

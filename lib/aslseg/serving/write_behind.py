@@ -21,7 +21,7 @@ class WriteBehind:
 
     Args:
         write: Writes what there is now. Where it fails, that is logged and tried again.
-        wanted: Whether it still makes sense to try again.
+        wanted: Whether it still makes sense to write; asked before each try.
     """
 
     def __init__(self, write: Callable[[], None], wanted: Callable[[], bool]) -> None:
@@ -59,7 +59,7 @@ class WriteBehind:
 
     def _run(self) -> None:
         time.sleep(FIRST_SECONDS)
-        while True:
+        while self._goes_on():
             rest = self._rest
             try:
                 self.flush()
@@ -67,7 +67,9 @@ class WriteBehind:
                 logger.error("not written, and tried again: %s", error, exc_info=not isinstance(error, OSError))
                 rest = RETRY_SECONDS
             time.sleep(max(rest, self._rest))
-            with self._lock:
-                if not (self._requested and self.wanted()):
-                    self._running = False
-                    return
+
+    def _goes_on(self) -> bool:
+        """Whether there is something to write; if not, the next request starts another thread."""
+        with self._lock:
+            self._running = self._requested and self.wanted()
+            return self._running

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -140,6 +141,18 @@ def test_a_damaged_log_is_kept_and_begun_anew(folder: Path) -> None:
     assert again.get_image_info("case1")["note"] == "seen"
     again.update_image_info("case1", {"more": 1})
     assert list(path.parent.glob("datastore.sqlite.damaged-*"))
+
+
+def test_nothing_is_written_behind_once_the_log_is_closed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(folder)
+    with mock.patch("aslseg.serving.write_behind.FIRST_SECONDS", 0.05):
+        store.update_image_info("case1", {"note": "seen"})
+        store._log.close()
+        end = time.monotonic() + 20
+        while store._behind._running and time.monotonic() < end:
+            time.sleep(0.02)
+    assert not store._behind._running
+    assert "not written" not in caplog.text
 
 
 def test_the_log_says_when_changes_are_no_longer_kept(tmp_path: Path) -> None:
