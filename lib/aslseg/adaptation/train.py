@@ -231,7 +231,7 @@ class Trainer:
         drawn = [self.samples.draw(rng) for _ in range(BATCH)]
         stacked = [np.concatenate([d.image[None], d.truth, d.sam, d.ssl]).astype(np.float32) for d in drawn]
         everything = torch.from_numpy(np.stack(stacked)).to(self.device)
-        everything = warp(everything, random_geometry(everything.shape, generator))
+        everything = warp(everything, random_geometry(everything.shape, generator, device=everything.device))
         regions = len(self.settings.label_set)
         image, truth, given = everything.split([1, regions, 2 * regions], 1)
         image = centre(random_intensity(image, generator))

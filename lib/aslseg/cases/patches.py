@@ -88,8 +88,7 @@ class PatchSampler:
         image = _padded(_float(case.image[inside]), pad)
         label = np.zeros(1, np.uint8) if case.label is None else _padded(case.label[inside], pad)
         if case.voxel_weight is None:
-            ones = np.ones([s.stop - s.start for s in inside], np.float32)
-            inner = _like(ones, case.image) * case.weight
+            inner = _full([s.stop - s.start for s in inside], case.weight, case.image)
         else:
             inner = case.weight * _float(case.voxel_weight[inside])
         parent = None if case.parent is None else _padded(_float(case.parent[inside]), pad)
@@ -158,8 +157,10 @@ def _float(volume: Any) -> Any:
     return volume.float() if isinstance(volume, torch.Tensor) else np.asarray(volume, np.float32)
 
 
-def _like(array: np.ndarray, volume: Any) -> Any:
-    return torch.from_numpy(array).to(volume.device) if isinstance(volume, torch.Tensor) else array
+def _full(shape: list[int], value: float, volume: Any) -> Any:
+    if isinstance(volume, torch.Tensor):
+        return torch.full(shape, value, device=volume.device)
+    return np.full(shape, value, np.float32)
 
 
 def _padded(volume: Any, pad: list[tuple[int, int]]) -> Any:

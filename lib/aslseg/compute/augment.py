@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,26 @@ def centre(image: Tensor) -> Tensor:
     return (image - CENTRE) / SPREAD
 
 
-def random_geometry(shape: torch.Size, generator: torch.Generator, flips: bool = False) -> Tensor:
+def normal_noise(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Standard normal values of a shape, made where they are used.
+
+    A GPU makes them from a generator of its own, seeded with the next number of the given one: a million values take
+    the CPU longer than the GPU takes for the rest of a step.
+
+    Args:
+        shape: Of the result.
+        generator: Source of randomness (CPU).
+        device: Of the result.
+    """
+    if device.type == "cpu":
+        return torch.randn(tuple(shape), generator=generator)
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    return torch.randn(tuple(shape), generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+def random_geometry(
+    shape: torch.Size, generator: torch.Generator, flips: bool = False, device: torch.device | None = None
+) -> Tensor:
     """Sampling grid (B, i, j, k, 3): in-plane rotation up to 15 degrees, scaling up to 15 %.
 
     Args:
@@ -26,6 +46,7 @@ def random_geometry(shape: torch.Size, generator: torch.Generator, flips: bool =
         generator: Source of randomness (CPU).
         flips: Also flip along i and j, each with probability 0.5. Scans have canonical axes: for most anatomy a
             mirrored patient does not exist.
+        device: Of the grid; None is the CPU.
     """
     batch, size = shape[0], shape[2:]
     u = torch.rand(batch, 5, generator=generator) * 2 - 1
@@ -39,7 +60,7 @@ def random_geometry(shape: torch.Size, generator: torch.Generator, flips: bool =
     theta[:, 0, 0] = 1 + u[:, 2] * SCALE
     theta[:, 1, 1], theta[:, 1, 2] = cos * flip[:, 1], -sin * ratio * flip[:, 1]
     theta[:, 2, 1], theta[:, 2, 2] = sin / ratio * flip[:, 0], cos * flip[:, 0]
-    return F.affine_grid(theta, list(shape), align_corners=False)
+    return F.affine_grid(theta.to(device), list(shape), align_corners=False)
 
 
 def warp(tensor: Tensor, grid: Tensor, mode: str = "bilinear") -> Tensor:
@@ -52,5 +73,5 @@ def random_intensity(image: Tensor, generator: torch.Generator) -> Tensor:
     u = (torch.rand(len(image), 4, generator=generator) * 2 - 1).to(image.device)[:, :, None, None, None, None]
     image = image.clamp(0, 1) ** torch.exp(0.3 * u[:, 0])
     image = (image - 0.5) * (1 + 0.2 * u[:, 1]) + 0.5 + 0.08 * u[:, 2]
-    noise = torch.randn(image.shape, generator=generator).to(image.device)
+    noise = normal_noise(image.shape, generator, image.device)
     return image + 0.03 * (u[:, 3] + 1) / 2 * noise

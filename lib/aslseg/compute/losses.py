@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aslseg.compute.augment import normal_noise
 from aslseg.types import Labels
 
 EPSILON = 1e-5
@@ -168,5 +169,4 @@ def foreground_fraction(logits: Tensor) -> Tensor:
 
 def clipped_noise(like: Tensor, generator: torch.Generator, sigma: float = 0.1, limit: float = 0.2) -> Tensor:
     """Gaussian input noise of the Mean Teacher, clipped (docs/science.md §4: eta = clip(0.1 e, +-0.2))."""
-    noise = torch.randn(like.shape, generator=generator, device=generator.device)
-    return (sigma * noise).clamp(-limit, limit).to(like.device)
+    return (sigma * normal_noise(like.shape, generator, like.device)).clamp(-limit, limit)

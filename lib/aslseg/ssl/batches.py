@@ -13,7 +13,9 @@ from torch import Tensor
 from aslseg.cases.patches import Patch, PatchSampler
 from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
+from aslseg.compute.prefetch import Prefetched
 from aslseg.settings import ResolvedSettings
+from aslseg.ssl import distributed
 from aslseg.ssl.methods.base import Batch
 
 
@@ -45,6 +47,8 @@ class Batches:
         self.settings, self.device = settings, device
         self.labelled = self.sampler(labelled, patch)
         self.unlabelled = PatchSampler(unlabelled, patch, len(settings.label_set)) if unlabelled else None
+        # a GPU waits for patches with synthetic lesions longer than it takes for them
+        self._drawn = self._patches if device.type == "cpu" else Prefetched(self._patches, distributed.world())
 
     def sampler(self, labelled: Sequence[Prepared], patch: tuple[int, int, int]) -> PatchSampler:
         """Draws labelled patches."""
@@ -65,17 +69,16 @@ class Batches:
     def __call__(self, number: int) -> Batch:
         """A batch, on the device."""
         s = self.settings
-        rng = np.random.default_rng([s.seed, number])
         torch.manual_seed(s.seed * 1_000_003 + number)
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + number)
-        drawn = self.draw(rng)
+        drawn, free_drawn = self._drawn(number)
         image, maps = self._images(drawn), self._maps(drawn)
-        grid = random_geometry(image.shape, generator, s.flips)
+        grid = random_geometry(image.shape, generator, s.flips, self.device)
         image = self.strong(warp(image, grid), generator)
         maps = warp(maps.float(), grid, "nearest")
-        if self.unlabelled and s.batch_unlabelled and s.ssl_method != "supervised":
-            free = self._images(self.unlabelled.draw_batch(rng, s.batch_unlabelled))
-            free = warp(free, random_geometry(free.shape, generator, s.flips))
+        if free_drawn:
+            free = self._images(free_drawn)
+            free = warp(free, random_geometry(free.shape, generator, s.flips, self.device))
             strong, weak = self.strong(free, generator), self.weak(free)
         else:
             strong = weak = image[:0]
@@ -87,6 +90,15 @@ class Batches:
             centre(strong).contiguous(memory_format=layout),
             centre(weak).contiguous(memory_format=layout),
         )
+
+    def _patches(self, number: int) -> tuple[list[Patch], list[Patch]]:
+        """The labelled and the unlabelled patches of a batch."""
+        s = self.settings
+        rng = np.random.default_rng([s.seed, number])
+        drawn = self.draw(rng)
+        if self.unlabelled is None or s.ssl_method == "supervised":
+            return drawn, []
+        return drawn, self.unlabelled.draw_batch(rng, s.batch_unlabelled)
 
     def _images(self, drawn: list[Patch]) -> Tensor:
         """Images (B, 1, i, j, k), in the second stage with the parent's depth (B, 2, i, j, k)."""

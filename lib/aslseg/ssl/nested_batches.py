@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aslseg.cases.patches import ComponentSampler, Patch, PatchSampler
 from aslseg.cases.prepared_case import Prepared
+from aslseg.compute.augment import normal_noise
 from aslseg.ssl.batches import Batches
 from aslseg.ssl.nested import REACH_MM
 from aslseg.ssl.synthetic_lesions import Lesions
@@ -36,7 +37,7 @@ def varied(maps: Tensor, generator: torch.Generator) -> Tensor:
     n = len(maps)
     u = torch.rand(n, 5, generator=generator).to(maps.device)[:, :, None, None, None, None] * 2 - 1
     image = 0.5 + (maps[:, :1] - 0.5) * (1 + 0.25 * u[:, 0]) + 0.04 * u[:, 1]
-    noise = torch.randn(image.shape, generator=generator).to(maps.device)
+    noise = normal_noise(image.shape, generator, maps.device)
     image = image + 0.03 * (u[:, 2] + 1) / 2 * noise
     coarse = torch.randn(n, 1, 5, 5, 4, generator=generator).to(maps.device)
     bulges = F.interpolate(coarse, maps.shape[2:], mode="trilinear", align_corners=True)
