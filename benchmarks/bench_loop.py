@@ -1,28 +1,31 @@
-"""What a round's retraining gains, one factor at a time: left atria of ../shared/data/la at a third of the resolution.
+"""What the loop's masks are worth at equal compute: left atria of ../shared/data/la, few labels, several labelled sets.
 
-Of the first 48 scans of train.txt, 4 are labelled (set N: lines 4N - 3 to 4N) and 44 are not. Lines 49 to 64 are the
-scans to choose by; lines 65 to 80, the held-out ones, decide nothing. Every arm is one training of ``--steps`` steps
-(a multiple of it for the controls) and learns from the 4 labels and, if it is a student, from masks of the 44.
+Of the first 48 scans of train.txt, L are labelled (set N: lines L(N - 1) + 1 to LN) and the others are not. Lines 49 to
+64 are the scans to choose by; lines 65 to 80, the held-out ones, decide nothing. Set N has a seed of its own. An arm is
+a training of a multiple of ``--steps`` steps that may learn masks of the unlabelled scans, a mean of several models, or
+(``round ...``) a whole round on a studies folder with the settings' defaults and the small SAM.
 
-    python benchmarks/bench_loop.py --sets 1,2,3 --out work/loop
+    python benchmarks/bench_loop.py --edge 2 --labelled 4 --sets 1,2,3 --out work/loop
     python benchmarks/bench_loop.py --arms ssl,student,today --sets 1 --out work/loop
-    python benchmarks/bench_loop.py --sets 1,2,3 --arms none --out work/loop      # only the table
+    python benchmarks/bench_loop.py --arms none --out work/loop --pool other/loop     # only the tables
     python benchmarks/bench_loop.py --arms ssl,supervised --pairs pairs.csv --out work/loop   # for bench_promise.py
+    python benchmarks/bench_loop.py --edge 2 --reduce work/la2         # the scans, averaged; to be used as --data
 
-Each arm writes result.json into OUT/setN/ARM; finished arms are not computed again, and a killed training goes on from
-its checkpoint. OUT/table.md compares the arms with ``ssl``: two-sided Wilcoxon test of the scans' means over the sets.
+Any number of processes may share one --out: an arm that another one computes is left to it, and finished arms are not
+computed again. A killed training goes on from its checkpoint. OUT/edgeE_labelsL/setN/ARM/result.json has the scores;
+models and maps are beside it or under --work. OUT/table.md compares arms with the SSL model alone, trained for as long
+as the whole loop (:mod:`loop_table`).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import logging
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,90 +33,37 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from scipy import stats
+from filelock import FileLock, Timeout
 
+from aslseg.cases.prepare import prepare
 from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.overlap import dice
 from aslseg.files import atomic_file, write_json
 from aslseg.settings import Settings, load_settings
+from aslseg.settings.model import MOST_FOLDS
 from aslseg.ssl import engine
 from aslseg.ssl.predict import load
 from aslseg.types import Volume
-from aslseg.volume.geometry import Grid
-from aslseg.volume.intensity import normalise
-from aslseg.volume.io import read_image
+from aslseg.volume.io import read_image, write_image, write_label
+from loop_arms import MAIN, Arm, arms
+from loop_rounds import native_label, run_one_round
+from loop_table import tables
 from realdata_la import averaged, averaged_affine
 
 logger = logging.getLogger("bench_loop")
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "la"
-LABELLED, TRAINED, CHOSEN_BY = 4, 48, 64
-EDGE = 3
-UNCERTAIN, DISAGREEMENT = 0.1, 0.3
+TRAINED = 48
+PATCHES = {2: "64,64,32", 3: "48,48,32"}
+UNCERTAIN = 0.1
+WAIT = 2.0
+"""Seconds after which it is looked again whether another process has finished an arm."""
 CONF = {
     "labels": "atrium",
     "nested": "",
     "modality": "mr",
     "spacing": "native",
     "network": "vnet_small",
-    "patch": "48,48,32",
-}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A training, or a mean of several models' probabilities.
-
-    Attributes:
-        method: SSL method.
-        steps: Times ``--steps``.
-        masks: Arm whose masks of the unlabelled scans it learns; ``true`` their true labels; empty: none.
-        start: Arm from whose model it goes on; empty: random weights.
-        confidence: Whether a voxel of a mask weighs max(0.1, |2p - 1|), or 1.
-        disagreement: Weight of voxels on which the arms ``ssl`` and ``supervised`` disagree.
-        weight: Weight of a scan with such a mask.
-        fraction: Part of the scans that is learned: those on which ``ssl`` and ``supervised`` agree best.
-        fold: The labelled scan that is left out, from 0; None: none is.
-        members: Arms whose mean it is.
-    """
-
-    method: str = "supervised"
-    steps: float = 1
-    masks: str = ""
-    start: str = ""
-    confidence: bool = True
-    disagreement: float = 1
-    weight: float = 1
-    fraction: float = 1
-    fold: int | None = None
-    members: tuple[str, ...] = ()
-
-
-STUDENT = Arm(masks="ssl")
-TODAY = Arm("bcp_mt", 0.75, "ssl", "ssl", confidence=False, disagreement=DISAGREEMENT, weight=0.5, fraction=0.5)
-FOLDS = tuple(f"fold {n + 1}" for n in range(LABELLED))
-ARMS = {
-    "supervised": Arm(),
-    "ssl": Arm("bcp_mt"),
-    "student": STUDENT,
-    "today": TODAY,
-    "ssl going on without masks": Arm("bcp_mt", 0.75, start="ssl"),
-    "student going on": replace(STUDENT, start="ssl"),
-    "student hard masks": replace(STUDENT, confidence=False),
-    "student agreed half": replace(STUDENT, fraction=0.5),
-    "student case weight 0.5": replace(STUDENT, weight=0.5),
-    "student bcp_mt": replace(STUDENT, method="bcp_mt"),
-    "student disagreement 0.3": replace(STUDENT, disagreement=DISAGREEMENT),
-    "today from scratch": replace(TODAY, start="", steps=1),
-    "today with confidence": replace(TODAY, confidence=True),
-    "today all scans": replace(TODAY, fraction=1),
-    "ssl for twice the steps": Arm("bcp_mt", 2),
-    "true labels": replace(STUDENT, masks="true"),
-    **{name: Arm("bcp_mt", fold=n) for n, name in enumerate(FOLDS)},
-    "ensemble": Arm(members=("ssl", *FOLDS)),
-    "student of the ensemble": replace(STUDENT, masks="ensemble"),
-    "student of the student": replace(STUDENT, masks="student"),
-    "student for twice the steps": replace(STUDENT, steps=2),
 }
 
 
@@ -121,113 +71,228 @@ class Bench:
     """The arms of one labelled set.
 
     Args:
-        data: Folder with train.txt, images and labels.
-        out: Where the set's folder is made.
+        scans: Of the whole list.
+        folders: Of the set: where results are, and where models and maps are.
+        labelled: Number of labelled scans.
         number: The labelled set, from 1.
         steps: Training steps of an arm.
-        settings: Of all trainings.
+        conf: Settings of all trainings.
     """
 
-    def __init__(self, data: Path, out: Path, number: int, steps: int, settings: Settings) -> None:
-        names = [n for n in (data / "train.txt").read_text().split() if n]
-        cases = [read_case(data, n, settings) for n in names]
-        known = range(LABELLED * (number - 1), LABELLED * number)
+    def __init__(
+        self,
+        scans: Sequence[tuple[Volume, Prepared]],
+        folders: tuple[Path, Path],
+        labelled: int,
+        number: int,
+        steps: int,
+        conf: dict[str, str],
+    ) -> None:
+        known = range(labelled * (number - 1), labelled * number)
+        if known.stop > TRAINED:
+            raise SystemExit(f"set {number} of {labelled} labels ends behind line {TRAINED}; ask for a smaller one")
+        self.volumes = {case.id: volume for volume, case in scans}
+        cases = [case for _, case in scans]
         self.labelled = [cases[n] for n in known]
         self.unlabelled = [c for n, c in enumerate(cases[:TRAINED]) if n not in known]
         self.scored = cases[TRAINED:]
-        self.folder, self.steps, self.settings = out / f"set{number}", steps, settings
+        (self.folder, self.work), self.steps, self.arms = folders, steps, arms(labelled)
+        settings = load_settings(conf, env={})[0]
+        self.conf = conf | {"seed": str(settings.seed + number - 1)}
+        self.settings = settings.model_copy(update={"seed": settings.seed + number - 1})
+        self.shared = {need for arm in self.arms.values() for need in arm.needs}
 
-    def result(self, name: str) -> dict[str, Any]:
-        """The scores of an arm, computed with all that it depends on if they are not there yet."""
-        path, arm = self.folder / name / "result.json", ARMS[name]
-        if not path.exists():
-            started = time.monotonic()
-            notes = self.average(name, arm) if arm.members else self.train(name, arm)
-            maps = self.maps(name)
-            scored = {c.id: score(maps, c) for c in self.scored}
-            result = {
-                "dice": scored,
-                "unlabelled": float(np.mean([score(maps, c) for c in self.unlabelled])),
-                "left_out": None if arm.fold is None else score(maps, self.labelled[arm.fold]),
-                "steps": round(arm.steps * self.steps),
-                "seconds": time.monotonic() - started,
-            }
-            write_json(path, result | notes)
-            logger.info("%s %s: %.3f", self.folder.name, name, np.mean(list(scored.values())))
-        return dict(json.loads(path.read_text()))
+    def order(self, wanted: Sequence[str]) -> list[str]:
+        """The arms that are not done, each after those that it needs."""
+        found: dict[str, None] = {}
 
-    def train(self, name: str, arm: Arm) -> dict[str, Any]:
-        """Train an arm's network and keep what it says of all scans."""
-        learned = self.learned(arm) if arm.masks else []
-        truth = {c.id: c for c in self.unlabelled}
-        out = self.folder / name / "ssl.safetensors"
+        def add(name: str) -> None:
+            for need in self.arms[name].needs:
+                if not self.usable(need):
+                    add(need)
+            found[name] = None
+
+        for name in wanted:
+            if not self.done(name):
+                add(name)
+        return list(found)
+
+    def done(self, name: str) -> bool:
+        """Whether an arm is scored."""
+        return (self.folder / name / "result.json").exists()
+
+    def usable(self, name: str) -> bool:
+        """Whether other arms can use one's masks and model."""
+        return self.done(name) and (self.work / name / "maps.npz").exists()
+
+    def compute(self, name: str) -> bool:
+        """Compute and score an arm, unless another process does so; returns whether it was this one."""
+        lock = FileLock(self.work / name / "lock")
+        (self.work / name).mkdir(parents=True, exist_ok=True)
+        try:
+            with lock.acquire(timeout=0):
+                if not (self.usable(name) if name in self.shared else self.done(name)):
+                    self._compute(name, self.arms[name])
+                return True
+        except Timeout:
+            return False
+
+    def _compute(self, name: str, arm: Arm) -> None:
+        started = time.monotonic()
+        maps, notes = self.average(arm) if arm.members else self.train(name, arm)
+        if name in self.shared:
+            self.keep(name, maps)
+        scored = {c.id: score(maps, c) for c in self.scored}
+        out = [] if arm.fold is None else self.part(arm.fold)
+        free = [c for c in self.unlabelled if c.id in maps]
+        result = {
+            "dice": scored,
+            "unlabelled": float(np.mean([score(maps, c) for c in free])) if free else None,
+            "left_out": float(np.mean([score(maps, c) for c in out])) if out else None,
+            "units": self.units(name),
+            "unit": self.steps,
+            "steps": round(arm.steps * self.steps),
+            "seconds": time.monotonic() - started,
+        }
+        write_json(self.folder / name / "result.json", result | notes)
+        logger.info("%s %s: %.3f", self.folder.name, name, np.mean(list(scored.values())))
+
+    def units(self, name: str) -> float:
+        """Steps of an arm and of all that it needs, in multiples of ``--steps``."""
+        found: set[str] = set()
+
+        def add(arm: str) -> None:
+            found.add(arm)
+            for need in self.arms[arm].needs:
+                add(need)
+
+        add(name)
+        return sum(self.arms[arm].steps for arm in found if not self.arms[arm].members)
+
+    def part(self, fold: int) -> list[Prepared]:
+        """The labelled scans of a fold."""
+        return self.labelled[fold :: min(MOST_FOLDS, len(self.labelled))]
+
+    def train(self, name: str, arm: Arm) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Train an arm's network; what it says of the scans, and notes."""
+        if arm.recipe:
+            scans = [(c, self.volumes[c.id]) for c in (*self.labelled, *self.unlabelled)]
+            known = {c.id for c in self.labelled}
+            model, notes = run_one_round(self.work / name, scans, known, self.conf, arm.recipe, arm.steps, self.steps)
+        else:
+            model, notes = self._trained(name, arm)
+        cases = [*self.labelled, *self.unlabelled, *self.scored] if name in self.shared else self.scored
+        cases = [*cases, *(self.part(arm.fold) if arm.fold is not None and name not in self.shared else ())]
+        network = load(model, self.settings)
+        return {c.id: network.predict(c.image)[1].astype(np.float16) for c in cases}, notes
+
+    def _trained(self, name: str, arm: Arm) -> tuple[Path, dict[str, Any]]:
+        learned, about = self.learned(arm)
+        left_out = {c.id for c in (self.part(arm.fold) if arm.fold is not None else ())}
+        out = self.work / name / "ssl.safetensors"
         trained = engine.train(
-            [*(c for n, c in enumerate(self.labelled) if n != arm.fold), *learned],
+            [*(c for c in self.labelled if c.id not in left_out), *learned],
             self.unlabelled,
             self.settings.model_copy(update={"ssl_method": arm.method}),
             out,
             iterations=round(arm.steps * self.steps),
             spacing=None,
-            init=self.model(arm.start) if arm.start else None,
+            init=self.work / arm.start / "ssl.safetensors" if arm.start else None,
             reuse=True,
         )
-        model = load(out, self.settings)
-        self.keep(name, {c.id: model.predict(c.image)[1] for c in [*self.labelled, *self.unlabelled, *self.scored]})
-        masks = {c.id: dice(np.asarray(c.label), np.asarray(truth[c.id].label)) for c in learned}
-        return {"seconds_per_step": trained["seconds_per_step"], "learned": masks}
+        return out, {"seconds_per_step": trained["seconds_per_step"], **about}
 
-    def average(self, name: str, arm: Arm) -> dict[str, Any]:
-        """Keep the mean of the members' probabilities."""
+    def average(self, arm: Arm) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The mean of the members' probabilities, and notes."""
         each = [self.maps(member) for member in arm.members]
-        self.keep(name, {case: np.mean([m[case] for m in each], 0) for case in each[0]})
-        return {"members": list(arm.members)}
+        return {case: np.mean([m[case] for m in each], 0) for case in each[0]}, {"members": list(arm.members)}
 
-    def learned(self, arm: Arm) -> list[Prepared]:
-        """The unlabelled scans with the masks and weights that an arm learns."""
-        if arm.masks == "true":
-            return [replace(c, voxel_weight=np.ones(c.image.shape, np.float16)) for c in self.unlabelled]
-        p, first, second = (self.maps(name) for name in (arm.masks, "ssl", "supervised"))
-        differ = {c.id: (first[c.id] > 0.5) != (second[c.id] > 0.5) for c in self.unlabelled}
-        agreed = sorted(self.unlabelled, key=lambda c: -(dice(first[c.id] > 0.5, second[c.id] > 0.5) or 0))
+    def learned(self, arm: Arm) -> tuple[list[Prepared], dict[str, Any]]:
+        """The unlabelled scans with the masks and weights that an arm learns, and how good the masks are."""
+        if not arm.masks:
+            return [], {}
+        agreement, differ = self.agreement() if {"ssl", "supervised"} <= {*arm.needs} else ({}, {})
+        p = {c.id: np.asarray(c.label, np.float32) for c in self.unlabelled} if arm.masks == "true" else None
+        p = self.maps(arm.masks) if p is None else p
+        order = sorted(self.unlabelled, key=lambda c: -agreement.get(c.id, 0))
         found = []
-        for case in agreed[: round(arm.fraction * len(agreed))]:
+        for case in order[: round(arm.fraction * len(order))]:
             q = p[case.id]
             weight = np.maximum(UNCERTAIN, np.abs(2 * q - 1)) if arm.confidence else np.ones_like(q)
-            weight = np.where(differ[case.id], arm.disagreement * weight, weight).astype(np.float16)
+            weight = np.where(differ.get(case.id, False), arm.disagreement * weight, weight).astype(np.float16)
             found.append(replace(case, label=(q > 0.5).astype(np.uint8), weight=arm.weight, voxel_weight=weight))
-        return found
+        everything = {c.id: score(p, c) for c in self.unlabelled}
+        return found, {"learned": {c.id: everything[c.id] for c in found}, "masks": everything, "agreement": agreement}
+
+    def agreement(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Dice between the masks of ``ssl`` and ``supervised`` on the unlabelled scans, and where they differ."""
+        first, second = (self.maps(name) for name in ("ssl", "supervised"))
+        masks = {c.id: (first[c.id] > 0.5, second[c.id] > 0.5) for c in self.unlabelled}
+        return {c: dice(a, b) or 0.0 for c, (a, b) in masks.items()}, {c: a != b for c, (a, b) in masks.items()}
 
     def maps(self, name: str) -> dict[str, np.ndarray]:
         """Probability of the atrium (i, j, k) in every scan, by case id."""
-        path = self.folder / name / "maps.npz"
-        if not path.exists():
-            self.result(name)
-        with np.load(path) as file:
+        with np.load(self.work / name / "maps.npz") as file:
             return {case: file[case].astype(np.float32) for case in file.files}
 
     def keep(self, name: str, maps: dict[str, np.ndarray]) -> None:
         """Write what :meth:`maps` reads."""
-        with atomic_file(self.folder / name / "maps.npz") as temporary, temporary.open("wb") as file:
+        with atomic_file(self.work / name / "maps.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **{case: p.astype(np.float16) for case, p in maps.items()})
 
-    def model(self, name: str) -> Path:
-        """The model file of an arm."""
-        self.result(name)
-        return self.folder / name / "ssl.safetensors"
+
+def read_scans(data: Path, edge: int, settings: Settings) -> Iterator[tuple[Volume, Prepared]]:
+    """All scans of the list, averaged over cubes of ``edge`` voxels, and on the working grid with the true label.
+
+    A folder that ``--reduce`` has written holds averages already.
+    """
+    reduced = data / "edge.txt"
+    if reduced.exists() and int(reduced.read_text()) != edge:
+        raise SystemExit(f"{data} holds averages over {reduced.read_text().strip()} voxels; give that as --edge")
+    for name in filter(None, (data / "train.txt").read_text().split()):
+        volume = read_image(data / "images" / f"{name}.nii.gz")
+        mask = read_image(data / "labels" / f"{name}.nii.gz").array
+        label = (mask > 0).astype(np.uint8)
+        if not reduced.exists():
+            # sums, not means: they are whole numbers, and grey values of MR have no unit
+            sums = edge**3 * averaged(volume.array, edge)
+            volume = Volume(sums.astype(np.float32), averaged_affine(volume.affine, edge))
+            label = (averaged(mask > 0, edge) >= 0.5).astype(np.uint8)
+        image, grid = prepare(volume, settings, None)
+        yield volume, Prepared(name, name, image, grid, grid.label_to_working(label, settings.label_set))
 
 
-def read_case(data: Path, name: str, settings: Settings) -> Prepared:
-    """A scan with its true label, averaged over cubes of three voxels."""
-    volume = read_image(data / "images" / f"{name}.nii.gz")
-    mask = read_image(data / "labels" / f"{name}.nii.gz")
-    image = Volume(averaged(volume.array, EDGE).astype(np.float32), averaged_affine(volume.affine, EDGE))
-    label = (averaged(mask.array > 0, EDGE) >= 0.5).astype(np.uint8)
-    return Prepared(name, name, normalise(image.array, settings), Grid.of(image, None), label)
+def reduce(data: Path, edge: int, settings: Settings, out: Path) -> None:
+    """Write the averaged scans and labels as a data folder, an eighth (edge 2) of the size."""
+    names = []
+    for volume, case in read_scans(data, edge, settings):
+        write_image(out / "images" / f"{case.id}.nii.gz", volume)
+        write_label(out / "labels" / f"{case.id}.nii.gz", native_label(case), volume.affine)
+        names.append(case.id)
+    (out / "train.txt").write_text("\n".join(names) + "\n")
+    (out / "edge.txt").write_text(f"{edge}\n")
 
 
 def score(maps: dict[str, np.ndarray], case: Prepared) -> float:
     """Dice of an arm's mask of a scan; 0 where both are empty, which no scan of these is."""
     return dice(maps[case.id] > 0.5, np.asarray(case.label)) or 0.0
+
+
+def work_through(benches: Sequence[Bench], wanted: Sequence[str]) -> None:
+    """Compute what is not done, beside other processes that do the same.
+
+    An arm waits until those that it needs are done; an arm that another process computes is left to it.
+    """
+    todo = [(bench, name) for bench in benches for name in bench.order([w for w in wanted if w in bench.arms])]
+    while todo:
+        left = []
+        for bench, name in todo:
+            ready = all(bench.usable(need) for need in bench.arms[name].needs)
+            if not (ready and bench.compute(name)):
+                left.append((bench, name))
+        if len(left) == len(todo):
+            time.sleep(WAIT)
+        todo = left
 
 
 def write_pairs(bench: Bench, path: Path) -> None:
@@ -242,59 +307,54 @@ def write_pairs(bench: Bench, path: Path) -> None:
             rows.writerow((bench.folder.name, number, round(agreement, 4), round(score(first, case), 4)))
 
 
-def table(out: Path, sets: Sequence[int]) -> str:
-    """The finished arms as Markdown."""
-    found = {
-        arm: {n: json.loads(p.read_text()) for n in sets if (p := out / f"set{n}" / arm / "result.json").exists()}
-        for arm in ARMS
-    }
-    lines = ["| arm | " + " | ".join(f"set {n}" for n in sets) + " | lines 49-64 | held out | minus `ssl` | p |"]
-    lines.append("|---" * (len(sets) + 5) + "|")
-    for arm, results in found.items():
-        if not results:
-            continue
-        dices = {n: np.array(list(r["dice"].values())) for n, r in results.items()}
-        cells = [f"{dices[n].mean():.3f} ± {dices[n].std(ddof=1):.3f}" if n in dices else "" for n in sets]
-        mean = np.mean(list(dices.values()), 0)
-        chosen = CHOSEN_BY - TRAINED
-        cells += [f"{part.mean():.3f}" for part in (mean[:chosen], mean[chosen:])]
-        lines.append(f"| {arm} | " + " | ".join([*cells, *_against(dices, found["ssl"])]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _against(dices: dict[int, np.ndarray], ssl: dict[int, Any]) -> list[str]:
-    """Difference from ``ssl`` over the sets that both have, and the p of it."""
-    pairs = [(d, np.array(list(ssl[n]["dice"].values()))) for n, d in dices.items() if n in ssl]
-    if not pairs:
-        return ["", ""]
-    ours, theirs = np.mean(pairs, 0)
-    p = 1.0 if (ours == theirs).all() else stats.wilcoxon(ours, theirs).pvalue
-    return [f"{(ours - theirs).mean():+.3f} ({len(pairs)})", f"{p:.3g}"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--out", type=Path, default=Path("work/loop"))
-    parser.add_argument("--sets", default="1", help="labelled sets, such as 1,2,3")
-    parser.add_argument("--arms", default=",".join(ARMS), help="in this order; none: only the table")
+    parser.add_argument("--out", type=Path, default=Path("work/loop"), help="results and tables")
+    parser.add_argument("--work", type=Path, help="models and maps; by default --out")
+    parser.add_argument("--pool", type=Path, nargs="*", default=[], help="more folders of results for the tables")
+    parser.add_argument("--edge", type=int, default=3, choices=PATCHES, help="averages over cubes of so many voxels")
+    parser.add_argument("--labelled", type=int, default=4, help="number of labelled scans")
+    parser.add_argument(
+        "--sets", "--seed", default="1", help="labelled sets, each with a seed of its own, such as 1,2,3"
+    )
+    parser.add_argument("--arms", default="main", help="names; main; all; none: only the tables")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--pairs", type=Path, help="CSV for agreement of ssl and supervised, and Dice of ssl")
+    parser.add_argument("--reduce", type=Path, metavar="DIR", help="write the averaged scans there, and nothing else")
     parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    settings = load_settings(CONF | dict(pair.split("=", 1) for pair in arguments.conf), env={})[0]
+    conf = CONF | {"patch": PATCHES[arguments.edge]} | dict(pair.split("=", 1) for pair in arguments.conf)
+    settings = load_settings(conf, env={})[0]
+    if arguments.reduce:
+        reduce(arguments.data, arguments.edge, settings, arguments.reduce)
+        return
     torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-    sets = [int(n) for n in arguments.sets.split(",")]
-    for number in sets if arguments.arms != "none" else ():
-        bench = Bench(arguments.data, arguments.out, number, arguments.steps, settings)
-        for name in arguments.arms.split(","):
-            bench.result(name)
-            (arguments.out / "table.md").write_text(table(arguments.out, sets))
-        if arguments.pairs:
+    known = arms(arguments.labelled)
+    named = {"main": MAIN, "all": ",".join(known), "none": ""}.get(arguments.arms, arguments.arms)
+    wanted = [name for name in named.split(",") if name in known]
+    if wanted:
+        scans = list(read_scans(arguments.data, arguments.edge, settings))
+        setting = f"edge{arguments.edge}_labels{arguments.labelled}"
+        benches = [
+            Bench(
+                scans,
+                (arguments.out / setting / f"set{n}", (arguments.work or arguments.out) / setting / f"set{n}"),
+                arguments.labelled,
+                n,
+                arguments.steps,
+                conf,
+            )
+            for n in map(int, arguments.sets.split(","))
+        ]
+        work_through(benches, wanted)
+        for bench in benches if arguments.pairs else ():
             write_pairs(bench, arguments.pairs)
-    (arguments.out / "table.md").write_text(table(arguments.out, sets))
-    logger.info("\n%s", table(arguments.out, sets))
+    found = tables([arguments.out, *arguments.pool])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "table.md").write_text(found)
+    logger.info("\n%s", found)
 
 
 if __name__ == "__main__":

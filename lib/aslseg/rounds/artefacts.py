@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from aslseg.cases.prepared_case import Prepared
 from aslseg.files import atomic_file, write_json
+from aslseg.types import Labels
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,27 @@ class CachedProbabilities:
 
     def _path(self, case: Prepared) -> Path:
         return _path(self.folder, case.id, case.image_hash)
+
+
+def mixed(store: ArtefactStore, labels: Labels, maps: Sequence[CachedProbabilities]) -> CachedProbabilities:
+    """The probability of each label from maps of its own; what is nested never reaches beyond what it lies in.
+
+    Args:
+        store: Where the result is kept.
+        labels: With their nesting.
+        maps: One for each label.
+    """
+    folder = store.folder("mixed", {"labels": [m.folder.name for m in maps]})
+
+    def make(case: Prepared) -> np.ndarray:
+        regions = np.stack([one(case)[n] for n, one in enumerate(maps)])
+        for n, parent in enumerate(labels.parents):
+            # a parent stands before its children
+            if parent is not None:
+                regions[n] = np.minimum(regions[n], regions[parent])
+        return regions
+
+    return CachedProbabilities(folder, make)
 
 
 def confidence(regions: np.ndarray) -> np.ndarray:

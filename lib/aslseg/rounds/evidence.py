@@ -10,7 +10,7 @@ than the SSL models do.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,16 @@ from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.overlap import dice
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.artefacts import CachedProbabilities, mixed
 from aslseg.rounds.cross_fit import CrossFit, region_dice, share
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.types import Labels, ProgressCallback
 
 POOR = 0.5
 """Dice below which a first model is published with a warning."""
+
+MIXED = "mixed"
+"""The source whose labels come from several others."""
 
 Sources = Mapping[str, CachedProbabilities]
 """Region probabilities by the name of their source."""
@@ -77,7 +80,7 @@ class Evidence:
         found: dict[str, list[float]] = {name: [] for name in self.names}
         for one in self.scored:
             for name, value in one.of(source).items():
-                if value is not None:
+                if value is not None and name in found:
                     found[name].append(value)
         return found
 
@@ -119,6 +122,10 @@ class Evidence:
                 found[source] = whole + ours - theirs if len(own) < len(self.scored) else ours
         return found
 
+    def of_label(self, name: str) -> Evidence:
+        """The same human labels, of which one label alone counts."""
+        return Evidence(self.scored, (name,))
+
 
 def fill_folds(pipeline: RoundPipeline, crossed: CrossFit, models: ModelSet, report: ProgressCallback) -> None:
     """Redraw and refine the masks of each fold's cases.
@@ -154,6 +161,37 @@ def cascade_sources(pipeline: RoundPipeline, models: ModelSet) -> dict[str, Cach
     """Maps of each model of a cascade and the mean of the first and the last, ``ssl`` first."""
     ssl, sam, refined = (pipeline.predict(kind, models) for kind in (ModelKind.SSL, ModelKind.SAM, ModelKind.ADAPTER))
     return {"ssl": ssl, "sam": sam, "adapter": refined, "consensus": pipeline.consensus(ssl, refined)}
+
+
+def mix_sources(
+    pipeline: RoundPipeline,
+    evidence: Evidence,
+    crossed: CrossFit | None,
+    models: ModelSet,
+    sources: Sources,
+    chosen: Mapping[str, str],
+) -> tuple[CachedProbabilities, Evidence]:
+    """Maps in which each label comes from a source of its own, and the evidence with their Dice as ``mixed``.
+
+    Args:
+        pipeline, crossed, models, sources: As for :func:`gather`.
+        evidence: What :func:`gather` has found.
+        chosen: Source by label. What the folds have not, the ensemble, is their SSL masks there
+            (:meth:`Evidence.by_label`).
+    """
+
+    labels = pipeline.labels
+
+    def mix(known: Sources) -> CachedProbabilities:
+        return mixed(pipeline.artefacts, labels, [known.get(chosen[name], known["ssl"]) for name in labels.names])
+
+    found, drawn = mix(sources), {}
+    for fold in crossed.folds if crossed else []:
+        own = mix(cascade_sources(pipeline, models.with_file(ModelKind.SSL, fold.model)))
+        drawn |= {c.id: region_dice(pipeline, own, c) for c in fold.cases}
+    drawn |= {c.id: region_dice(pipeline, found, c) for c in pipeline.cases.validation}
+    scored = tuple(replace(one, dice={**one.dice, MIXED: drawn[one.case]}) for one in evidence.scored)
+    return found, Evidence(scored, evidence.names)
 
 
 def validated(pipeline: RoundPipeline, second: str, sources: Sources) -> Evidence:

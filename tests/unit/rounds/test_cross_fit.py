@@ -74,7 +74,8 @@ def test_every_label_is_scored_by_a_model_that_has_not_seen_its_patient(
     assert found["dice"]["liver"] == pytest.approx(sum(livers) / 3)
     assert summary["source"] == "ensemble"
     assert set(summary["validation"]) >= {"ssl", "adapter", "consensus", "ensemble"}
-    assert set(summary["cross_fitted"]) == {"ssl", "adapter", "consensus", "ensemble"}
+    assert set(summary["cross_fitted"]) == {"ssl", "adapter", "consensus", "sam", "ensemble"}
+    assert set(summary["sources"].values()) == {"ensemble"}
     # three labels by cross-fitting and the validation case
     assert summary["evidence"]["liver"]["cases"] == 4
     assert {"folds", "score"} <= set(summary["seconds"])

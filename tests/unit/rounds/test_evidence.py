@@ -19,12 +19,21 @@ from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.cases import RoundCases
 from aslseg.rounds.cross_fit import cross_fit, fold_share
-from aslseg.rounds.evidence import Evidence, Floors, Scored, cascade_sources, first_model, gather, judge_labels
+from aslseg.rounds.evidence import (
+    Evidence,
+    Floors,
+    Scored,
+    cascade_sources,
+    first_model,
+    gather,
+    judge_labels,
+    mix_sources,
+)
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress
 from aslseg.rounds.promotion import assess
-from aslseg.rounds.recipes.aslseg import choose_source, promotable
+from aslseg.rounds.recipes.aslseg import choose_source, choose_sources, promotable
 from aslseg.rounds.recipes.cfr import promote_all
 from aslseg.rounds.state import RoundState
 from aslseg.settings import Paths
@@ -267,6 +276,46 @@ def test_the_source_is_chosen_on_all_human_labels() -> None:
     # equally good, or nothing known: the first
     assert choose_source(Evidence((scored("a", ssl=0.8, adapter=0.8),), ("liver",)), ("ssl", "adapter")) == "ssl"
     assert choose_source(Evidence((), ("liver",)), ("ssl", "adapter")) == "ssl"
+
+
+def test_each_label_comes_from_the_source_that_is_best_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The liver of the SSL model and the tumour of the adaptation network, cut where it leaves that liver."""
+    night = Night(tmp_path, monkeypatch, lambda case: np.minimum(true_mask(case), 1))
+    p, predict = night.pipeline, night.pipeline.predict
+
+    def refined(case: Prepared) -> np.ndarray:
+        mask = np.where(true_mask(case) == 2, 2, np.minimum(moved(case), 1)).astype(np.uint8)
+        mask[32:34, 2:4, 5:7] = 2
+        return mask
+
+    def by_kind(kind: ModelKind, models: ModelSet) -> Any:
+        found = predict(kind, models)
+        if kind == ModelKind.ADAPTER:
+            found.drawn = refined
+        return found
+
+    monkeypatch.setattr(p, "predict", by_kind)
+    models = ModelSet(dict.fromkeys((ModelKind.SSL, ModelKind.SAM, ModelKind.ADAPTER), p.train_ssl([], no_progress)))
+    sources, crossed = cascade_sources(p, models), cross_fit(p, no_progress)
+    evidence = gather(p, crossed, models, sources)
+    chosen = choose_sources(evidence, ("ssl", "adapter"), LABELS.names)
+    assert chosen == {"liver": "ssl", "tumour": "adapter"}
+    maps, mixed = mix_sources(p, evidence, crossed, models, sources, chosen)
+    for case in p.cases.unlabelled:
+        np.testing.assert_array_equal(LABELS.decode(maps(case)), true_mask(case))
+    # on every human label, by the model that has not seen it
+    assert len(mixed.scored) == 6
+    assert mixed.by_label("mixed") == {"liver": [1.0] * 6, "tumour": [1.0] * 6}
+    floors = judge_labels(mixed, "mixed", p.settings.floors, LABELS)
+    assert not floors.reasons
+    # no source alone would do: ssl has no tumour, and the adapter's liver is moved
+    for source, label in (("ssl", "tumour"), ("adapter", "liver")):
+        assert label in judge_labels(evidence, source, p.settings.floors, LABELS).reasons
+
+
+def test_a_label_that_nobody_has_drawn_is_taken_from_the_best_source() -> None:
+    found = Evidence((scored("a", ssl=0.6, adapter=0.9),), ("liver", "tumour"))
+    assert choose_sources(found, ("ssl", "adapter"), found.names) == {"liver": "adapter", "tumour": "adapter"}
 
 
 def test_the_ensemble_is_compared_where_no_member_has_seen_the_label() -> None:

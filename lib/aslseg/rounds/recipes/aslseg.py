@@ -13,7 +13,7 @@ from aslseg.agreement.promotion_rules import PromotionLimits, refusals, select
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.cross_fit import cross_fit, folds
-from aslseg.rounds.evidence import Evidence, cascade_sources, fill_folds, gather, judge_labels
+from aslseg.rounds.evidence import MIXED, Evidence, cascade_sources, fill_folds, gather, judge_labels, mix_sources
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.promotion import conclude, promotion_details
 from aslseg.rounds.state import RoundState
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_GAIN = 0.05
 """Mean agreement that a new mask must have above that of the promoted one to replace it."""
-PROMOTED_SOURCES = ("ssl", "adapter", "consensus", "ensemble")
+PROMOTED_SOURCES = ("ssl", "adapter", "consensus", "sam", "ensemble")
 """Sources of masks that may be promoted, in the order in which they are taken where they are equally good."""
 
 
@@ -61,15 +61,38 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
         with progress.stage("score") as report:
             fill_folds(pipeline, crossed, models, report)
     evidence = gather(pipeline, crossed, models, sources)
-    candidates = [name for name in sources if name in PROMOTED_SOURCES]
-    source = choose_source(evidence, candidates)
+    candidates = [name for name in PROMOTED_SOURCES if name in sources]
+    dice = {name: pipeline.dice(sources[name]) for name in candidates}
+    chosen = choose_sources(evidence, candidates, pipeline.labels.names)
+    source = next(iter(chosen.values()))
+    if len({*chosen.values()}) > 1:
+        source = MIXED
+        sources[MIXED], evidence = mix_sources(pipeline, evidence, crossed, models, sources, chosen)
+        dice[MIXED] = pipeline.dice(sources[MIXED])
     floors = judge_labels(evidence, source, pipeline.settings.floors, pipeline.labels)
     state = RoundState(
         pipeline, models, ssl_maps, refined_maps, source, sources[source], evidence, floors, crossed=crossed
     )
-    dice = {name: pipeline.dice(sources[name]) for name in candidates}
-    compared = {"cross_fitted": evidence.compared(candidates)}
+    compared = {"cross_fitted": evidence.compared([*candidates, *({MIXED} & sources.keys())]), "sources": chosen}
     return conclude(state, dice, promotable) | compared | (crossed.summary() if crossed else {})
+
+
+def choose_sources(evidence: Evidence, candidates: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Choose whose masks are promoted for each label: the best on its human labels, as :func:`choose_source`.
+
+    A label that no such human label holds is taken from the source that is best on all others.
+
+    Args:
+        evidence: Of the round.
+        candidates: Names of the sources, ``ssl`` first.
+        names: Of the labels.
+
+    Returns:
+        Label to source.
+    """
+    whole = choose_source(evidence, candidates)
+    known = {name for name, values in evidence.by_label("ssl").items() if values} if len(names) > 1 else ()
+    return {name: choose_source(evidence.of_label(name), candidates) if name in known else whole for name in names}
 
 
 def choose_source(evidence: Evidence, candidates: Sequence[str]) -> str:
@@ -84,7 +107,12 @@ def choose_source(evidence: Evidence, candidates: Sequence[str]) -> str:
     """
     dice = evidence.compared(candidates)
     source = max(candidates, key=lambda name: -1.0 if dice[name] is None else dice[name])  # type: ignore[arg-type, return-value]
-    logger.info("masks are taken from %s (Dice on human labels that were not trained on: %s)", source, dice)
+    logger.info(
+        "masks of %s are taken from %s (Dice on human labels that were not trained on: %s)",
+        ", ".join(evidence.names),
+        source,
+        dice,
+    )
     return source
 
 
