@@ -28,6 +28,7 @@ LEVEL = 0.8
 """True Dice of the first model."""
 DIFFERENCES = (-0.02, 0.0, 0.02)
 """True Dice of candidates minus that of the first model."""
+LABEL_DIFFERENCES = (-0.1, -0.05, -0.02, 0.0, 0.02)
 LABELS = (1, 2, 4, 8, 16)
 VALIDATION = 0.2
 """Part of the labels that judged before; at least one."""
@@ -73,6 +74,8 @@ def main() -> None:
     tables = [
         "One candidate, published in % of cases:",
         *single(args.runs, args.seed),
+        "\nOne candidate that has learned a new label, published in % of cases, by the difference that this makes:",
+        *with_one_label(args.runs, args.seed),
         f"\n{args.nights} nights without a new label, by the true difference of all candidates from the first model:",
         *without_labels(args.runs // 10, args.nights, args.seed),
         f"\n{args.nights} nights with one new label each, candidates that differ by N(0, 0.02):",
@@ -97,6 +100,25 @@ def single(runs: int, seed: int) -> Iterator[str]:
                 passed = sum(rule(true + world.noise(labels) - world.noise(labels)) for _ in range(runs))
                 cells.append(f"{100 * passed / runs:.0f}")
         yield f"| {labels} | " + " | ".join(cells) + " |"
+
+
+def with_one_label(runs: int, seed: int) -> Iterator[str]:
+    """How often a model that has learned one more label is published: validation cases alone, and with the folds.
+
+    The folds of both rounds differ by what the label gives, as the models do, and have noise of their own.
+    """
+    yield "| labels | judges | " + " | ".join(f"{d:+.2f}" for d in LABEL_DIFFERENCES) + " |"
+    yield "|---|---|" + "---|" * len(LABEL_DIFFERENCES)
+    for labels in LABELS[2:]:
+        judging = max(1, round(VALIDATION * labels))
+        folds = f"these and the folds on {labels - judging}"
+        for text, judges in ((f"{judging} validating", judging), (folds, labels)):
+            cells = []
+            for true in LABEL_DIFFERENCES:
+                world = World(np.random.default_rng([seed, labels]))
+                passed = sum(not_worse(true + world.noise(judges) - world.noise(judges)) for _ in range(runs))
+                cells.append(f"{100 * passed / runs:.0f}")
+            yield f"| {labels} | {text} | " + " | ".join(cells) + " |"
 
 
 def without_labels(runs: int, nights: int, seed: int) -> Iterator[str]:

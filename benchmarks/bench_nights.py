@@ -8,7 +8,15 @@ nobody has labelled lies outside the studies folder and is read for scoring only
     python benchmarks/bench_nights.py --out work/weak --nights 7 --weak --aliens 0.05     # a bad first label, aliens
     python benchmarks/bench_nights.py --out work/la --nights 7 --data ../shared/data/la   # left atria, a third
 
-OUT/result.json has a row for each night, OUT/table.md the table. A killed run goes on where it stopped.
+Left atria at half the resolution, in two steps: the scans are written first, so that OUT alone can be taken to a faster
+machine; there they are not read again.
+
+    LA="--out work/la2 --data ../shared/data/la --edge 2 --nights 7 --pool 40 --first 8 --labels 1 --conf audits=2"
+    python benchmarks/bench_nights.py $LA --build
+    python benchmarks/bench_nights.py $LA --conf device=cuda
+
+OUT/nights.json has a row for each night, OUT/table.md the table; both are written after every night. A killed run goes
+on where it stopped: nights that are done are not computed again, the others find their finished steps.
 
 Columns: labels spent so far (audits of this night), promoted scans, the aliens and poisoned scans among them, their
 mean true Dice, the promise and whether it was kept, mean Dice of the served model on the labels that came after the
@@ -18,7 +26,6 @@ round (fresh) and on the held-out scans, and what the gate did with the SSL mode
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import os
@@ -26,7 +33,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -46,7 +52,7 @@ from aslseg.models.published import find_published
 from aslseg.rounds.ledger import Event, Ledger
 from aslseg.rounds.masks import MaskStore
 from aslseg.rounds.run import run_round
-from aslseg.serving.strategies import Leases
+from aslseg.serving.strategies import ByAgreement, ByAudit, HandsOut, Leases, Random
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, Settings, load_settings
 from aslseg.types import Volume
@@ -56,7 +62,6 @@ from realdata_la import averaged, averaged_affine
 
 logger = logging.getLogger("bench_nights")
 
-APP = Path(__file__).resolve().parents[1] / "apps" / "aslseg" / "main.py"
 PHANTOM = {
     "labels": "liver",
     "nested": "",
@@ -76,17 +81,21 @@ LA = {
     "modality": "mr",
     "spacing": "native",
     "network": "vnet_small",
-    "patch": "48,48,32",
     "ssl_iterations": "400",
     "retrain_iterations": "200",
     "sam_iterations": "60",
     "adapter_iterations": "150",
     "promote_threshold": "0.85",
 }
+PATCHES = {2: "64,64,32", 3: "48,48,32"}
+"""Patch of left atria by edge."""
 SHAPE = (32, 32, 12)
-EDGE = 3
 HELD_OUT = 12
 PERSON = "simulated human"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "edge": {"choices": sorted(PATCHES), "help": "left atria: 2 is half the resolution, 3 a third"},
+    "strategy": {"choices": ("agreement", "confirm", "audit", "random")},
+}
 Source = Callable[[int], tuple[str, Volume, np.ndarray]]
 """Number of a scan to its id, the scan, and its true class map (i, j, k)."""
 
@@ -104,6 +113,7 @@ class Plan:
         weak: The first label is bad: cut down to a third and moved.
         aliens, poison: Fractions of the unlabelled scans.
         seed: Of scans and aliens.
+        edge: Edge of the cubes of voxels over which left atria are averaged.
     """
 
     nights: int = 3
@@ -115,6 +125,7 @@ class Plan:
     aliens: float = 0.0
     poison: float = 0.0
     seed: int = 1
+    edge: int = 3
 
 
 def phantoms(seed: int) -> Source:
@@ -127,20 +138,32 @@ def phantoms(seed: int) -> Source:
     return scan
 
 
-def atria(data: Path) -> Source:
-    """Left atria, averaged over cubes of three voxels."""
-    names = [n for n in (data / "train.txt").read_text().split() if n]
+def atria(data: Path, edge: int) -> Source:
+    """Left atria, averaged over cubes of ``edge`` voxels and rounded, which keeps the files small."""
 
     def scan(number: int) -> tuple[str, Volume, np.ndarray]:
-        volume, mask = (read_image(data / part / f"{names[number]}.nii.gz") for part in ("images", "labels"))
-        image = Volume(averaged(volume.array, EDGE).astype(np.float32), averaged_affine(volume.affine, EDGE))
-        return f"scan_{number:03d}", image, (averaged(mask.array > 0, EDGE) >= 0.5).astype(np.uint8)
+        name = (data / "train.txt").read_text().split()[number]
+        volume, mask = (read_image(data / part / f"{name}.nii.gz") for part in ("images", "labels"))
+        image = np.rint(averaged(volume.array, edge)).astype(np.int16)
+        label = (averaged(mask.array > 0, edge) >= 0.5).astype(np.uint8)
+        return f"scan_{number:03d}", Volume(image, averaged_affine(volume.affine, edge)), label
 
     return scan
 
 
 def build(out: Path, plan: Plan, source: Source) -> None:
-    """Write ``studies``, ``truth`` (of all scans), ``heldout`` and ``strange.json`` (aliens and poisoned scans)."""
+    """Write ``studies``, ``truth`` (of all scans), ``heldout``, ``strange.json`` (aliens and poisoned scans), and last
+    ``plan.json``; a folder that has it is left as it is.
+
+    Raises:
+        ValueError: The folder was made by another plan.
+    """
+    made_by = {k: v for k, v in vars(plan).items() if k not in ("nights", "labels", "strategy")}
+    if (out / "plan.json").exists():
+        before = json.loads((out / "plan.json").read_text())
+        if before != made_by:
+            raise ValueError(f"{out} was made with {before}, not with {made_by}: name another --out, or delete it")
+        return
     unlabelled = range(plan.first, plan.pool)
     rng = np.random.default_rng(plan.seed)
     counts = [round(part * len(unlabelled)) for part in (plan.aliens, plan.poison)]
@@ -159,6 +182,7 @@ def build(out: Path, plan: Plan, source: Source) -> None:
             shown = bad_label(label) if plan.weak and number == 0 else label
             write_label(out / "studies" / "labels" / FINAL / f"{name}.nii.gz", shown, image.affine)
     write_json(out / "strange.json", strange)
+    write_json(out / "plan.json", made_by)
 
 
 def bad_label(label: np.ndarray) -> np.ndarray:
@@ -186,17 +210,13 @@ class Week:
         self.ledger, self.labels = Ledger(self.paths.ledger), settings.label_set
         self.strange: dict[str, str] = json.loads((out / "strange.json").read_text())
         self.store = StudiesDatastore(str(self.studies), settings, self.paths)
-        served = SimpleNamespace(
-            settings=settings, paths=self.paths, leases=Leases(), scan_checks=ScanChecks(settings.max_voxels)
-        )
-        self.strategies = _app().Aslseg.init_strategies(served)
+        self.strategy = strategy(plan.strategy, self.ledger, ScanChecks(settings.max_voxels))
 
     def night(self, number: int) -> dict[str, Any]:
         """A round, unless it is done, and the day after it; returns the row of the table."""
         done = [r for r in self.ledger.rounds() if r.closed]
-        started = time.monotonic()
         summary = done[number - 1].summary if len(done) >= number else run_round(self.studies, self.settings)
-        seconds = time.monotonic() - started
+        seconds = sum(summary["seconds"].values())
         closed = [e for e in self.ledger.events(kinds=("closed",)) if e.round == summary["round"]][-1]
         row = self.promoted(summary) | {"night": number, "seconds": seconds, "gate": self.gate(summary)}
         served = self.served()
@@ -205,7 +225,7 @@ class Week:
         row["fresh"] = self.mean([self.score(served, self.studies / f"{c}.nii.gz") for c in [*answered, *new]])
         row["audits"], row["new_labels"] = len(answered), len(new)
         row["labels"] = len(list((self.studies / "labels" / FINAL).glob("*.nii.gz")))
-        row["warnings"] = summary["warnings"]
+        row["warnings"], row["stages"] = summary["warnings"], summary["seconds"]
         return row
 
     def promoted(self, summary: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +292,7 @@ class Week:
         new = [c for c in saved if c not in drawn]
         skipped: set[str] = set()
         while len(new) < self.plan.labels:
-            sample = self.strategies[self.plan.strategy]({"client_id": PERSON}, self.store)
+            sample = self.strategy({"client_id": PERSON}, self.store)
             case = sample.get("id")
             if not case or case in skipped:
                 break
@@ -291,21 +311,19 @@ class Week:
         self.store.save_label(case, str(self.out / "truth" / f"{case}.nii.gz"), FINAL, {})
 
 
-def _app() -> Any:
-    """The app that MONAI Label loads, for its strategies."""
-    spec = importlib.util.spec_from_file_location("aslseg_app", APP)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(APP)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def strategy(name: str, ledger: Ledger, checks: ScanChecks) -> HandsOut:
+    """The server's strategy of this name, without importing the rest of the server."""
+    if name == "random":
+        return Random(Leases(), checks, np.random.default_rng(0))
+    if name == "audit":
+        return ByAudit(ledger, Leases(), checks, name)
+    return ByAgreement(ledger, Leases(), checks, name == "confirm", name)
 
 
 def simulate(out: Path, plan: Plan, settings: Settings, source: Source) -> list[dict[str, Any]]:
     """All nights; those that are done already are not run again."""
-    if not (out / "strange.json").exists():
-        build(out, plan, source)
-    result = out / "result.json"
+    build(out, plan, source)
+    result = out / "nights.json"
     rows: list[dict[str, Any]] = json.loads(result.read_text()) if result.exists() else []
     week = Week(out, plan, settings)
     for number in range(len(rows) + 1, plan.nights + 1):
@@ -356,15 +374,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of left atria; without it phantoms")
     for name, value in Plan().__dict__.items():
         option: dict[str, Any] = {"action": "store_true"} if value is False else {"type": type(value), "default": value}
-        parser.add_argument(f"--{name}", **option)
+        parser.add_argument(f"--{name}", **option, **OPTIONS.get(name, {}))
+    parser.add_argument("--build", action="store_true", help="write the scans only")
     parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     plan = Plan(**{name: getattr(arguments, name) for name in Plan().__dict__})
-    conf = (LA if arguments.data else PHANTOM) | {"model_dir": str(arguments.out / "models")}
-    settings = load_settings(conf | dict(pair.split("=", 1) for pair in arguments.conf), env={})[0]
+    source = atria(arguments.data, plan.edge) if arguments.data else phantoms(plan.seed)
+    if arguments.build:
+        build(arguments.out, plan, source)
+        return
+    conf = (LA | {"patch": PATCHES[plan.edge]}) if arguments.data else PHANTOM
+    conf |= {"model_dir": str(arguments.out / "models")} | dict(pair.split("=", 1) for pair in arguments.conf)
+    settings = load_settings(conf, env={})[0]
     torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-    source = atria(arguments.data) if arguments.data else phantoms(plan.seed)
     logger.info("\n%s", table(simulate(arguments.out, plan, settings, source)))
 
 

@@ -60,7 +60,41 @@ def test_two_nights_and_a_kill_between_them(bench: Any, tmp_path: Path, monkeypa
     table = (out / "table.md").read_text()
     assert table.count("\n") == 4
     assert "| 2 | 6 (0) |" in table
-    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(rows))
+    assert json.loads((out / "nights.json").read_text()) == json.loads(json.dumps(rows))
+    assert rows[0]["stages"].keys() >= {"ssl", "predict", "promote"}
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a night that is done is not computed again")
+
+    monkeypatch.setattr(bench, "run_round", never)
+    assert bench.simulate(out, replace(plan, nights=2), settings, source) == json.loads(json.dumps(rows))
+    with pytest.raises(ValueError, match="name another --out, or delete it"):
+        bench.simulate(out, replace(plan, nights=2, pool=10), settings, source)
+
+
+@pytest.mark.parametrize("edge", [2, 3])
+def test_atria_are_built_once_and_then_need_no_data(bench: Any, tmp_path: Path, edge: int) -> None:
+    from aslseg.volume.io import read_image, write_image, write_label
+    from aslseg.volume.phantom import make_phantom
+
+    data, out, plan = tmp_path / "la", tmp_path / "out", bench.Plan(pool=3, first=1, edge=edge)
+    names = [f"N{n}" for n in range(5)]
+    for n, name in enumerate(names):
+        scan, label = make_phantom(1, n, shape=(24, 24, 12))
+        write_image(data / "images" / f"{name}.nii.gz", scan)
+        write_label(data / "labels" / f"{name}.nii.gz", (label > 0).astype(np.uint8), scan.affine)
+    (data / "train.txt").write_text("\n".join(names))
+    bench.build(out, plan, bench.atria(data, edge))
+    assert len(list((out / "studies").glob("*.nii.gz"))) == 3
+    assert len(list((out / "heldout").glob("*.nii.gz"))) == 2
+    whole, small = read_image(data / "images" / "N1.nii.gz"), read_image(out / "studies" / "scan_001.nii.gz")
+    assert small.array.shape == (24 // edge, 24 // edge, 12 // edge)
+    expected = whole.array[:edge, :edge, :edge].mean()
+    assert abs(float(small.array[0, 0, 0]) - expected) <= 0.5, "the mean of the first cube, rounded"
+    np.testing.assert_allclose(np.diag(small.affine)[:3], edge * np.diag(whole.affine)[:3])
+    bench.build(out, plan, bench.atria(tmp_path / "nowhere", edge))
+    with pytest.raises(ValueError, match="was made with"):
+        bench.build(out, replace(plan, edge=5 - edge), bench.atria(data, edge))
 
 
 def test_a_bad_label_and_every_alien_differ_from_the_scan(bench: Any) -> None:

@@ -130,9 +130,13 @@ def find_stops(canaries: Iterable[Canary], least: Mapping[str, float]) -> list[S
 
 def stopped(verdict: Verdict, mask: np.ndarray, labels: Labels, stops: Sequence[Stop]) -> Verdict:
     """The verdict on a mask (i, j, k), with the stops that concern it among the reasons."""
+    return verdict.against(*(stop.reason for stop in concerning(mask, labels, stops)))
+
+
+def concerning(mask: np.ndarray, labels: Labels, stops: Sequence[Stop]) -> list[Stop]:
+    """The stops that concern a mask (i, j, k): of labels that it holds, or of labels that it lacks."""
     held = {n for n, m in zip(labels.names, labels.regions(mask), strict=True) if m.any()} if stops else set()
-    reasons = [s.reason for s in stops if (s.label in held) == s.drawn]
-    return verdict.against(*reasons)
+    return [stop for stop in stops if (stop.label in held) == stop.drawn]
 
 
 def summarise(canaries: Sequence[Canary], stops: Sequence[Stop]) -> dict[str, Any]:

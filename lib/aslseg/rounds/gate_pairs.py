@@ -11,6 +11,8 @@ import logging
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import numpy as np
+
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import PSEUDO
 from aslseg.errors import AslsegError
@@ -97,8 +99,10 @@ def crossed_differences(
     Where the published model learned the same human labels, the folds' models are retrained with the promoted cases of
     each (:mod:`aslseg.rounds.cross_retrain`). If these are the same cases, cross-fitting sees no difference.
 
-    Where it learned others, the labels that are new to it are scored by it and by the fold's model that has not seen
-    them; but only where that one has learned at least as many labels, and for as many steps as the round's model.
+    Where it learned others, the folds of this round are compared with those of the round that published it, on the
+    labels that both rounds have: models of as many folds, trained for as many steps, without promoted masks, say what
+    the other labels give. Labels that are new to it are scored by it and by the fold's model that has not seen them;
+    but only where that one has learned at least as many labels, and for as many steps as the round's model.
 
     Args:
         pipeline: The round.
@@ -125,12 +129,29 @@ def crossed_differences(
         old = retrained_dice(pipeline, crossed, before, share(report, 1, 2), unknown)
     else:
         cases = _new_to(pipeline, crossed, current)
-        new = {}
-        for part, maps in zip(crossed.parts, crossed.maps, strict=True):
-            new |= case_dice(pipeline, maps, [c for c in cases if c.id in part])
         models = ModelSet({ModelKind.SSL: current.path})
         old = case_dice(pipeline, pipeline.predict(ModelKind.SSL, models), pipeline.at_spacing(cases, models.spacing))
+        old |= _crossed_before(pipeline, crossed, current)
+        new = {}
+        for part, maps in zip(crossed.parts, crossed.maps, strict=True):
+            new |= case_dice(pipeline, maps, [c for c in pipeline.cases.train if c.id in part and c.id in old])
     return differences(new, old)
+
+
+def _crossed_before(pipeline: RoundPipeline, crossed: CrossFit, current: Published) -> dict[str, float]:
+    """Out-of-fold Dice in the round that published a model, of labels that have not changed since.
+
+    Empty where that round had another number of folds, whose models were trained for other steps, or other settings.
+    """
+    if current.round is None or current.labels is None or current.settings != settings_hash(pipeline):
+        return {}
+    row = next((r for r in pipeline.ledger.rounds() if r.number == current.round), None)
+    found = row.summary.get("out_of_fold", {}) if row else {}
+    if found.get("folds") != len(folds(pipeline.cases.train, pipeline.settings.most_folds)):
+        return {}
+    same = {case for case, digest in learned_labels(pipeline).items() if current.labels.get(case) == digest}
+    by_case = {case: [v for v in dice.values() if v is not None] for case, dice in found["cases"].items()}
+    return {case: float(np.mean(values)) for case, values in by_case.items() if case in same and values}
 
 
 def not_learned(pipeline: RoundPipeline, cases: Iterable[Prepared], current: Published) -> list[Prepared]:

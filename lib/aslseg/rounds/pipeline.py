@@ -372,13 +372,13 @@ class RoundPipeline:
         # checkpoints know an array by the name of its file (aslseg.cases.prepared_case.backing_file)
         label, weight = (folder / f"{folder.name}.{part}.npy" for part in ("label", "weight"))
         if not (label.exists() and weight.exists()):
-            differ = case.grid.to_working(self._kept(details["disagreement"]))
+            differ = case.grid.to_working(self.kept(details["disagreement"]))
             weights = 1 - (1 - s.disagreement_weight) * differ
             if confidence:
-                certain = case.grid.to_working(self._kept(confidence)) / 255
+                certain = case.grid.to_working(self.kept(confidence)) / 255
                 weights *= 1 - (1 - s.uncertainty_weight) * (1 - certain)
             save_array(weight, weights.astype(np.float16))
-            mask = self._kept(details["sha256"]).astype(np.uint8)
+            mask = self.kept(details["sha256"]).astype(np.uint8)
             save_array(label, self.labels.mark_unknown(case.grid.label_to_working(mask, self.labels), unknown))
         learned = replace(
             case,
@@ -388,7 +388,7 @@ class RoundPipeline:
         )
         return Promoted(learned, details["image"], details["sha256"], details["disagreement"], confidence, unknown)
 
-    def _kept(self, digest: str) -> np.ndarray:
+    def kept(self, digest: str) -> np.ndarray:
         """A map from the store of masks, (i, j, k) on its scan's own grid."""
         return read_image(self.masks.path(digest), self.settings.max_voxels).array
 

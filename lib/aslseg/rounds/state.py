@@ -12,11 +12,13 @@ from aslseg.agreement.measures import Agreement
 from aslseg.agreement.promise import Pair
 from aslseg.agreement.promotion_rules import Verdict
 from aslseg.cases.prepared_case import Prepared
+from aslseg.cases.studies import PSEUDO
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.canaries import Canary, Stop
 from aslseg.rounds.cross_fit import CrossFit
 from aslseg.rounds.evidence import Evidence, Floors
+from aslseg.rounds.ledger import Event
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.promises import Promises
 
@@ -79,14 +81,30 @@ class RoundState:
     crossed: CrossFit | None = None
 
     def barred(self, case: str) -> tuple[str, ...]:
-        """What speaks against every mask of a scan, however well networks agree: floors, canaries, an alien scan."""
+        """Why the mask that was promoted before this round may not stand again, should its model be rejected.
+
+        That is what speaks against every mask of the scan, however well networks agree (floors, canaries, an alien
+        scan), and a mask that teaches a nested label that human labels no longer support.
+        """
         unlike = self.pipeline.cases.unlike
         always = {
             *self.floors.blocking,
             *(stop.reason for stop in self.stops),
             *([unlike[case]] if case in unlike else []),
         }
-        return tuple(reason for reason in self.assessments[case].verdict.reasons if reason in always)
+        found = tuple(reason for reason in self.assessments[case].verdict.reasons if reason in always)
+        return (*found, *self._no_longer_taught(case))
+
+    def _no_longer_taught(self, case: str) -> list[str]:
+        event = self._promoted_before.get(case)
+        if event is None or event.kind != "mask":
+            return []
+        taught = [name for name in self.floors.unknown if name not in event.details.get("unknown", ())]
+        return [f"it teaches {name} ({self.floors.reasons[name]})" for name in taught]
+
+    @cached_property
+    def _promoted_before(self) -> dict[str, Event]:
+        return self.pipeline.ledger.masks(PSEUDO, before=self.pipeline.opened)
 
     @property
     def pairs(self) -> dict[str, list[Pair]]:

@@ -154,3 +154,53 @@ def test_what_a_canary_stops_does_not_come_back_when_the_gate_rejects(
     assert {e.kind for e in now.values()} == {"removed"}
     assert all(summary["canaries"]["stops"][0] in e.details["why"] for e in now.values())
     assert not [name for name in label_hashes(studies) if "pseudo" in name]
+
+
+@pytest.mark.usefixtures("quick", "trainings")
+def test_a_mask_that_teaches_a_label_that_is_left_open_now_does_not_stand_again(
+    networks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings(tmp_path, promote_fraction=1, promote_empty=1, promote_floor="0,tumour=0.6")
+    studies, ledger = networks["studies"], Ledger(Paths(settings, networks["studies"]).ledger)
+    first = run_round(studies, settings)["promoted"]
+    assert not any(e.details.get("unknown") for e in ledger.masks(PSEUDO).values())
+    # the networks miss the tumour of the scan whose truth is known
+    networks["change"] = lambda case, mask: np.minimum(mask, 1) if case == JUDGE else mask
+    monkeypatch.setattr(publishing_gate, "gate", lambda *_: (False, "ssl: not published"))
+    summary = run_round(studies, settings.model_copy(update={"seed": 5}))
+    assert (summary["canaries"]["stops"], summary["withdrawn"]) == ([], first)
+    now = ledger.masks(PSEUDO)
+    assert {e.kind for e in now.values()} == {"removed"}, "the earlier masks teach where the tumour is"
+    assert all("it teaches tumour (tumour: Dice 0.00 on 1 human label" in e.details["why"] for e in now.values())
+    assert not [name for name in label_hashes(studies) if "pseudo" in name]
+
+
+@pytest.mark.usefixtures("quick", "trainings")
+def test_a_canary_stops_no_mask_that_was_promoted_before_and_is_none_of_those_that_it_stops(
+    networks: dict[str, Any], tmp_path: Path
+) -> None:
+    """Else each of these nights draws all promoted masks anew, and trains and predicts anew for it."""
+    settings = tiny_settings(tmp_path, promote_fraction=1, promote_empty=1)
+    studies, ledger = networks["studies"], Ledger(Paths(settings, networks["studies"]).ledger)
+    first = run_round(studies, settings)["promoted"]
+    before = {case: e.details["sha256"] for case, e in ledger.masks(PSEUDO).items()}
+
+    def missed(case: str, mask: np.ndarray) -> np.ndarray:
+        """No tumour where the truth is known, and elsewhere a liver with one voxel less."""
+        if case == JUDGE:
+            return np.minimum(mask, 1)
+        mask = mask.copy()
+        mask[tuple(np.argwhere(mask == 1)[0])] = 0
+        return mask
+
+    networks["change"] = missed
+    for path in (Paths(settings, studies).rounds / "steps").rglob("*.npz"):
+        path.unlink()  # else the masks of the night before are found
+    summary = run_round(studies, settings)
+    (stop,) = summary["canaries"]["stops"]
+    assert "the networks agree that there is none" in stop
+    with_tumour = [c for c in first if stop not in summary["decisions"][c]["reasons"]]
+    assert with_tumour
+    assert summary["promoted"] == with_tumour
+    now = {case: e.details["sha256"] for case, e in ledger.masks(PSEUDO).items() if e.kind == "mask"}
+    assert now == {case: before[case] for case in with_tumour}, "they hold a tumour, and stay as they are"

@@ -19,6 +19,7 @@ from aslseg.files import sha256
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import find_published
+from aslseg.rounds import cross_fit as cross_fit_module
 from aslseg.rounds import cross_retrain, promotion
 from aslseg.rounds.cases import trained_before
 from aslseg.rounds.cross_fit import cross_fit
@@ -232,6 +233,44 @@ def test_a_fold_is_retrained_with_masks_of_its_own_model_and_sees_none_of_its_la
             assert case.weight == night.settings.promote_weight
             expected = 1 - 0.9 * (1 - np.abs(2 * regions - 1).min(0))
             np.testing.assert_allclose(case.voxel_weight, expected, atol=1e-3)
+
+
+@pytest.mark.usefixtures("plausible")
+@pytest.mark.parametrize(("change", "published"), [(-0.2, False), (-0.02, True)])
+def test_with_four_folds_new_labels_are_judged_on_all_labels_that_are_not_new(
+    tmp_path: Path,
+    trainings: Any,
+    scored: Scored,
+    monkeypatch: pytest.MonkeyPatch,
+    change: float,
+    published: bool,
+) -> None:
+    """Models of folds train half the steps, so that they are compared with those of the published model's round."""
+
+    def out_of_fold(pipeline: Any, maps: Any, case: Any) -> dict[str, float]:
+        return dict.fromkeys(pipeline.labels.names, pipeline.dice(maps, [case]))
+
+    monkeypatch.setattr(cross_fit_module, "region_dice", out_of_fold)
+
+    def score(learned: Learned, case: str) -> float:
+        """The label of phantom_005 is bad; the one validation case happens not to show it."""
+        return 0.8 + (change if "phantom_005" in learned.human and case != JUDGE else 0)
+
+    scored(score)
+    night = Night(tmp_path, folds=4)
+    night.label(4)
+    run_round(night.studies, night.settings)
+    served = night.served
+    night.label(5)
+    line = run_round(night.studies, night.settings)["published"][0]
+    # three or two of four models have learned the new label; the validation case sees no difference
+    assert line.startswith("ssl: published; human labels are new") == published
+    assert "on 5 human labels" in line
+    assert (night.served != served) == published
+    if published:
+        night.label(6)
+        other = night.settings.model_copy(update={"seed": 5})
+        assert "on 1 human label)" in run_round(night.studies, other)["published"][0], "folds of other settings"
 
 
 @pytest.mark.usefixtures("plausible")

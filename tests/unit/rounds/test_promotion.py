@@ -155,8 +155,10 @@ def test_labels_are_recorded_by_a_round_on_a_studies_folder_only(
     assert ledger.events() == []
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_where_a_canary_stops_a_label_no_older_mask_stays(monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+@pytest.mark.parametrize(("stopped", "held"), [(False, True), (True, True), (True, False)])
+def test_where_a_canary_stops_a_label_no_older_mask_that_holds_it_stays(
+    monkeypatch: pytest.MonkeyPatch, stopped: bool, held: bool
+) -> None:
     """The verdict has asked whether the new mask holds the label, not the old one."""
     monkeypatch.setattr(recipe, "promotion_details", lambda *_: {"sha256": "new"})
     old = {"sha256": "old", "agreement": {"liver": 0.9}}
@@ -165,6 +167,7 @@ def test_where_a_canary_stops_a_label_no_older_mask_stays(monkeypatch: pytest.Mo
         labels=Labels.parse("liver"),
         settings=SimpleNamespace(promote_fraction=1, promote_cases=0, promote_empty=1, thresholds={"liver": 0.5}),
         still_promoted=lambda: {"a": old},
+        kept=lambda digest: np.full((2, 2, 2), float(held and digest == "old")),
     )
     maps: Any = lambda _: np.zeros((2, 2, 2))  # noqa: E731
     state = RoundState(pipeline, maps, maps, maps, "ssl", maps)
@@ -172,4 +175,4 @@ def test_where_a_canary_stops_a_label_no_older_mask_stays(monkeypatch: pytest.Mo
     monkeypatch.setattr(RoundState, "differs", lambda *_: None)
     state.assessments["a"] = CaseAssessment(Agreement({"liver": 0.9}, 0.9), Verdict(True))
     state.stops = [Stop("liver", True, "canary")] if stopped else []
-    assert recipe.promotable(state, no_progress)["a"]["sha256"] == ("new" if stopped else "old")
+    assert recipe.promotable(state, no_progress)["a"]["sha256"] == ("new" if stopped and held else "old")

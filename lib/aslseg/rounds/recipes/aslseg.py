@@ -9,9 +9,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from aslseg.agreement.promotion_rules import PromotionLimits, refusals, select
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
+from aslseg.rounds.canaries import concerning
 from aslseg.rounds.cross_fit import cross_fit, folds
 from aslseg.rounds.evidence import MIXED, Evidence, cascade_sources, fill_folds, gather, judge_labels, mix_sources
 from aslseg.rounds.pipeline import RoundPipeline
@@ -135,8 +138,11 @@ def promotable(state: RoundState, report: ProgressCallback) -> dict[str, dict[st
     kept = {c: old for c, old in p.still_promoted().items() if tuple(old.get("unknown", ())) == unknown}
     names = select(verdicts, agreements, limits, kept)
     state.refused = refusals(verdicts, agreements, limits, names)
-    # where a canary stops a label, the new mask was asked whether it holds it, not the old one
-    stay = {} if state.stops else {c: o for c, o in kept.items() if agreements[c].mean - mean_agreement(o) < KEEP_GAIN}
+    stay = {
+        c: old
+        for c, old in kept.items()
+        if agreements[c].mean - mean_agreement(old) < KEEP_GAIN and not stopped_before(state, old)
+    }
     masks = [stay[c]["agreement"] if c in stay else agreements[c].per_label for c in names]
     most, promises = state.promises.largest(masks), state.promises
     state.promise = promises.about(masks, most)
@@ -151,6 +157,15 @@ def promotable(state: RoundState, report: ProgressCallback) -> dict[str, dict[st
             wanted[name] = promotion_details(state, cases[name], state.differs(cases[name]), asked)
         report(done, len(names))
     return wanted
+
+
+def stopped_before(state: RoundState, details: dict[str, Any]) -> bool:
+    """Whether a canary of this round speaks against a mask that was promoted before; the verdict is on the new one."""
+    if not state.stops:
+        return False
+    p = state.pipeline
+    mask = p.labels.merge(p.kept(details["sha256"]).astype(np.uint8), state.floors.unknown)
+    return bool(concerning(mask, p.labels, state.stops))
 
 
 def mean_agreement(details: dict[str, Any]) -> float:
