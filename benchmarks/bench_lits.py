@@ -4,22 +4,29 @@
     python benchmarks/bench_lits.py whole --steps 2000 --out work/whole    # both stages, as a round trains them
     python benchmarks/bench_lits.py first --steps 800 --out work/first     # first stage alone: livers
     python benchmarks/bench_lits.py joined --first work/first --second work/second --out work/joined
+    python benchmarks/bench_lits.py table work/*/result.json --out work    # one table: work/table.md
 
-Settings over the defaults with --conf; --labelled 4 takes the first four of the labelled set that --rotation names. An
---out that holds a model is only scored. Without unlabelled scans the second stage does not depend on the first, so
-that both can be trained side by side on two cores and joined: the same as ``whole`` with as many steps of each.
+Settings over the defaults with --conf (device=cuda for all parts); --labelled 4 takes the first four of the labelled
+set that --rotation names; --fold 1/4 learns from all patients but a quarter and scores these: full supervision.
+--tumours liver: no tumour is labelled, only livers, so that synthetic lesions alone say what a tumour is; --tumours
+unknown: the same, but true tumours count for nothing in the second stage's loss. --crossfit 4 trains the second stage
+four times more, each without a quarter of the labelled scans, to choose which components are too small or too unsure.
+
+An --out that holds a model is only scored; ``prepare`` only brings the scans to the working grid. Without unlabelled
+scans the second stage does not depend on the first, so that both can be trained side by side and joined: the same as
+``whole`` with as many steps of each. Several second stages can share a first one.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,188 +34,215 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from PIL import Image
-from scipy.ndimage import binary_erosion
 
-from aslseg.agreement.lesions import count_lesions
-from aslseg.cases.prepare import PreparedStore, working_spacing
+from aslseg.cases.prepare import PreparedStore, Spacing, working_spacing
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import Case
+from aslseg.compute.device import choose_device
 from aslseg.compute.overlap import dice
-from aslseg.compute.weights import load_weights
+from aslseg.compute.weights import load_weights, save_weights
+from aslseg.rounds.cross_fit import folds
 from aslseg.settings import Settings, load_settings
-from aslseg.ssl import engine, nested, predict, training
+from aslseg.ssl import engine, nested, predict, specks, training
 from aslseg.volume.io import read_image
-
-DATA = Path(__file__).parents[2] / "shared" / "data" / "lits_tumour"
-# labelled sets of eight patients: the suggested one, which leaves the smallest and palest lesions to be found, and two
-# halves of mixed difficulty, of which each is held out while the other is learned from
-ROTATIONS = (
-    (33, 40, 23, 0, 4, 7, 29, 18),
-    (33, 23, 7, 29, 11, 14, 35, 43),
-    (40, 0, 4, 18, 5, 12, 39, 50),
+from lits_scoring import (
+    DATA,
+    ROTATIONS,
+    draw,
+    fold_patients,
+    known_patients,
+    lesion_score,
+    name_of,
+    patients,
+    read_results,
+    show,
+    slice_of_most,
+    summary,
+    table,
 )
+
 logger = logging.getLogger("bench_lits")
 
 
-def patients() -> dict[str, str]:
-    with (DATA / "patients.csv").open() as file:
-        return {row["case"]: row["patient"] for row in csv.DictReader(file)}
+@dataclass(frozen=True)
+class Split:
+    """Scans on the working grid.
+
+    Attributes:
+        labelled: Learned from.
+        rest: Other scans of the labelled set's patients: unlabelled.
+        test: Scans of the held-out patients.
+        spacing: Of the working grid.
+    """
+
+    labelled: list[Prepared]
+    rest: list[Prepared]
+    test: list[Prepared]
+    spacing: Spacing
 
 
-def prepared(
-    settings: Settings, cache: Path, chosen: Sequence[int], count: int
-) -> tuple[list[Prepared], list[Prepared], list[Prepared], tuple]:
-    """Labelled, unlabelled (other scans of the eight labelled patients) and held-out cases."""
-    who = patients()
-    labelled = [f"lits_{n:03d}" for n in chosen[:count]]
-    known = {who[f"lits_{n:03d}"] for n in chosen}
-    spacing = working_spacing([read_image(DATA / "images" / f"lits_{n:03d}.nii.gz") for n in chosen], settings)
-    store = PreparedStore(cache, settings, spacing)
-    cases = {
-        name: store.load(
-            Case(name, DATA / "images" / f"{name}.nii.gz", patient, "train", DATA / "labels" / f"{name}.nii.gz")
+def split(arguments: argparse.Namespace, settings: Settings) -> Split:
+    """The scans that the arguments name."""
+    data, who = arguments.data, patients(arguments.data)
+    if arguments.fold:
+        number, count = map(int, arguments.fold.split("/"))
+        held = fold_patients(number, count, data)
+        chosen = labelled = [name for name, patient in who.items() if patient not in held]
+    else:
+        held = set(who.values()) - known_patients(arguments.rotation, data)
+        chosen = [name_of(n) for n in ROTATIONS[arguments.rotation - 1]]
+        labelled = chosen[: arguments.labelled]
+
+    def file(folder: str, name: str) -> Path:
+        packed = data / folder / f"{name}.nii.gz"
+        return packed if packed.exists() else packed.with_suffix("")
+
+    spacing = working_spacing([read_image(file("images", name)) for name in chosen], settings)
+    store = PreparedStore(arguments.cache, settings, spacing)
+    scans = [Case(name, file("images", name), patient, "train", file("labels", name)) for name, patient in who.items()]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        cases = dict(zip(who, pool.map(store.load, scans), strict=True))
+    rest = [c for n, c in cases.items() if c.patient not in held and n not in labelled]
+    test = [c for c in cases.values() if c.patient in held]
+    return Split([taught(cases[n], arguments.tumours) for n in labelled], rest, test, spacing)
+
+
+def taught(case: Prepared, tumours: str) -> Prepared:
+    """A labelled case with what is said of its tumours: all, that they are liver, or nothing."""
+    label = np.asarray(case.label)
+    if tumours == "liver":
+        return replace(case, label=np.minimum(label, 1))
+    if tumours == "unknown":
+        return replace(case, label=np.minimum(label, 1), voxel_weight=(label < 2).astype(np.float16))
+    return case
+
+
+class Second:
+    """The second stage by itself, in the box of the true liver."""
+
+    def __init__(self, arguments: argparse.Namespace, settings: Settings, scans: Split) -> None:
+        self.arguments, self.scans = arguments, scans
+        self.branch = nested.branches(settings.label_set)[0]
+        self.geometry = nested.geometry(scans.labelled, self.branch, settings, scans.spacing)
+        self.settings = nested.settings_of(settings, self.branch.labels)
+        logger.info("%s", self.geometry)
+
+    def view(self, case: Prepared) -> Prepared:
+        return nested.view_case(case, np.asarray(case.label) > 0, self.branch, self.geometry)
+
+    def train(self, labelled: Sequence[Prepared], out: Path, steps: int) -> dict[str, Any]:
+        free = [] if self.settings.ssl_method == "supervised" else self.scans.rest
+        return engine.train(
+            [self.view(c) for c in labelled],
+            [engine.without_label(self.view(c)) for c in free],
+            self.settings,
+            out,
+            iterations=steps,
+            spacing=self.scans.spacing,
         )
-        for name, patient in who.items()
-    }
-    rest = [c for n, c in cases.items() if c.patient in known and n not in labelled]
-    test = [c for c in cases.values() if c.patient not in known]
-    return [cases[n] for n in labelled], rest, test, spacing
 
+    def model(self, path: Path) -> predict.SSLModel:
+        state, metadata = load_weights(path, "ssl")
+        return predict.stage_model(path, state, metadata, self.settings)
 
-def lesion_score(found: np.ndarray, true: np.ndarray) -> dict[str, float | int | None]:
-    """Dice, lesions and volumes (voxels) of tumour masks."""
-    counts = count_lesions(found, true)
-    return {
-        "dice": dice(found, true),
-        "lesions": counts.true,
-        "found": counts.found,
-        "false": counts.false,
-        "voxels": int(true.sum()),
-        "predicted": int(found.sum()),
-    }
+    def predict(self, model: predict.SSLModel, case: Prepared) -> tuple[Any, np.ndarray]:
+        """Where the box is, and class probabilities in it."""
+        seen = nested.look(case.image, np.asarray(case.label) > 0, self.geometry)
+        return seen.where, predict.inner_probabilities(model, seen)[0]
 
-
-def summary(rows: list[dict]) -> dict[str, float | None]:
-    """Means over patients (over the scans of a patient first)."""
-
-    def per_patient(key, chosen):
-        values: dict[str, list[float]] = {}
-        for row in chosen:
-            value = key(row)
-            if value is not None:
-                values.setdefault(row["patient"], []).append(value)
-        means = [float(np.mean(v)) for v in values.values()]
-        return float(np.mean(means)) if means else None
-
-    ill = [r for r in rows if r["tumour"]["voxels"]]
-    healthy = [r for r in rows if not r["tumour"]["voxels"]]
-    return {
-        "liver": per_patient(lambda r: r["liver"], rows),
-        "tumour": per_patient(lambda r: r["tumour"]["dice"], ill),
-        "lesion_recall": per_patient(lambda r: r["tumour"]["found"] / r["tumour"]["lesions"], ill),
-        "false_lesions": per_patient(lambda r: r["tumour"]["false"], rows),
-        "false_lesions_healthy": per_patient(lambda r: r["tumour"]["false"], healthy),
-        "healthy_called_ill": per_patient(lambda r: float(r["tumour"]["predicted"] > 0), healthy),
-        "volume_error": per_patient(lambda r: abs(r["tumour"]["predicted"] / r["tumour"]["voxels"] - 1), ill),
-    }
-
-
-def show(rows: list[dict]) -> str:
-    lines = []
-    for r in rows:
-        t = r["tumour"]
-        dice = "  -  " if t["dice"] is None else f"{t['dice']:.3f}"
-        lines.append(
-            f"{r['case']} liver {r['liver']:.3f} tumour {dice} found {t['found']}/{t['lesions']} false {t['false']} "
-            f"voxels {t['voxels']} predicted {t['predicted']}"
-        )
-    return "\n".join(lines)
+    def limits(self) -> dict[str, Any]:
+        """What a component must reach, from labelled scans that a network has not learned; empty if nothing says it."""
+        if not self.arguments.crossfit or self.arguments.tumours != "labelled":
+            return {}
+        scores = []
+        for n, part in enumerate(folds(self.scans.labelled, self.arguments.crossfit)):
+            ids = {c.id for c in part}
+            path = self.arguments.out / f"fold-{n}.safetensors"
+            if not path.exists():
+                steps = self.arguments.fold_steps or self.arguments.steps // 2
+                self.train([c for c in self.scans.labelled if c.id not in ids], path, steps)
+            model = self.model(path)
+            for case in part:
+                where, p = self.predict(model, case)
+                truth = np.asarray(case.label)[where] == 2
+                region = self.branch.labels.region_probabilities(p)[1]
+                scores.append(specks.Scan.of(case.patient, region, truth, case.grid.spacing))
+        found = specks.fit(scores)
+        logger.info("limits on components from %d scans out of fold: %s", len(scores), found)
+        return specks.stored({"tumour": found}) if found else {}
 
 
 def second_only(arguments: argparse.Namespace, settings: Settings) -> None:
-    """The second stage by itself, in the box of the true liver."""
-    chosen = ROTATIONS[arguments.rotation - 1]
-    labelled, rest, test, spacing = prepared(settings, arguments.cache, chosen, arguments.labelled)
-    branch = nested.branches(settings.label_set)[0]
-    geometry = nested.geometry(labelled, branch, settings, spacing)
-    logger.info("%s", geometry)
-
-    def view(case: Prepared) -> Prepared:
-        return nested.view_case(case, np.isin(case.label, branch.values), branch, geometry)
-
-    inner = nested.settings_of(settings, branch.labels)
+    """Train and score the second stage."""
+    scans = split(arguments, settings)
+    second = Second(arguments, settings, scans)
     out = arguments.out / "second.safetensors"
-    began = time.monotonic()
     if not out.exists():
-        done = engine.train(
-            [view(c) for c in labelled],
-            [replace(view(c), label=None) for c in rest],
-            inner,
-            out,
-            iterations=arguments.steps,
-            spacing=spacing,
-        )
-        logger.info("%s", done)
-        (arguments.out / "trained.json").write_text(json.dumps(done, indent=1))
-    logger.info("trained in %.1f min", (time.monotonic() - began) / 60)
-    state, metadata = load_weights(out, "ssl")
-    model = predict.stage_model(out, state, metadata, inner)
-    rows = []
-    for case in test:
-        seen = nested.look(case.image, np.isin(case.label, branch.values), geometry)
-        p, _ = predict.inner_probabilities(model, seen)
-        found = branch.labels.decode(branch.labels.region_probabilities(p))
-        rows.append(score(arguments, case, seen.where, found, np.asarray(case.label)[seen.where], p))
-    finish(arguments, rows)
+        trained(arguments, second.train(scans.labelled, out, arguments.steps))
+        limits = second.limits()
+        if limits:
+            state, metadata = load_weights(out, "ssl")
+            save_weights(out, state, metadata | {"specks": limits})
+    if arguments.train_only:
+        return
+    model = second.model(out)
+    scored = Scored(arguments, settings, model.metadata.pop("specks", {}))
+    for case in scans.test:
+        where, p = second.predict(model, case)
+        scored.add(case, where, p)
+    scored.finish()
 
 
 def first_only(arguments: argparse.Namespace, settings: Settings) -> None:
     """The first stage by itself: whole livers, tumours counted as liver."""
-    chosen = ROTATIONS[arguments.rotation - 1]
-    labelled, _, test, spacing = prepared(settings, arguments.cache, chosen, arguments.labelled)
+    scans = split(arguments, settings)
     top = nested.first_settings(settings)
     out = arguments.out / "first.safetensors"
-    began = time.monotonic()
     if not out.exists():
-        livers = [replace(c, label=nested.merged(np.asarray(c.label), settings.label_set)) for c in labelled]
-        done = engine.train(livers, [], top, out, iterations=arguments.steps, spacing=spacing)
-        logger.info("%s", done)
-        (arguments.out / "trained.json").write_text(json.dumps(done, indent=1))
-    logger.info("trained in %.1f min", (time.monotonic() - began) / 60)
+        livers = [replace(c, label=nested.merged(np.asarray(c.label), settings.label_set)) for c in scans.labelled]
+        livers = [replace(c, voxel_weight=None) for c in livers]
+        free = [] if settings.ssl_method == "supervised" else scans.rest
+        trained(arguments, engine.train(livers, free, top, out, iterations=arguments.steps, spacing=scans.spacing))
+    if arguments.train_only:
+        return
     state, metadata = load_weights(out, "ssl")
     model = predict.stage_model(out, state, metadata, top)
-    for case in test:
-        found = nested.largest(model.predict(np.asarray(case.image)).argmax(0) == 1)
-        logger.info("%s liver %.3f", case.id, dice(found, np.asarray(case.label) > 0))
-    logger.info("scored in %.1f min", (time.monotonic() - began) / 60)
+    found = {}
+    for case in scans.test:
+        mask = nested.largest(model.predict(np.asarray(case.image)).argmax(0) == 1)
+        found[case.id] = dice(mask, np.asarray(case.label) > 0)
+        logger.info("%s liver %.3f", case.id, found[case.id])
+    (arguments.out / "livers.json").write_text(json.dumps(found, indent=1))
 
 
 def joined(arguments: argparse.Namespace, settings: Settings) -> None:
     """Both stages, each from a training of its own."""
-    chosen = ROTATIONS[arguments.rotation - 1]
-    labelled, _, test, spacing = prepared(settings, arguments.cache, chosen, arguments.labelled)
-    branch = nested.branches(settings.label_set)[0]
-    geometry = nested.geometry(labelled, branch, settings, spacing)
-    path, second = arguments.first / "first.safetensors", arguments.second / "second.safetensors"
+    scans = split(arguments, settings)
+    second = Second(arguments, settings, scans)
+    path = arguments.first / "first.safetensors"
     state, metadata = load_weights(path, "ssl")
     first = predict.stage_model(path, state, metadata, nested.first_settings(settings))
-    inner = predict.stage_model(second, *load_weights(second, "ssl"), nested.settings_of(settings, branch.labels))
-    score_whole(arguments, settings, predict.NestedModel(first, [(branch, geometry, inner)], metadata, settings), test)
+    inner = second.model(arguments.second / "second.safetensors")
+    arguments.steps = metadata["iterations"] + inner.metadata["iterations"]
+    parts = [(second.branch, second.geometry, inner)]
+    score_whole(arguments, settings, predict.NestedModel(first, parts, metadata, settings), scans.test)
 
 
 def whole(arguments: argparse.Namespace, settings: Settings) -> None:
     """Both stages, as a round trains and uses them."""
-    chosen = ROTATIONS[arguments.rotation - 1]
-    labelled, rest, test, spacing = prepared(settings, arguments.cache, chosen, arguments.labelled)
+    scans = split(arguments, settings)
     out = arguments.out / "ssl.safetensors"
-    began = time.monotonic()
     if not out.exists():
-        free = [] if settings.ssl_method == "supervised" else rest
-        done = training.train(labelled, free, settings, out, iterations=arguments.steps, spacing=spacing)
-        logger.info("%s", done)
-        (arguments.out / "trained.json").write_text(json.dumps(done | {"minutes": (time.monotonic() - began) / 60}))
-    score_whole(arguments, settings, predict.load(out, settings), test)
+        free = [] if settings.ssl_method == "supervised" else scans.rest
+        steps = arguments.steps
+        trained(arguments, training.train(scans.labelled, free, settings, out, iterations=steps, spacing=scans.spacing))
+    score_whole(arguments, settings, predict.load(out, settings), scans.test)
+
+
+def trained(arguments: argparse.Namespace, done: dict[str, Any]) -> None:
+    """Keep what a training says of itself."""
+    logger.info("%s", done)
+    (arguments.out / "trained.json").write_text(json.dumps(done, indent=1))
 
 
 def score_whole(
@@ -218,78 +252,128 @@ def score_whole(
     test: Sequence[Prepared],
 ) -> None:
     """Rows of whole scans."""
-    rows = []
+    limits: dict[str, Any] = {}
+    for _, _, inner in model.second if isinstance(model, predict.NestedModel) else ():
+        # taken away here, so that both are scored
+        limits |= inner.metadata.pop("specks", {})
+    scored = Scored(arguments, settings, limits)
     for case in test:
-        p = model.predict(np.asarray(case.image))
-        found = settings.label_set.decode(settings.label_set.region_probabilities(p))
-        rows.append(score(arguments, case, np.s_[:, :, :], found, np.asarray(case.label), p))
-    finish(arguments, rows)
+        scored.add(case, np.s_[:, :, :], model.predict(np.asarray(case.image)))
+    scored.finish()
 
 
-def score(
-    arguments: argparse.Namespace, case: Prepared, where: Any, found: np.ndarray, truth: np.ndarray, p: np.ndarray
-) -> dict:
-    """A scan's row; what a picture needs is kept."""
-    np.savez_compressed(
-        arguments.out / f"{case.id}.npz",
-        found=found,
-        truth=truth,
-        image=np.asarray(case.image[where]),
-        p=p.astype(np.float16),
-    )
-    row = {"case": case.id, "patient": case.patient, "liver": dice(found > 0, truth > 0)}
-    return row | {"tumour": lesion_score(found == 2, truth == 2)}
+class Scored:
+    """The rows of a run, and what its picture needs.
 
-
-def finish(arguments: argparse.Namespace, rows: list[dict]) -> None:
-    result = {"summary": summary(rows), "rows": rows, "arguments": {k: str(v) for k, v in vars(arguments).items()}}
-    (arguments.out / "result.json").write_text(json.dumps(result, indent=1))
-    logger.info("\n%s\n%s", show(rows), json.dumps(result["summary"], indent=1))
-    draw(arguments.out, rows, arguments.out / "outlines.png")
-
-
-def draw(out: Path, rows: list[dict], path: Path) -> None:
-    """Outlines of the best, the middle and the worst patient with a tumour: liver grey, true tumour blue, found orange.
-
-    Each in the axial slice that shows most of the tumour; no intensities.
+    Args:
+        arguments: Of the run.
+        settings: Its labels.
+        limits: What a component must reach (:mod:`aslseg.ssl.specks`); empty: nothing.
     """
-    ill = sorted((r for r in rows if r["tumour"]["voxels"]), key=lambda r: -r["tumour"]["dice"])
-    panels = []
-    for row in (ill[0], ill[(len(ill) - 1) // 2], ill[-1]):
-        with np.load(out / f"{row['case']}.npz") as kept:
-            truth, found = kept["truth"], kept["found"]
-        k = int((truth == 2).sum((0, 1)).argmax())
-        i, j = (np.flatnonzero((truth[:, :, k] > 0).any(axis)) for axis in (1, 0))
-        where = np.s_[max(i[0] - 8, 0) : i[-1] + 9, max(j[0] - 8, 0) : j[-1] + 9, k]
-        panel = np.full((480, 480, 3), 255, np.uint8)
-        shown = ((truth > 0, (150, 150, 150)), (truth == 2, (30, 90, 220)), (found == 2, (240, 120, 0)))
-        for mask, colour in shown:
-            # the patient's right on the left, front at the top
-            big = np.kron(mask[where].T[::-1, ::-1], np.ones((3, 3), bool))[:480, :480]
-            panel[: big.shape[0], : big.shape[1]][big & ~binary_erosion(big, iterations=2)] = colour
-        panels.append(panel)
-    Image.fromarray(np.concatenate(panels, 1)).quantize(8).save(path, optimize=True)
+
+    def __init__(self, arguments: argparse.Namespace, settings: Settings, limits: dict[str, Any]) -> None:
+        self.arguments, self.labels, self.limits = arguments, settings.label_set, limits
+        self.seed, self.began = settings.seed, time.monotonic()
+        self.rows: list[dict[str, Any]] = []
+        self.slices: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def add(self, case: Prepared, where: Any, p: np.ndarray) -> None:
+        """Score class probabilities (1 + N, i, j, k) in a box."""
+        truth, ml = np.asarray(case.label)[where], float(np.prod(case.grid.spacing)) / 1000
+        row: dict[str, Any] = {"case": case.id, "patient": case.patient}
+        if self.limits:
+            found = self.labels.decode(self.labels.region_probabilities(p))
+            row["unfiltered"] = lesion_score(found == 2, truth == 2, ml)
+            specks.clear(p, self.labels, self.limits, case.grid.spacing)
+        found = self.labels.decode(self.labels.region_probabilities(p))
+        row |= {"liver": dice(found > 0, truth > 0), "tumour": lesion_score(found == 2, truth == 2, ml)}
+        self.rows.append(row)
+        if (truth == 2).any():
+            self.slices[case.id] = slice_of_most(truth, found)
+        if self.arguments.keep:
+            kept = {"found": found, "truth": truth, "image": np.asarray(case.image[where]), "p": p.astype(np.float16)}
+            np.savez_compressed(self.arguments.out / f"{case.id}.npz", **kept)
+
+    def finish(self) -> None:
+        """Write result.json and outlines.png."""
+        a = self.arguments
+        result = {
+            "arm": a.arm,
+            "rotation": a.rotation,
+            "fold": a.fold,
+            "seed": self.seed,
+            "steps": a.steps,
+            "limits": self.limits,
+            "summary": summary(self.rows),
+            "rows": self.rows,
+            "arguments": {k: str(v) for k, v in vars(a).items()},
+        }
+        if self.limits:
+            result["unfiltered"] = summary(self.rows, "unfiltered")
+        (a.out / "result.json").write_text(json.dumps(result, indent=1))
+        seconds = time.monotonic() - self.began
+        logger.info("scored in %.0f s\n%s\n%s", seconds, show(self.rows), json.dumps(result["summary"], indent=1))
+        draw(self.rows, self.slices, a.out / "outlines.png")
+
+
+def make_table(arguments: argparse.Namespace) -> None:
+    """One table, and one file with all results."""
+    results = read_results(arguments.results)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "results.json").write_text(json.dumps(results))
+    (arguments.out / "table.md").write_text(table(results, arguments.data))
+    logger.info("\n%s", table(results, arguments.data))
+
+
+def arm_of(arguments: argparse.Namespace, settings: Settings) -> str:
+    """Name of what is compared; the runs of an arm differ in nothing but patients and seed."""
+    learned = "full supervision" if arguments.fold else f"{arguments.labelled} labelled"
+    said = {"labelled": "", "liver": ", no tumour label", "unknown": ", true tumours unknown"}[arguments.tumours]
+    synthetic = "" if settings.nested_synthetic else ", nothing synthetic"
+    where = ", true liver" if arguments.what == "second" else ""
+    return f"{learned}{said}{synthetic}, {settings.ssl_method}{where}"
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("what", choices=["prepare", "first", "second", "joined", "whole", "table"])
+    found.add_argument("results", nargs="*", type=Path, help="result.json files of a table")
+    found.add_argument("--out", type=Path, required=True)
+    found.add_argument("--data", type=Path, default=DATA)
+    found.add_argument("--cache", type=Path, default=Path("work/lits_cache"))
+    found.add_argument("--first", type=Path, help="folder of the first stage to join")
+    found.add_argument("--second", type=Path, help="folder of the second stage to join")
+    found.add_argument("--labelled", type=int, default=8)
+    found.add_argument("--rotation", type=int, default=1, choices=range(1, len(ROTATIONS) + 1))
+    found.add_argument("--fold", help="number/count: learn from all other patients, score those of this fold")
+    found.add_argument("--tumours", choices=["labelled", "liver", "unknown"], default="labelled")
+    found.add_argument("--crossfit", type=int, default=0, help="folds that choose the least component; 0: none")
+    found.add_argument("--fold-steps", type=int, default=0, help="steps of each of them; default: half of --steps")
+    found.add_argument("--steps", type=int, default=800)
+    found.add_argument("--arm", help="name in the table")
+    found.add_argument("--train-only", action="store_true", help="first and second: score nothing")
+    found.add_argument("--keep", action="store_true", help="keep masks, images and probabilities of each scan")
+    found.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE")
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["first", "second", "joined", "whole"])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("work/lits_cache"))
-    parser.add_argument("--first", type=Path, help="folder of the first stage to join")
-    parser.add_argument("--second", type=Path, help="folder of the second stage to join")
-    parser.add_argument("--labelled", type=int, default=8)
-    parser.add_argument("--rotation", type=int, default=1, choices=range(1, len(ROTATIONS) + 1))
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    if arguments.what == "table":
+        make_table(arguments)
+        return
+    if arguments.what == "whole" and arguments.tumours == "unknown":
+        parser().error("--tumours unknown leaves gaps in the first stage's livers too; use first, second and joined")
     conf = {"labels": "liver,tumour", "nested": "tumour:liver", "modality": "ct", "ssl_method": "supervised"}
     conf |= {"nested_fraction": "0.6"}
     settings = load_settings(conf | dict(pair.split("=", 1) for pair in arguments.conf), env={})[0]
     torch.set_num_threads(settings.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.backends.cudnn.benchmark = choose_device(settings).type == "cuda"
+    arguments.arm = arguments.arm or arm_of(arguments, settings)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    {"first": first_only, "second": second_only, "joined": joined, "whole": whole}[arguments.what](arguments, settings)
+    work = {"prepare": split, "first": first_only, "second": second_only, "joined": joined, "whole": whole}
+    work[arguments.what](arguments, settings)
 
 
 if __name__ == "__main__":

@@ -152,8 +152,8 @@ def _convolutions(count: int, inputs: int, outputs: int, norm: str, last_relu: b
 
 
 def vnet(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
-    """The papers' V-Net: 16 filters, batch norm."""
-    return VNet(classes, channels=channels, last_relu=last_relu)
+    """The papers' V-Net: 16 filters, batch norm; the head's dropout goes with the last rectifier, see `VNet`."""
+    return VNet(classes, channels=channels, head_dropout=0.5 if last_relu else 0.0, last_relu=last_relu)
 
 
 def vnet_small(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
