@@ -111,6 +111,11 @@ def test_out_of_fold_dice_of_a_round(paths: Paths) -> None:
     ledger.open_round({})
     page = render(status(paths))
     assert page.count("liver 0.912, tumour empty") == 1
+    assert "not measured" not in page, "the second round may still do it"
+    ledger.close_round(2, {})
+    page = render(status(paths))
+    assert page.count("not measured") == 1
+    assert "Out-of-fold Dice needs two labelled patients to train on" in page
 
 
 def test_damaged_ledger_is_told_not_thrown(paths: Paths) -> None:
