@@ -1,10 +1,10 @@
 """A studies folder of thousands of tiny scans: how long a server's own bookkeeping takes, without any network.
 
-    python benchmarks/many_scans.py --out work/many [--scans 10000]
+    python benchmarks/many_scans.py --out work/many [--scans 10000] [--rounds 30]
 
 Scans and labels of one kind are hard links to one file: bookkeeping looks at names, times and JSON, never at voxels.
 One scan in ten has a human label that came through the server; the others have the mask of a round with its record,
-events and score, as a round leaves them. Prints a table.
+events and score, as a round leaves them, and the ledger holds what each round decided on each of them. Prints a table.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
 import requests
 
 from bench_clicks import ROOT, server
+
+if TYPE_CHECKING:
+    from aslseg.rounds.ledger import Ledger
 
 SHAPE = (8, 8, 4)
 EVERY = 10
@@ -33,8 +36,8 @@ THINK_SECONDS = 2.0
 """Between two labels; nobody draws more quickly."""
 
 
-def write_studies(studies: Path, scans: int) -> None:
-    """The folder, as if a round had just ended."""
+def write_studies(studies: Path, scans: int, rounds: int) -> None:
+    """The folder, as if the last of some rounds had just ended."""
     from aslseg.cases.studies import FINAL, ORIGINAL
     from aslseg.files import sha256
     from aslseg.rounds.ledger import Entry, Ledger, Score
@@ -71,14 +74,42 @@ def write_studies(studies: Path, scans: int) -> None:
             "sha256": hashes[ORIGINAL],
             "agreement": {"liver": agreement, "tumour": agreement / 2},
             "models": {"ssl": "0" * 64, "sam": "1" * 64, "adapter": "2" * 64},
-            "params": {"label_names": {"liver": 1, "tumour": 2}, "round": 1},
+            "params": {"label_names": {"liver": 1, "tumour": 2}, "round": rounds},
         }
-        entries.append(Entry("mask", 1, case, ORIGINAL, details))
-        scores.append(Score(case, 1, agreement, details["agreement"]))
-        (home / "original" / f"{case}.json").write_text(json.dumps({"model": "aslseg", **details, "round": 1}))
+        entries.append(Entry("mask", rounds, case, ORIGINAL, details))
+        scores.append(Score(case, rounds, agreement, details["agreement"]))
+        (home / "original" / f"{case}.json").write_text(json.dumps({"model": "aslseg", **details, "round": rounds}))
     ledger = Ledger(home / "ledger.sqlite")
-    ledger.append([Entry("opened", 1), *entries, Entry("closed", 1)])
+    ledger.append(entries)
+    for number in range(1, rounds + 1):
+        write_round(ledger, number, [s.case for s in scores])
     ledger.set_scores(scores)
+
+
+def write_round(ledger: Ledger, number: int, cases: list[str]) -> None:
+    """The events of a round that decided on each of these scans and promoted one in twenty."""
+    from aslseg.rounds.ledger import Entry
+
+    agreements = {case: 0.5 + (n * 7919 * number % 5000) / 10000 for n, case in enumerate(cases)}
+    promoted = set(sorted(cases, key=lambda case: agreements[case])[-len(cases) // 20 :])
+    decisions = {
+        case: {
+            "agreement": agreement,
+            "per_label": {"liver": agreement, "tumour": agreement / 2},
+            "promoted": case in promoted,
+            "reasons": [] if case in promoted else [f"tumour: agreement {agreement / 2:.3f} below 0.7"],
+            "flags": [],
+        }
+        for case, agreement in agreements.items()
+    }
+    models = dict.fromkeys(("ssl", "sam", "adapter"), f"{number:064d}")
+    mask = {"sha256": f"{number:064d}", "threshold": {"liver": 0.8, "tumour": 0.7}, "models": models}
+    ledger.append([Entry("opened", number)])
+    ledger.append(
+        Entry("mask", number, case, "aslseg_pseudo", mask | {"agreement": decisions[case]["per_label"]})
+        for case in sorted(promoted)
+    )
+    ledger.close_round(number, {"decisions": decisions, "promoted": sorted(promoted), "agreement": agreements})
 
 
 @contextmanager
@@ -131,10 +162,10 @@ def requests_of(url: str, studies: Path, label: Path, repeats: int) -> Iterator[
             yield timed("a scan was copied in", "GET", "/datastore/")
 
 
-def measure(folder: Path, scans: int, repeats: int) -> dict[str, Any]:
+def measure(folder: Path, scans: int, rounds: int, repeats: int) -> dict[str, Any]:
     """Start a server on the folder twice, then ask it."""
     studies = folder / "studies"
-    write_studies(studies, scans)
+    write_studies(studies, scans, rounds)
     # as after an installation, whatever the environment says: the first start stores bytecode, the later one finds it
     env = {"PYTHONPYCACHEPREFIX": str(folder / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
     conf = {"first_round": False, "min_free_gb": 0, "model_dir": folder / "models"}
@@ -153,9 +184,9 @@ def measure(folder: Path, scans: int, repeats: int) -> dict[str, Any]:
     return found
 
 
-def table(found: dict[str, Any], scans: int) -> list[str]:
+def table(found: dict[str, Any], scans: int, rounds: int) -> list[str]:
     """The results as Markdown."""
-    lines = [f"{scans} scans; load before {found['load before']}, after {found['load after']}", ""]
+    lines = [f"{scans} scans, {rounds} rounds; load before {found['load before']}, after {found['load after']}", ""]
     lines += ["| request | p50 | p99 | max | number |", "|---|---|---|---|---|"]
     for name, seconds in found["seconds"].items():
         numbers = [*np.percentile(seconds, (50, 99)), max(seconds)]
@@ -168,13 +199,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument("--scans", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=40)
     options = parser.parse_args()
     folder = options.out.resolve()
     folder.mkdir(parents=True)
-    found = measure(folder, options.scans, options.repeats)
+    found = measure(folder, options.scans, options.rounds, options.repeats)
     (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
-    sys.stdout.write("\n".join(table(found, options.scans)) + "\n")
+    sys.stdout.write("\n".join(table(found, options.scans, options.rounds)) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from aslseg.cases.studies import ORIGINAL, PSEUDO
 from aslseg.errors import LedgerError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.published import Candidate, manifest, put_manifest, stage_files
-from aslseg.rounds import ledger as module
+from aslseg.rounds import ledger_rows as module
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import verify_label_files
 from aslseg.rounds.repair import repair
@@ -111,7 +111,7 @@ def test_a_clock_that_jumps_changes_no_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: tuple[int, ...]
 ) -> None:
     jumps = itertools.cycle(days)
-    monkeypatch.setattr(module, "_utc", lambda: (datetime.now(UTC) + timedelta(days=next(jumps))).isoformat())
+    monkeypatch.setattr(module, "utc", lambda: (datetime.now(UTC) + timedelta(days=next(jumps))).isoformat())
     folder = two_rounds(tmp_path)
     assert verify_label_files(folder.paths) == []
     second = folder.files()

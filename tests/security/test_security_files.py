@@ -13,6 +13,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from aslseg.errors import BadImageError, BadLabelError
+from aslseg.serving.labels import decode_label
 from aslseg.types import Labels, Volume
 from aslseg.volume import untrusted
 from aslseg.volume.fork_server import ForkServer
@@ -89,6 +90,21 @@ def test_label_values_that_could_be_bytes_of_anything_are_counted_not_shown(tmp_
     with pytest.raises(BadLabelError) as refusal:
         read_label(tmp_path / "l.nii", SCAN, LABELS)
     assert "1.2345" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_answer_repeats_no_voxel_of_an_upload(tmp_path, named):
+    """Small whole numbers can be labels, and letters: once a header led to another file, they came out one by one."""
+    array = np.zeros((2, 2, 2), np.uint8)
+    array[0, 0] = 114, 111
+    nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "l.nii")
+    info = [{"name": "liver", "idx": 1}] if named else None
+    with pytest.raises(BadLabelError, match="values of its voxels") as refusal:
+        decode_label(tmp_path / "l.nii", SCAN, info, LABELS)
+    assert "114" not in str(refusal.value)
+    assert "111" not in str(refusal.value)
+    with pytest.raises(BadLabelError, match=r"values \[111, 114\]"):
+        read_label(tmp_path / "l.nii", SCAN, LABELS)
 
 
 # --- bombs

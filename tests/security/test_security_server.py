@@ -67,6 +67,8 @@ def test_a_name_that_somebody_else_made_point_here(untrained: Any) -> None:
         ("PUT", f"/datastore/image/info?image={CASE}", {"data": {"info": '{"a": "\\ud800"}'}}, 400),
         ("PUT", f"/datastore/image/info?image={CASE}", {"data": {"info": '{"a": 1e999}'}}, 400),
         ("PUT", f"/datastore/label/info?label={CASE}&tag=final", {"data": {"info": "null"}}, 400),
+        ("PUT", f"/datastore/image/info?image={CASE}", {"data": {"info": '{"user": {"x": 1}}'}}, 400),
+        ("PUT", f"/datastore/image/info?image={CASE}", {"data": {"info": '{"client_id": [1]}'}}, 400),
         ("PUT", f"/datastore/updatelabelinfo?label={CASE}&tag=final", {"data": {"params": "7"}}, 400),
         ("GET", "/proxy/dicom/wado/studies", {}, 404),
         ("POST", "/proxy/dicom/wado/studies", {"data": b"x"}, 404),

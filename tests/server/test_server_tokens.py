@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,24 @@ def test_every_route_but_a_few_wants_a_token(guarded: tuple[Any, dict[str, str]]
             for headers in ({}, {"authorization": "Bearer junk"}, {"authorization": "Basic junk"}):
                 answer = requests.request(method.upper(), server.url + filled, headers=headers, timeout=60)
                 assert path in OPEN or answer.status_code == 401, (method, path, answer.status_code)
+
+
+def test_every_route_asks_who_it_is_before_it_takes_a_body(guarded: tuple[Any, dict[str, str]]) -> None:
+    """Only the headers are sent: an answer shows that nothing was read."""
+    server, _ = guarded
+    paths = requests.get(f"{server.url}/openapi.json", timeout=60).json()["paths"]
+    for path, methods in paths.items():
+        if path in OPEN:
+            continue
+        for method in methods:
+            head = (
+                f"{method.upper()} {path.replace('{', '').replace('}', '')} HTTP/1.1\r\nHost: localhost\r\n"
+                "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1500000\r\n"
+                "Expect: 100-continue\r\n\r\n"
+            )
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as asked:
+                asked.sendall(head.encode())
+                assert asked.recv(100).startswith(b"HTTP/1.1 401"), (method, path)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from aslseg.cases.patients import read_patients
 from aslseg.errors import NotEnoughCasesError
-from aslseg.volume.io import IMAGE_EXTENSIONS, case_id, extension
+from aslseg.volume.io import case_id, extension
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,11 @@ FINAL, ORIGINAL, PSEUDO = "final", "original", "aslseg_pseudo"
 # the names that segmentations have beside their scans; LiTS calls the scan volume-3 and its label segmentation-3
 LABEL_SUFFIX = re.compile(r"[_.-](seg|segmentation|labels?|labelmap|mask|gt)$", re.IGNORECASE)
 LITS_LABEL = re.compile(r"^segmentation(?=-\d+$)", re.IGNORECASE)
+
+KNOWN_NAMES = 1 << 15
+"""What follows from the name of a file is known for so many: a page lists ten thousand again when one was added."""
+SUGGESTED = 5
+"""Of so many labels without a scan the nearest name is looked for: each takes 20 ms among ten thousand scans."""
 
 Role = Literal["train", "validation", "unlabelled"]
 
@@ -117,8 +123,9 @@ def read_studies(root: Path, scans: Scans | None = None) -> Studies:
     scans = scans or read_scans(root)
     images, problems = scans.images, list(scans.problems)
     final, unmatched = _images(root / "labels" / FINAL)
-    for case in sorted(set(final) - set(images)):
-        unmatched.append(f"labels/{FINAL}/{final.pop(case).name}: no scan {case!r} in the folder{_close(case, images)}")
+    for number, case in enumerate(sorted(set(final) - set(images))):
+        near = _close(case, images) if number < SUGGESTED else ""
+        unmatched.append(f"labels/{FINAL}/{final.pop(case).name}: no scan {case!r} in the folder{near}")
     table = read_patients(root / "patients.csv", images)
     problems += unmatched + table.problems
     for problem in problems:
@@ -142,6 +149,8 @@ def segmentations(images: Mapping[str, Path]) -> dict[str, str]:
     found = {}
     for case, path in images.items():
         owners = possible_scans(path.name)
+        if owners == ():
+            continue
         owner = next((o for o in owners or () if o in images), None)
         if owners is None:
             found[case] = f"a segmentation, not a scan; move it to labels/{FINAL} under the name of its scan"
@@ -150,6 +159,7 @@ def segmentations(images: Mapping[str, Path]) -> dict[str, str]:
     return found
 
 
+@lru_cache(maxsize=KNOWN_NAMES)
 def possible_scans(name: str) -> tuple[str, ...] | None:
     """Of which scans a file is a segmentation by its name, if there is one of these; None for one in any case."""
     if name.lower().endswith(".seg.nrrd"):
@@ -164,9 +174,9 @@ def _images(folder: Path) -> tuple[dict[str, Path], list[str]]:
     found: dict[str, Path] = {}
     problems = []
     for entry in _entries(folder):
-        if not entry.name.lower().endswith(IMAGE_EXTENSIONS) or entry.name.startswith("."):
+        path, case = _image(folder, entry.name)
+        if case is None:
             continue
-        path = folder / entry.name
         if entry.is_symlink() and not path.exists():
             problems.append(
                 f"{path.name}: a link to {path.readlink()}, which is not there; mount its disk or fetch the file"
@@ -177,12 +187,18 @@ def _images(folder: Path) -> tuple[dict[str, Path], list[str]]:
         if not is_utf8(entry.name):
             problems.append(f"{entry.name!r}: not a name in UTF-8; rename it, for example with convmv")
             continue
-        case = case_id(path)
         if case in found:
             problems.append(f"{path.name}: {found[case].name} has the same id; keep one of them")
         else:
             found[case] = path
     return dict(sorted(found.items())), problems
+
+
+@lru_cache(maxsize=KNOWN_NAMES)
+def _image(folder: Path, name: str) -> tuple[Path, str | None]:
+    """The path of an entry of a folder and its id; None if it is no image by its name."""
+    path = folder / name
+    return path, case_id(path) if extension(path) else None
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -8,6 +8,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from aslseg.review.status import collect
+from aslseg.settings import Paths, Settings
+
 REFRESH_RUNNING, REFRESH_IDLE = 5, 30
 
 
@@ -25,6 +28,11 @@ def render(status: dict[str, Any]) -> str:
     """The status from :func:`aslseg.review.status.collect` as HTML."""
     running = status["progress"].get("state") == "running"
     return template("status.html").render(**status, refresh=REFRESH_RUNNING if running else REFRESH_IDLE)
+
+
+def prepare(settings: Settings, paths: Paths) -> None:
+    """Read what the next page shows, and translate its template: of thousands of scans that takes a second or two."""
+    render(collect(settings, paths, {"total": 0, "completed": 0, "label_tags": {}}))
 
 
 def duration(seconds: float | None) -> str:

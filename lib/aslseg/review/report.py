@@ -18,10 +18,9 @@ import numpy as np
 from aslseg.cases.studies import PSEUDO, Studies, read_studies
 from aslseg.errors import AslsegError, LedgerError
 from aslseg.files import atomic_file, sha256
-from aslseg.review.ledger_lists import MOST
+from aslseg.review.ledger_lists import MOST, named
 from aslseg.review.page import template
 from aslseg.review.pictures import COLOURS, outlined
-from aslseg.review.status import named
 from aslseg.review.webhook import send
 from aslseg.rounds import canaries, savings
 from aslseg.rounds.audits import CHECKED, audits, kept_since, promise_lines, waiting

@@ -15,9 +15,7 @@ from aslseg.files import FileStamp
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published, left_behind
 from aslseg.review.ledger_lists import MOST, Decisions, decisions
-from aslseg.rounds import savings
-from aslseg.rounds.audits import CHECKED, kept_since, promise_lines, waiting
-from aslseg.rounds.fresh import FRESH, mean_over_labels, pooled, stated
+from aslseg.rounds.fresh import mean_over_labels, stated
 from aslseg.rounds.ledger import Ledger, Promotion, RoundRow
 from aslseg.rounds.nights import Nights
 from aslseg.rounds.progress import read_progress
@@ -25,7 +23,6 @@ from aslseg.rounds.schedule import finish_text, utc_now, zone_of
 from aslseg.settings import Paths, Settings
 
 TICK_SECONDS = 0.1
-NO_ROUND = "no promise yet: it needs audits of promoted masks, and no round has drawn any"
 
 
 def collect(
@@ -50,46 +47,32 @@ def collect(
         failures.append({"model": "round", "time": progress.get("updated"), "lines": [progress["error"]]})
     try:
         decided, loss, night = decisions(ledger), ledger.loss(), _night(ledger, settings)
-        checked, fresh = _checked(ledger), pooled(ledger.events(kinds=(FRESH,)))
-        promised = _promised(ledger, decided)
     except LedgerError as error:
-        decided, loss, night, checked, fresh = Decisions(), str(error), {}, {}, {}
-        promised = {"promise": [], "audits": 0}
+        decided, loss, night = Decisions(), str(error), {}
     if loss:
         failures.append({"model": "ledger", "time": None, "lines": [loss]})
-    last: dict[str, Any] = next((r.summary for r in reversed(decided.rounds) if r.summary), {})
     return {
         "labels": list(settings.label_set.names),
         "progress": progress | {"finish_text": finish_text(progress, settings)},
         "night": night,
         "not_promoted": decided.not_promoted,
         "flagged": list(decided.flagged),
-        "models": [_model(kind, find_published(paths, kind), fresh) for kind in PUBLISHED_KINDS],
-        "stated": stated(fresh),
+        "models": [_model(kind, find_published(paths, kind), decided.fresh) for kind in PUBLISHED_KINDS],
+        "stated": stated(decided.fresh),
         "cases": store,
-        "problems": [*_problems(paths, ledger), *notes],
-        **promised,
-        "warnings": [*last.get("warnings", []), *map(named, last.get("skipped", {}).items())],
+        "problems": [*_problems(paths, decided.served), *notes],
+        "promise": list(decided.promise),
+        "audits": decided.audits,
+        "warnings": list(decided.warnings),
         "rounds": [_round(r) for r in reversed(decided.rounds)][:MOST],
         "ranking": [
             {"rank": n + 1, "case": s.case, "agreement": round(s.agreement, 4), "details": s.details}
             for n, s in enumerate(decided.scores)
         ],
-        "promotions": [_promotion(p, checked) for p in decided.promotions],
-        "savings": [] if loss else savings.in_words(savings.savings(ledger)),
+        "promotions": [_promotion(p, decided.checked) for p in decided.promotions],
+        "savings": [] if loss else list(decided.savings),
         "errors": failures[-MOST:],
     }
-
-
-def _checked(ledger: Ledger) -> dict[str, dict[str, float | None]]:
-    """Dice of promoted masks with the labels that came after them, by the mask's hash."""
-    return {e.details["mask"]: e.details["dice"] for e in ledger.events(kinds=(CHECKED,))}
-
-
-def named(skipped: tuple[str, str]) -> str:
-    """Why a round left a scan out, with its name."""
-    case, reason = skipped
-    return reason if reason.startswith((f"{case}:", f"{case}.")) else f"{case}: {reason}"
 
 
 def _round(row: RoundRow) -> dict[str, Any]:
@@ -101,14 +84,6 @@ def _promotion(p: Promotion, checked: dict[str, dict[str, float | None]]) -> dic
     """A promoted mask, with its Dice with the human label that came after it."""
     about = {"case": p.case, "round": p.round, "time": p.time, "agreement": p.agreement, "status": p.status}
     return about | {"threshold": p.threshold, "checked": checked.get(p.sha256)}
-
-
-def _promised(ledger: Ledger, decided: Decisions) -> dict[str, Any]:
-    """What the last round promised, a line for each label, and how many audits wait."""
-    ended = [r.summary for r in decided.rounds if r.state == "done"]
-    since = kept_since(ledger, decided.rounds)
-    lines = promise_lines(ended[-1].get("promise", {}), since) if ended else [NO_ROUND]
-    return {"promise": lines, "audits": len(waiting(ledger))}
 
 
 def _night(ledger: Ledger, settings: Settings) -> dict[str, str]:
@@ -133,7 +108,7 @@ def _night(ledger: Ledger, settings: Settings) -> dict[str, str]:
     }
 
 
-def _problems(paths: Paths, ledger: Ledger) -> list[str]:
+def _problems(paths: Paths, served: dict[str, Any] | None) -> list[str]:
     """What the studies folder holds that is passed over, or why it cannot be listed; and models that lie elsewhere."""
     if paths.studies is None:
         return []
@@ -142,8 +117,7 @@ def _problems(paths: Paths, ledger: Ledger) -> list[str]:
     read = _read_problems if all(map(_settled, stamps)) else _read_problems.__wrapped__
     found = []
     try:
-        served = [event.details["after"] for event in ledger.events(kinds=("published",))]
-        found += [left_behind(paths, served[-1])] if served else []
+        found += [left_behind(paths, served)] if served is not None else []
         found += read(paths.studies, stamps)
     except AslsegError as error:
         found.append(str(error))

@@ -38,7 +38,8 @@ def record_checked(paths: Paths, settings: Settings, case: str | None = None) ->
     ledger, store = Ledger(paths.ledger), MaskStore(paths.home)
     drawn = {(a.case, a.mask): a for a in audits(ledger) if store.path(a.mask).exists()}
     rounds = {key: audit.round for key, audit in drawn.items()}
-    rounds |= {(c, e.details["sha256"]): e.round or 0 for c, e in ledger.masks(PSEUDO).items() if e.kind == "mask"}
+    masks = ledger.masks(PSEUDO, cases=None if case is None else [case])
+    rounds |= {(c, e.details["sha256"]): e.round or 0 for c, e in masks.items() if e.kind == "mask"}
     rounds = {key: number for key, number in rounds.items() if case in (None, key[0])}
     if not rounds:
         return

@@ -52,7 +52,7 @@ class Event(Entry):
 
 @dataclass(frozen=True)
 class RoundRow:
-    """A round, as its events describe it."""
+    """A round, as its events describe it; ``seq`` and ``closed_seq`` are the events that opened and closed it."""
 
     number: int
     state: Literal["open", "done", "rolled back"]
@@ -61,6 +61,7 @@ class RoundRow:
     closed: str | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    closed_seq: int | None = None
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from aslseg.errors import DiskFullError, LedgerError
 from aslseg.rounds.anchor import Head, anchor_path, read_head, write_head
-from aslseg.rounds.events import NO_CLOCK, Entry, Event, Promotion, RoundRow, Score, scores_hash
-from aslseg.rounds.schema import BUSY_SECONDS, COLUMNS, INSERT, SCHEMA, START, VERSION, write_ahead
+from aslseg.rounds.events import Entry, Event, Promotion, RoundRow, Score, scores_hash
+from aslseg.rounds.ledger_rows import contradiction_of, events_of, head_of, insert, scores_of, utc
+from aslseg.rounds.schema import BUSY_SECONDS, SCHEMA, START, VERSION, write_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Ledger:
         Returns:
             Its number, and whether it had been opened before.
         """
-        rounds = self.rounds()
+        rounds = self.rounds(summaries=False)
         for row in rounds:
             if row.state == "open":
                 return row.number, True
@@ -59,44 +60,59 @@ class Ledger:
         """Record that a round is complete."""
         self.append([Entry("closed", number, details=summary)])
 
-    def rounds(self) -> list[RoundRow]:
-        """All rounds, oldest first."""
+    def rounds(self, summaries: bool = True) -> list[RoundRow]:
+        """All rounds, oldest first.
+
+        Args:
+            summaries: Without, ``summary`` is empty: it holds the decision on every scan, which takes long to read.
+        """
         rows: dict[int, RoundRow] = {}
-        for e in self.events(kinds=("opened", "failed", "closed", "rolled back")):
+        bare = () if summaries else ("closed",)
+        for e in self.events(kinds=("opened", "failed", "closed", "rolled back"), bare=bare):
             old = rows.get(e.round or 0)
             if e.kind == "opened":
                 rows[e.round or 0] = RoundRow(e.round or 0, "open", e.time, e.seq)
             elif old and e.kind == "failed":
                 rows[old.number] = RoundRow(old.number, old.state, old.opened, old.seq, error=e.details.get("error"))
             elif old and e.kind == "closed":
-                rows[old.number] = RoundRow(old.number, "done", old.opened, old.seq, e.time, e.details)
-            elif old:
                 rows[old.number] = RoundRow(
-                    old.number, "rolled back", old.opened, old.seq, old.closed, old.summary, old.error
+                    old.number, "done", old.opened, old.seq, e.time, e.details, closed_seq=e.seq
                 )
+            elif old:
+                rows[old.number] = replace(old, state="rolled back")
         return [rows[n] for n in sorted(rows)]
 
     # masks
 
-    def masks(self, tag: str, before: int | None = None) -> dict[str, Event]:
+    def masks(self, tag: str, before: int | None = None, cases: Sequence[str] | None = None) -> dict[str, Event]:
         """The last event (``mask`` or ``removed``) about each label file of a tag.
 
         Args:
             tag: ``original`` or ``aslseg_pseudo``.
             before: Only events before this one are considered.
+            cases: Only of these.
         """
         where = "tag = ? AND kind IN ('mask', 'removed') AND seq < ?"
-        return {e.case or "": e for e in self._select(where, [tag, 2**62 if before is None else before])}
+        values: list[Any] = [tag, 2**62 if before is None else before]
+        if cases is not None:
+            where += f" AND case_id IN ({', '.join('?' * len(cases))})"
+            values += cases
+        return {e.case or "": e for e in self._select(where, values)}
 
-    def promotions(self, active_only: bool = True) -> list[Promotion]:
-        """Promoted masks, oldest first."""
-        undone = {r.number for r in self.rounds() if r.state == "rolled back"}
+    def promotions(self, active_only: bool = True, newest: int | None = None) -> list[Promotion]:
+        """Promoted masks, oldest first.
+
+        Args:
+            active_only: Without those that are trained on no longer.
+            newest: Only the newest of all, so many.
+        """
+        undone = {r.number for r in self.rounds(summaries=False) if r.state == "rolled back"}
         withdrawn = {e.round for e in self.events(kinds=("withdrawn",))}
-        now = self.masks("aslseg_pseudo")
+        events = self._select("kind = 'mask' AND tag = 'aslseg_pseudo'", [], "seq DESC")
+        promoted = list(islice((e for e in events if e.details.get("restored") is None), newest))[::-1]
+        now = self.masks("aslseg_pseudo", cases=None if newest is None else sorted({e.case or "" for e in promoted}))
         found = []
-        for e in self.events(kinds=("mask",), tag="aslseg_pseudo"):
-            if e.details.get("restored") is not None:
-                continue
+        for e in promoted:
             current = now[e.case or ""]
             active = current.seq == e.seq or current.details.get("restored") == e.seq
             otherwise = "withdrawn" if e.round in withdrawn else "demoted"
@@ -110,7 +126,7 @@ class Ledger:
 
     def set_scores(self, scores: Iterable[Score]) -> None:
         """Replace the agreement of all scans by these; an event holds their hash, if that is another one."""
-        now, kept = _utc(), sorted(scores, key=lambda s: s.case)
+        now, kept = utc(), sorted(scores, key=lambda s: s.case)
         numbers = {s.round for s in kept}
         scored = (numbers.pop() if len(numbers) == 1 else None), {"sha256": scores_hash(kept), "cases": len(kept)}
         with self._write() as db:
@@ -120,12 +136,12 @@ class Ledger:
                 [(s.case, s.round, now, s.agreement, json.dumps(s.details, sort_keys=True)) for s in kept],
             )
             if self._last_scored(db) != scored:
-                _insert(db, [Entry("scored", scored[0], details=scored[1])])
+                insert(db, [Entry("scored", scored[0], details=scored[1])])
 
-    def scores(self) -> list[Score]:
-        """Current agreements, lowest first (ties by id)."""
+    def scores(self, lowest: int | None = None) -> list[Score]:
+        """Current agreements, lowest first (ties by id); all, or so many."""
         with self._read() as db:
-            return sorted(_scores(db), key=lambda s: (s.agreement, s.case)) if db else []
+            return scores_of(db, "agreement, case_id", lowest) if db else []
 
     def agreements(self) -> dict[str, float]:
         """Case to agreement, without the details."""
@@ -145,12 +161,22 @@ class Ledger:
             LedgerError: The file is damaged, of a newer version, or in use by another process for a minute.
         """
         with self._write() as db:
-            return _insert(db, entries)
+            return insert(db, entries)
 
     def events(
-        self, kinds: tuple[str, ...] = (), tag: str | None = None, number: int | None = None, case: str | None = None
+        self,
+        kinds: tuple[str, ...] = (),
+        tag: str | None = None,
+        number: int | None = None,
+        case: str | None = None,
+        bare: tuple[str, ...] = (),
     ) -> list[Event]:
-        """Events in order, all or those of some kinds, a tag, a round, a case."""
+        """Events in order, all or those of some kinds, a tag, a round, a case.
+
+        Args:
+            kinds, tag, number, case: Only these.
+            bare: Kinds whose events come without details and hashes, which is quicker where the details are large.
+        """
         where, values = ["1"], []
         if kinds:
             where.append(f"kind IN ({', '.join('?' * len(kinds))})")
@@ -159,17 +185,21 @@ class Ledger:
             if value is not None:
                 where.append(f"{column} = ?")
                 values.append(value)  # type: ignore[arg-type]
-        return list(self._select(" AND ".join(where), values))
+        return list(self._select(" AND ".join(where), values, bare=bare))
+
+    def details(self, seq: int) -> dict[str, Any]:
+        """The details of one event; empty if there is none with this number."""
+        return next((e.details for e in self._select("seq = ?", [seq])), {})
 
     def head(self) -> Head:
         """How many events there are, and the hash of the last one."""
         with self._read() as db:
-            return _head(db) if db else Head(0, START)
+            return head_of(db) if db else Head(0, START)
 
     def accept_head(self) -> None:
         """Keep the present head, whatever the file says; after a repair."""
         with self._write() as db:
-            write_head(self.anchor, _head(db))
+            write_head(self.anchor, head_of(db))
 
     def loss(self) -> str | None:
         """What the file beside the ledger knows and the ledger does not; None if nothing is missing.
@@ -184,7 +214,7 @@ class Ledger:
         if not known.events:
             return None
         with self._read() as db:
-            return _contradiction(db, known) if db else f"the file is gone; it had {known.events} events"
+            return contradiction_of(db, known) if db else f"the file is gone; it had {known.events} events"
 
     def require_whole(self) -> None:
         """Nothing may be decided on a ledger that lost events.
@@ -198,6 +228,12 @@ class Ledger:
                 f"{self.path}: {problem}. Restore it from a backup, or run `aslseg ledger verify --repair` to go on "
                 "with what labels and reports say"
             )
+
+    def last_by_kind(self, after: int = 0) -> dict[str, int]:
+        """The number of the last event of each kind, of the kinds that have one after this number."""
+        with self._read() as db:
+            query = "SELECT kind, max(seq) FROM events WHERE seq > ? GROUP BY +kind"
+            return dict(db.execute(query, [after]).fetchall() if db else ())
 
     def last_seq(self, kinds: tuple[str, ...]) -> int:
         """The number of the last event of some kinds, 0 without any: as long as it stays, so do these events."""
@@ -222,19 +258,20 @@ class Ledger:
     def broken_chain(self) -> str | None:
         """The first event that is missing or was changed."""
         expected, hash_before = 1, START
-        for event, clock in self._rows("1", []):
-            if event.seq != expected:
-                return f"event {expected} is missing"
-            if event.previous != hash_before or event.digest(clock) != event.hash:
-                return f"event {event.seq} ({event.kind}, {event.time}) was changed after it was written"
-            expected, hash_before = expected + 1, event.hash
+        with self._read() as db:
+            for event, clock in events_of(db) if db else ():
+                if event.seq != expected:
+                    return f"event {expected} is missing"
+                if event.previous != hash_before or event.digest(clock) != event.hash:
+                    return f"event {event.seq} ({event.kind}, {event.time}) was changed after it was written"
+                expected, hash_before = expected + 1, event.hash
         return None
 
     def changed_scores(self) -> str | None:
         """Whether the agreements are others than those that were written."""
         with self._read() as db:
             last = self._last_scored(db) if db else None
-            if db is None or last is None or scores_hash(_scores(db)) == last[1]["sha256"]:
+            if db is None or last is None or scores_hash(scores_of(db)) == last[1]["sha256"]:
                 return None
         return "the agreements were changed after they were written; the next round writes them again"
 
@@ -244,16 +281,10 @@ class Ledger:
         row = db.execute("SELECT round, details FROM events WHERE kind = 'scored' ORDER BY seq DESC LIMIT 1").fetchone()
         return (row[0], json.loads(row[1])) if row else None
 
-    def _select(self, where: str, values: list[Any]) -> Iterator[Event]:
-        return (event for event, _ in self._rows(where, values))
-
-    def _rows(self, where: str, values: list[Any]) -> Iterator[tuple[Event, int]]:
-        """Events with their column ``clock``."""
+    def _select(self, where: str, values: list[Any], order: str = "seq", bare: tuple[str, ...] = ()) -> Iterator[Event]:
         with self._read() as db:
-            query = f"SELECT {COLUMNS} FROM events WHERE {where} ORDER BY seq"  # noqa: S608 - our own clauses
-            for row in db.execute(query, values) if db else ():
-                seq, at, clock, kind, number, case, tag, details, previous, digest = row
-                yield Event(kind, number, case, tag, json.loads(details), seq, at, previous, digest), clock
+            for event, _ in events_of(db, where, values, order, bare) if db else ():
+                yield event
 
     def hold(self) -> sqlite3.Connection | None:
         """A connection for a process that appends often to keep: without one, SQLite clears up its log after each call.
@@ -295,8 +326,8 @@ class Ledger:
         try:
             db.execute("BEGIN IMMEDIATE")  # so that heads are written in the order of the events
             try:
-                known, now = read_head(self.anchor), _head(db)
-                problem = f"{self.anchor.name} is missing" if known is None else _contradiction(db, known)
+                known, now = read_head(self.anchor), head_of(db)
+                problem = f"{self.anchor.name} is missing" if known is None else contradiction_of(db, known)
                 if problem:
                     logger.error("%s: %s; run `aslseg ledger verify`", self.path, problem)
                 elif known != now:
@@ -356,43 +387,7 @@ class Ledger:
     def _keep_first_head(self, db: sqlite3.Connection, version: int) -> None:
         """From now on a ledger without the file of its head has lost it. One that lost the ledger keeps its own."""
         if not self.anchor.exists():
-            write_head(self.anchor, _head(db))
+            write_head(self.anchor, head_of(db))
             if version == 1:
                 logger.info("%s is of version 0.1: its head is kept in %s from now on", self.path, self.anchor.name)
         db.execute(f"PRAGMA user_version = {VERSION}")
-
-
-def _insert(db: sqlite3.Connection, entries: Iterable[Entry]) -> list[Event]:
-    """Append to the chain, within a transaction."""
-    events, head = [], _head(db)
-    for e in entries:
-        details = json.loads(json.dumps(e.details))
-        event = Event(e.kind, e.round, e.case, e.tag, details, head.events + 1, _utc(), head.sha256)
-        head = Head(event.seq, event.digest())
-        about = (event.seq, event.time, NO_CLOCK, e.kind, e.round, e.case, e.tag)
-        db.execute(INSERT, (*about, json.dumps(details, sort_keys=True), event.previous, head.sha256))
-        events.append(replace(event, hash=head.sha256))
-    return events
-
-
-def _head(db: sqlite3.Connection) -> Head:
-    return Head(*(db.execute("SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1").fetchone() or (0, START)))
-
-
-def _contradiction(db: sqlite3.Connection, known: Head) -> str | None:
-    """How the ledger differs from a head that it once had."""
-    row = db.execute("SELECT hash FROM events WHERE seq = ?", [known.events]).fetchone()
-    if row is None and known.events:
-        return f"{known.events - _head(db).events} of {known.events} events are missing at its end"
-    if row is not None and row[0] != known.sha256:
-        return f"event {known.events} is another one than was written"
-    return None
-
-
-def _scores(db: sqlite3.Connection) -> list[Score]:
-    rows = db.execute("SELECT case_id, round, agreement, details, time FROM scores ORDER BY case_id").fetchall()
-    return [Score(case, number, value, json.loads(details), at) for case, number, value, details, at in rows]
-
-
-def _utc() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 STARTED, STOPPED, NIGHT = "started", "stopped", "night"
 """Kinds of events: a start, a stop by a person, and what became of a night."""
 CONSIDERED = (STARTED, STOPPED, NIGHT, "opened", "closed", "saved")
+BARE = ("opened", "closed", "saved")
+"""Of these only when they happened counts; a round's summary is large, and of saved labels there are many."""
 SCHEDULED = "scheduled"
 """Outcome of a night that no round belongs to: from here on nights are expected."""
 AHEAD = timedelta(hours=36)
@@ -115,7 +117,7 @@ class Nights:
 
     def held(self) -> Event | None:
         """The stop by a person that still holds."""
-        return _held(self.ledger.events(kinds=(STARTED, STOPPED, "opened", "closed")))
+        return _held(self.ledger.events(kinds=(STARTED, STOPPED, "opened", "closed"), bare=BARE))
 
     def state(self, now: datetime) -> dict[str, Any]:
         """``next`` opening, ``open`` until, ``held`` since, ``last`` night with its outcome; for people."""
@@ -134,7 +136,7 @@ class Nights:
         self.ledger.append([Entry(kind, details={"at": _text(now), **details})])
 
     def _events(self, now: datetime, kinds: tuple[str, ...] = CONSIDERED) -> list[Event]:
-        found = self.ledger.events(kinds=kinds)
+        found = self.ledger.events(kinds=kinds, bare=BARE)
         return [e for e in found if _at(e) <= now + AHEAD]
 
     def _night_due(self, events: Sequence[Event], now: datetime) -> Start | None:

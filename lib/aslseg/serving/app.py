@@ -25,6 +25,7 @@ from aslseg.cases.scan_checks import ScanChecks
 from aslseg.errors import AslsegError, BadSettingsError
 from aslseg.models.kinds import PUBLISHED_KINDS
 from aslseg.models.published import find_published
+from aslseg.review.page import prepare
 from aslseg.rounds.brake import note_click
 from aslseg.rounds.corrections import record_checked
 from aslseg.rounds.ledger import Ledger
@@ -36,7 +37,9 @@ from aslseg.serving.guard import install_guard
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.infer_tasks import BatchInference
 from aslseg.serving.inference_request import InferenceRequest, request_from_mapping
+from aslseg.serving.login_first import install_login_first
 from aslseg.serving.logs import configure_logs
+from aslseg.serving.made_ready import keep_ready
 from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies
 from aslseg.serving.network_access import bound_host, require_safe_exposure
 from aslseg.serving.replies import answer, without_model
@@ -223,10 +226,12 @@ class ServedApp(MONAILabelApp):
         super().on_init_complete()
         install(host, self)
         install_guard(host, self.settings)
+        install_login_first(host)
         host.user_middleware.insert(0, Middleware(RequestTimer, metrics=self.metrics))
         watch_studies(self.metrics, self.paths, self.datastore())
         if self.paths.studies is not None:
             watch_headers(self.paths.studies, self.scan_checks)
+            keep_ready(self.datastore().prepare_text, lambda: prepare(self.settings, self.paths))
         remove_stale_uploads()
         start_readers()
         self.start_first_round()

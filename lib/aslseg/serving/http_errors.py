@@ -13,6 +13,7 @@ from aslseg.errors import (
     BadSettingsError,
     BadWeightsError,
     DiskFullError,
+    FileWriteError,
     LedgerError,
     NoModelError,
     NoResourcesError,
@@ -20,6 +21,7 @@ from aslseg.errors import (
     RoundRunningError,
 )
 
+RETRY_SECONDS = 30
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -47,6 +49,7 @@ _STATUS: dict[type[AslsegError], int] = {
     BadWeightsError: 503,
     LedgerError: 503,
     NoResourcesError: 503,
+    FileWriteError: 503,
     DiskFullError: 507,
 }
 
@@ -56,6 +59,12 @@ def status_of(error: AslsegError) -> int:
     if isinstance(error, RefusedError):
         return error.status
     return next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
+
+
+def headers_of(error: AslsegError) -> dict[str, str]:
+    """Headers of the answer: when to try again, where that alone may help."""
+    later = isinstance(error, NoResourcesError | RefusedError) and status_of(error) == 503
+    return {"Retry-After": str(RETRY_SECONDS)} if later else {}
 
 
 def safe_name(name: Any, what: str) -> str:

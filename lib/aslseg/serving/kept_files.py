@@ -66,9 +66,9 @@ class KeptFiles:
         described = {"case": case, "params": info}
         write_json(about, described | {"reason": "the server was stopped while it saved this label"}, durable=False)
         try:
-            yield
-        except Exception as problem:
-            error = _answerable(problem)
+            with answerable():
+                yield
+        except Exception as error:
             message = str(error).replace(str(source), "it").replace(source.name, f"of {case}").rstrip(".")
             with write_errors(kept):
                 sync_to_disk(kept)
@@ -79,9 +79,7 @@ class KeptFiles:
                 logger.warning("the reason why %s is kept could not be written: %s", kept.name, other)
             if isinstance(error, AslsegError):
                 error.args = (f"{message}. Your upload is kept as {kept.relative_to(self.home)}",)
-            if error is problem:
-                raise
-            raise error from problem
+            raise
         kept.unlink(missing_ok=True)
         about.unlink(missing_ok=True)
 
@@ -107,6 +105,22 @@ class KeptFiles:
             path.unlink()
         sync_to_disk(target.parent)
         sync_to_disk(path.parent)
+
+
+@contextmanager
+def answerable() -> Iterator[None]:
+    """Turn what the operating system refuses in the block into errors whose messages may be answered.
+
+    Raises:
+        DiskFullError, FileWriteError, NoResourcesError: In place of another error of the operating system.
+    """
+    try:
+        yield
+    except Exception as problem:
+        error = _answerable(problem)
+        if error is problem:
+            raise
+        raise error from problem
 
 
 def _answerable(problem: Exception) -> Exception:

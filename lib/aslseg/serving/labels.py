@@ -73,7 +73,8 @@ def decode_label(
     if names and not segments_of(stored.fields, len(stored.layers)):
         segments = [Segment(name, position + 1) for position, name in enumerate(names)]
         stored = StoredLabel(stored.layers, stored.affine, stored.fields, segments)
-    return label_on_scan(path.name, stored, image, labels)
+    # answers never repeat what a file holds: should a reader ever be led to another file, its bytes stay here
+    return label_on_scan(path.name, stored, image, labels, shown=0)
 
 
 def _raw_label(path: Path, image: Volume) -> StoredLabel:

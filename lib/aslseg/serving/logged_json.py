@@ -162,10 +162,7 @@ class LoggedJsonFile(SharedJsonFile):
         path = Path(self._datastore_config_path)
         with self._exclusive():
             model, seq = self._datastore.model_copy(), self._applied
-        for number, (case, entry) in enumerate(list(model.objects.items())):
-            self._entry_text(case, entry)
-            if number % PIECE == 0:
-                time.sleep(PAUSE_SECONDS)
+        self._make_texts(model)
         staged = path.with_name(f".tmp-{os.getpid()}-{threading.get_native_id()}-{path.name}")
         try:
             with write_errors(path):
@@ -187,6 +184,16 @@ class LoggedJsonFile(SharedJsonFile):
         self._loaded_stamp = FileStamp.of(path)
         self._log.set_written(self._loaded_stamp, seq)
         self._log_stamp = self._log.stamp()
+
+    def prepare_text(self) -> None:
+        """Make the text of each entry, so that :meth:`json_text` need not."""
+        self._make_texts(self._datastore.model_copy())
+
+    def _make_texts(self, model: LocalDatastoreModel) -> None:
+        for number, (case, entry) in enumerate(list(model.objects.items())):
+            self._entry_text(case, entry)
+            if number % PIECE == 0:
+                time.sleep(PAUSE_SECONDS)
 
     def _entry_text(self, case: str, entry: ImageLabelModel) -> str:
         kept = self._texts.get(case)

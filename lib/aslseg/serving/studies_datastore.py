@@ -25,7 +25,7 @@ from aslseg.rounds.ledger import Ledger
 from aslseg.serving.change_log import IMAGE, Change
 from aslseg.serving.empty_labels import EmptyLabels
 from aslseg.serving.http_errors import RefusedError, safe_name
-from aslseg.serving.kept_files import KeptFiles, copy_file, remove_stale_temporaries
+from aslseg.serving.kept_files import KeptFiles, answerable, copy_file, remove_stale_temporaries
 from aslseg.serving.labels import decode_label
 from aslseg.serving.links import require_trusted
 from aslseg.serving.listing import require_unused
@@ -195,7 +195,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
         """
         source = Path(image_filename)
         case = safe_name(image_id or case_id(source), "image id")
-        with self.saved.refusals(case, "image", source, image_info or {}):
+        with self.saved.refusals(case, "image", source, image_info or {}), answerable():
             self._add_image(case, source, image_info or {})
         return case
 

@@ -28,6 +28,8 @@ from aslseg.files import FULL
 
 CHILDREN = 4
 """Pieces of work at a time; each may take as much memory as its limit allows, so that more of them wait."""
+WAIT_SECONDS = 30.0
+"""How long a piece of work waits for its turn: who sent it, and a thread of the server, wait with it."""
 KILL_SECONDS = 5.0
 """How long the process may take to end a child; after these it is ended itself."""
 
@@ -72,13 +74,26 @@ class ForkServer:
 
         Raises:
             DiskFullError: The folder for temporary files is full.
-            NoResourcesError: The operating system gives no process, or no file for the answer.
+            NoResourcesError: The operating system gives no process, or no file for the answer; or all children were at
+                work for :data:`WAIT_SECONDS`.
         """
         with ExitStack() as files:
-            with _own_troubles(), self._places:
+            with _own_troubles(), self._place():
                 file = files.enter_context(tempfile.TemporaryFile())
                 reason = self._answer(file, job, seconds)
             yield file, reason
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """One of the ``CHILDREN`` places."""
+        if not self._places.acquire(timeout=WAIT_SECONDS):
+            raise NoResourcesError(
+                f"the server reads {CHILDREN} other files, and none was done for {WAIT_SECONDS:g} s; send it later"
+            )
+        try:
+            yield
+        finally:
+            self._places.release()
 
     def _answer(self, file: IO[bytes], job: dict[str, Any], seconds: float) -> str:
         """Fill a file with the answer of a child; how the child ended."""

@@ -12,7 +12,7 @@ from aslseg.types import Labels, Volume
 from aslseg.volume.container import say_once
 from aslseg.volume.label_values import class_map
 from aslseg.volume.placement import onto_grid
-from aslseg.volume.segments import Segment, decode_segments, segments_of
+from aslseg.volume.segments import SHOWN, Segment, decode_segments, segments_of
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,19 @@ class StoredLabel:
 
 
 def label_on_scan(
-    name: str, stored: StoredLabel, image: Volume, labels: Labels, say: Callable[[str], None] = say_once
+    name: str,
+    stored: StoredLabel,
+    image: Volume,
+    labels: Labels,
+    say: Callable[[str], None] = say_once,
+    shown: int = SHOWN,
 ) -> np.ndarray:
     """What a label file holds, as a class map on the grid of its scan.
 
     Args:
         name: Of the file, for messages.
         stored, image, labels, say: As for :func:`read_label`.
+        shown: At most so many values of voxels stand in an error message.
 
     Raises:
         BadLabelError: As :func:`read_label`.
@@ -50,12 +56,13 @@ def label_on_scan(
     segments = own or stored.segments
     if not segments:
         placed = onto_grid(name, stored.layers[0], stored.affine, image, cropped=False)
-        return np.ascontiguousarray(class_map(name, placed, labels, say))
+        return np.ascontiguousarray(class_map(name, placed, labels, say, shown))
     layers = stored.layers
     if not own:
-        layers = class_map(name, layers[0], Labels(tuple(s.name for s in segments), (None,) * len(segments)), say)[None]
+        named = Labels(tuple(s.name for s in segments), (None,) * len(segments))
+        layers = class_map(name, layers[0], named, say, shown)[None]
     try:
-        decoded = decode_segments(layers, segments, labels)
+        decoded = decode_segments(layers, segments, labels, shown)
     except BadLabelError as error:
         raise BadLabelError(f"label {name}: {error}") from None
     return np.ascontiguousarray(onto_grid(name, decoded, stored.affine, image, cropped=bool(own)))

@@ -19,6 +19,8 @@ from aslseg.registry import suggest
 from aslseg.types import Labels
 
 # Slicer lists these segments but they are no labels
+SHOWN = 5
+"""Values of voxels in an error message, at most."""
 NOT_LABELS = {"background", "foreground_scribbles", "background_scribbles"}
 
 
@@ -84,7 +86,7 @@ def label_value(name: str, labels: Labels) -> int:
     return found
 
 
-def decode_segments(layers: np.ndarray, segments: Sequence[Segment], labels: Labels) -> np.ndarray:
+def decode_segments(layers: np.ndarray, segments: Sequence[Segment], labels: Labels, shown: int = SHOWN) -> np.ndarray:
     """Layers of segment values to a class map with our values.
 
     Where segments overlap, the label that comes later in ``labels``, as an inner one does, wins. A segment without
@@ -94,6 +96,7 @@ def decode_segments(layers: np.ndarray, segments: Sequence[Segment], labels: Lab
         layers: (layers, i, j, k).
         segments: Names and values.
         labels: Configured labels.
+        shown: At most so many values stand in an error message.
 
     Returns:
         uint8 class map (i, j, k).
@@ -111,7 +114,8 @@ def decode_segments(layers: np.ndarray, segments: Sequence[Segment], labels: Lab
         if unnamed:
             names = ", ".join(repr(s.name) for s in segments)
             raise BadLabelError(
-                f"{listed(unnamed)} belong to none of its segments ({names}); save the segmentation again in Slicer"
+                f"{listed(unnamed, shown)} belong to none of its segments ({names}); save the segmentation again in "
+                "Slicer"
             )
     out = np.zeros(layers.shape[1:], np.uint8)
     for value, mask in sorted(drawn, key=lambda pair: pair[0]):
@@ -119,9 +123,11 @@ def decode_segments(layers: np.ndarray, segments: Sequence[Segment], labels: Lab
     return out
 
 
-def listed(values: set[float] | Sequence[float], most: int = 5) -> str:
-    """Voxel values for a message; numbers that cannot be labels are counted, not shown."""
+def listed(values: set[float] | Sequence[float], most: int = SHOWN) -> str:
+    """Voxel values for a message; numbers that cannot be labels are counted, not shown, and with ``most`` 0 all are."""
     found = sorted(values)
+    if not most:
+        return f"values of its voxels ({len(found)} of them)"
     small = [f"{v:g}" for v in found if float(v).is_integer() and -1000 <= v <= 65535][:most]
     rest = len(found) - len(small)
     kind = "values that are no whole numbers" if any(not float(v).is_integer() for v in found) else "further values"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,17 @@ def answer(pool: Any, case: str, label: np.ndarray | None = None) -> None:
     array = truth.array.astype(np.uint8) if label is None else label
     write_label(pool.paths.studies / "labels" / "final" / f"{case}.nii.gz", array, truth.affine)
     record_checked(pool.paths, pool.settings, case)
+
+
+def test_a_saved_label_reads_the_promoted_mask_of_its_own_scan(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After thirty rounds there are fifteen thousand others, for which everybody waited half a second."""
+    promote(pool, *UNLABELLED)
+    parsed: list[str] = []
+    loads = json.loads
+    monkeypatch.setattr("aslseg.rounds.ledger_rows.json.loads", lambda text: parsed.append(text) or loads(text))
+    answer(pool, UNLABELLED[0])
+    assert [e.case for e in pool.ledger.events(kinds=(CHECKED,))] == [UNLABELLED[0]]
+    assert sum('"threshold"' in text for text in parsed) == 1
 
 
 def test_some_of_the_promoted_scans_are_drawn_at_random_and_once(pool: Any) -> None:

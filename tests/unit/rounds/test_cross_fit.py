@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from aslseg.review.page import render
+from aslseg.review.status import collect
 from aslseg.rounds import pipeline
 from aslseg.rounds.cross_fit import cross_fit, folds
 from aslseg.rounds.recipes import aslseg
@@ -76,6 +78,8 @@ def test_every_label_is_scored_by_a_model_that_has_not_seen_its_patient(
     assert set(summary["validation"]) >= {"ssl", "adapter", "consensus", "ensemble"}
     assert set(summary["cross_fitted"]) == {"ssl", "adapter", "consensus", "sam", "ensemble"}
     assert set(summary["sources"].values()) == {"ensemble"}
+    page = render(collect(settings, Paths(settings, studies), {"total": 5, "completed": 4, "label_tags": {}}))
+    assert f'<td class="n">liver {found["dice"]["liver"]:.3f}, ' in page
     # three labels by cross-fitting and the validation case
     assert summary["evidence"]["liver"]["cases"] == 4
     assert {"folds", "score"} <= set(summary["seconds"])

@@ -12,7 +12,7 @@ import pytest
 
 from aslseg.errors import FileWriteError, LedgerError
 from aslseg.rounds import ledger as module
-from aslseg.rounds import schema
+from aslseg.rounds import ledger_rows, schema
 from aslseg.rounds.anchor import Head, read_head, write_head
 from aslseg.rounds.ledger import Entry, Ledger, Score
 
@@ -224,7 +224,7 @@ def test_a_ledger_of_version_0_1_gets_its_head_when_it_is_opened(
 
 def test_order_is_by_sequence_even_if_the_clock_goes_back(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger.append([mask("a", "1", 1)])
-    monkeypatch.setattr(module, "_utc", lambda: "1999-01-01T00:00:00+00:00")
+    monkeypatch.setattr(ledger_rows, "utc", lambda: "1999-01-01T00:00:00+00:00")
     ledger.append([mask("a", "2", 2)])
     assert ledger.masks("aslseg_pseudo")["a"].details["sha256"] == "2"
     assert ledger.verify() is None
@@ -305,10 +305,10 @@ def test_importing_the_ledger_imports_no_torch() -> None:
 def test_events_of_version_0_1_with_a_clock_still_verify(ledger: Ledger) -> None:
     ledger.append([Entry("note", details={"n": 1})])
     (first,) = ledger.events()
-    old = module.Event("note", details={"n": 2}, seq=2, time=first.time, previous=first.hash)
+    old = ledger_rows.Event("note", details={"n": 2}, seq=2, time=first.time, previous=first.hash)
     with sqlite3.connect(ledger.path) as db:
         row = (2, old.time, 123456789, "note", None, None, None, '{"n": 2}', old.previous, old.digest(123456789))
-        db.execute(module.INSERT, row)
+        db.execute(ledger_rows.INSERT, row)
     ledger.append([Entry("note", details={"n": 3})])
     assert ledger.verify() is None
     assert [e.details["n"] for e in ledger.events()] == [1, 2, 3]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aslseg.rounds import ledger as ledger_module
+from aslseg.rounds import ledger_rows as ledger_module
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.nights import Nights, Start, settled
 from aslseg.settings import load_settings
@@ -23,7 +23,7 @@ def ledger(tmp_path: Path) -> Ledger:
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
     """The ledger's own clock, which follows the test's."""
     now = [at("27 12:00")]
-    monkeypatch.setattr(ledger_module, "_utc", lambda: now[0].isoformat())
+    monkeypatch.setattr(ledger_module, "utc", lambda: now[0].isoformat())
     return now
 
 

@@ -100,11 +100,11 @@ def test_a_pair_is_compared_once_and_the_last_label_counts(desk: Desk) -> None:
 
 def test_the_mask_that_was_there_when_the_scan_was_handed_out(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round that draws another mask between Next Sample and saving changes nothing."""
-    from aslseg.rounds import ledger as module
+    from aslseg.rounds import ledger_rows as module
 
-    monkeypatch.setattr(module, "_utc", lambda: "2026-01-01T10:00:00+00:00")
+    monkeypatch.setattr(module, "utc", lambda: "2026-01-01T10:00:00+00:00")
     desk.show(A, desk.mask(A))
-    monkeypatch.setattr(module, "_utc", lambda: "2099-01-01T10:00:00+00:00")
+    monkeypatch.setattr(module, "utc", lambda: "2099-01-01T10:00:00+00:00")
     desk.show(A, changed(desk.mask(A), 150))
     desk.save(A, desk.mask(A), minutes=5)
     found = desk.savings()

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jwt
 import pytest
 import requests
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, UploadFile
 from monailabel.config import settings as platform
 from monailabel.endpoints.user import auth as theirs
 from starlette.testclient import TestClient
 
 from aslseg.errors import BadSettingsError
 from aslseg.serving import auth
+from aslseg.serving.login_first import install_login_first
 from aslseg.serving.tokens import new_token_line, read_token_file
 from aslseg.settings import load_settings
 
@@ -52,6 +55,10 @@ def application(**conf: str) -> FastAPI:
     @host.get("/administer")
     def administer(user: auth.User = auth.ADMIN) -> str | None:
         return auth.authenticated_name(user)
+
+    @host.put("/upload")
+    def upload(file: UploadFile, user: auth.User = auth.ANNOTATOR) -> int:
+        return len(file.file.read())
 
     auth.install_auth(host, load_settings(conf, env={})[0])
     return host
@@ -192,3 +199,56 @@ def test_a_keycloak_that_does_not_answer(realm: rsa.RSAPrivateKey, monkeypatch: 
         assert (answer.status_code, "Keycloak" in answer.json()["detail"]) == (503, True)
     with pytest.raises(HTTPException):
         auth.keycloak_user("any")
+
+
+class Sent:
+    """An ASGI client whose body comes in pieces of a megabyte, counted as they are read."""
+
+    def __init__(self, pieces: int) -> None:
+        self.left, self.read, self.answer = pieces, 0, {}
+
+    async def receive(self) -> dict[str, Any]:
+        self.left -= 1
+        self.read += 1
+        return {"type": "http.request", "body": bytes(1_000_000), "more_body": self.left > 0}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.answer = {"status": message["status"], **{k.decode(): v.decode() for k, v in message["headers"]}}
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST", "DELETE", "GET"])
+@pytest.mark.parametrize(
+    ("headers", "least"),
+    [({}, 2), ({"authorization": "Bearer junk"}, 2), ({"expect": "100-continue"}, 0), ({"authorization": "x"}, 2)],
+)
+def test_nobody_sends_a_file_before_the_login(
+    client: TestClient, method: str, headers: dict[str, str], least: int
+) -> None:
+    """A gigabyte would come: FastAPI writes the files of a form to the disk before it asks for the user."""
+    install_login_first(client.app)  # type: ignore[arg-type]
+    sent = Sent(1000)
+    headers = {"transfer-encoding": "chunked", "content-type": "multipart/form-data; boundary=x"} | headers
+    scope = {"type": "http", "method": method, "path": "/upload", "query_string": b"", "http_version": "1.1"}
+    scope |= {"headers": [(k.encode(), v.encode()) for k, v in headers.items()], "app": client.app}
+    asyncio.run(client.app(scope, sent.receive, sent.send))  # type: ignore[arg-type]
+    assert (sent.answer["status"], sent.answer["connection"]) == (401, "close")
+    assert "Basic" in sent.answer["www-authenticate"]
+    assert sent.read == least, "so much is read that most clients see the answer"
+
+
+def test_after_the_login_files_come(client: TestClient, tokens: dict[str, str], tmp_path: Path) -> None:
+    install_login_first(client.app)  # type: ignore[arg-type]
+    files = {"file": ("scan.nii", bytes(3_000_000))}
+    assert client.put("/upload", files=files, headers=bearer(tokens["annotator"])).json() == 3_000_000
+    form = {"username": "reviewer", "password": tokens["reviewer"]}
+    assert client.post("/auth/token", data=form).is_success, "who logs in has not logged in yet"
+    (tmp_path / "tokens").write_text("no line of a token file")
+    answer = client.put("/upload", files=files, headers=bearer(tokens["annotator"]))
+    assert (answer.status_code, "nobody can log in" in answer.json()["detail"]) == (503, True)
+
+
+def test_without_logins_nobody_is_asked() -> None:
+    host = application()
+    install_login_first(host)
+    assert TestClient(host).put("/upload", files={"file": ("scan.nii", b"1234")}).json() == 4

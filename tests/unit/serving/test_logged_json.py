@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from monailabel.datastore.local import ImageLabelModel
 from test_studies_datastore import drawn, open_store, write
 
 from aslseg.cases.studies import FINAL, ORIGINAL
@@ -94,6 +95,22 @@ def test_a_request_lists_no_folder_and_writes_no_json(folder: Path, tmp_path: Pa
         assert store.get_labeled_images() == ["case1"]
         assert not calls["json_text"]
         assert calls["placed"] < 4, "only what has changed"
+
+
+def test_the_list_of_all_entries_is_ready_after_a_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_store(folder).flush()
+    store = settled(open_store(folder))
+    made: list[ImageLabelModel] = []
+    dump = ImageLabelModel.model_dump
+    monkeypatch.setattr(ImageLabelModel, "model_dump", lambda entry: made.append(entry) or dump(entry))
+    store.prepare_text()
+    assert len(made) == 4
+    text = store.json_text()
+    assert len(made) == 4, "nothing is made while somebody waits"
+    assert json.loads(text)["objects"].keys() == {f"case{n}" for n in range(4)}
+    store.update_image_info("case1", {"note": "new"})
+    assert '"note": "new"' in store.json_text()
+    assert len(made) == 5
 
 
 def test_two_processes_apply_each_others_changes_without_reading_the_json(folder: Path) -> None:

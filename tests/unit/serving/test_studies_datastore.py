@@ -543,6 +543,34 @@ def test_any_error_leaves_the_upload_on_the_disk_with_its_reason(
         assert f"parked/{kept.name}" in event.details["why"]
 
 
+@pytest.mark.parametrize(
+    ("problem", "kind", "match"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), DiskFullError, "full"),
+        (OSError(errno.EIO, "Input/output error"), FileWriteError, "Input/output error"),
+        (MemoryError(), NoResourcesError, "memory"),
+    ],
+)
+def test_a_scan_that_the_machine_cannot_take_says_why_and_changes_nothing(
+    store: StudiesDatastore,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    problem: Exception,
+    kind: type[Exception],
+    match: str,
+) -> None:
+    before, source = store.list_images(), write(tmp_path / "new.nii.gz")
+    monkeypatch.setattr("aslseg.serving.studies_datastore.copy_file", mock.Mock(side_effect=problem))
+    with pytest.raises(kind, match=match):
+        store.add_image("new", str(source), {"user": "ann"})
+    assert store.list_images() == before
+    (event,) = Ledger(store.paths.ledger).events(kinds=("refused",))
+    assert match in event.details["why"]
+    monkeypatch.undo()
+    assert store.add_image("new", str(source), {}) == "new"
+
+
 @contextmanager
 def plain_file(path: Path) -> Iterator[Path]:
     """A file that is written without :func:`aslseg.files.write_errors`."""

@@ -211,6 +211,23 @@ def test_children_wait_for_a_place(
         assert second.result(60).layers.sum() == 24
 
 
+def test_nobody_waits_for_a_place_for_ever(
+    readers: ForkServer, label: Path, endless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_server, "WAIT_SECONDS", 0.1)
+    readers._places = threading.Semaphore(1)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(read_untrusted_label, endless, Limits(1000, seconds=60))
+        start_readers()
+        one = child(readers)
+        with pytest.raises(NoResourcesError, match="reads 4 other files, and none was done"):
+            read_untrusted_label(label, LIMITS)
+        os.kill(one, signal.SIGKILL)
+        with pytest.raises(BadLabelError, match="exit code -9"):
+            first.result(60)
+    assert read_untrusted_label(label, LIMITS).layers.sum() == 24, "its place is free again"
+
+
 def test_a_check_brings_no_voxels_back(readers: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     answer = readers._answer

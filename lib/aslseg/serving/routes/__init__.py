@@ -10,16 +10,19 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from monailabel.interfaces.exception import MONAILabelException
+from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 
 from aslseg.errors import AslsegError
-from aslseg.serving.http_errors import status_of
+from aslseg.files import FULL
+from aslseg.serving.http_errors import headers_of, status_of
 from aslseg.serving.routes import datastore, inference, pages, tasks
 from aslseg.serving.threads import without_loop
 
@@ -35,9 +38,15 @@ def install(host: FastAPI, app: ServedApp) -> None:
     for module in (inference, datastore, tasks, pages):
         module.add_routes(router, app)
     put_in_front(host, router)
+    answer_errors(host)
+
+
+def answer_errors(host: FastAPI) -> None:
+    """Answer errors with what was expected, what came and what to do."""
     host.add_exception_handler(AslsegError, _readable)
     host.add_exception_handler(MONAILabelException, _unknown)
     host.add_exception_handler(OSError, _disk)
+    host.add_exception_handler(HTTPException, _unread)
     # the stack is built at the first request, handlers included; building it again takes ours in
     host.middleware_stack = None
 
@@ -79,7 +88,8 @@ def _flat(routes: Iterable[BaseRoute], prefix: str = "") -> Iterator[tuple[str, 
 def _readable(request: Request, error: Exception) -> Response:
     status = status_of(error) if isinstance(error, AslsegError) else 500
     logger.warning("%s %s: %d: %s", request.method, request.url.path, status, error)
-    return JSONResponse({"detail": str(error)}, status)
+    headers = headers_of(error) if isinstance(error, AslsegError) else {}
+    return JSONResponse({"detail": str(error)}, status, headers)
 
 
 def _unknown(request: Request, error: Exception) -> Response:
@@ -89,5 +99,16 @@ def _unknown(request: Request, error: Exception) -> Response:
 def _disk(request: Request, error: Exception) -> Response:
     """The disk, or what is mounted there, does not do what it should: named, without a traceback for the client."""
     logger.exception("%s %s", request.method, request.url.path, exc_info=error)
-    reason = getattr(error, "strerror", None) or str(error)
-    return JSONResponse({"detail": f"the server could not read or write a file: {reason}; see its log"}, 500)
+    if getattr(error, "errno", None) in FULL:
+        text = "a disk of the server is full; free some space there and send it again. What was stored stays as it is"
+        return JSONResponse({"detail": text}, 507)
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    text = f"the server could not read or write a file ({reason}); check its disk and its log, then send it again. "
+    return JSONResponse({"detail": f"{text}What was stored stays as it is"}, 503)
+
+
+async def _unread(request: Request, error: Exception) -> Response:
+    """FastAPI takes a body that cannot be written to the disk for one that cannot be understood."""
+    if isinstance(error.__cause__, OSError):
+        return _disk(request, error.__cause__)
+    return await http_exception_handler(request, cast("HTTPException", error))

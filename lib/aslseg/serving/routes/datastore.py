@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from aslseg.serving.app import ServedApp
 
 PIECE = 1 << 20
+LONGEST_NAME = 256
 
 
 def add_routes(router: APIRouter, app: ServedApp) -> None:
@@ -35,8 +36,7 @@ def add_routes(router: APIRouter, app: ServedApp) -> None:
     @router.post("/activelearning/{strategy}")
     def next_sample(strategy: str, params: dict[str, Any] | None = None, user: User = USER) -> Any:
         name = (params or {}).get("client_id")
-        if name is not None and not (isinstance(name, str) and len(name) <= 256):
-            raise RefusedError("client_id: expected a name of at most 256 characters")
+        _require_name("client_id", name)
         return activelearning.sample(strategy, {"client_id": name} if name else {}, user.username)
 
     @router.get("/datastore/dataset")
@@ -123,8 +123,15 @@ def _deletions(router: APIRouter, app: ServedApp) -> None:
 
 def _signed(info: dict[str, Any], user: User) -> dict[str, Any]:
     """What a client wrote, with the authenticated name in place of any that it gave itself."""
+    for field in ("user", "client_id"):
+        _require_name(field, info.get(field))
     name = authenticated_name(user)
     return {k: v for k, v in info.items() if k != "user"} | ({"user": name} if name else {})
+
+
+def _require_name(field: str, name: Any) -> None:
+    if name is not None and not (isinstance(name, str) and len(name) <= LONGEST_NAME):
+        raise RefusedError(f"{field}: expected a name of at most {LONGEST_NAME} characters")
 
 
 def _pieces(file: IO[bytes]) -> Iterator[bytes]:
