@@ -133,7 +133,7 @@ class Resampled(Study):
     """
 
     def __init__(self, rows: np.ndarray, drift: bool, generator: np.random.Generator) -> None:
-        self.x, self.dice = _logs(rows[:, 0]), rows[:, 1]
+        self.x, self.dice = logs(rows[:, 0]), rows[:, 1]
         super().__init__(drift, float(self.x.std() / self.dice.std()), generator)
 
     def scans(self, count: int, night: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,13 +151,13 @@ def plain(pairs: Sequence[Pair], agreements: np.ndarray) -> np.ndarray | None:
     audited = np.array([p.audited for p in pairs])
     if len(pairs) < LEAST_PAIRS or not audited.any():
         return None
-    x, dice = _logs([p.agreement for p in pairs]), np.array([p.dice for p in pairs])
+    x, dice = logs([p.agreement for p in pairs]), np.array([p.dice for p in pairs])
     slope, offset = np.polyfit(x, dice, 1)
     leverage = 1 / len(x) + (x - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum()
     e = ((dice - offset - slope * x) / (1 - leverage))[audited]
     m, k = len(e), np.arange(1, len(agreements) + 1)
     s = np.sqrt((4 * 0.05**2 + ((e - e.mean()) ** 2).sum()) / (m + 3))
-    mean = np.cumsum(offset + slope * _logs(agreements)) / k + e.mean()
+    mean = np.cumsum(offset + slope * logs(agreements)) / k + e.mean()
     return np.asarray(mean - stats.t.ppf(CONFIDENCE, m + 3) * s * np.sqrt(1 / m + 1 / k))
 
 
@@ -178,8 +178,8 @@ def nights(study: Study, rule: Rule, count: int, target: float) -> Iterator[tupl
         agreement, dice = agreement[order], dice[order]
         means = np.cumsum(dice) / np.arange(1, len(dice) + 1)
         bounds = rule(pairs, agreement)
-        k = 0 if bounds is None else _largest(bounds >= target)
-        yield night, k, _largest(means >= target), bool(k and means[k - 1] < target)
+        k = 0 if bounds is None else largest(bounds >= target)
+        yield night, k, largest(means >= target), bool(k and means[k - 1] < target)
         # while nothing is promoted, audits are drawn from the scans that the fixed agreement would promote
         drawn_from = k or max(int((agreement >= THRESHOLD).sum()), CLOSEST)
         drawn = generator.choice(drawn_from, min(AUDITS, drawn_from), replace=False)
@@ -210,7 +210,7 @@ def _scenarios(pairs: dict[str, np.ndarray]) -> Iterator[tuple[str, Maker]]:
     for scenario in () if pairs else SCENARIOS:
         yield scenario.name, lambda generator, s=scenario: Simulated(s, generator)
     for name, rows in pairs.items():
-        r = np.corrcoef(-_logs(rows[:, 0]), rows[:, 1])[0, 1]
+        r = np.corrcoef(-logs(rows[:, 0]), rows[:, 1])[0, 1]
         for drift in (False, True):
             text = f"{name}: {len(rows)} scans, Dice {rows[:, 1].mean():.3f}, r = {r:.2f}{', drift' if drift else ''}"
             yield text, lambda generator, rows=rows, drift=drift: Resampled(rows, drift, generator)
@@ -227,11 +227,11 @@ def table(pairs: dict[str, np.ndarray], studies: int, length: int, seed: int, ta
             yield "| " + " | ".join([name, text, *row(make, rule, studies, length, seed, target)]) + " |"
 
 
-def _largest(holds: np.ndarray) -> int:
+def largest(holds: np.ndarray) -> int:
     return int(np.flatnonzero(holds)[-1]) + 1 if holds.any() else 0
 
 
-def _logs(agreements: Sequence[float] | np.ndarray) -> np.ndarray:
+def logs(agreements: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.log(np.maximum(1 - np.asarray(agreements, float), LEAST_DISAGREEMENT))
 
 

@@ -37,6 +37,6 @@ def test_tables(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     bench.main()
     text = out.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 5 + 1 + 6 + 1 + 10 + 1 + 4
+    assert len(rows) == 1 + 5 + 1 + 6 + 1 + 15 + 1 + 4
     one_label = next(row for row in rows if row.startswith("| 1 | "))
     assert one_label.split(" | ")[4:7] == ["0", "0", "0"], "one label never shows that other masks help"

@@ -25,6 +25,9 @@ GROSS, LOSS = 0.3, 0.6
 MISTAKES, MASKS = 0.5, 40.0
 """How common gross mistakes are before any audit: Beta(0.5, 40), one in 81 masks on average."""
 LARGEST_LEVERAGE = 0.9
+HALVINGS, UNLIKELY, EXACT_COUNTS = 18, 1e-6, 32
+"""Accuracy of the bound: halvings of an interval of one mistake's loss, probability of more mistakes that is neglected,
+and fewer mistakes than this are all told apart."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,22 @@ class DiceLine:
         Returns:
             (n,) Dice; empty without masks.
         """
+        if not len(agreements):
+            return np.zeros(0)
         x = np.maximum(_transformed(agreements), self.lowest)
         k = np.arange(1, len(x) + 1)
         mean = np.cumsum(self.offset + self.slope * x) / k + self.shift
-        t = float(special.stdtrit(self.freedom, confidence))
-        wrong = _most_mistakes(k, MISTAKES + self.mistakes, MASKS + self.audited - self.mistakes, confidence)
-        found: np.ndarray = mean - t * self.sd * np.sqrt(1 / self.audits + 1 / k) - self.loss * wrong / k
-        return found
+        error = self.sd * np.sqrt(1 / self.audits + 1 / k)
+        highest = mean - float(special.stdtrit(self.freedom, confidence)) * error
+        counts, chances = _mistakes(k, MISTAKES + self.mistakes, MASKS + self.audited - self.mistakes)
+        means = mean - self.loss * np.minimum(counts[:, None] / k, 1)
+        # between the bounds where no mask is a mistake and where all are
+        low, high = highest - self.loss, highest
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            holds = (chances * special.stdtr(self.freedom, (means - middle) / error)).sum(0) >= confidence
+            low, high = np.where(holds, middle, low), np.where(holds, high, middle)
+        return np.asarray(low)
 
 
 def fit_line(pairs: Sequence[Pair]) -> DiceLine | None:
@@ -177,26 +189,31 @@ def _without_gross(x: np.ndarray, dice: np.ndarray) -> np.ndarray:
     return kept
 
 
-def _most_mistakes(k: np.ndarray, a: float, b: float, confidence: float) -> np.ndarray:
-    """Quantile of the number of gross mistakes among k masks, if their rate has the distribution Beta(a, b).
+def _mistakes(k: np.ndarray, a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
+    """Distribution of the number of gross mistakes among k masks, if their rate has the distribution Beta(a, b).
 
     Args:
         k: (n,) numbers of masks.
         a, b: Of the Beta distribution.
-        confidence: Probability that there are no more.
 
     Returns:
-        (n,) whole numbers, of the beta-binomial distribution.
+        (c,) numbers of mistakes and (c, n) their beta-binomial probabilities. From 32 on neighbouring numbers are one,
+        the largest of them.
     """
-    found, below, most = np.zeros(len(k)), np.zeros(len(k)), int(k.max(initial=0))
-    for count in range(most + 1):
+    found: list[np.ndarray] = []
+    left_over = np.ones(len(k))
+    for count in range(int(k.max()) + 1):
         left = np.maximum(k - count, 0)
         log_p = special.betaln(count + a, left + b) - special.betaln(a, b)
         log_p = log_p + special.gammaln(k + 1) - special.gammaln(count + 1) - special.gammaln(left + 1)
-        below = below + np.where(k >= count, np.exp(log_p), 0)
-        # rounding must not add a mistake
-        more = below < confidence - 1e-9
-        if not more.any():
+        found.append(np.where(k >= count, np.exp(log_p), 0))
+        left_over = left_over - found[-1]
+        if (left_over < UNLIKELY).all():
             break
-        found[more] = count + 1
-    return np.minimum(found, k)
+    # exact for few, in steps of a twentieth for many
+    steps = np.geomspace(EXACT_COUNTS, max(len(found), EXACT_COUNTS + 1), 1 + int(20 * np.log1p(len(found))))
+    starts = np.unique(np.concatenate([np.arange(EXACT_COUNTS), steps.astype(int)]))
+    starts = starts[starts < len(found)]
+    counts = np.append(starts[1:], len(found)) - 1
+    chances = np.add.reduceat(np.array(found), starts, axis=0)
+    return counts.astype(float), chances

@@ -2,7 +2,9 @@
 
 What has changed since the published model decides what is asked (docs/science.md §6.7). New human labels are worth
 more than promoted masks, so a model that learned from them is published unless it is shown to be worse; one that
-learned only from other promoted masks has to show that it is better. Imports no torch.
+learned only from other promoted masks has to show that it is better than the published one, and not below the first one
+that learned these labels: of many nights' candidates the best on a few labels is too often only the luckiest.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ GAIN = 0.024
 """A model with other promoted masks is better if the mean of n differences is at least this, divided by n."""
 FEWEST_LABELS = 3
 """With fewer labels nothing shows that it is better."""
+LOSS, LOSS_ALPHA = 0.005, 0.01
+"""Mean Dice by which it may be below the first model with the same human labels, and the level at which that is shown;
+the n-th candidate since that model is held against the n-th part of the level."""
 ALPHA = 0.1
 """Level of the one-sided test that shows that a model is worse."""
 SPREAD, SPREAD_LABELS = 0.05, 4
@@ -47,6 +52,31 @@ def shown_better(differences: Sequence[float]) -> bool:
         differences: Dice of the new model minus Dice of the published one, one number a label.
     """
     return len(differences) >= FEWEST_LABELS and float(np.mean(differences)) >= least_gain(len(differences))
+
+
+def least_since_first(differences: Sequence[float], tries: int) -> float:
+    """The mean difference to the first model that shows that a candidate is at most :data:`LOSS` below it.
+
+    It is t(1 - LOSS_ALPHA / tries, n - 1) s / sqrt(n) - LOSS, of the plain one-sided paired t test: a standard
+    deviation that is assumed, as in :func:`shown_worse`, would let too much pass where the true one is larger.
+
+    Args:
+        differences: Dice of the candidate minus Dice of the first model with the same human labels, one number a label.
+        tries: How many candidates were held against that model, this one included.
+    """
+    n = len(differences)
+    if n < FEWEST_LABELS:
+        return math.inf
+    return float(-stdtrit(n - 1, LOSS_ALPHA / tries) * np.std(differences, ddof=1) / math.sqrt(n)) - LOSS
+
+
+def shown_not_below(differences: Sequence[float], tries: int) -> bool:
+    """Whether a candidate is shown to be at most :data:`LOSS` below the first model.
+
+    Args:
+        differences, tries: As for :func:`least_since_first`.
+    """
+    return len(differences) >= FEWEST_LABELS and float(np.mean(differences)) >= least_since_first(differences, tries)
 
 
 def shown_worse(differences: Sequence[float]) -> bool:

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from aslseg.files import atomic_file, sha256, write_json
-from aslseg.models.gate_rules import FEWEST_LABELS, Cause, least_gain, shown_better, shown_worse
+from aslseg.models.gate_rules import (
+    FEWEST_LABELS,
+    Cause,
+    least_gain,
+    least_since_first,
+    shown_better,
+    shown_not_below,
+    shown_worse,
+)
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.resources import app_dir
 from aslseg.settings import Paths, Settings
@@ -125,6 +133,9 @@ class Candidate:
         cause: What has changed since the published model.
         differences: Dice of this model minus Dice of the published one by case, on human labels that neither has
             learned: on validation cases, and as cross-fitting estimates it on others.
+        first: The same beside the model that was published first with the human labels and settings of the published
+            one; empty where that is the published one.
+        tries: How many candidates with these labels and settings were compared since then, this one included.
     """
 
     kind: ModelKind
@@ -137,6 +148,8 @@ class Candidate:
     settings: str = ""
     cause: Cause = Cause.SETTINGS
     differences: Mapping[str, float] = field(default_factory=dict)
+    first: Mapping[str, float] = field(default_factory=dict)
+    tries: int = 1
 
 
 def gate(candidate: Candidate, current: Published | None, tolerance: float) -> tuple[bool, str]:
@@ -180,9 +193,19 @@ def _with_other_masks(candidate: Candidate) -> tuple[bool, str]:
             f"this model is better ({FEWEST_LABELS} are needed). Label a scan of another patient"
         )
     numbers = f"{_mean(found)}; {least_gain(len(found)):.4f} is asked"
-    if shown_better(found):
-        return True, f"{kind}: published; no human label is new, and this model is better ({numbers})"
-    return False, f"{kind}: not published; no human label is new, and this model is not shown to be better ({numbers})"
+    if not shown_better(found):
+        return (
+            False,
+            f"{kind}: not published; no human label is new, and this model is not shown to be better ({numbers})",
+        )
+    since = list(candidate.first.values()) or found
+    if not shown_not_below(since, candidate.tries):
+        return False, (
+            f"{kind}: not published; no human label is new, and this model may be worse than the first one with these "
+            f"labels ({_mean(since)}; {least_since_first(since, candidate.tries):.4f} is asked of candidate "
+            f"{candidate.tries})"
+        )
+    return True, f"{kind}: published; no human label is new, and this model is better ({numbers})"
 
 
 def _with_other_labels(candidate: Candidate) -> tuple[bool, str]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,12 +27,26 @@ from aslseg.rounds.artefacts import CachedProbabilities
 from aslseg.rounds.cross_fit import CrossFit, fold_share, folds, share
 from aslseg.rounds.cross_retrain import retrained_dice
 from aslseg.rounds.fresh import entries_before
+from aslseg.rounds.ledger import Event
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.vetoes import mask_vetoes
 from aslseg.sam.modeling.build import base_path
 from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Dice of a round's SSL model minus Dice of others, by cross-fitting on labels of the training, by case.
+
+    Attributes:
+        published: Of the published model.
+        first: Of the first one with its labels and settings; empty where that is the published one.
+    """
+
+    published: dict[str, float] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
 
 
 def comparable(pipeline: RoundPipeline, kind: ModelKind) -> Published | None:
@@ -93,11 +109,12 @@ def crossed_differences(
     promoted: Collection[str],
     report: ProgressCallback,
     unknown: tuple[str, ...] = (),
-) -> dict[str, float]:
-    """Dice of the round's SSL model minus Dice of the published one, by cross-fitting on labels of the training.
+) -> Compared:
+    """Compare the round's SSL model with the published one by cross-fitting on labels of the training.
 
     Where the published model learned the same human labels, the folds' models are retrained with the promoted cases of
-    each (:mod:`aslseg.rounds.cross_retrain`). If these are the same cases, cross-fitting sees no difference.
+    each (:mod:`aslseg.rounds.cross_retrain`), and with those of the first model with these labels. If these are the
+    same cases, cross-fitting sees no difference.
 
     Where it learned others, the folds of this round are compared with those of the round that published it, on the
     labels that both rounds have: models of as many folds, trained for as many steps, without promoted masks, say what
@@ -113,29 +130,79 @@ def crossed_differences(
         unknown: Nested labels of which the promoted masks say nothing.
 
     Returns:
-        By case; empty where nothing can be compared, or where settings alone have changed.
+        Nothing where nothing can be compared, or where settings alone have changed.
     """
     current = comparable(pipeline, ModelKind.SSL)
     if current is None or current.sha256 == pipeline.cases.hashes(retrained):
-        return {}
+        return Compared()
     if cause_of(pipeline, current) == Cause.SETTINGS:
-        return {}
+        return Compared()
     labels = learned_labels(pipeline)
     if current.labels == labels:
-        before = set(current.trained_on) - labels.keys()
-        if before == set(promoted):
-            return {}
-        new = retrained_dice(pipeline, crossed, promoted, share(report, 0, 2), unknown)
-        old = retrained_dice(pipeline, crossed, before, share(report, 1, 2), unknown)
-    else:
-        cases = _new_to(pipeline, crossed, current)
-        models = ModelSet({ModelKind.SSL: current.path})
-        old = case_dice(pipeline, pipeline.predict(ModelKind.SSL, models), pipeline.at_spacing(cases, models.spacing))
-        old |= _crossed_before(pipeline, crossed, current)
-        new = {}
-        for part, maps in zip(crossed.parts, crossed.maps, strict=True):
-            new |= case_dice(pipeline, maps, [c for c in pipeline.cases.train if c.id in part and c.id in old])
+        first, _ = first_with_its_labels(pipeline, current)
+        others = [set(model.trained_on) - labels.keys() for model in (current, first)]
+        if others[0] == set(promoted):
+            return Compared()
+        parts = [promoted, *(others if first.sha256 != current.sha256 else others[:1])]
+        new, *old = (
+            retrained_dice(pipeline, crossed, cases, share(report, n, len(parts)), unknown)
+            for n, cases in enumerate(parts)
+        )
+        return Compared(*(differences(new, dice) for dice in old))
+    return Compared(_with_other_labels(pipeline, crossed, current))
+
+
+def _with_other_labels(pipeline: RoundPipeline, crossed: CrossFit, current: Published) -> dict[str, float]:
+    """What cross-fitting says where the published model learned other labels, or the same drawn otherwise."""
+    cases = _new_to(pipeline, crossed, current)
+    models = ModelSet({ModelKind.SSL: current.path})
+    old = case_dice(pipeline, pipeline.predict(ModelKind.SSL, models), pipeline.at_spacing(cases, models.spacing))
+    old |= _crossed_before(pipeline, crossed, current)
+    new: dict[str, float] = {}
+    for part, maps in zip(crossed.parts, crossed.maps, strict=True):
+        new |= case_dice(pipeline, maps, [c for c in pipeline.cases.train if c.id in part and c.id in old])
     return differences(new, old)
+
+
+def first_with_its_labels(pipeline: RoundPipeline, current: Published) -> tuple[Published, int]:
+    """The model that was published first with the human labels and settings of the published one, and the tries.
+
+    Nights without a new label hold all their candidates against this model, so that small losses do not add up.
+
+    Returns:
+        The model, or the published one where its file is gone; and the number of candidates since, with the one of
+        this round.
+    """
+    events = pipeline.ledger.events(kinds=("published",))
+    events = [e for e in events if pipeline.number is None or e.round != pipeline.number]
+    entry, seq = first_entry(events, current.kind)
+    first = find_published(pipeline.paths, current.kind, entries={current.kind: entry}) if entry else None
+    done = [r for r in pipeline.ledger.rounds() if r.seq > seq and r.number != pipeline.number]
+    tried = [r for r in done if r.summary.get("withdrawn") or any(e.round == r.number for e in events)]
+    return first or current, 1 + len(tried)
+
+
+def first_entry(events: Sequence[Event], kind: ModelKind) -> tuple[dict[str, Any] | None, int]:
+    """What the manifest said of the first model with the labels and settings of the last one, and the event's place.
+
+    Args:
+        events: Of models that were published, oldest first.
+        kind: Kind of model.
+
+    Returns:
+        None and 0 where none is published.
+    """
+    found: dict[str, Any] | None = None
+    seq = 0
+    for event in reversed(events):
+        entry = event.details["after"].get(kind)
+        same = found is None or (
+            entry is not None and all(entry.get(k) == found.get(k) for k in ("labels", "settings"))
+        )
+        if entry is None or not same:
+            break
+        found, seq = entry, event.seq
+    return found, seq
 
 
 def _crossed_before(pipeline: RoundPipeline, crossed: CrossFit, current: Published) -> dict[str, float]:

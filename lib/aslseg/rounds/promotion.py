@@ -25,7 +25,7 @@ from aslseg.rounds import canaries
 from aslseg.rounds.artefacts import CachedProbabilities, confidence
 from aslseg.rounds.audit_draw import closest, draw_audits
 from aslseg.rounds.drift import find_drift
-from aslseg.rounds.gate_pairs import crossed_differences
+from aslseg.rounds.gate_pairs import Compared, crossed_differences
 from aslseg.rounds.late import NOT_USED, REPLACED, drop_late, late_changes
 from aslseg.rounds.ledger import Ledger, Score
 from aslseg.rounds.masks import plan_label_changes, sync_label_files
@@ -116,10 +116,10 @@ def _chosen(state: RoundState, chosen: dict[str, dict[str, Any]]) -> dict[str, d
     return wanted
 
 
-def _compare(state: RoundState, retrained: Path, learned: list[str]) -> dict[str, float]:
+def _compare(state: RoundState, retrained: Path, learned: list[str]) -> Compared:
     """What cross-fitting says of the retrained model beside the published one; nothing without folds."""
     if state.crossed is None:
-        return {}
+        return Compared()
     with state.pipeline.progress.stage("compare") as report:
         return crossed_differences(state.pipeline, state.crossed, retrained, learned, report, state.floors.unknown)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from aslseg.rounds.cross_fit import region_dice
 from aslseg.rounds.evidence import Evidence, Scored, first_model
 from aslseg.rounds.fresh import entries_before
 from aslseg.rounds.gate_pairs import (
+    Compared,
     case_dice,
     cause_of,
     comparable,
     differences,
+    first_entry,
+    first_with_its_labels,
     learned_labels,
     not_learned,
     settings_hash,
@@ -48,7 +51,7 @@ def publish_better(
     report: ProgressCallback,
     kinds: Sequence[ModelKind] = PUBLISHED_KINDS,
     evidence: Evidence | None = None,
-    crossed: Mapping[str, float] | None = None,
+    crossed: Compared | None = None,
 ) -> tuple[ModelSet, list[str], dict[str, float | None]]:
     """Compare each model with the published one of its kind on the same human labels, and publish what passes the gate.
 
@@ -65,8 +68,7 @@ def publish_better(
         report: Called with (done, total) after each kind.
         kinds: Only these are published.
         evidence: What human labels say of the masks of this round; None asks the validation cases.
-        crossed: Differences of the SSL models on labels of the training:
-            :func:`aslseg.rounds.gate_pairs.crossed_differences`.
+        crossed: What cross-fitting says of the SSL models: :func:`aslseg.rounds.gate_pairs.crossed_differences`.
 
     Returns:
         The models that are published now, a line per kind with the reason, and the candidates' validation Dice.
@@ -77,8 +79,8 @@ def publish_better(
     for done, kind in enumerate(kinds, 1):
         current = comparable(pipeline, kind)
         candidate = _score(pipeline, kind, best, current, learned if kind == ModelKind.SSL else ())
-        if kind == ModelKind.SSL:
-            candidate = replace(candidate, differences={**candidate.differences, **(crossed or {})})
+        if kind == ModelKind.SSL and current is not None:
+            candidate = _held_against_first(pipeline, candidate, current, crossed or Compared())
         accepted, line = _decide(pipeline, candidate, current, foreign)
         if accepted:
             chosen.append(candidate)
@@ -100,6 +102,23 @@ def publish_better(
         report(done, len(kinds))
     _serve(pipeline, chosen, lines)
     return best, lines, dice
+
+
+def _held_against_first(
+    pipeline: RoundPipeline, candidate: Candidate, current: Published, crossed: Compared
+) -> Candidate:
+    """An SSL candidate with what cross-fitting says, and with its differences from the first model with its labels."""
+    found = replace(candidate, differences={**candidate.differences, **crossed.published})
+    if candidate.cause != Cause.MASKS:
+        return found
+    first, tries = first_with_its_labels(pipeline, current)
+    if first.sha256 == current.sha256:
+        return replace(found, tries=tries)
+    models = ModelSet({ModelKind.SSL: candidate.path})
+    judges = not_learned(pipeline, not_learned(pipeline, pipeline.cases.validation, current), first)
+    new = case_dice(pipeline, pipeline.predict(ModelKind.SSL, models), judges)
+    old = case_dice(pipeline, pipeline.predict(ModelKind.SSL, models.with_file(ModelKind.SSL, first.path)), judges)
+    return replace(found, first={**differences(new, old), **crossed.first}, tries=tries)
 
 
 def _about_ssl(pipeline: RoundPipeline, line: str, model: Path, made: ModelSet, retrained: Path) -> str:
@@ -156,7 +175,9 @@ def _serve(pipeline: RoundPipeline, chosen: list[Candidate], lines: list[str]) -
             details = {"before": before, "after": after, "why": lines}
             pipeline.ledger.append([Entry("published", number, details=details)])
         published.put_manifest(pipeline.paths, after)
-    published.prune(pipeline.paths, pipeline.settings.keep_models, files_of_kept_rounds(pipeline.ledger))
+    first, _ = first_entry(pipeline.ledger.events(kinds=("published",)), ModelKind.SSL)
+    needed = files_of_kept_rounds(pipeline.ledger) | ({first["file"]} if first else set())
+    published.prune(pipeline.paths, pipeline.settings.keep_models, needed)
 
 
 def files_of_kept_rounds(ledger: Ledger) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from aslseg.agreement.promise import Pair, correlation, fit_line, missing_audits
 
@@ -32,9 +32,15 @@ def slow_bounds(found: list[Pair], agreements: list[float], confidence: float) -
     bounds = []
     for k in range(1, len(agreements) + 1):
         mean = np.mean([beta[0] + beta[1] * max(np.log(1 - a), best) for a in agreements[:k]]) + np.mean(ours)
-        width = stats.t.ppf(confidence, freedom) * sd * np.sqrt(1 / len(ours) + 1 / k)
-        mistakes = stats.betabinom.ppf(confidence, k, 0.5, 40 + len(ours))
-        bounds.append(mean - width - 0.6 * mistakes / k)
+        error = sd * np.sqrt(1 / len(ours) + 1 / k)
+
+        def too_sure(bound: float, mean: float = mean, error: float = error, k: int = k) -> float:
+            """How much more probable than the confidence it is that the mean of the masks is at least so high."""
+            counts = np.arange(k + 1)
+            chances = stats.betabinom.pmf(counts, k, 0.5, 40 + len(ours))
+            return float((chances * stats.t.cdf((mean - 0.6 * counts / k - bound) / error, freedom)).sum()) - confidence
+
+        bounds.append(optimize.brentq(too_sure, -5, 5, xtol=1e-12))
     return bounds
 
 
@@ -45,7 +51,7 @@ def test_as_the_slow_computation(seed: int, confidence: float) -> None:
     line = fit_line(found)
     assert line is not None
     assert line.mistakes == 0
-    assert line.lower_bounds(masks, confidence) == pytest.approx(slow_bounds(found, masks, confidence), abs=1e-9)
+    assert line.lower_bounds(masks, confidence) == pytest.approx(slow_bounds(found, masks, confidence), abs=1e-5)
     shuffled = [found[n] for n in np.random.default_rng(1).permutation(len(found))]
     again = fit_line(shuffled)
     assert again is not None

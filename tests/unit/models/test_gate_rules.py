@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from aslseg.models.gate_rules import shown_better, shown_worse
+from aslseg.models.gate_rules import least_since_first, shown_better, shown_not_below, shown_worse
 
 SPREAD = 0.044  # of the difference of two models' Dice on one case: 0.07 a case, four fifths of the variance common
 
@@ -36,6 +37,20 @@ def test_a_model_that_other_masks_made_worse_is_rarely_published(labels: int, mo
     before = rate(lambda d: np.mean(d) >= 0, -0.02, labels)
     assert rate(shown_better, -0.02, labels) < before
     assert rate(shown_better, 0.02, labels) > 0.6
+
+
+def test_a_candidate_is_held_against_the_first_model_by_a_t_test_whose_level_falls_with_the_tries() -> None:
+    differences = [0.01, 0.02, 0.03, 0.06]
+    found = stats.ttest_1samp(differences, 0).confidence_interval(0.98)
+    half = 0.03 - found.low
+    assert least_since_first(differences, 1) == pytest.approx(half - 0.005)
+    assert least_since_first(differences, 10) > least_since_first(differences, 1)
+    assert shown_not_below([0.02, 0.021, 0.022], 1)
+    assert not shown_not_below([0.02, 0.021, 0.022], 100)
+    assert not shown_not_below([-0.006] * 8, 1)
+    assert shown_not_below([-0.004] * 8, 1)
+    assert not shown_not_below([0.5, 0.5], 1)
+    assert not shown_not_below([0.1, math.nan, 0.1], 1)
 
 
 @pytest.mark.parametrize("labels", [1, 2, 4, 8, 16])

@@ -98,6 +98,13 @@ def test_gate_where_settings_changed(paths: Paths, tmp_path: Path) -> None:
         (
             Cause.MASKS,
             [0.03, 0.0, 0.0],
+            False,
+            "may be worse than the first one with these labels (mean difference of Dice +0.0100 on 3 human labels; "
+            "0.0646 is asked of candidate 1)",
+        ),
+        (
+            Cause.MASKS,
+            [0.01, 0.011, 0.009],
             True,
             "this model is better (mean difference of Dice +0.0100 on 3 human",
         ),
@@ -161,3 +168,20 @@ def test_old_files_are_kept_three_deep(paths: Paths, tmp_path: Path) -> None:
     published.prune(paths, 3)
     left = sorted(p.stat().st_mtime for p in paths.models.glob("ssl-*"))
     assert left == [0, 2, 3, 4]
+
+
+def test_what_is_better_than_the_published_model_may_still_be_worse_than_the_first(
+    paths: Paths, tmp_path: Path
+) -> None:
+    put(paths, candidate(tmp_path, "one"))
+    current = find_published(paths, ModelKind.SSL)
+    better = dict(enumerate([0.02, 0.021, 0.022, 0.021]))
+    found = replace(candidate(tmp_path, "two", 0.79, 0.8), cause=Cause.MASKS, differences=better)
+    assert gate(found, current, 0)[0]
+    below = {case: d - 0.03 for case, d in better.items()}
+    accepted, why = gate(replace(found, first=below), current, 0)
+    assert not accepted
+    assert "may be worse than the first one with these labels (mean difference of Dice -0.0090 on 4 human labels" in why
+    scattered = dict(enumerate([0.0, 0.04, 0.02, 0.03]))
+    assert gate(replace(found, first={c: d + 0.02 for c, d in scattered.items()}), current, 0)[0]
+    assert not gate(replace(found, first=scattered, tries=10), current, 0)[0], "the luckiest of ten is no proof"

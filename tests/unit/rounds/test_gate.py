@@ -24,7 +24,14 @@ from aslseg.rounds import cross_retrain, promotion
 from aslseg.rounds.cases import trained_before
 from aslseg.rounds.cross_fit import cross_fit
 from aslseg.rounds.cross_retrain import own_mask
-from aslseg.rounds.gate_pairs import crossed_differences, settings_hash
+from aslseg.rounds.gate_pairs import (
+    Compared,
+    comparable,
+    crossed_differences,
+    first_entry,
+    first_with_its_labels,
+    settings_hash,
+)
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.publishing_gate import publish_better
 from aslseg.rounds.run import opened_pipeline, run_round, train_stage
@@ -68,7 +75,7 @@ class Night:
             cases = [own_mask(found, maps, c) for c in found.cases.unlabelled if c.id in promoted]
             retrained = found.train_ssl(cases, no_progress)
             crossed = cross_fit(found, no_progress)
-            judged = crossed_differences(found, crossed, retrained, promoted, no_progress) if crossed else {}
+            judged = crossed_differences(found, crossed, retrained, promoted, no_progress) if crossed else None
             kinds = (ModelKind.SSL,)
             _, (line,), _ = publish_better(found, made, retrained, promoted, no_progress, kinds, crossed=judged)
         return str(line)
@@ -119,7 +126,38 @@ def test_the_same_scans_with_other_masks_are_judged_by_validation_cases_alone(ni
         crossed = cross_fit(found, no_progress)
         assert crossed is not None
         ssl = found.train_ssl([], no_progress)
-        assert crossed_differences(found, crossed, ssl, ["phantom_004"], no_progress) == {}
+        assert crossed_differences(found, crossed, ssl, ["phantom_004"], no_progress) == Compared()
+
+
+def test_candidates_are_held_against_the_first_model_with_the_same_labels(night: Night, scored: Scored) -> None:
+    """Each night's model might be a little worse than the one before, and pass by luck."""
+    scored(lambda learned, _: 0.8 + 0.04 * len(learned.promoted))
+    night.settings = night.settings.model_copy(update={"keep_models": 1})
+    night.publish([])
+    first = night.served
+    night.publish(["phantom_004"])
+    second = night.served
+    more = ["phantom_004", "phantom_005"]
+    with opened_pipeline(night.studies, resolved(night.settings), night.paths, no_progress, ("prepare",)) as found:
+        crossed, current = cross_fit(found, no_progress), comparable(found, ModelKind.SSL)
+        assert crossed is not None
+        assert current is not None
+        assert (current.sha256, first_with_its_labels(found, current)[0].sha256) == (second, first)
+        judged = crossed_differences(found, crossed, found.train_ssl([], no_progress, part=0.5), more, no_progress)
+        assert judged.published == pytest.approx(dict.fromkeys(TRAIN, 0.04))
+        assert judged.first == pytest.approx(dict.fromkeys(TRAIN, 0.08))
+    assert "ssl: published; no human label is new" in night.publish(more)
+    assert find_published(night.paths, ModelKind.SSL, entries={"ssl": first_event(night)}), "its file is kept"
+    # a new label: what is published then is the first one again
+    night.label(4)
+    night.publish(["phantom_005", "phantom_006"])
+    assert first_event(night)["sha256"] == night.served != first
+
+
+def first_event(night: Night) -> dict[str, Any]:
+    entry, _ = first_entry(night.ledger.events(kinds=("published",)), ModelKind.SSL)
+    assert entry is not None
+    return entry
 
 
 @pytest.mark.parametrize(("change", "published"), [(-0.2, False), (-0.02, True), (0.0, True)])
@@ -290,6 +328,10 @@ def test_a_whole_round_is_withdrawn_when_its_masks_do_not_help(
     assert [p.case for p in night.ledger.promotions()] == first["promoted"]
     hashes = {c: e.details["sha256"] for c, e in night.ledger.masks(PSEUDO).items() if e.kind == "mask"}
     assert hashes == {c: e.details["sha256"] for c, e in standing.items() if e.kind == "mask"}
+    with opened_pipeline(night.studies, resolved(settings), night.paths, no_progress, ("prepare",)) as found:
+        current = comparable(found, ModelKind.SSL)
+        assert current is not None
+        assert first_with_its_labels(found, current)[1] == 2, "the model of the second round was the first candidate"
 
 
 def test_a_round_that_was_killed_after_it_published_decides_the_same_again(
