@@ -66,6 +66,15 @@ class CrossFit:
         return [fold.maps for fold in self.folds]
 
     @property
+    def learned(self) -> list[Fold]:
+        """Every other fold, from the second: SAM and the adaptation network learn to correct the masks of these."""
+        return self.folds[1::2]
+
+    def learns(self, fold: Fold) -> bool:
+        """Whether a fold is one of :attr:`learned`."""
+        return any(fold is one for one in self.learned)
+
+    @property
     def parts(self) -> list[list[str]]:
         """Ids of the labelled cases of each fold."""
         return [[case.id for case in fold.cases] for fold in self.folds]
