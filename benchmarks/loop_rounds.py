@@ -28,6 +28,8 @@ RECIPES: dict[str, dict[str, str]] = {
     "aslseg": {},
     # as in its paper every mask is used, with the weight of a human label
     "cfr": {"promote_floor": "0", "promote_weight": "1"},
+    "self_training": {"promote_floor": "0", "promote_weight": "1"},
+    "supervised": {},
 }
 SPENT = {"cfr": 1 + SAM}
 """Units that a recipe which retrains for all that is left has spent before."""
@@ -44,7 +46,7 @@ def conf_of(conf: dict[str, str], recipe: str, units: float, steps: int) -> dict
     Args:
         conf: Of all arms.
         recipe: Of the round.
-        units: Steps that it may take in all, in multiples of ``steps``. ``aslseg`` takes its defaults.
+        units: Steps that it may take in all, in multiples of ``steps``. The others take their defaults.
         steps: Training steps of the SSL model.
     """
     retrain = units - SPENT[recipe] if recipe in SPENT else RETRAIN

@@ -43,7 +43,12 @@ logger = logging.getLogger(__name__)
 
 KEEP_ARTEFACTS = 2
 """Rounds whose artefacts are kept."""
-UNUSED_STAGES = {"cfr": ("folds", "adapter", "refine", "score", "compare")}
+UNUSED_STAGES = {
+    "cfr": ("folds", "adapter", "refine", "score", "compare"),
+    **dict.fromkeys(
+        ("supervised", "self_training"), ("folds", "sam", "redraw", "adapter", "refine", "score", "compare")
+    ),
+}
 """Stages that a recipe does not have."""
 MODEL_STAGES = {"ssl", "folds", "sam", "adapter"}
 """Stages whose results a round has made already if the round before it had the same inputs."""
