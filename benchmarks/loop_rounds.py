@@ -17,7 +17,6 @@ import numpy as np
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import FINAL, ORIGINAL
 from aslseg.compute.overlap import dice
-from aslseg.rounds.run import run_round
 from aslseg.settings import load_settings
 from aslseg.types import Volume
 from aslseg.volume.io import read_image, write_image, write_label
@@ -80,6 +79,9 @@ def run_one_round(
     settings = load_settings(conf_of(conf, recipe, units, steps) | {"model_dir": str(folder / "published")}, env={})[0]
     started = time.monotonic()
     if not (folder / "round.json").exists():
+        # here, so that the other arms need no package of SAM's
+        from aslseg.rounds.run import run_round
+
         summary = run_round(studies, settings)
         (folder / "round.json").write_text(json.dumps(summary | {"total_seconds": time.monotonic() - started}))
     summary = json.loads((folder / "round.json").read_text())

@@ -22,13 +22,11 @@ from aslseg.errors import TrainingDivergedError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.fold_share import fold_share
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
-
-SHARED_STEPS, LEAST_SHARE = 2.0, 0.5
-"""All folds together train for so many times the steps of the SSL training, but each for at least this part of them."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +93,6 @@ def folds(cases: Sequence[Prepared], count: int) -> list[list[Prepared]]:
     count = min(count, len(patients))
     parts = [set(patients[n::count]) for n in range(count)] if count > 1 else []
     return [[c for c in cases if c.patient in part] for part in parts]
-
-
-def fold_share(parts: int) -> float:
-    """Part of the SSL training's steps for which the model of each of so many folds is trained.
-
-    Shorter trainings find a little less, so that out-of-fold Dice is rather too low than too high.
-    """
-    return min(1.0, max(LEAST_SHARE, SHARED_STEPS / parts)) if parts else 0.0
 
 
 def cross_fit(pipeline: RoundPipeline, report: ProgressCallback) -> CrossFit | None:

@@ -23,7 +23,7 @@ from aslseg.registry import RECIPES, REPORTS
 from aslseg.rounds.brake import NO_BRAKE, Brake
 from aslseg.rounds.cases import RoundCases, prepare_cases, trained_before
 from aslseg.rounds.corrections import record_checked
-from aslseg.rounds.cross_fit import fold_share
+from aslseg.rounds.fold_share import fold_share
 from aslseg.rounds.fresh import FRESH, pooled, record_fresh, unscored
 from aslseg.rounds.ledger import Entry, Ledger, RoundRow
 from aslseg.rounds.lock import round_lock

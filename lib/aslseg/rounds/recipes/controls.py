@@ -11,8 +11,9 @@ from typing import Any
 
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds.cross_fit import fold_share, folds
+from aslseg.rounds.cross_fit import folds
 from aslseg.rounds.evidence import judge_labels, validated
+from aslseg.rounds.fold_share import fold_share
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.promotion import Choice, conclude
 from aslseg.rounds.recipes.cfr import promote_all
