@@ -210,7 +210,8 @@ class Week:
         self.ledger, self.labels = Ledger(self.paths.ledger), settings.label_set
         self.strange: dict[str, str] = json.loads((out / "strange.json").read_text())
         self.store = StudiesDatastore(str(self.studies), settings, self.paths)
-        self.strategy = strategy(plan.strategy, self.ledger, ScanChecks(settings.max_voxels))
+        self.scan_checks = ScanChecks(settings.max_voxels)
+        self.strategy: Any = strategy(plan.strategy, self.ledger, self.scan_checks)
 
     def night(self, number: int) -> dict[str, Any]:
         """A round, unless it is done, and the day after it; returns the row of the table."""
@@ -224,7 +225,7 @@ class Week:
         answered, new = self.day(closed)
         row["fresh"] = self.mean([self.score(served, self.studies / f"{c}.nii.gz") for c in [*answered, *new]])
         row["audits"], row["new_labels"] = len(answered), len(new)
-        row["labels"] = len(list((self.studies / "labels" / FINAL).glob("*.nii.gz")))
+        row["labels"] = len(self.human())
         row["warnings"], row["stages"] = summary["warnings"], summary["seconds"]
         return row
 
@@ -284,7 +285,7 @@ class Week:
         drawn = {e.case: None for e in self.ledger.events(kinds=("audit",)) if e.case}
         saved = [e.case or "" for e in self.ledger.events(kinds=("saved",), tag=FINAL) if e.seq > closed.seq]
         answered = [c for c in saved if c in drawn]
-        human = {p.name[: -len(".nii.gz")] for p in (self.studies / "labels" / FINAL).glob("*.nii.gz")}
+        human = self.human()
         for case in drawn:
             if case not in human:
                 self.label("audit", case)
@@ -304,6 +305,10 @@ class Week:
             new.append(case)
         return answered, new
 
+    def human(self) -> set[str]:
+        """Cases with a human label."""
+        return {p.name[: -len(".nii.gz")] for p in (self.studies / "labels" / FINAL).glob("*.nii.gz")}
+
     def label(self, strategy: str, case: str) -> None:
         """Save the true label of a scan that was handed out."""
         handed = {strategy: {"ts": int(time.time()), "client_id": PERSON}}
@@ -320,12 +325,14 @@ def strategy(name: str, ledger: Ledger, checks: ScanChecks) -> HandsOut:
     return ByAgreement(ledger, Leases(), checks, name == "confirm", name)
 
 
-def simulate(out: Path, plan: Plan, settings: Settings, source: Source) -> list[dict[str, Any]]:
+def simulate(
+    out: Path, plan: Plan, settings: Settings, source: Source, people: Callable[[Path, Plan, Settings], Week] = Week
+) -> list[dict[str, Any]]:
     """All nights; those that are done already are not run again."""
     build(out, plan, source)
     result = out / "nights.json"
     rows: list[dict[str, Any]] = json.loads(result.read_text()) if result.exists() else []
-    week = Week(out, plan, settings)
+    week = people(out, plan, settings)
     for number in range(len(rows) + 1, plan.nights + 1):
         rows.append(week.night(number))
         write_json(result, rows)

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from aslseg.adaptation.train import faulty_regions
+from aslseg.adaptation.faults import Faults
 from aslseg.cases.prepare import PreparedStore, working_spacing
 from aslseg.cases.studies import Case
 from aslseg.compute.overlap import dice
@@ -240,7 +240,7 @@ def models(arguments: argparse.Namespace, train: Sequence[Case], cache: Path) ->
         settings,
         out,
         init=init,
-        errors=lambda case, rng: faulty_regions(case, settings.label_set, rng),
+        errors=Faults(settings.label_set),
         report=_log,
     )
     name = f"fine-tuned on {len(train)} scans ({settings.sam_train}, {settings.sam_iterations} steps)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from aslseg.rounds.cross_fit import fold_share
+from aslseg.rounds.fold_share import fold_share
 from aslseg.settings.model import MOST_FOLDS
 from loop_rounds import ADAPTER, RETRAIN, SAM
 
@@ -90,6 +90,8 @@ def arms(labelled: int) -> dict[str, Arm]:
         "perfect selection": replace(TODAY, masks="true"),
         "round aslseg": Arm(steps=loop - 1 + SAM + ADAPTER, recipe="aslseg"),
         "round cfr": Arm(steps=loop, recipe="cfr"),
+        "round self_training": Arm(steps=loop - 1 + SAM + ADAPTER, recipe="self_training"),
+        "round supervised": Arm(steps=loop - 1 + SAM + ADAPTER, recipe="supervised"),
     }
     if count:
         found |= folds | {

@@ -17,7 +17,6 @@ import numpy as np
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import FINAL, ORIGINAL
 from aslseg.compute.overlap import dice
-from aslseg.rounds.run import run_round
 from aslseg.settings import load_settings
 from aslseg.types import Volume
 from aslseg.volume.io import read_image, write_image, write_label
@@ -28,6 +27,8 @@ RECIPES: dict[str, dict[str, str]] = {
     "aslseg": {},
     # as in its paper every mask is used, with the weight of a human label
     "cfr": {"promote_floor": "0", "promote_weight": "1"},
+    "self_training": {"promote_floor": "0", "promote_weight": "1"},
+    "supervised": {},
 }
 SPENT = {"cfr": 1 + SAM}
 """Units that a recipe which retrains for all that is left has spent before."""
@@ -44,7 +45,7 @@ def conf_of(conf: dict[str, str], recipe: str, units: float, steps: int) -> dict
     Args:
         conf: Of all arms.
         recipe: Of the round.
-        units: Steps that it may take in all, in multiples of ``steps``. ``aslseg`` takes its defaults.
+        units: Steps that it may take in all, in multiples of ``steps``. The others take their defaults.
         steps: Training steps of the SSL model.
     """
     retrain = units - SPENT[recipe] if recipe in SPENT else RETRAIN
@@ -78,6 +79,9 @@ def run_one_round(
     settings = load_settings(conf_of(conf, recipe, units, steps) | {"model_dir": str(folder / "published")}, env={})[0]
     started = time.monotonic()
     if not (folder / "round.json").exists():
+        # here, so that the other arms need no package of SAM's
+        from aslseg.rounds.run import run_round
+
         summary = run_round(studies, settings)
         (folder / "round.json").write_text(json.dumps(summary | {"total_seconds": time.monotonic() - started}))
     summary = json.loads((folder / "round.json").read_text())

@@ -74,7 +74,15 @@ NETWORKS = Registry(
     },
 )
 
-RECIPES = Registry("recipe", {"aslseg": "aslseg.rounds.recipes.aslseg:aslseg", "cfr": "aslseg.rounds.recipes.cfr:cfr"})
+RECIPES = Registry(
+    "recipe",
+    {
+        "aslseg": "aslseg.rounds.recipes.aslseg:aslseg",
+        "cfr": "aslseg.rounds.recipes.cfr:cfr",
+        "self_training": "aslseg.rounds.recipes.controls:self_training",
+        "supervised": "aslseg.rounds.recipes.controls:supervised",
+    },
+)
 
 # what is made of a round: its page just before it is closed, its headline after; rounds do not know the pages
 REPORTS = Registry(

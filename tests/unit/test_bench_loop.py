@@ -162,8 +162,6 @@ def test_reduced_scans_give_the_same_cases(bench: Any, data: Path, monkeypatch: 
 
 def test_a_round_is_an_arm(bench: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The retrained model of a whole round is scored; a second call runs no round."""
-    import loop_rounds
-
     out = data / "out"
     # masks after four steps are specks, which SAM redraws one by one
     conf = ["--conf", "promote_floor=0", "--conf", "promote_threshold=0", "--conf", "ssl_iterations=40"]
@@ -178,7 +176,7 @@ def test_a_round_is_an_arm(bench: Any, data: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(p.name for p in (studies / "labels" / "final").iterdir()) == ["case0.nii.gz", "case1.nii.gz"]
     assert len(list(studies.glob("*.nii.gz"))) == 6
 
-    monkeypatch.setattr(loop_rounds, "run_round", lambda *_: pytest.fail("run again"))
+    monkeypatch.setattr("aslseg.rounds.run.run_round", lambda *_: pytest.fail("run again"))
     (out / "edge3_labels2" / "set1" / "round aslseg" / "result.json").unlink()
     run(bench, monkeypatch, *arguments)
     assert results(out / "edge3_labels2" / "set1")["round aslseg"]["dice"] == made["dice"]

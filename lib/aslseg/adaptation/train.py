@@ -16,8 +16,9 @@ from ignite.engine import Engine, Events
 from monai.losses import DiceLoss
 from torch import Tensor, nn
 
+from aslseg.adaptation.faults import Faults
 from aslseg.adaptation.network import AdaptationNetwork, strides_for
-from aslseg.adaptation.synthetic import corrupt, draw_severity, soft_pair, soften
+from aslseg.adaptation.synthetic import soft_pair
 from aslseg.cases.patches import fit_start
 from aslseg.cases.prepare import automatic_patch
 from aslseg.cases.prepared_case import Prepared
@@ -30,15 +31,13 @@ from aslseg.errors import NotEnoughCasesError, TrainingDivergedError
 from aslseg.files import sha256
 from aslseg.sam.modeling.build import SAMModel
 from aslseg.settings import Settings
-from aslseg.types import Labels, ProgressCallback, no_progress
+from aslseg.types import ProgressCallback, no_progress
 
 BATCH = 2
 PATCH_VOXELS = 64 * 64 * 32
 REDRAWS_PER_CASE, MOST_REDRAWS = 3, 24
 REDRAWN_FRACTION = 0.5
 """Share of the samples that use a mask that SAM has drawn."""
-MILD_FRACTION = 0.4
-"""Share of the samples that are nearly right, so that good masks are learned to be left alone."""
 FOREGROUND_FRACTION = 0.65
 """Share of the patches that hold a foreground voxel near their middle."""
 IMAGE_DROPOUT = 0.2
@@ -72,16 +71,13 @@ def crop(array: np.ndarray, start: np.ndarray, patch: Sequence[int]) -> np.ndarr
     return np.pad(array[..., inside[0], inside[1], inside[2]], [(0, 0)] * (array.ndim - 3) + pad)
 
 
-def faulty_regions(case: Prepared, labels: Labels, rng: np.random.Generator) -> np.ndarray:
-    """Region probabilities (R, i, j, k) of a labelled case with synthetic errors, as an SSL model would give them."""
-    image, spacing = np.asarray(case.image, np.float32), case.grid.spacing
-    truth = labels.regions(np.asarray(case.label))
-    faulty = corrupt(truth, image, labels, spacing, rng, _severity(rng))
-    return np.stack([soften(mask, spacing, rng) for mask in faulty])
-
-
 def redraw_bank(
-    labelled: Sequence[Prepared], sam: SAMModel, settings: Settings, rng: np.random.Generator, report: ProgressCallback
+    labelled: Sequence[Prepared],
+    sam: SAMModel,
+    settings: Settings,
+    rng: np.random.Generator,
+    report: ProgressCallback,
+    faults: Faults,
 ) -> list[list[Redraw]]:
     """Let SAM redraw faulty masks of the cases before training, because SAM is slow; a list per case."""
     from aslseg.sam.predictor.redraw import redraw
@@ -89,12 +85,12 @@ def redraw_bank(
     each = max(1, min(REDRAWS_PER_CASE, MOST_REDRAWS // len(labelled)))
     chosen = set(rng.permutation(len(labelled))[:MOST_REDRAWS].tolist())
     bank: list[list[Redraw]] = [[] for _ in labelled]
-    total, labels = each * len(chosen), settings.label_set
+    total = each * len(chosen)
     for n in sorted(chosen):
         case = labelled[n]
         image = np.asarray(case.image, np.float32)
         for _ in range(each):
-            ssl = faulty_regions(case, labels, rng)
+            ssl = faults(case, rng)
             bank[n].append(Redraw(_pack(ssl), _pack(redraw(sam, image, ssl, settings))))
             report(0, settings.adapter_iterations, redraws=sum(map(len, bank)), of=total)
     return bank
@@ -102,10 +98,6 @@ def redraw_bank(
 
 def _pack(probabilities: np.ndarray) -> np.ndarray:
     return np.rint(np.nan_to_num(probabilities) * 255).astype(np.uint8)
-
-
-def _severity(rng: np.random.Generator) -> float:
-    return float(rng.uniform(0, 0.3)) if rng.random() < MILD_FRACTION else draw_severity(rng)
 
 
 class Samples:
@@ -119,6 +111,7 @@ class Samples:
         settings: Labels.
         patch: Shape in voxels.
         bank: A list of redraws per case, or None.
+        faults: Makes the synthetic errors.
     """
 
     def __init__(
@@ -127,8 +120,10 @@ class Samples:
         settings: Settings,
         patch: Sequence[int],
         bank: list[list[Redraw]] | None,
+        faults: Faults | None = None,
     ) -> None:
         self.cases, self.labels, self.patch, self.bank = list(labelled), settings.label_set, patch, bank
+        self.faults = faults or Faults(self.labels)
         rng = np.random.default_rng(settings.seed)
         self.foreground = [self._voxels(np.asarray(c.label), rng) for c in self.cases]
 
@@ -167,7 +162,7 @@ class Samples:
         spacing: tuple[float, float, float],
         rng: np.random.Generator,
     ) -> Sample:
-        faulty = corrupt(truth, image, self.labels, spacing, rng, _severity(rng))
+        faulty = self.faults.corrupt(truth, image, spacing, rng)
         difference = rng.uniform(0, 2.5) if rng.random() < 0.5 else 0.0
         pairs = [soft_pair(mask, spacing, rng, difference) for mask in faulty]
         ssl, sam = (np.stack(masks) for masks in zip(*pairs, strict=True))
@@ -275,6 +270,7 @@ def train(
     settings: Settings,
     out: Path,
     *,
+    faults: Faults | None = None,
     report: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Train the adaptation network.
@@ -285,6 +281,7 @@ def train(
             synthetic inputs only.
         settings: ``adapter_iterations``, ``adapter_learning_rate``, ``patch``, ``seed``, ``device``, labels.
         out: Model file to write (``*.safetensors``, kind ``adapter``).
+        faults: Makes the masks with errors; by default synthetic ones.
         report: Called with (step, iterations, loss=...); before the first step with (0, iterations, redraws=...).
 
     Returns:
@@ -301,9 +298,10 @@ def train(
         raise NotEnoughCasesError("no labelled case to train the adapter on; draw at least one label and submit it")
     iterations, patch = settings.adapter_iterations, adapter_patch(cases, settings)
     rng = np.random.default_rng([settings.seed, 3])
-    bank = redraw_bank(cases, sam, settings, rng, report) if sam is not None and iterations else None
+    faults = faults or Faults(settings.label_set)
+    bank = redraw_bank(cases, sam, settings, rng, report, faults) if sam is not None and iterations else None
     strides = strides_for(np.median([c.grid.spacing for c in cases], axis=0).tolist())
-    trainer = Trainer(Samples(cases, settings, patch, bank), settings, strides)
+    trainer = Trainer(Samples(cases, settings, patch, bank, faults), settings, strides)
     history: list[dict[str, float]] = []
 
     engine = Engine(lambda _, number: trainer.step(number))

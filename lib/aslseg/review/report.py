@@ -113,7 +113,7 @@ def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
         "first": [_shown(d) for d in decisions[:FIRST]],
         "promoted": [_shown_promotion(e, known.get(e.case or "")) for e in events[:MOST]],
         "promoted_total": len(events),
-        "source": summary.get("source"),
+        "source": source_words(summary),
         "shown": summary.get("shown"),
         "reasons": [{"reason": kind, "scans": count} for kind, count in count_reasons(decisions)][:MOST],
         "left": [_shown(d) for d in left[:MOST]],
@@ -190,6 +190,14 @@ def _mean(agreement: dict[str, float | None]) -> float:
 def _shown(decision: Decision) -> dict[str, Any]:
     d = decision
     return {"case": d.case, "agreement": d.agreement, "per_label": d.per_label, "reasons": d.reasons, "flags": d.flags}
+
+
+def source_words(summary: dict[str, Any]) -> str | None:
+    """Whose masks were promoted; by label where these differ."""
+    sources = summary.get("sources", {})
+    if len({*sources.values()}) < 2:
+        return summary.get("source")
+    return ", ".join(f"{label}: {source}" for label, source in sources.items())
 
 
 def _shown_promotion(event: Event, decision: Decision | None) -> dict[str, Any]:

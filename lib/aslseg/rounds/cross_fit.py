@@ -22,13 +22,11 @@ from aslseg.errors import TrainingDivergedError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities
+from aslseg.rounds.fold_share import fold_share
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
-
-SHARED_STEPS, LEAST_SHARE = 2.0, 0.5
-"""All folds together train for so many times the steps of the SSL training, but each for at least this part of them."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,15 @@ class CrossFit:
         return [fold.maps for fold in self.folds]
 
     @property
+    def learned(self) -> list[Fold]:
+        """Every other fold, from the second: SAM and the adaptation network learn to correct the masks of these."""
+        return self.folds[1::2]
+
+    def learns(self, fold: Fold) -> bool:
+        """Whether a fold is one of :attr:`learned`."""
+        return any(fold is one for one in self.learned)
+
+    @property
     def parts(self) -> list[list[str]]:
         """Ids of the labelled cases of each fold."""
         return [[case.id for case in fold.cases] for fold in self.folds]
@@ -86,14 +93,6 @@ def folds(cases: Sequence[Prepared], count: int) -> list[list[Prepared]]:
     count = min(count, len(patients))
     parts = [set(patients[n::count]) for n in range(count)] if count > 1 else []
     return [[c for c in cases if c.patient in part] for part in parts]
-
-
-def fold_share(parts: int) -> float:
-    """Part of the SSL training's steps for which the model of each of so many folds is trained.
-
-    Shorter trainings find a little less, so that out-of-fold Dice is rather too low than too high.
-    """
-    return min(1.0, max(LEAST_SHARE, SHARED_STEPS / parts)) if parts else 0.0
 
 
 def cross_fit(pipeline: RoundPipeline, report: ProgressCallback) -> CrossFit | None:

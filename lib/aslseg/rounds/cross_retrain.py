@@ -19,7 +19,8 @@ from aslseg.errors import TrainingDivergedError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities, confidence
-from aslseg.rounds.cross_fit import CrossFit, fold_share, folds, share
+from aslseg.rounds.cross_fit import CrossFit, folds, share
+from aslseg.rounds.fold_share import fold_share
 from aslseg.rounds.pipeline import Promoted, RoundPipeline
 from aslseg.types import ProgressCallback
 

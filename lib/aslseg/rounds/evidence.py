@@ -2,9 +2,10 @@
 
 Such cases are the validation cases and, by cross-fitting, every labelled case: the model of its fold has not seen its
 patient. Masks of a fold are redrawn by SAM and refined by the adaptation network exactly as those of unlabelled scans
-are, so that there is a Dice for every source of masks. SAM and the adaptation network have learned from these labels:
-that raises the agreement and the Dice of their masks slightly, and training both without each fold would cost more
-than the SSL models do.
+are, so that there is a Dice for every source of masks. SAM and the adaptation network learn to correct the masks of
+every other fold; these folds say how good the SSL masks are, and nothing of the other sources. Of the folds between
+them they have learned the labels with other errors: that raises the agreement and the Dice of their masks slightly,
+and training both without each fold would cost more than the SSL models do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from aslseg.compute.overlap import dice
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities, mixed
-from aslseg.rounds.cross_fit import CrossFit, region_dice, share
+from aslseg.rounds.cross_fit import CrossFit, Fold, region_dice, share
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.types import Labels, ProgressCallback
 
@@ -43,7 +44,8 @@ class Scored:
     Attributes:
         case: The scan.
         fold: Whether the model of a fold drew them; otherwise it is a validation case.
-        agreement: Dice between the SSL mask and the second network's, by label; None where both are empty.
+        agreement: Dice between the SSL mask and the second network's, by label; None where both are empty, and where
+            the second network has learned to correct this very mask.
         dice: Dice with the human label, by source and label; None where both are empty.
         merged: As ``agreement``, but of each label with everything nested in it.
     """
@@ -74,8 +76,8 @@ class Evidence:
     def by_label(self, source: str) -> dict[str, list[float]]:
         """Dice of a source's masks by label. A case in which both masks of a label are empty does not count for it.
 
-        All members of the ensemble but one were trained on a labelled case that does not validate; there the mask of
-        that one, the SSL mask of the case's fold, stands for it.
+        Where a source has no mask, the SSL mask of the case's fold stands for it: all other members of the ensemble
+        were trained on the case, or SAM and the adaptation network have learned to correct this mask.
         """
         found: dict[str, list[float]] = {name: [] for name in self.names}
         for one in self.scored:
@@ -128,7 +130,7 @@ class Evidence:
 
 
 def fill_folds(pipeline: RoundPipeline, crossed: CrossFit, models: ModelSet, report: ProgressCallback) -> None:
-    """Redraw and refine the masks of each fold's cases.
+    """Redraw and refine the masks of each fold's cases, but for those that SAM and the adaptation network have learned.
 
     Args:
         pipeline: The round's steps.
@@ -136,9 +138,10 @@ def fill_folds(pipeline: RoundPipeline, crossed: CrossFit, models: ModelSet, rep
         models: SAM and the adaptation network of the round.
         report: Called with (done, total).
     """
-    for number, fold in enumerate(crossed.folds):
+    judges = [fold for fold in crossed.folds if not crossed.learns(fold)]
+    for number, fold in enumerate(judges):
         refined = pipeline.predict(ModelKind.ADAPTER, models.with_file(ModelKind.SSL, fold.model))
-        pipeline.fill(refined, fold.cases, share(report, number, len(crossed.folds)))
+        pipeline.fill(refined, fold.cases, share(report, number, len(judges)))
 
 
 def gather(pipeline: RoundPipeline, crossed: CrossFit | None, models: ModelSet, sources: Sources) -> Evidence:
@@ -151,10 +154,18 @@ def gather(pipeline: RoundPipeline, crossed: CrossFit | None, models: ModelSet, 
         sources: Maps of the round's models, ``ssl`` and ``adapter`` among them.
     """
     scored = [_score(pipeline, case, "adapter", sources) for case in pipeline.cases.validation]
-    for fold in crossed.folds if crossed else []:
-        own = cascade_sources(pipeline, models.with_file(ModelKind.SSL, fold.model))
+    for fold, own in fold_sources(pipeline, crossed, models) if crossed else []:
         scored += [_score(pipeline, case, "adapter", own, fold=True) for case in fold.cases]
     return Evidence(tuple(sorted(scored, key=lambda one: one.case)), pipeline.labels.names)
+
+
+def fold_sources(
+    pipeline: RoundPipeline, crossed: CrossFit, models: ModelSet
+) -> list[tuple[Fold, dict[str, CachedProbabilities]]]:
+    """The sources of each fold that say how good masks are: where SAM and the adaptation network have learned to
+    correct this fold's masks, the SSL masks alone."""
+    own = [(fold, models.with_file(ModelKind.SSL, fold.model)) for fold in crossed.folds]
+    return [(f, {"ssl": f.maps} if crossed.learns(f) else cascade_sources(pipeline, m)) for f, m in own]
 
 
 def cascade_sources(pipeline: RoundPipeline, models: ModelSet) -> dict[str, CachedProbabilities]:
@@ -185,10 +196,10 @@ def mix_sources(
     def mix(known: Sources) -> CachedProbabilities:
         return mixed(pipeline.artefacts, labels, [known.get(chosen[name], known["ssl"]) for name in labels.names])
 
-    found, drawn = mix(sources), {}
-    for fold in crossed.folds if crossed else []:
-        own = mix(cascade_sources(pipeline, models.with_file(ModelKind.SSL, fold.model)))
-        drawn |= {c.id: region_dice(pipeline, own, c) for c in fold.cases}
+    drawn: dict[str, dict[str, float | None]] = {}
+    found = mix(sources)
+    for fold, own in fold_sources(pipeline, crossed, models) if crossed else []:
+        drawn |= {c.id: region_dice(pipeline, mix(own), c) for c in fold.cases}
     drawn |= {c.id: region_dice(pipeline, found, c) for c in pipeline.cases.validation}
     scored = tuple(replace(one, dice={**one.dice, MIXED: drawn[one.case]}) for one in evidence.scored)
     return found, Evidence(scored, evidence.names)
@@ -207,10 +218,12 @@ def validated(pipeline: RoundPipeline, second: str, sources: Sources) -> Evidenc
 
 
 def _score(pipeline: RoundPipeline, case: Prepared, second: str, sources: Sources, fold: bool = False) -> Scored:
+    labels, found = pipeline.labels, {name: region_dice(pipeline, maps, case) for name, maps in sources.items()}
+    if second not in sources:
+        unknown = dict.fromkeys(labels.names)
+        return Scored(case.id, fold, unknown, found, unknown)
     first, other = (pipeline.decode(sources[name](case)) for name in ("ssl", second))
-    labels = pipeline.labels
     merged = {n: dice(a, b) for n, a, b in zip(labels.names, labels.regions(first), labels.regions(other), strict=True)}
-    found = {name: region_dice(pipeline, maps, case) for name, maps in sources.items()}
     return Scored(case.id, fold, compare(first, other, labels).per_label, found, merged)
 
 

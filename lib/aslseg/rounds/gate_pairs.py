@@ -24,8 +24,9 @@ from aslseg.models.loaded import load_model
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import Published, find_published
 from aslseg.rounds.artefacts import CachedProbabilities
-from aslseg.rounds.cross_fit import CrossFit, fold_share, folds, share
+from aslseg.rounds.cross_fit import CrossFit, folds, share
 from aslseg.rounds.cross_retrain import retrained_dice
+from aslseg.rounds.fold_share import fold_share
 from aslseg.rounds.fresh import entries_before
 from aslseg.rounds.ledger import Event
 from aslseg.rounds.pipeline import RoundPipeline

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from aslseg.adaptation import train as adapter_train
+from aslseg.adaptation.faults import Faults
 from aslseg.agreement.plausibility import Reference, reference
 from aslseg.cases.prepare import PreparedStore, Spacing, save_array
 from aslseg.cases.prepared_case import Prepared
@@ -147,13 +148,10 @@ class RoundPipeline:
             self.not_learned = warnings_of(self.artefacts.result(path).get("classes", {}))
         return path
 
-    def train_sam(self, report: ProgressCallback) -> Path:
-        """SAM, fine-tuned on the human labels."""
-        s, init = self.settings, self._base_sam()
-        inputs = self._sam_inputs(init, "sam", "prompts")
-
-        def errors(case: Prepared, rng: np.random.Generator) -> np.ndarray:
-            return adapter_train.faulty_regions(case, self.labels, rng)
+    def train_sam(self, report: ProgressCallback, faults: Faults | None = None) -> Path:
+        """SAM, fine-tuned on the human labels with prompts from masks with errors, by default synthetic ones."""
+        s, init, errors = self.settings, self._base_sam(), faults or Faults(self.labels)
+        inputs = self._sam_inputs(init, "sam", "prompts") | ({"faults": errors.key} if errors.key else {})
 
         def train(out: Path) -> dict[str, Any]:
             return finetune.train(self.cases.train, s, out, init=init, errors=errors, report=report)
@@ -168,18 +166,19 @@ class RoundPipeline:
             "canvas", inputs, lambda out: canvas.train(self.cases.train, s, out, init=init, report=report)
         )
 
-    def train_adapter(self, sam: Path, report: ProgressCallback) -> Path:
-        """The adaptation network for a fine-tuned SAM, trained on the human labels."""
+    def train_adapter(self, sam: Path, report: ProgressCallback, faults: Faults | None = None) -> Path:
+        """The adaptation network for a fine-tuned SAM, trained to correct masks of labelled cases with errors."""
         s = self.settings
         inputs = {
             "human": self._human(),
             "spacing": self.cases.spacing,
             "sam": self.cases.hashes(sam),
             "settings": relevant(s, "adapter", "prompts"),
+            **({"faults": faults.key} if faults and faults.key else {}),
         }
 
         def train(out: Path) -> dict[str, Any]:
-            return adapter_train.train(self.cases.train, sam_build.load(sam, s), s, out, report=report)
+            return adapter_train.train(self.cases.train, sam_build.load(sam, s), s, out, faults=faults, report=report)
 
         return self._model("adapter", inputs, train)
 

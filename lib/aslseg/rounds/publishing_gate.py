@@ -158,7 +158,7 @@ def _measured(
     """Dice by label of a model on human labels that it, or the model of a fold, was not trained on."""
     maps = pipeline.predict(kind, models)
     scored = (Scored(c.id, False, {}, {kind: region_dice(pipeline, maps, c)}) for c in pipeline.cases.validation)
-    folds = [one for one in evidence.scored if one.fold] if evidence else []
+    folds = [one for one in evidence.scored if one.fold and kind in one.dice] if evidence else []
     return Evidence((*scored, *folds), pipeline.labels.names).by_label(kind)
 
 

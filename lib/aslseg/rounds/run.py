@@ -23,7 +23,7 @@ from aslseg.registry import RECIPES, REPORTS
 from aslseg.rounds.brake import NO_BRAKE, Brake
 from aslseg.rounds.cases import RoundCases, prepare_cases, trained_before
 from aslseg.rounds.corrections import record_checked
-from aslseg.rounds.cross_fit import fold_share
+from aslseg.rounds.fold_share import fold_share
 from aslseg.rounds.fresh import FRESH, pooled, record_fresh, unscored
 from aslseg.rounds.ledger import Entry, Ledger, RoundRow
 from aslseg.rounds.lock import round_lock
@@ -43,7 +43,12 @@ logger = logging.getLogger(__name__)
 
 KEEP_ARTEFACTS = 2
 """Rounds whose artefacts are kept."""
-UNUSED_STAGES = {"cfr": ("folds", "adapter", "refine", "score", "compare")}
+UNUSED_STAGES = {
+    "cfr": ("folds", "adapter", "refine", "score", "compare"),
+    **dict.fromkeys(
+        ("supervised", "self_training"), ("folds", "sam", "redraw", "adapter", "refine", "score", "compare")
+    ),
+}
 """Stages that a recipe does not have."""
 MODEL_STAGES = {"ssl", "folds", "sam", "adapter"}
 """Stages whose results a round has made already if the round before it had the same inputs."""

@@ -74,7 +74,9 @@ class RoundSettings(Section):
 
     recipe: Annotated[str, registered(RECIPES)] = setting(
         "aslseg",
-        "Steps of a round: aslseg (SSL, SAM and adaptation network), or cfr (SAM on stitched slices)",
+        "Steps of a round: aslseg (SSL, SAM and adaptation network), or cfr (SAM on stitched slices); to compare "
+        "with, for as many training steps as aslseg: self_training (the SSL network's own masks) and supervised (human "
+        "labels alone)",
         example="cfr",
         common=True,
     )

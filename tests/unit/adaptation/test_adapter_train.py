@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from aslseg.adaptation import train as module
+from aslseg.adaptation.faults import Faults
 from aslseg.adaptation.predict import load
 from aslseg.adaptation.synthetic import corrupt, soften
 from aslseg.adaptation.train import Redraw, Samples, adaptation_loss, adapter_patch, crop, redraw_bank, train
@@ -174,6 +175,7 @@ def test_the_bank_holds_what_sam_makes_of_faulty_masks(
         settings,
         np.random.default_rng(0),
         lambda done, total, **shown: reports.append(shown["redraws"]),
+        Faults(settings.label_set),
     )
     assert [len(b) for b in bank] == [2, 2]
     assert reports == [1, 2, 3, 4]

@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from aslseg.cases.studies import PSEUDO
 from aslseg.errors import DiskFullError, LedgerError
 from aslseg.files import sha256
-from aslseg.review.report import collect, headline, report_path, write
+from aslseg.review.report import collect, headline, report_path, source_words, write
 from aslseg.rounds.ledger import Entry, Ledger
 from aslseg.rounds.masks import MaskStore
 from aslseg.settings import Paths, Settings
@@ -276,3 +276,10 @@ def test_the_headline_names_no_scan(paths: Paths, settings: Settings) -> None:
     assert (found["promoted"], found["not_promoted"]) == (1, 0)
     assert "phantom" not in json.dumps(found)
     assert "anna" not in json.dumps(found)
+
+
+def test_the_source_is_named_by_label_where_labels_come_from_several() -> None:
+    assert source_words({"source": "ssl"}) == "ssl"
+    assert source_words({"source": "ssl", "sources": {"liver": "ssl", "tumour": "ssl"}}) == "ssl"
+    mixed = {"source": "mixed", "sources": {"liver": "ssl", "tumour": "adapter"}}
+    assert source_words(mixed) == "liver: ssl, tumour: adapter"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from aslseg.adaptation import synthetic
 from aslseg.agreement.promotion_rules import Verdict
 from aslseg.compute.weights import load_weights, save_weights
 from aslseg.rounds import canaries, pipeline, promotion
@@ -21,10 +22,11 @@ from tiny_rounds import Judged, Learned, Scored, Training, tiny_network, tiny_se
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few batch-norm batches and one thread."""
+    """Few batch-norm batches, few masks to fit severities on, and one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(engine, "STATISTICS_BATCHES", 2)
+    monkeypatch.setattr(synthetic, "CALIBRATION_DRAWS", 4)
     yield
     torch.set_num_threads(threads)
 

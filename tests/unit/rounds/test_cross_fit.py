@@ -7,14 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from aslseg.adaptation.faults import Faults
 from aslseg.review.page import render
 from aslseg.review.status import collect
 from aslseg.rounds import pipeline
 from aslseg.rounds.cross_fit import cross_fit, folds
+from aslseg.rounds.real_errors import learned_faults
 from aslseg.rounds.recipes import aslseg
 from aslseg.rounds.run import run_round
+from aslseg.rounds.state import RoundState
 from aslseg.settings import Paths, Settings
 from aslseg.ssl import training
 from aslseg.types import no_progress
@@ -86,6 +90,54 @@ def test_every_label_is_scored_by_a_model_that_has_not_seen_its_patient(
     (folder,) = (Paths(settings, studies).rounds / "steps").glob("ensemble-*")
     assert len(json.loads((folder / "inputs.json").read_text())["members"]) == 3
     assert {p.name[:11] for p in folder.glob("*.npz")} >= set(summary["promoted"])
+
+
+@pytest.mark.usefixtures("plausible")
+def test_sam_and_adapter_learn_masks_of_every_other_fold_and_are_judged_on_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real errors beside synthetic ones that are as severe; who has learned a mask says nothing of masks like it."""
+    studies, settings = tiny_studies(tmp_path, cases=5, labelled=4), tiny_settings(tmp_path, label_folds=4)
+    (studies / "patients.csv").write_text(PATIENTS)
+    given: list[Any] = []
+    for module, name in ((pipeline.finetune, "errors"), (pipeline.adapter_train, "faults")):
+        train = module.train
+
+        def watched(*rest: Any, train: Any = train, name: str = name, **more: Any) -> Any:
+            given.append(more[name])
+            return train(*rest, **more)
+
+        monkeypatch.setattr(module, "train", watched)
+    states: list[RoundState] = []
+    conclude = aslseg.conclude
+    monkeypatch.setattr(aslseg, "conclude", lambda state, *rest: states.append(state) or conclude(state, *rest))
+    summary = run_round(studies, settings)
+
+    sam, adapter = given
+    assert sam is adapter
+    (state,) = states
+    assert state.crossed is not None
+    assert len(state.crossed.folds) == 2
+    learned = set(state.crossed.parts[1])
+    assert set(sam.real) == learned
+    for fold in state.crossed.folds[1:]:
+        for case in fold.cases:
+            np.testing.assert_array_equal(sam.real[case.id](case), fold.maps(case))
+    assert dict(zip(state.pipeline.labels.names, sam.most, strict=True)) == summary["severities"]
+    for one in state.evidence.scored:
+        assert ("adapter" in one.dice) == (one.case not in learned)
+        assert "ssl" in one.dice
+        assert (one.agreement["liver"] is None) >= (one.case in learned)
+    # the next night finds both
+    given.clear()
+    assert run_round(studies, settings)["severities"] == summary["severities"]
+    assert not given
+
+
+def test_without_folds_all_errors_are_synthetic() -> None:
+    labels = Settings().label_set
+    one: Any = SimpleNamespace(labels=labels)
+    assert learned_faults(one, None) == Faults(labels)
 
 
 def test_one_patient_gives_no_folds() -> None:

@@ -18,7 +18,7 @@ from aslseg.errors import TrainingDivergedError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.cases import RoundCases
-from aslseg.rounds.cross_fit import cross_fit, fold_share
+from aslseg.rounds.cross_fit import cross_fit
 from aslseg.rounds.evidence import (
     Evidence,
     Floors,
@@ -29,6 +29,7 @@ from aslseg.rounds.evidence import (
     judge_labels,
     mix_sources,
 )
+from aslseg.rounds.fold_share import fold_share
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress

@@ -19,6 +19,7 @@ from aslseg.rounds.cross_fit import cross_fit, folds
 from aslseg.rounds.evidence import MIXED, Evidence, cascade_sources, fill_folds, gather, judge_labels, mix_sources
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.promotion import conclude, promotion_details
+from aslseg.rounds.real_errors import learned_faults
 from aslseg.rounds.state import RoundState
 from aslseg.types import ProgressCallback
 
@@ -48,19 +49,19 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
         ssl_maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: ssl}))
         pipeline.fill(ssl_maps, cases.predicted, report)
     with progress.stage("sam") as report:
-        sam = pipeline.train_sam(report)
+        faults = learned_faults(pipeline, crossed)
+        sam = pipeline.train_sam(report, faults)
     with progress.stage("redraw") as report:
         sam_maps = pipeline.predict(ModelKind.SAM, ModelSet({ModelKind.SSL: ssl, ModelKind.SAM: sam}))
         pipeline.fill(sam_maps, cases.predicted, report)
     with progress.stage("adapter") as report:
-        adapter = pipeline.train_adapter(sam, report)
+        adapter = pipeline.train_adapter(sam, report, faults)
     models = ModelSet({ModelKind.SSL: ssl, ModelKind.SAM: sam, ModelKind.ADAPTER: adapter})
     with progress.stage("refine") as report:
         refined_maps = pipeline.fill(pipeline.predict(ModelKind.ADAPTER, models), cases.predicted, report)
     sources = cascade_sources(pipeline, models)
     if crossed:
         sources["ensemble"] = pipeline.ensemble([ssl_maps, *crossed.maps])
-    if crossed:
         with progress.stage("score") as report:
             fill_folds(pipeline, crossed, models, report)
     evidence = gather(pipeline, crossed, models, sources)
@@ -77,6 +78,7 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
         pipeline, models, ssl_maps, refined_maps, source, sources[source], evidence, floors, crossed=crossed
     )
     compared = {"cross_fitted": evidence.compared([*candidates, *({MIXED} & sources.keys())]), "sources": chosen}
+    compared["severities"] = dict(zip(pipeline.labels.names, faults.most, strict=False))
     return conclude(state, dice, promotable) | compared | (crossed.summary() if crossed else {})
 
 
