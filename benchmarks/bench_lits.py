@@ -225,7 +225,8 @@ def joined(arguments: argparse.Namespace, settings: Settings) -> None:
     inner = second.model(arguments.second / "second.safetensors")
     arguments.steps = metadata["iterations"] + inner.metadata["iterations"]
     parts = [(second.branch, second.geometry, inner)]
-    score_whole(arguments, settings, predict.NestedModel(first, parts, metadata, settings), scans.test)
+    both = metadata | {"specks": inner.metadata.get("specks", {})}
+    score_whole(arguments, settings, predict.NestedModel(first, parts, both, settings), scans.test)
 
 
 def whole(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -252,11 +253,8 @@ def score_whole(
     test: Sequence[Prepared],
 ) -> None:
     """Rows of whole scans."""
-    limits: dict[str, Any] = {}
-    for _, _, inner in model.second if isinstance(model, predict.NestedModel) else ():
-        # taken away here, so that both are scored
-        limits |= inner.metadata.pop("specks", {})
-    scored = Scored(arguments, settings, limits)
+    # taken away here, so that both are scored
+    scored = Scored(arguments, settings, model.metadata.pop("specks", {}))
     for case in test:
         scored.add(case, np.s_[:, :, :], model.predict(np.asarray(case.image)))
     scored.finish()
