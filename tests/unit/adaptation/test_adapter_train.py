@@ -42,7 +42,7 @@ def test_samples_are_reproducible_and_nested(scan: Maker, settings: Settings) ->
     samples = Samples([scan(0), scan(1)], settings, (24, 24, 16), None)
     for seed in range(8):
         one, two = (samples.draw(np.random.default_rng(seed)) for _ in range(2))
-        assert one.image.shape == (24, 24, 16)
+        assert one.images.shape == (2, 24, 24, 16)
         assert one.truth.shape == one.sam.shape == one.ssl.shape == (2, 24, 24, 16)
         assert np.array_equal(one.ssl, two.ssl)
         assert (one.truth[0] >= one.truth[1]).all()
@@ -51,7 +51,7 @@ def test_samples_are_reproducible_and_nested(scan: Maker, settings: Settings) ->
 
 def test_a_scan_smaller_than_the_patch_is_padded(scan: Maker, settings: Settings) -> None:
     sample = Samples([scan(0)], settings, (48, 48, 32), None).draw(np.random.default_rng(0))
-    assert sample.image.shape == (48, 48, 32)
+    assert sample.images.shape == (2, 48, 48, 32)
     assert sample.truth[0].sum() == (scan(0).label > 0).sum()
 
 
@@ -156,7 +156,14 @@ def test_the_file_says_what_is_in_it(trained: dict[str, object], settings: Setti
     metadata = read_metadata(trained["out"])
     assert metadata["kind"] == "adapter"
     assert metadata["labels"] == ["liver", "tumour"]
-    assert metadata["channels"] == ["image", "sam liver", "sam tumour", "ssl liver", "ssl tumour"]
+    assert metadata["channels"] == [
+        "image",
+        "image relative to liver",
+        "sam liver",
+        "sam tumour",
+        "ssl liver",
+        "ssl tumour",
+    ]
     assert metadata["patch"] == [32, 32, 16]
     assert metadata["strides"] == [[2, 2, 1], [2, 2, 2], [2, 2, 2]]
     assert metadata["iterations"] == 50
