@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aslseg.adaptation.network import AdaptationNetwork
-from aslseg.cases.relative import centres, views
+from aslseg.cases.relative import centres, parents, views
 from aslseg.compute.augment import centre
 from aslseg.compute.bounding_box import bounding_box
 from aslseg.compute.device import bfloat16_pays, choose_device
@@ -117,7 +117,7 @@ def load(path: Path, settings: Settings) -> AdapterModel:
             f"{path.name} was trained for {', '.join(metadata['labels'])}, but labels = {', '.join(labels)}; "
             "use another model_dir or set labels to what the model knows"
         )
-    images = len(metadata["channels"]) - 2 * len(labels)
+    images = 1 + (len(parents(settings.label_set)) if metadata.get("relative") else 0)
     network = AdaptationNetwork(len(labels), metadata["strides"], images)
     try:
         network.load_state_dict(state)
