@@ -38,7 +38,7 @@ from aslseg.files import write_json
 from aslseg.serving.strategies import Leases, Random
 from aslseg.settings import Settings, load_settings
 from aslseg.volume.io import read_image, read_label
-from bench_nights import LA, PHANTOM, Plan, Source, Week, atria, phantoms, simulate
+from bench_nights import LA, PATCHES, PHANTOM, Plan, Source, Week, atria, phantoms, simulate
 
 logger = logging.getLogger("bench_annotator")
 
@@ -153,7 +153,11 @@ def run(out: Path, plan: Plan, conf: dict[str, str], data: Path | None) -> bool:
             given = conf | {"model_dir": str(folder / "models"), "seed": str(1336 + plan.seed)}
             settings = load_settings(given, env={})[0]
             torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-            scans = rotated(atria(data, plan.edge), plan.pool, (plan.seed - 1) * plan.first) if data else phantoms(plan.seed)
+            scans = (
+                rotated(atria(data, plan.edge), plan.pool, (plan.seed - 1) * plan.first)
+                if data
+                else phantoms(plan.seed)
+            )
             simulate(folder, plan, settings, scans, Annotator)
     except Timeout:
         return False
@@ -169,13 +173,14 @@ def main() -> None:
     parser.add_argument("--nights", type=int, default=5, help="rounds; labels are added after all but the last count")
     parser.add_argument("--labels", type=int, default=2, help="scans that are labelled after each round")
     parser.add_argument("--pool", type=int, default=16, help="scans in the studies folder")
+    parser.add_argument("--edge", type=int, default=3, choices=sorted(PATCHES), help="left atria: averages over cubes")
     parser.add_argument("--first", type=int, default=2, help="labels before the first round")
     parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    conf = (LA if arguments.data else PHANTOM) | {"audits": "0"}
+    conf = (LA | {"patch": PATCHES[arguments.edge]} if arguments.data else PHANTOM) | {"audits": "0"}
     conf |= dict(pair.split("=", 1) for pair in arguments.conf)
-    plan = Plan(nights=arguments.nights, labels=arguments.labels, pool=arguments.pool, first=arguments.first)
+    plan = Plan(arguments.nights, arguments.labels, pool=arguments.pool, first=arguments.first, edge=arguments.edge)
     for seed in map(int, arguments.seeds.split(",")):
         for strategy in arguments.strategies.split(","):
             if not run(arguments.out, replace(plan, strategy=strategy, seed=seed), conf, arguments.data):

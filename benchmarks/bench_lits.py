@@ -225,7 +225,8 @@ def joined(arguments: argparse.Namespace, settings: Settings) -> None:
     inner = second.model(arguments.second / "second.safetensors")
     arguments.steps = metadata["iterations"] + inner.metadata["iterations"]
     parts = [(second.branch, second.geometry, inner)]
-    score_whole(arguments, settings, predict.NestedModel(first, parts, metadata, settings), scans.test)
+    both = metadata | {"specks": inner.metadata.get("specks", {})}
+    score_whole(arguments, settings, predict.NestedModel(first, parts, both, settings), scans.test)
 
 
 def whole(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -252,11 +253,8 @@ def score_whole(
     test: Sequence[Prepared],
 ) -> None:
     """Rows of whole scans."""
-    limits: dict[str, Any] = {}
-    for _, _, inner in model.second if isinstance(model, predict.NestedModel) else ():
-        # taken away here, so that both are scored
-        limits |= inner.metadata.pop("specks", {})
-    scored = Scored(arguments, settings, limits)
+    # taken away here, so that both are scored
+    scored = Scored(arguments, settings, model.metadata.pop("specks", {}))
     for case in test:
         scored.add(case, np.s_[:, :, :], model.predict(np.asarray(case.image)))
     scored.finish()
@@ -279,20 +277,27 @@ class Scored:
 
     def add(self, case: Prepared, where: Any, p: np.ndarray) -> None:
         """Score class probabilities (1 + N, i, j, k) in a box."""
-        truth, ml = np.asarray(case.label)[where], float(np.prod(case.grid.spacing)) / 1000
-        row: dict[str, Any] = {"case": case.id, "patient": case.patient}
+        before = None
         if self.limits:
-            found = self.labels.decode(self.labels.region_probabilities(p))
-            row["unfiltered"] = lesion_score(found == 2, truth == 2, ml)
+            before = self.labels.decode(self.labels.region_probabilities(p))
             specks.clear(p, self.labels, self.limits, case.grid.spacing)
         found = self.labels.decode(self.labels.region_probabilities(p))
+        self.add_mask(case, where, found, before)
+        if self.arguments.keep:
+            truth = np.asarray(case.label)[where]
+            kept = {"found": found, "truth": truth, "image": np.asarray(case.image[where]), "p": p.astype(np.float16)}
+            np.savez_compressed(self.arguments.out / f"{case.id}.npz", **kept)
+
+    def add_mask(self, case: Prepared, where: Any, found: np.ndarray, unfiltered: np.ndarray | None = None) -> None:
+        """Score a class map in a box, and what it was with all components."""
+        truth, ml = np.asarray(case.label)[where], float(np.prod(case.grid.spacing)) / 1000
+        row: dict[str, Any] = {"case": case.id, "patient": case.patient}
+        if unfiltered is not None:
+            row["unfiltered"] = lesion_score(unfiltered == 2, truth == 2, ml)
         row |= {"liver": dice(found > 0, truth > 0), "tumour": lesion_score(found == 2, truth == 2, ml)}
         self.rows.append(row)
         if (truth == 2).any():
             self.slices[case.id] = slice_of_most(truth, found)
-        if self.arguments.keep:
-            kept = {"found": found, "truth": truth, "image": np.asarray(case.image[where]), "p": p.astype(np.float16)}
-            np.savez_compressed(self.arguments.out / f"{case.id}.npz", **kept)
 
     def finish(self) -> None:
         """Write result.json and outlines.png."""
@@ -330,7 +335,7 @@ def arm_of(arguments: argparse.Namespace, settings: Settings) -> str:
     learned = "full supervision" if arguments.fold else f"{arguments.labelled} labelled"
     said = {"labelled": "", "liver": ", no tumour label", "unknown": ", true tumours unknown"}[arguments.tumours]
     synthetic = "" if settings.nested_synthetic else ", nothing synthetic"
-    where = ", true liver" if arguments.what == "second" else ""
+    where = ", true liver" if getattr(arguments, "what", "") == "second" else ""
     return f"{learned}{said}{synthetic}, {settings.ssl_method}{where}"
 
 
@@ -338,23 +343,39 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("what", choices=["prepare", "first", "second", "joined", "whole", "table"])
     found.add_argument("results", nargs="*", type=Path, help="result.json files of a table")
+    found.add_argument("--first", type=Path, help="folder of the first stage to join")
+    found.add_argument("--second", type=Path, help="folder of the second stage to join")
+    found.add_argument("--fold-steps", type=int, default=0, help="steps of each fold; default: half of --steps")
+    found.add_argument("--train-only", action="store_true", help="first and second: score nothing")
+    return shared_arguments(found)
+
+
+def shared_arguments(found: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Arguments of all runs on lits_tumour."""
     found.add_argument("--out", type=Path, required=True)
     found.add_argument("--data", type=Path, default=DATA)
     found.add_argument("--cache", type=Path, default=Path("work/lits_cache"))
-    found.add_argument("--first", type=Path, help="folder of the first stage to join")
-    found.add_argument("--second", type=Path, help="folder of the second stage to join")
     found.add_argument("--labelled", type=int, default=8)
     found.add_argument("--rotation", type=int, default=1, choices=range(1, len(ROTATIONS) + 1))
     found.add_argument("--fold", help="number/count: learn from all other patients, score those of this fold")
     found.add_argument("--tumours", choices=["labelled", "liver", "unknown"], default="labelled")
     found.add_argument("--crossfit", type=int, default=0, help="folds that choose the least component; 0: none")
-    found.add_argument("--fold-steps", type=int, default=0, help="steps of each of them; default: half of --steps")
     found.add_argument("--steps", type=int, default=800)
     found.add_argument("--arm", help="name in the table")
-    found.add_argument("--train-only", action="store_true", help="first and second: score nothing")
     found.add_argument("--keep", action="store_true", help="keep masks, images and probabilities of each scan")
     found.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE")
     return found
+
+
+def prepare(arguments: argparse.Namespace, defaults: dict[str, str]) -> Settings:
+    """Settings of a run; its folder is made and its arm named."""
+    conf = {"labels": "liver,tumour", "nested": "tumour:liver", "modality": "ct"} | defaults
+    settings = load_settings(conf | dict(pair.split("=", 1) for pair in arguments.conf), env={})[0]
+    torch.set_num_threads(settings.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.backends.cudnn.benchmark = choose_device(settings).type == "cuda"
+    arguments.arm = arguments.arm or arm_of(arguments, settings)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    return settings
 
 
 def main() -> None:
@@ -365,13 +386,7 @@ def main() -> None:
         return
     if arguments.what == "whole" and arguments.tumours == "unknown":
         parser().error("--tumours unknown leaves gaps in the first stage's livers too; use first, second and joined")
-    conf = {"labels": "liver,tumour", "nested": "tumour:liver", "modality": "ct", "ssl_method": "supervised"}
-    conf |= {"nested_fraction": "0.6"}
-    settings = load_settings(conf | dict(pair.split("=", 1) for pair in arguments.conf), env={})[0]
-    torch.set_num_threads(settings.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
-    torch.backends.cudnn.benchmark = choose_device(settings).type == "cuda"
-    arguments.arm = arguments.arm or arm_of(arguments, settings)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    settings = prepare(arguments, {"ssl_method": "supervised"})
     work = {"prepare": split, "first": first_only, "second": second_only, "joined": joined, "whole": whole}
     work[arguments.what](arguments, settings)
 

@@ -55,7 +55,6 @@ from aslseg.serving.open_scans import OpenScan, ScanCache
 from aslseg.settings import Settings, load_settings
 from aslseg.volume.io import read_image, read_label
 from bench_la import choose, files
-from realdata_lits import HELD_OUT, LABELLED
 
 logger = logging.getLogger("bench_sam")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -64,6 +63,8 @@ CONF = {
     "lits": {"labels": "liver,tumour", "modality": "ct"},
 }
 TRAINED, HELD_OUT_ATRIA = 4, 16
+# scans of lits/: those of one patient are held out, those without a label left out
+TRAINED_LIVERS, HELD_OUT_LIVERS = (0, 1, 4, 5), (6, 7, 8, 9, 10)
 LEAST_PIXELS = 100
 COLUMNS = ("box", "1", "3", "5")  # numbers are clicks
 PICTURES = 6  # slices in pictures.png
@@ -122,7 +123,7 @@ def cases(organ: str, data: Path, names: Path | None, folder: Path) -> tuple[lis
         train, _, held = choose(listed, TRAINED, HELD_OUT_ATRIA)
         patients = {n: n for n in listed}
     else:
-        train, held = ([f"lits_{n:02d}" for n in numbers] for numbers in ((*LABELLED, 5), HELD_OUT))
+        train, held = ([f"lits_{n:02d}" for n in numbers] for numbers in (TRAINED_LIVERS, HELD_OUT_LIVERS))
         same = {"lits_01": "lits_00"} | dict.fromkeys(held, held[0])
         patients = {n: same.get(n, n) for n in (*train, *held)}
     absent = [n for n in (*train, *held) if n not in images or n not in labels]

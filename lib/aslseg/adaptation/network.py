@@ -35,14 +35,15 @@ class AdaptationNetwork(nn.Module):
     Args:
         regions: R, the number of regions.
         strides: Of each of the three levels, as :func:`strides_for` gives them.
+        images: V, views of the scan: 1, and one for each parent of nested labels with relative intensities.
     """
 
-    def __init__(self, regions: int, strides: Sequence[Sequence[int]] = ((2, 2, 2),) * 3) -> None:
+    def __init__(self, regions: int, strides: Sequence[Sequence[int]] = ((2, 2, 2),) * 3, images: int = 1) -> None:
         super().__init__()
-        self.regions = regions
+        self.regions, self.images = regions, images
         self.body = UNet(
             3,
-            1 + 2 * regions,
+            images + 2 * regions,
             FEATURES,
             CHANNELS,
             [tuple(s) for s in strides],
@@ -56,7 +57,7 @@ class AdaptationNetwork(nn.Module):
 
     def prior(self, inputs: Tensor) -> Tensor:
         """The term of the logits that comes directly from the inputs, (B, R, i, j, k) float32."""
-        given = torch.logit(inputs[:, 1:].float(), eps=1e-3).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+        given = torch.logit(inputs[:, self.images :].float(), eps=1e-3).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
         gated = given.unflatten(1, (2, self.regions)) * self.kappa.float()[None, :, :, None, None, None]
         return gated.sum(1)
 
@@ -64,12 +65,12 @@ class AdaptationNetwork(nn.Module):
         """Logits of the refined regions.
 
         Args:
-            inputs: (B, 1 + 2R, i, j, k): the centred image, SAM's R region probabilities, the SSL model's. Each
+            inputs: (B, V + 2R, i, j, k): the centred images, SAM's R region probabilities, the SSL model's. Each
                 axis a multiple of 8.
 
         Returns:
             (B, R, i, j, k) float32.
         """
-        scaled = torch.cat([inputs[:, :1], 2 * inputs[:, 1:] - 1], 1)
+        scaled = torch.cat([inputs[:, : self.images], 2 * inputs[:, self.images :] - 1], 1)
         scaled = scaled.contiguous(memory_format=torch.channels_last_3d)
         return self.head(self.body(scaled)).float() + self.prior(inputs)

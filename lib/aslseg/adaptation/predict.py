@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aslseg.adaptation.network import AdaptationNetwork
+from aslseg.cases.relative import centres, parents, views
 from aslseg.compute.augment import centre
 from aslseg.compute.bounding_box import bounding_box
 from aslseg.compute.device import bfloat16_pays, choose_device
@@ -63,7 +64,10 @@ class AdapterModel:
         box = self._box(sam_regions, ssl_regions)
         if box is None:
             return out
-        crops = [image[None, *box], sam_regions[:, *box], ssl_regions[:, *box]]
+        labels, shown = self.settings.label_set, self.metadata.get("relative")
+        # of the whole scan, as in training
+        found = centres(image, [p >= 0.5 for p in ssl_regions], labels) if shown else {}
+        crops = [views(image[box], found, labels, shown), sam_regions[:, *box], ssl_regions[:, *box]]
         inputs = np.nan_to_num(np.concatenate(crops).astype(np.float32), posinf=1, neginf=0).clip(0, 1)
         i, j, k = self.metadata["patch"]
         plan = next(plans(self.device, (i, j, k)))
@@ -90,11 +94,12 @@ class AdapterModel:
         return tuple(box)
 
     def _logits(self, windows: Tensor) -> Tensor:
-        """Logits (B, R, i, j, k) of windows (B, 1 + 2R, i, j, k) in 0..1.
+        """Logits (B, R, i, j, k) of windows (B, V + 2R, i, j, k) in 0..1.
 
-        The image is centred here, after small volumes were padded with 0, so that the padding is air as in training.
+        The images are centred here, after small volumes were padded with 0, so that the padding is air as in training.
         """
-        windows = torch.cat([centre(windows[:, :1]), windows[:, 1:]], 1)
+        images = windows.shape[1] - 2 * len(self.metadata["labels"])
+        windows = torch.cat([centre(windows[:, :images]), windows[:, images:]], 1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.network(windows)
 
@@ -112,7 +117,8 @@ def load(path: Path, settings: Settings) -> AdapterModel:
             f"{path.name} was trained for {', '.join(metadata['labels'])}, but labels = {', '.join(labels)}; "
             "use another model_dir or set labels to what the model knows"
         )
-    network = AdaptationNetwork(len(labels), metadata["strides"])
+    images = 1 + (len(parents(settings.label_set)) if metadata.get("relative") else 0)
+    network = AdaptationNetwork(len(labels), metadata["strides"], images)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -22,6 +22,7 @@ from aslseg.adaptation.synthetic import soft_pair
 from aslseg.cases.patches import fit_start
 from aslseg.cases.prepare import automatic_patch
 from aslseg.cases.prepared_case import Prepared
+from aslseg.cases.relative import centres, half_range, parents, views
 from aslseg.compute.augment import centre, random_geometry, random_intensity, warp
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.compute.hardware import resolved
@@ -55,9 +56,12 @@ class Redraw:
 
 @dataclass(frozen=True)
 class Sample:
-    """One patch: image (i, j, k) in 0..1, true regions, SAM's and the SSL model's probabilities (R, i, j, k)."""
+    """One patch: images (V, i, j, k) in 0..1, true regions, SAM's and the SSL model's probabilities (R, i, j, k).
 
-    image: np.ndarray
+    The first image is the scan's, the others are relative to a parent (:mod:`aslseg.cases.relative`).
+    """
+
+    images: np.ndarray
     truth: np.ndarray
     sam: np.ndarray
     ssl: np.ndarray
@@ -126,6 +130,11 @@ class Samples:
         self.faults = faults or Faults(self.labels)
         rng = np.random.default_rng(settings.seed)
         self.foreground = [self._voxels(np.asarray(c.label), rng) for c in self.cases]
+        self.half_range = half_range(settings)
+        self.centres = [self._centres(c) if self.half_range else {} for c in self.cases]
+
+    def _centres(self, case: Prepared) -> dict[int, float]:
+        return centres(case.image, list(self.labels.regions(np.asarray(case.label))), self.labels)
 
     def _voxels(self, label: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """Some voxels of each region that is present, so that patches show small regions as often as large ones."""
@@ -142,8 +151,12 @@ class Samples:
         if self.bank and self.bank[n] and rng.random() < REDRAWN_FRACTION:
             chosen = self.bank[n][int(rng.integers(len(self.bank[n])))]
             sam, ssl = (crop(a, start, self.patch).astype(np.float32) / 255 for a in (chosen.sam, chosen.ssl))
-            return Sample(image, truth, sam, ssl)
-        return self._synthetic(image, truth, case.grid.spacing, rng)
+            return Sample(self._images(image, n), truth, sam, ssl)
+        truth, sam, ssl = self._synthetic(image, truth, case.grid.spacing, rng)
+        return Sample(self._images(image, n), truth, sam, ssl)
+
+    def _images(self, image: np.ndarray, n: int) -> np.ndarray:
+        return views(image, self.centres[n], self.labels, self.half_range)
 
     def _start(self, n: int, rng: np.random.Generator) -> np.ndarray:
         shape, patch = np.array(self.cases[n].image.shape), np.array(self.patch)
@@ -161,12 +174,12 @@ class Samples:
         truth: np.ndarray,
         spacing: tuple[float, float, float],
         rng: np.random.Generator,
-    ) -> Sample:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         faulty = self.faults.corrupt(truth, image, spacing, rng)
         difference = rng.uniform(0, 2.5) if rng.random() < 0.5 else 0.0
         pairs = [soft_pair(mask, spacing, rng, difference) for mask in faulty]
         ssl, sam = (np.stack(masks) for masks in zip(*pairs, strict=True))
-        return Sample(image, truth, sam, ssl)
+        return truth, sam, ssl
 
 
 def adaptation_loss(logits: Tensor, truth: Tensor) -> Tensor:
@@ -210,7 +223,8 @@ class Trainer:
         self.bf16 = bfloat16_pays(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            network = AdaptationNetwork(len(settings.label_set), strides)
+            images = 1 + (len(parents(settings.label_set)) if samples.half_range else 0)
+            network = AdaptationNetwork(len(settings.label_set), strides, images)
         self.network = network.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         gates = [self.network.kappa]
         weights = [p for p in self.network.parameters() if p is not self.network.kappa]
@@ -220,15 +234,15 @@ class Trainer:
         )
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs (B, 1 + 2R, ...) and true regions (B, R, ...) of a step; depend on nothing but seed and step."""
+        """Inputs (B, V + 2R, ...) and true regions (B, R, ...) of a step; depend on nothing but seed and step."""
         rng = np.random.default_rng([self.settings.seed, step])
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
         drawn = [self.samples.draw(rng) for _ in range(BATCH)]
-        stacked = [np.concatenate([d.image[None], d.truth, d.sam, d.ssl]).astype(np.float32) for d in drawn]
+        stacked = [np.concatenate([d.images, d.truth, d.sam, d.ssl]).astype(np.float32) for d in drawn]
         everything = torch.from_numpy(np.stack(stacked)).to(self.device)
         everything = warp(everything, random_geometry(everything.shape, generator, device=everything.device))
         regions = len(self.settings.label_set)
-        image, truth, given = everything.split([1, regions, 2 * regions], 1)
+        image, truth, given = everything.split([self.network.images, regions, 2 * regions], 1)
         image = centre(random_intensity(image, generator))
         shown = torch.rand(BATCH, 1, 1, 1, 1, generator=generator) >= IMAGE_DROPOUT
         return torch.cat([image * shown.to(self.device), given], 1), (truth >= 0.5).float()
@@ -252,7 +266,7 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
         self.optimiser.step()
-        given = inputs[:, 1:].unflatten(1, (2, -1)).mean(1)
+        given = inputs[:, self.network.images :].unflatten(1, (2, -1)).mean(1)
         self.logs = {
             "loss": loss.item(),
             "dice_before": _dice(given > 0.5, truth > 0.5),
@@ -313,7 +327,8 @@ def train(
 
     if iterations:
         engine.run(range(iterations), max_epochs=1, epoch_length=iterations)
-    save_weights(out, trainer.network.state_dict(), _metadata(settings, patch, strides, sam is not None))
+    about = _metadata(settings, patch, strides, sam is not None)
+    save_weights(out, trainer.network.state_dict(), about)
     last = {k: float(np.mean([h[k] for h in history[-100:]])) for k in history[0]} if history else {}
     return {
         **dict.fromkeys(("loss", "dice_before", "dice_after")),
@@ -330,11 +345,13 @@ def train(
 def _metadata(
     settings: Settings, patch: Sequence[int], strides: Sequence[Sequence[int]], with_sam: bool
 ) -> dict[str, Any]:
-    names = list(settings.label_set.names)
+    names, shown = list(settings.label_set.names), half_range(settings)
+    around = [] if shown is None else [f"image relative to {names[n]}" for n in parents(settings.label_set)]
     return {
         "kind": "adapter",
         "labels": names,
-        "channels": ["image", *(f"sam {n}" for n in names), *(f"ssl {n}" for n in names)],
+        **({} if shown is None else {"relative": shown}),
+        "channels": ["image", *around, *(f"sam {n}" for n in names), *(f"ssl {n}" for n in names)],
         "strides": strides,
         "patch": list(patch),
         "iterations": settings.adapter_iterations,

@@ -38,6 +38,7 @@ from aslseg.sam.training import finetune
 from aslseg.settings import Paths, Settings, relevant
 from aslseg.ssl import training
 from aslseg.ssl.class_watch import warnings_of
+from aslseg.ssl.synthetic_lesions import with_synthetic
 from aslseg.types import ProgressCallback
 from aslseg.volume.io import read_image, require_free_disk
 
@@ -154,7 +155,7 @@ class RoundPipeline:
         inputs = self._sam_inputs(init, "sam", "prompts") | ({"faults": errors.key} if errors.key else {})
 
         def train(out: Path) -> dict[str, Any]:
-            return finetune.train(self.cases.train, s, out, init=init, errors=errors, report=report)
+            return finetune.train(with_synthetic(self.cases.train, s), s, out, init=init, errors=errors, report=report)
 
         return self._model("sam", inputs, train)
 
@@ -178,7 +179,8 @@ class RoundPipeline:
         }
 
         def train(out: Path) -> dict[str, Any]:
-            return adapter_train.train(self.cases.train, sam_build.load(sam, s), s, out, faults=faults, report=report)
+            cases = with_synthetic(self.cases.train, s)
+            return adapter_train.train(cases, sam_build.load(sam, s), s, out, faults=faults, report=report)
 
         return self._model("adapter", inputs, train)
 

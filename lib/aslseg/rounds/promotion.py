@@ -24,6 +24,7 @@ from aslseg.models.model_set import ModelSet
 from aslseg.rounds import canaries
 from aslseg.rounds.artefacts import CachedProbabilities, confidence
 from aslseg.rounds.audit_draw import closest, draw_audits
+from aslseg.rounds.component_limits import limited
 from aslseg.rounds.drift import find_drift
 from aslseg.rounds.gate_pairs import Compared, crossed_differences
 from aslseg.rounds.late import NOT_USED, REPLACED, drop_late, late_changes
@@ -75,7 +76,7 @@ def conclude(
     with progress.stage("retrain") as report:
         promoted = without_late(pipeline, promoted)
         drift = find_drift(pipeline, promoted)
-        retrained = pipeline.train_ssl(promoted, report)
+        retrained = limited(pipeline, state.crossed, pipeline.train_ssl(promoted, report))
     learned = {p.case.id: p.mask for p in promoted}
     judged = _compare(state, retrained, list(learned))
     with progress.stage("publish") as report:

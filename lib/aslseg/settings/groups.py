@@ -12,6 +12,8 @@ _SAM = {name for name in Settings.model_fields if name.startswith("sam_")}
 _SAM_PROMPTS = {"sam_prompts", "sam_zoom", "box_margin", "min_component"}
 _SAM_FILES = {"sam_checkpoint", "sam_base"}
 _NESTED = {name for name in Settings.model_fields if name.startswith("nested_")}
+# in SAM and the adaptation network: relative intensities, synthetic lesions, and whether there are any
+_NESTED_LATER = {"nested_fraction", "nested_range", "nested_synthetic"}
 
 # Settings that only some steps see; all others (labels, windows, seed, whatever is added) count for every step.
 # Iterations, spacing and the SAM file are given to the steps that use them as numbers and hashes.
@@ -20,9 +22,9 @@ GROUPS = {
     | {"compile", "consistency", "ema_decay", "flips"}
     | _NESTED,
     "predict": {"overlap", "flips"},
-    "sam": (_SAM - _SAM_PROMPTS - _SAM_FILES) | {"flips"},
+    "sam": (_SAM - _SAM_PROMPTS - _SAM_FILES) | {"flips"} | _NESTED_LATER,
     "prompts": _SAM_PROMPTS,
-    "adapter": {name for name in Settings.model_fields if name.startswith("adapter_")},
+    "adapter": {name for name in Settings.model_fields if name.startswith("adapter_")} | _NESTED_LATER,
     "round": {"recipe", "validation_fraction", "promote_threshold", "promote_fraction", "promote_weight"}
     | {"promote_target", "promote_confidence", "audits", "promote_floor"}
     | {"disagreement_weight", "uncertainty_weight", "retrain_from", "label_folds", "gate_tolerance", "first_round"}

@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from aslseg.cases.prepare import Spacing
 from aslseg.cases.prepared_case import Prepared
+from aslseg.cases.relative import relative
 from aslseg.settings import Settings
 from aslseg.types import Labels
 from aslseg.volume.geometry import Grid, resize
@@ -163,8 +164,8 @@ def look(image: np.ndarray, parent: np.ndarray, geometry: Geometry) -> View:
     mask = parent[where]
     centre = float(np.median(inside[mask])) if mask.any() else geometry.centre
     shape = view_shape(mask.shape, geometry)
-    relative = 0.5 + (resize(inside, shape) - centre) / (2 * geometry.half_range)
-    return View(where, np.clip(relative, 0, 1), depth(resize(mask.astype(np.float32), shape) >= 0.5, geometry))
+    pixels = relative(resize(inside, shape), centre, geometry.half_range)
+    return View(where, pixels, depth(resize(mask.astype(np.float32), shape) >= 0.5, geometry))
 
 
 def box(parent: np.ndarray, geometry: Geometry) -> tuple[slice, slice, slice]:

@@ -23,6 +23,7 @@ from aslseg.compute.weights import load_weights
 from aslseg.errors import BadWeightsError, NotEnoughMemoryError
 from aslseg.registry import NETWORKS
 from aslseg.settings import Settings
+from aslseg.ssl import specks
 from aslseg.ssl.nested import (
     FIRST,
     Branch,
@@ -213,7 +214,8 @@ class NestedModel:
 
         In the box the second stage decides what belongs to the parent, and the first stage shares out what does not
         among the other top-level labels. Outside of it there is no parent. Where a parent is not found, the whole scan
-        is its box, and ``notes`` says so.
+        is its box, and ``notes`` says so. Components below the limits in the metadata (:mod:`aslseg.ssl.specks`) count
+        as the label around them.
 
         Args:
             image: (i, j, k) float32 in 0..1 on the working grid.
@@ -240,6 +242,7 @@ class NestedModel:
             view = look(image, parent, geometry)
             inside, more = inner_probabilities(model, view, blend)
             notes += more
+            specks.clear(inside, branch.labels, self.metadata.get("specks", {}), geometry.working)
             clear_outside(p, view.where, branch)
             put(p[:, *view.where], inside, branch)
         return Prediction(*_finished(p, self.settings, regions, uncertainty), tuple(notes))

@@ -10,11 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from aslseg.compute.weights import load_weights, save_weights
+from aslseg.files import sha256
 from aslseg.types import Labels
 
 NEIGHBOURHOOD = np.ones((3, 3, 3), bool)
@@ -118,6 +121,22 @@ def fit(scans: Sequence[Scan]) -> Limits | None:
 def stored(limits: Mapping[str, Limits]) -> dict[str, Any]:
     """Limits by label for a model file."""
     return {name: asdict(pair) for name, pair in limits.items()}
+
+
+def write_limited(model: Path, out: Path, limits: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a model file again with limits.
+
+    Args:
+        model: File of an SSL model of two stages.
+        out: File to write.
+        limits: As :func:`stored` makes them.
+
+    Returns:
+        ``sha256`` of the new file and its ``limits``.
+    """
+    state, metadata = load_weights(model, "ssl")
+    save_weights(out, state, metadata | {"specks": dict(limits)})
+    return {"sha256": sha256(out), "limits": dict(limits)}
 
 
 def clear(p: np.ndarray, labels: Labels, limits: Mapping[str, Any], spacing: Sequence[float]) -> int:

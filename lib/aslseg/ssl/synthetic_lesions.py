@@ -17,6 +17,9 @@ from scipy import ndimage
 
 from aslseg.cases.patches import Patch
 from aslseg.cases.prepared_case import Prepared
+from aslseg.cases.relative import half_range, relative
+from aslseg.settings import Settings
+from aslseg.ssl.nested import Branch, branches
 from aslseg.types import Labels
 
 # as many labelled lesions as count as much as the wide distributions
@@ -27,6 +30,8 @@ CONTRAST = (0.7, 3.0)
 # lesions darker and brighter than their parent that are assumed before any is seen
 PRIOR_DARKER, PRIOR_BRIGHTER = 3, 1
 MOST = 4
+MOST_COPIES = 16
+COPY = "-synthetic"
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,51 @@ class Lesions:
         """Smooth noise of zero mean and unit variance."""
         field = ndimage.gaussian_filter(rng.standard_normal(shape), sigma_mm / np.array(self.spacing))
         return (field - field.mean()) / max(float(field.std()), 1e-6)
+
+
+def with_synthetic(labelled: Sequence[Prepared], settings: Settings) -> list[Prepared]:
+    """Labelled cases, and a copy of each with synthetic lesions in its parents; for networks that see whole scans.
+
+    At most ``MOST_COPIES`` copies are made, of cases in random order. Without nested labels, with one network for all
+    labels, or with ``nested_synthetic`` 0 there are none.
+
+    Args:
+        labelled: On the working grid.
+        settings: ``nested_synthetic``, ``nested_range``, ``seed``, labels.
+    """
+    shown, cases = half_range(settings), [c for c in labelled if c.label is not None]
+    found = list(labelled)
+    if shown is None or not settings.nested_synthetic:
+        return found
+    rng, copies = np.random.default_rng([settings.seed, 5]), cases
+    for branch in branches(settings.label_set):
+        seen = {c.id: _relative(c, branch, shown) for c in cases if np.isin(np.asarray(c.label), branch.values).any()}
+        if seen:
+            lesions = Lesions(list(seen.values()), branch.labels, 1.0)
+            copies = [_painted(c, seen[c.id], branch, lesions, shown, rng) if c.id in seen else c for c in copies]
+    new = [copies[n] for n in rng.permutation(len(copies))[:MOST_COPIES] if copies[n] is not cases[n]]
+    return [*found, *sorted(new, key=lambda c: c.id)]
+
+
+def _relative(case: Prepared, branch: Branch, shown: float) -> Prepared:
+    """The whole scan relative to a parent, with the labels of its branch."""
+    image, label = np.asarray(case.image), np.asarray(case.label)
+    centre = float(np.median(image[np.isin(label, branch.values)]))
+    return replace(case, image=relative(image, centre, shown), label=branch.inner(label))
+
+
+def _painted(
+    case: Prepared, seen: Prepared, branch: Branch, lesions: Lesions, shown: float, rng: np.random.Generator
+) -> Prepared:
+    """A case with lesions in it, painted at relative intensities."""
+    before = np.asarray(seen.image)
+    patch = lesions.into(Patch(before, seen.label, None), rng)
+    image = np.asarray(case.image) + (patch.image - before) * np.float32(2 * shown)
+    inside = patch.label > 0
+    label = np.array(case.label)
+    label[inside] = np.array([0, *branch.values], np.uint8)[patch.label[inside]]
+    name = case.id if case.id.endswith(COPY) else case.id + COPY
+    return replace(case, id=name, image=np.clip(image, 0, 1).astype(np.float32), label=label, label_hash="")
 
 
 def _numpy(array: Any) -> np.ndarray:

@@ -43,7 +43,7 @@ def test_samples_are_reproducible_and_nested(scan: Maker, settings: Settings) ->
     samples = Samples([scan(0), scan(1)], settings, (24, 24, 16), None)
     for seed in range(8):
         one, two = (samples.draw(np.random.default_rng(seed)) for _ in range(2))
-        assert one.image.shape == (24, 24, 16)
+        assert one.images.shape == (2, 24, 24, 16)
         assert one.truth.shape == one.sam.shape == one.ssl.shape == (2, 24, 24, 16)
         assert np.array_equal(one.ssl, two.ssl)
         assert (one.truth[0] >= one.truth[1]).all()
@@ -52,7 +52,7 @@ def test_samples_are_reproducible_and_nested(scan: Maker, settings: Settings) ->
 
 def test_a_scan_smaller_than_the_patch_is_padded(scan: Maker, settings: Settings) -> None:
     sample = Samples([scan(0)], settings, (48, 48, 32), None).draw(np.random.default_rng(0))
-    assert sample.image.shape == (48, 48, 32)
+    assert sample.images.shape == (2, 48, 48, 32)
     assert sample.truth[0].sum() == (scan(0).label > 0).sum()
 
 
@@ -157,7 +157,14 @@ def test_the_file_says_what_is_in_it(trained: dict[str, object], settings: Setti
     metadata = read_metadata(trained["out"])
     assert metadata["kind"] == "adapter"
     assert metadata["labels"] == ["liver", "tumour"]
-    assert metadata["channels"] == ["image", "sam liver", "sam tumour", "ssl liver", "ssl tumour"]
+    assert metadata["channels"] == [
+        "image",
+        "image relative to liver",
+        "sam liver",
+        "sam tumour",
+        "ssl liver",
+        "ssl tumour",
+    ]
     assert metadata["patch"] == [32, 32, 16]
     assert metadata["strides"] == [[2, 2, 1], [2, 2, 2], [2, 2, 2]]
     assert metadata["iterations"] == 50
@@ -261,3 +268,46 @@ def test_patch_is_limited_and_fits_the_network(scan: Maker, settings: Settings) 
     automatic = settings.model_copy(update={"patch": "auto"})
     assert np.prod(adapter_patch([scan(0)], automatic)) <= module.PATCH_VOXELS
     assert all(n % 8 == 0 for n in adapter_patch([scan(0)], automatic))
+
+
+def test_nested_labels_are_shown_relative_to_the_parent_as_well(
+    scan: Maker, settings: Settings, tmp_path: Path
+) -> None:
+    """Scans of other brightness have the same second image, in training and in prediction."""
+    case = scan(0)
+    dark = replace(case, image=0.5 * np.asarray(case.image))
+    bright = replace(dark, image=np.asarray(dark.image) + np.float32(0.2))
+    for seed in range(4):
+        one, two = (
+            Samples([c], settings, (24, 24, 16), None).draw(np.random.default_rng(seed)) for c in (dark, bright)
+        )
+        assert np.allclose(two.images[0] - one.images[0], 0.2, atol=1e-5)
+        assert np.allclose(one.images[1], two.images[1], atol=1e-4)
+        assert one.images[1].std() > one.images[0].std()
+    out = tmp_path / "adapter.safetensors"
+    train([dark], None, settings, out)
+    model = load(out, settings)
+    seen = []
+    model.network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # type: ignore[attr-defined]
+    regions = settings.label_set.regions(np.asarray(case.label)).astype(np.float32)
+    for shown in (dark, bright):
+        model.predict(np.asarray(shown.image), regions, regions)
+    half = len(seen) // 2
+    for a, b in zip(seen[:half], seen[half:], strict=True):
+        assert a.shape[1] == 2 + 4
+        assert torch.allclose(a[:, 1:], b[:, 1:], atol=1e-3)
+        assert not torch.allclose(a[:, 0], b[:, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("changed", [{"nested": ()}, {"nested_fraction": 0.0}])
+def test_labels_without_a_parent_and_one_network_for_all_see_the_scan_alone(
+    scan: Maker, settings: Settings, tmp_path: Path, changed: dict[str, object]
+) -> None:
+    settings = settings.model_copy(update=changed)
+    assert Samples([scan(0)], settings, (24, 24, 16), None).draw(np.random.default_rng(0)).images.shape[0] == 1
+    out = tmp_path / "adapter.safetensors"
+    train([scan(0)], None, settings, out)
+    metadata = read_metadata(out)
+    assert metadata["channels"] == ["image", "sam liver", "sam tumour", "ssl liver", "ssl tumour"]
+    assert "relative" not in metadata
+    assert load(out, settings).network.images == 1

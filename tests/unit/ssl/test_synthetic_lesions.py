@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from aslseg.cases.patches import Patch
 from aslseg.cases.prepared_case import Prepared
-from aslseg.ssl.synthetic_lesions import RADIUS_MM, Appearance, Lesions
+from aslseg.settings import Settings
+from aslseg.ssl.synthetic_lesions import MOST_COPIES, RADIUS_MM, Appearance, Lesions, with_synthetic
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 
@@ -123,3 +126,40 @@ def test_lesions_of_one_voxel_and_cases_without_parent_are_no_obstacle():
     assert len(found.contrasts) == 1
     drawn = Lesions([bare, case], LABELS, 1.0).into(patch_of(case), np.random.default_rng(1))
     assert (drawn.label == 2).sum() > 1
+
+
+def named(name: str, case: Prepared) -> Prepared:
+    return replace(case, id=name)
+
+
+def test_whole_scans_get_a_copy_with_lesions_in_their_parent():
+    cases = [named("a", view()), named("b", view(0))]
+    cases.append(named("none", replace(view(0), label=np.zeros(SHAPE, np.uint8))))
+    before = [(c.image.copy(), c.label.copy()) for c in cases]
+    found = with_synthetic(cases, Settings())
+    assert [c.id for c in found] == ["a", "b", "none", "a-synthetic", "b-synthetic"]
+    assert all(
+        np.array_equal(c.image, i) and np.array_equal(c.label, m) for c, (i, m) in zip(cases, before, strict=True)
+    )
+    for case, copy in zip(cases, found[3:], strict=False):
+        new = copy.label != case.label
+        assert new.sum() > 20
+        assert (copy.label[new] == 2).all()
+        assert (case.label[new] == 1).all()
+        assert np.array_equal(copy.image[case.label == 0], case.image[case.label == 0])
+        assert np.abs(copy.image - case.image)[new].mean() > 0.01
+        assert copy.image.dtype == np.float32
+        assert 0 <= copy.image.min() <= copy.image.max() <= 1
+    again = with_synthetic(cases, Settings())
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("changed", [{"nested_synthetic": 0.0}, {"nested_fraction": 0.0}, {"nested": ()}])
+def test_without_nested_labels_or_where_they_are_off_there_is_no_copy(changed: dict[str, object]):
+    cases = [view()]
+    assert with_synthetic(cases, Settings(**changed)) == cases  # type: ignore[arg-type]
+
+
+def test_copies_are_limited():
+    cases = [named(f"{n:02d}", view()) for n in range(MOST_COPIES + 3)]
+    assert len(with_synthetic(cases, Settings())) == len(cases) + MOST_COPIES

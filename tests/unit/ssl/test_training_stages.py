@@ -13,7 +13,7 @@ from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.weights import load_weights, read_metadata, save_weights
 from aslseg.errors import BadWeightsError
 from aslseg.files import sha256
-from aslseg.ssl import engine, predict, training
+from aslseg.ssl import engine, predict, specks, training
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 
@@ -280,3 +280,27 @@ def test_a_case_that_leaves_the_nested_label_open_teaches_the_first_stage_only(t
     assert first["open"] == {0, 1}
     assert "open" not in second
     assert all(values <= {0, 1, 2} for values in second.values())
+
+
+def test_components_below_the_limits_of_the_model_are_taken_away_in_prediction(tmp_path, settings, monkeypatch):
+    """One lesion of 4 x 4 x 4 voxels and one voxel beside it: only the limits in the file tell them apart."""
+    out, limited = tmp_path / "ssl.safetensors", tmp_path / "limited.safetensors"
+    run(out, settings())
+    specks.write_limited(out, limited, {"tumour": {"probability": 0.0, "mm3": 2.0}})
+    truth = case("a", tumour=False).label
+    truth[14:18, 12:16, 8:12] = 2
+    truth[24, 20, 8] = 2
+
+    def inside(model, view, blend):
+        part = truth[view.where]
+        return np.stack([part == n for n in range(3)]).astype(np.float32) * 0.9 + 0.1 / 3, ()
+
+    monkeypatch.setattr("aslseg.ssl.predict.inner_probabilities", inside)
+    for path, kept in ((out, True), (limited, False)):
+        model = predict.load(path, settings())
+        model.first.run = lambda image, **_: predict.Prediction(np.stack([truth == 0, truth > 0]).astype(np.float32))
+        found = settings().label_set.decode(model.regions(case("a").image))
+        assert (found[24, 20, 8] == 2) is np.bool_(kept)
+        assert found[24, 20, 8] > 0
+        assert (found[14:18, 12:16, 8:12] == 2).all()
+    assert read_metadata(limited)["stages"] == read_metadata(out)["stages"]

@@ -16,6 +16,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from aslseg.cases.prepared_case import Prepared
+from aslseg.cases.relative import centres, half_range, outermost, relative
 from aslseg.compute.weights import save_weights
 from aslseg.errors import BadSettingsError, NotEnoughCasesError, TrainingDivergedError
 from aslseg.files import sha256
@@ -39,16 +40,21 @@ FAULTY_FRACTION = 0.5  # of the slices of cases with faulty masks use them; othe
 KINDS = {"box": 0.3, "point": 0.3, "faulty+box+point": 0.25, "faulty+box": 0.1, "faulty": 0.05}
 CORRECTED_FRACTION = 0.75  # of the batches have rounds of clicks
 CORRECTIONS = {"point": 3}  # rounds of clicks by kind, else one
+RELATIVE_FRACTION = 0.5  # of the slices of nested labels; clicks are on slices as they are
 
 
 @dataclass(frozen=True)
 class SampledObjects:
-    """Objects on a slice: case number, slice k, region, and the objects, bool (n, i, j)."""
+    """Objects on a slice: case number, slice k, region, and the objects, bool (n, i, j).
+
+    ``centre`` is that of relative intensities (:mod:`aslseg.cases.relative`), None where the slice is shown as it is.
+    """
 
     case: int
     k: int
     region: int
     objects: np.ndarray
+    centre: float | None = None
 
 
 class LabelledSlices:
@@ -65,10 +71,14 @@ class LabelledSlices:
     def __init__(self, labelled: Sequence[Prepared], settings: Settings) -> None:
         self.cases = [c for c in labelled if c.label is not None]
         self.labels = settings.label_set
-        self.min_component = settings.min_component
+        self.min_component, self.half_range = settings.min_component, half_range(settings)
+        self.outer = outermost(self.labels)
+        self.centres: list[dict[int, float]] = []
         self.paths: list[list[tuple[int, int]]] = [[] for _ in self.labels.names]  # by region: (case, k)
         for n, case in enumerate(self.cases):
-            for region, mask in enumerate(self.labels.regions(np.asarray(case.label))):
+            regions = self.labels.regions(np.asarray(case.label))
+            self.centres.append(centres(case.image, list(regions), self.labels) if self.half_range else {})
+            for region, mask in enumerate(regions):
                 self.paths[region] += [(n, int(k)) for k in np.flatnonzero(mask.any((0, 1)))]
         self.present = [r for r, paths in enumerate(self.paths) if paths]
         if not self.present:
@@ -87,7 +97,22 @@ class LabelledSlices:
         sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
         large = np.flatnonzero(sizes >= min(self.min_component, sizes.max())) + 1
         numbers = rng.choice(large, OBJECTS_PER_SLICE, replace=len(large) < OBJECTS_PER_SLICE)
-        return SampledObjects(case, k, region, np.stack([components == n for n in numbers]))
+        return SampledObjects(
+            case, k, region, np.stack([components == n for n in numbers]), self._centre(case, region, rng)
+        )
+
+    def _centre(self, case: int, region: int, rng: np.random.Generator) -> float | None:
+        outer = self.outer[region]
+        if self.half_range is None or outer is None or rng.random() >= RELATIVE_FRACTION:
+            return None
+        return self.centres[case].get(outer)
+
+    def slice(self, drawn: SampledObjects) -> np.ndarray:
+        """The slice (i, j) in 0..1 as SAM is shown it."""
+        pixels = np.asarray(self.cases[drawn.case].image[..., drawn.k], np.float32)
+        if drawn.centre is None or self.half_range is None:
+            return pixels
+        return relative(pixels, drawn.centre, self.half_range)
 
 
 class FaultyMasks:
@@ -140,7 +165,8 @@ def train(
     Prompt encoder and mask decoder are always trained. Of the image encoder ``sam_train`` trains everything (``full``),
     SAM-Med2D's adapters (``med2d_adapter``; added where the file has none), LoRA (``lora``, merged into the weights
     that are saved), or nothing (``decoder``: each slice is then encoded once). In all modes but ``decoder``
-    slices are augmented (:func:`aslseg.sam.training.augment.augmented`), with flips by the setting ``flips``.
+    slices are augmented (:func:`aslseg.sam.training.augment.augmented`), with flips by the setting ``flips``. Half of
+    the slices of nested labels have relative intensities (:mod:`aslseg.cases.relative`).
 
     Args:
         labelled: Human-labelled cases on the working grid; cases without a label are left out.
@@ -169,7 +195,8 @@ def train(
     shown = run_steps(tuner.step, settings, report)
     if settings.sam_train == "lora":
         merge_lora(model.sam.image_encoder)
-    save_weights(out, model.sam.state_dict(), file_metadata(model, settings, init))
+    seen = {} if data.half_range is None else {"relative": data.half_range}
+    save_weights(out, model.sam.state_dict(), file_metadata(model, settings, init) | seen)
     return {
         **summary(shown),
         "seconds": time.monotonic() - started,
@@ -200,7 +227,7 @@ def run_steps(
 def file_metadata(model: SAMModel, settings: Settings, init: Path) -> dict[str, Any]:
     """The metadata of a fine-tuned file."""
     return {
-        **model.metadata,
+        **{name: value for name, value in model.metadata.items() if name != "relative"},
         "architecture": model.architecture.to_metadata(),
         "labels": list(settings.label_set.names),
         "base_sha256": sha256(init),
@@ -312,8 +339,8 @@ class _Tuner:
 
     def _embedding(self, drawn: SampledObjects) -> Tensor:
         """(1, C, grid, grid) of a slice, encoded once in the whole training."""
-        image = self.data.cases[drawn.case].image
-        return self.cache.embed(self.model, [(drawn.case, drawn.k)], lambda _: np.asarray(image[..., drawn.k]))
+        place = (drawn.case, drawn.k, drawn.centre)
+        return self.cache.embed(self.model, [place], lambda _: self.data.slice(drawn))
 
     def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings (P, C, grid, grid), targets and faulty masks (P, l, l) in 0..1 for the prompts of one step."""
@@ -326,8 +353,7 @@ class _Tuner:
             if self.frozen:
                 inputs.append(self._embedding(drawn))
             else:
-                image = np.asarray(case.image[..., drawn.k], np.float32)
-                image, both = augmented(image, both, rng, self.settings.flips)
+                image, both = augmented(self.data.slice(drawn), both, rng, self.settings.flips)
                 inputs.append(self.model.preprocess(torch.from_numpy(image)[None]))
             low = self.model.to_low_res(torch.from_numpy(both).flatten(0, 1)).unflatten(0, (2, OBJECTS_PER_SLICE))
             maps.append(torch.stack([visible(low[0]), low[1]]))

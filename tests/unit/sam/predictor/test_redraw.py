@@ -119,3 +119,35 @@ def test_batches_do_not_change_the_answer(
 def test_shapes_must_agree(tiny: SAMModel, settings: Settings) -> None:
     with pytest.raises(ValueError, match="expected regions of shape"):
         redraw(tiny, np.zeros((8, 8, 2), np.float32), np.zeros((1, 8, 8, 3), np.float32), settings)
+
+
+def test_nested_labels_are_shown_relative_to_the_predicted_parent_if_sam_has_learned_that(
+    tiny: SAMModel, regions: tuple[np.ndarray, np.ndarray], settings: Settings
+) -> None:
+    image, ssl = regions
+    dark, bright = 0.5 * image, 0.5 * image + np.float32(0.3)
+    plain = [redraw(tiny, shown, ssl, settings) for shown in (dark, bright)]
+    tiny.metadata["relative"] = settings.nested_range
+    seen = [redraw(tiny, shown, ssl, settings) for shown in (dark, bright)]
+    # the parent as before, the tumour in another way
+    assert all(np.array_equal(a[0], b[0]) for a, b in zip(plain, seen, strict=True))
+    assert all(not np.array_equal(a[1], b[1]) for a, b in zip(plain, seen, strict=True))
+    assert not np.allclose(plain[0][1], plain[1][1], atol=1e-3)
+    np.testing.assert_allclose(seen[0][1], seen[1][1], atol=1e-3)
+    alone = np.stack([np.zeros_like(ssl[0]), ssl[1]])
+    found = redraw(tiny, dark, alone, settings)
+    del tiny.metadata["relative"]
+    assert np.array_equal(found, redraw(tiny, dark, alone, settings))
+
+
+def test_each_lesion_of_a_slice_has_a_prompt_of_its_own(tiny: SAMModel, settings: Settings) -> None:
+    image = np.full((64, 64, 1), 0.5, np.float32)
+    ssl = np.zeros((2, 64, 64, 1), np.float32)
+    ssl[0, 4:60, 4:60] = 0.9
+    for start in (10, 40):
+        ssl[1, start : start + 12, start : start + 12] = 0.9
+    model = Recorder(tiny)
+    tiny.metadata["relative"] = settings.nested_range
+    model.metadata["relative"] = settings.nested_range
+    redraw(model, image, ssl, settings.model_copy(update={"sam_zoom": 0}))
+    assert sum(len(boxes) for _, boxes, _, _ in model.asked) == 3

@@ -117,7 +117,7 @@ def test_with_the_encoder_frozen_each_slice_is_encoded_once(
         return encoder(self, x)
 
     monkeypatch.setattr(type(tiny.sam.image_encoder), "forward", count)
-    settings = settings.model_copy(update={"sam_train": "decoder"})
+    settings = settings.model_copy(update={"sam_train": "decoder", "nested_fraction": 0})
     data = LabelledSlices([ball_case()], settings)
     tuner = finetune._Tuner(tiny, data, None, settings)
     for number in range(8):
@@ -271,3 +271,54 @@ def test_an_object_that_low_resolution_blurs_away_is_still_asked_for_where_it_is
         rows, columns = torch.where(target > 0.5)
         assert len(rows)
         assert (rows.min() >= 19, rows.max() <= 21, columns.min() >= 4, columns.max() <= 6) == (True,) * 4
+
+
+def test_half_of_the_slices_of_nested_labels_are_relative_to_the_parent(
+    ball_case: Callable[..., Prepared], tiny_file: Path, tmp_path: Path, settings: Settings
+) -> None:
+    """Two scans of other brightness look the same then; slices of the parent itself stay as they are."""
+    dark = ball_case()
+    dark = replace(dark, image=0.5 * np.asarray(dark.image))
+    bright = replace(dark, image=np.asarray(dark.image) + np.float32(0.3))
+    ours, theirs = (LabelledSlices([case], settings) for case in (dark, bright))
+    rng, plain, shifted = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        seed = int(rng.integers(1 << 30))
+        one, two = (data.draw(np.random.default_rng(seed)) for data in (ours, theirs))
+        assert (one.k, one.region) == (two.k, two.region)
+        a, b = ours.slice(one), theirs.slice(two)
+        if one.centre is None:
+            np.testing.assert_allclose(b - a, 0.3, atol=1e-5)
+            plain += one.region == 1
+        else:
+            assert one.region == 1
+            np.testing.assert_allclose(a, b, atol=1e-4)
+            shifted += 1
+    assert shifted / (plain + shifted) == pytest.approx(finetune.RELATIVE_FRACTION, abs=0.15)
+    out, brief = tmp_path / "sam.safetensors", settings.model_copy(update={"sam_iterations": 1})
+    train([dark], brief, out, init=tiny_file)
+    assert read_metadata(out)["relative"] == settings.nested_range
+    again = tmp_path / "again.safetensors"
+    train([dark], brief.model_copy(update={"nested": ()}), again, init=out)
+    assert "relative" not in read_metadata(again)
+
+
+def test_labels_without_a_parent_are_drawn_as_before(ball_case: Callable[..., Prepared], settings: Settings) -> None:
+    flat = settings.model_copy(update={"nested": ()})
+    for changed in ({}, {"nested_fraction": 0.0}):
+        data = LabelledSlices([ball_case("a"), ball_case("b")], flat.model_copy(update=changed))
+        rng = np.random.default_rng(5)
+        drawn = [data.draw(rng) for _ in range(30)]
+        assert all(one.centre is None for one in drawn)
+        assert all(np.array_equal(data.slice(one), data.cases[one.case].image[..., one.k]) for one in drawn)
+        # nothing more is taken from the generator than the region, the slice and the objects
+        state = rng.bit_generator.state
+        rng = np.random.default_rng(5)
+        for _ in range(30):
+            region = int(rng.choice(data.present))
+            rng.integers(len(data.paths[region]))
+            one = drawn.pop(0)
+            label = np.asarray(data.cases[one.case].label[..., one.k])  # type: ignore[index]
+            count = finetune.ndimage.label(np.isin(label, data.labels.members(region)), finetune.EIGHT_NEIGHBOURS)[1]
+            rng.choice(count, OBJECTS_PER_SLICE, replace=count < OBJECTS_PER_SLICE)
+        assert rng.bit_generator.state == state
