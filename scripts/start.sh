@@ -29,6 +29,8 @@ while [ $# -gt 0 ]; do
 done
 
 waits="${OMP_WAIT_POLICY:-}"
+# without stored bytecode every start translates what is newer than the installation, or in an older one everything (12 s)
+unset PYTHONDONTWRITEBYTECODE
 setup
 if [ -z "$studies" ]; then
     studies="$ROOT/demo/studies"
