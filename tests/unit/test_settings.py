@@ -280,8 +280,10 @@ def test_a_model_dir_of_the_settings_is_used_as_it_is(tmp_path, app_folder):
 def test_groups_name_existing_settings_once() -> None:
     names = [n for group in GROUPS.values() for n in group]
     assert set(names) <= set(Settings.model_fields)
-    # flips are trained with and predicted with; a SAM setting may be where a file lies
-    assert sorted(n for n in set(names) if names.count(n) > 1) == ["flips"]
+    # flips are trained with and predicted with; the relative view is every stage's; a SAM setting may be where a
+    # file lies
+    shared = ["flips", "nested_fraction", "nested_range", "nested_synthetic"]
+    assert sorted(n for n in set(names) if names.count(n) > 1) == shared
 
 
 def test_a_step_depends_on_its_settings_and_on_no_other() -> None:
@@ -416,3 +418,12 @@ def test_a_dotenv_file_in_any_encoding(tmp_path, encoding):
     settings, origin = load_settings(env={}, dotenv=tmp_path / ".env")
     assert settings.label_set.names == ("Läsion",)
     assert origin["labels"] == ".env"
+
+
+@pytest.mark.parametrize("group", ["ssl", "sam", "adapter"])
+def test_every_stage_depends_on_the_relative_view_of_nested_labels_and_on_nothing_of_it_without(group: str) -> None:
+    nested, flat = Settings(), Settings(labels=("liver",), nested=())
+    for changed in ({"nested_range": 0.1}, {"nested_synthetic": 0.0}):
+        assert relevant(nested, group) != relevant(nested.model_copy(update=changed), group)
+        assert relevant(flat, group) == relevant(flat.model_copy(update=changed), group)
+        assert relevant(nested, "prompts") == relevant(nested.model_copy(update=changed), "prompts")

@@ -52,6 +52,8 @@ def parents(labels: Labels) -> list[int]:
 def centres(image: Any, regions: Sequence[np.ndarray], labels: Labels) -> dict[int, float]:
     """Median intensity of each outermost label that others lie in, where it is found.
 
+    Where nothing but a nested label is found, there is nothing that this could be relative to.
+
     Args:
         image: (i, j, k) in 0..1.
         regions: A mask (i, j, k) of each label with everything nested in it, bool.
@@ -60,8 +62,12 @@ def centres(image: Any, regions: Sequence[np.ndarray], labels: Labels) -> dict[i
     Returns:
         Index of the label to its median.
     """
-    pixels = np.asarray(image)
-    return {n: float(np.median(pixels[regions[n]])) for n in parents(labels) if regions[n].any()}
+    pixels, found = np.asarray(image), {}
+    for n in parents(labels):
+        nested = np.logical_or.reduce([regions[m] for m, parent in enumerate(labels.parents) if parent == n])
+        if (regions[n] & ~nested).any():
+            found[n] = float(np.median(pixels[regions[n]]))
+    return found
 
 
 def views(image: np.ndarray, found: Mapping[int, float], labels: Labels, half_range: float | None) -> np.ndarray:

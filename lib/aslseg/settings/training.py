@@ -173,7 +173,7 @@ class NestedSettings(Section):
     )
     nested_range: float = setting(
         0.25,
-        "Difference from the parent's median intensity at which the second stage's intensities end, as a fraction of "
+        "Difference from the parent's median intensity at which relative intensities end, as a fraction of "
         "the window (CT) or of the scan's range (MR)",
         example="0.15",
         gt=0,
@@ -188,7 +188,7 @@ class NestedSettings(Section):
     nested_synthetic: float = setting(
         0.5,
         "Fraction of the second stage's labelled training patches that get synthetic lesions of the nested labels; "
-        "0: none",
+        "SAM and the adaptation network learn from a copy of each labelled scan with some. 0: none",
         example="0",
         ge=0,
         le=1,

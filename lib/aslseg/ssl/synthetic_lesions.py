@@ -201,7 +201,8 @@ def with_synthetic(labelled: Sequence[Prepared], settings: Settings) -> list[Pre
         return found
     rng, copies = np.random.default_rng([settings.seed, 5]), cases
     for branch in branches(settings.label_set):
-        seen = {c.id: _relative(c, branch, shown) for c in cases if np.isin(np.asarray(c.label), branch.values).any()}
+        # a lesion without its parent has nothing to be relative to
+        seen = {c.id: _relative(c, branch, shown) for c in cases if (np.asarray(c.label) == branch.values[0]).any()}
         if seen:
             lesions = Lesions(list(seen.values()), branch.labels, 1.0)
             copies = [_painted(c, seen[c.id], branch, lesions, shown, rng) if c.id in seen else c for c in copies]

@@ -311,3 +311,17 @@ def test_labels_without_a_parent_and_one_network_for_all_see_the_scan_alone(
     assert metadata["channels"] == ["image", "sam liver", "sam tumour", "ssl liver", "ssl tumour"]
     assert "relative" not in metadata
     assert load(out, settings).network.images == 1
+
+
+def test_without_a_parent_the_scan_itself_is_shown(scan: Maker, settings: Settings, tmp_path: Path) -> None:
+    case = scan(0)
+    alone = replace(case, label=np.where(np.asarray(case.label) == 2, 2, 0).astype(np.uint8))
+    empty = replace(case, label=np.zeros_like(case.label))
+    out = tmp_path / "adapter.safetensors"
+    train([alone, empty], None, settings, out)
+    drawn = Samples([empty], settings, (24, 24, 16), None).draw(np.random.default_rng(0))
+    assert np.array_equal(drawn.images[0], drawn.images[1])
+    regions = np.zeros((2, *case.image.shape), np.float32)
+    regions[1] = np.asarray(case.label) == 2
+    refined = load(out, settings).predict(np.asarray(case.image), regions, regions)
+    assert np.isfinite(refined).all()

@@ -29,6 +29,8 @@ def test_medians_of_parents_that_are_found_and_one_view_of_each_parent():
     found = relative.centres(image, list(regions), LABELS)
     assert found == {0: pytest.approx(0.75, abs=0.01)}
     assert relative.centres(image, list(np.zeros_like(regions)), LABELS) == {}
+    alone = LABELS.regions(np.where(image > 0.5, 3, 0).astype(np.uint8))
+    assert relative.centres(image, list(alone), LABELS) == {}
     shown = relative.views(image, found, LABELS, 0.25)
     assert np.array_equal(shown[0], image)
     assert np.array_equal(shown[1], relative.relative(image, found[0], 0.25).astype(np.float32))

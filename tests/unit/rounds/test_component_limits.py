@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from aslseg.compute.weights import read_metadata
+from aslseg.rounds import pipeline
 from aslseg.rounds.run import run_round
 from aslseg.settings import Paths
 from aslseg.ssl import specks
@@ -39,7 +40,21 @@ def test_the_published_model_has_the_limits_that_the_folds_say(
         return specks.Limits(0.8, 30.0) if fitted else None
 
     monkeypatch.setattr(specks, "fit", fit)
+    learned: dict[str, set[str]] = {}
+    for name, module in (("sam", pipeline.finetune), ("adapter", pipeline.adapter_train)):
+        train = module.train
+
+        def watched(cases: Any, *rest: Any, name: str = name, train: Any = train, **more: Any) -> Any:
+            learned[name] = {c.id for c in cases}
+            return train(cases, *rest, **more)
+
+        monkeypatch.setattr(module, "train", watched)
     summary = run_round(studies, settings)
+    human = {"phantom_000", "phantom_001", "phantom_002"}
+    for name in ("sam", "adapter"):
+        # the stages after it see nested labels as it does, and learn from synthetic lesions
+        assert learned[name] == human | {f"{case}-synthetic" for case in human}
+        assert read_metadata(Path(summary["models"][name]))["relative"] == settings.nested_range
     assert {s.patient for s in scans} == {"a", "b", "c"}
     with_limits = [m for m in models(tmp_path, settings, studies) if "specks" in m]
     without = [m for m in models(tmp_path, settings, studies) if "specks" not in m]

@@ -163,3 +163,17 @@ def test_without_nested_labels_or_where_they_are_off_there_is_no_copy(changed: d
 def test_copies_are_limited():
     cases = [named(f"{n:02d}", view()) for n in range(MOST_COPIES + 3)]
     assert len(with_synthetic(cases, Settings())) == len(cases) + MOST_COPIES
+
+
+def test_copies_of_odd_scans():
+    """A lesion of one voxel, a lesion without its parent, and a parent that the scan's edge cuts."""
+    speck, alone, cut = (named(name, view(0)) for name in ("speck", "alone", "cut"))
+    speck.label[20, 20, 15] = 2
+    alone.label[:] = 0
+    alone.label[10:14, 10:14, 10:14] = 2
+    cut.label[:, :, :] = 0
+    cut.label[:10, :10, :10] = 1
+    found = with_synthetic([speck, alone, cut], Settings())
+    assert [c.id for c in found[3:]] == ["cut-synthetic", "speck-synthetic"]
+    assert all(np.isfinite(c.image).all() and (c.label == 2).any() for c in found[3:])
+    assert (found[3].label[cut.label == 0] == 0).all()

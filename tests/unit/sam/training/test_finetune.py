@@ -322,3 +322,10 @@ def test_labels_without_a_parent_are_drawn_as_before(ball_case: Callable[..., Pr
             count = finetune.ndimage.label(np.isin(label, data.labels.members(region)), finetune.EIGHT_NEIGHBOURS)[1]
             rng.choice(count, OBJECTS_PER_SLICE, replace=count < OBJECTS_PER_SLICE)
         assert rng.bit_generator.state == state
+
+
+def test_a_lesion_without_its_parent_is_shown_as_it_is(ball_case: Callable[..., Prepared], settings: Settings) -> None:
+    case = ball_case()
+    label = np.where(np.asarray(case.label) == 2, 2, 0).astype(np.uint8)
+    data, rng = LabelledSlices([replace(case, label=label)], settings), np.random.default_rng(0)
+    assert all(data.draw(rng).centre is None for _ in range(20))
