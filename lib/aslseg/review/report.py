@@ -110,7 +110,7 @@ def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
         "written": datetime.now(UTC).isoformat("T", "seconds"),
         "labels": _colours(settings),
         "warnings": summary.get("warnings", []),
-        "first": [_shown(d) for d in decisions[:FIRST]],
+        "first": [_shown(d) for d in left[:FIRST]],
         "promoted": [_shown_promotion(e, known.get(e.case or "")) for e in events[:MOST]],
         "promoted_total": len(events),
         "source": source_words(summary),
@@ -231,10 +231,11 @@ def _classes(settings: Settings, summary: dict[str, Any]) -> list[dict[str, Any]
 
 def _audits(ledger: Ledger, number: int) -> dict[str, Any]:
     """The scans that were drawn after a round, and how many audits wait or were answered, of all rounds."""
-    every = audits(ledger)
+    every, wait = audits(ledger), waiting(ledger)
     return {
         "drawn": [a.case for a in every if a.round == number],
-        "waiting": len(waiting(ledger)),
+        "cases": [a.case for a in wait[:FIRST]],
+        "waiting": len(wait),
         "answered": sum(a.dice is not None for a in every),
     }
 

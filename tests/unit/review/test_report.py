@@ -106,7 +106,8 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
     assert len(shown) == 8
     again = write(paths, settings)[1]["pictures"]
     assert [(p["case"], p["kind"]) for p in again] == shown, "the seed is the round"
-    assert content["first"][0]["case"] == "zzz"
+    assert [d["case"] for d in content["first"]] == ["zzz"], "a promoted mask needs no label first"
+    assert "<th>Asked</th>" in page
     for text in (
         "Promoted: 10 of 11 scans without a human label",
         "liver 0.950, tumour 0.700",
@@ -165,6 +166,8 @@ def test_the_promise_and_its_audits_stand_in_report_and_headline(paths: Paths, s
     assert "<li>tumour: no promise yet: 3 more audits</li>" in page
     assert "Drawn at random for an audit after this round: phantom_003." in page
     assert "0 audits were answered so far, 1 waits" in page
+    first = page[page.index("Look at these first") : page.index("<h2>Promoted")]
+    assert "<b>phantom_003</b> waits for an audit (strategy <code>audit</code>)" in first
     assert f"L{line[1:]}. Tumour: no promise yet: 3 more audits. Ssl: published." in short["text"]
     assert (short["promise"][0], short["audits"]) == (line, 1)
     assert "phantom" not in json.dumps(short), "names of scans may be names of patients"
@@ -174,6 +177,17 @@ def test_the_promise_and_its_audits_stand_in_report_and_headline(paths: Paths, s
     path, content = write(paths, settings, 1)
     assert f'<li class="bad">{line}; 1 audit since: mean Dice 0.700, NOT kept</li>' in path.read_text()
     assert "NOT kept" in headline(content)["text"]
+
+
+def test_where_the_promise_decides_no_fixed_agreement_is_shown(paths: Paths, settings: Settings) -> None:
+    entry = promoted(paths, "phantom_001", 0.8)
+    entry.details["threshold"] = {}
+    features = {"volume": {"promoted": 316.3, "human": 390.8, "cases": [9, 8], "p": 0.32, "drift": False}}
+    close(paths, entry, drift={"liver": features})
+    page = write(paths, settings, 1)[0].read_text()
+    assert "<th>Asked</th>" not in page
+    assert "These agree best, and are as many as the promise below holds for" in page
+    assert "<td>volume (ml)</td>" in page
 
 
 def test_names_are_escaped_and_lists_are_bounded(paths: Paths, settings: Settings) -> None:
