@@ -128,7 +128,8 @@ class Evidence:
             if ours is None or theirs is None or whole is None:
                 found[source] = None
             else:
-                found[source] = whole + ours - theirs if len(own) < len(self.scored) else ours
+                # in this order, so that equal sources stay equal to the last bit
+                found[source] = whole + (ours - theirs) if len(own) < len(self.scored) else ours
         return found
 
     def of_label(self, name: str) -> Evidence:
