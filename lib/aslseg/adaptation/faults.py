@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from aslseg.adaptation.synthetic import Truth, calibrate, corrupt, draw_severity, soften
+from aslseg.adaptation.severity import Truth, calibrate
+from aslseg.adaptation.synthetic import corrupt, draw_severity, soften
 from aslseg.cases.prepared_case import Prepared
 from aslseg.types import Labels
 
@@ -65,7 +66,7 @@ def fit_severities(
         cases: Labelled cases.
         labels: Names and nesting.
         dice: Case id to Dice by label of masks by networks that were not trained on the case.
-        rng: For :func:`aslseg.adaptation.synthetic.calibrate`.
+        rng: For :func:`aslseg.adaptation.severity.calibrate`.
 
     Returns:
         For :attr:`Faults.most`; 1 for a label that no such case holds.

@@ -315,8 +315,7 @@ def train(
     faults = faults or Faults(settings.label_set)
     bank = redraw_bank(cases, sam, settings, rng, report, faults) if sam is not None and iterations else None
     strides = strides_for(np.median([c.grid.spacing for c in cases], axis=0).tolist())
-    trainer = Trainer(Samples(cases, settings, patch, bank, faults), settings, strides)
-    history: list[dict[str, float]] = []
+    trainer, history = Trainer(Samples(cases, settings, patch, bank, faults), settings, strides), []
 
     engine = Engine(lambda _, number: trainer.step(number))
 

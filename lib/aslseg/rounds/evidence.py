@@ -32,6 +32,8 @@ POOR = 0.5
 
 MIXED = "mixed"
 """The source whose labels come from several others."""
+REFINED = ("sam", "adapter", "consensus")
+"""Sources that SAM or the adaptation network have a part in."""
 
 Sources = Mapping[str, CachedProbabilities]
 """Region probabilities by the name of their source."""
@@ -48,6 +50,8 @@ class Scored:
             the second network has learned to correct this very mask.
         dice: Dice with the human label, by source and label; None where both are empty.
         merged: As ``agreement``, but of each label with everything nested in it.
+        learned: Whether SAM and the adaptation network have learned to correct this very mask, so that what they make
+            of it says nothing.
     """
 
     case: str
@@ -55,9 +59,12 @@ class Scored:
     agreement: dict[str, float | None]
     dice: dict[str, dict[str, float | None]]
     merged: dict[str, float | None] = field(default_factory=dict)
+    learned: bool = False
 
     def of(self, source: str) -> dict[str, float | None]:
-        """Dice of a source's mask by label, or of the SSL mask where it has none."""
+        """Dice of a source's mask by label, of the SSL mask for the ensemble where that has none; empty if unknown."""
+        if source not in self.dice and self.learned and source in REFINED:
+            return {}
         return self.dice[source] if source in self.dice else self.dice["ssl"]
 
 
@@ -76,8 +83,8 @@ class Evidence:
     def by_label(self, source: str) -> dict[str, list[float]]:
         """Dice of a source's masks by label. A case in which both masks of a label are empty does not count for it.
 
-        Where a source has no mask, the SSL mask of the case's fold stands for it: all other members of the ensemble
-        were trained on the case, or SAM and the adaptation network have learned to correct this mask.
+        All members of the ensemble but one were trained on a labelled case that does not validate; there the mask of
+        that one, the SSL mask of the case's fold, stands for it.
         """
         found: dict[str, list[float]] = {name: [] for name in self.names}
         for one in self.scored:
@@ -121,7 +128,8 @@ class Evidence:
             if ours is None or theirs is None or whole is None:
                 found[source] = None
             else:
-                found[source] = whole + ours - theirs if len(own) < len(self.scored) else ours
+                # in this order, so that equal sources stay equal to the last bit
+                found[source] = whole + (ours - theirs) if len(own) < len(self.scored) else ours
         return found
 
     def of_label(self, name: str) -> Evidence:
@@ -200,6 +208,9 @@ def mix_sources(
     found = mix(sources)
     for fold, own in fold_sources(pipeline, crossed, models) if crossed else []:
         drawn |= {c.id: region_dice(pipeline, mix(own), c) for c in fold.cases}
+        if crossed and crossed.learns(fold):
+            for case in fold.cases:
+                drawn[case.id] |= {name: None for name in labels.names if chosen[name] in REFINED}
     drawn |= {c.id: region_dice(pipeline, found, c) for c in pipeline.cases.validation}
     scored = tuple(replace(one, dice={**one.dice, MIXED: drawn[one.case]}) for one in evidence.scored)
     return found, Evidence(scored, evidence.names)
@@ -221,7 +232,7 @@ def _score(pipeline: RoundPipeline, case: Prepared, second: str, sources: Source
     labels, found = pipeline.labels, {name: region_dice(pipeline, maps, case) for name, maps in sources.items()}
     if second not in sources:
         unknown = dict.fromkeys(labels.names)
-        return Scored(case.id, fold, unknown, found, unknown)
+        return Scored(case.id, fold, unknown, found, unknown, learned=True)
     first, other = (pipeline.decode(sources[name](case)) for name in ("ssl", second))
     merged = {n: dice(a, b) for n, a, b in zip(labels.names, labels.regions(first), labels.regions(other), strict=True)}
     return Scored(case.id, fold, compare(first, other, labels).per_label, found, merged)

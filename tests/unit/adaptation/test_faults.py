@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aslseg.adaptation.faults import Faults, fit_severities
-from aslseg.adaptation.synthetic import Truth, median_dice
+from aslseg.adaptation.severity import Truth, median_dice
 from aslseg.adaptation.train import redraw_bank
 from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.overlap import dice

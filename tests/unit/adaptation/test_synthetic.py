@@ -9,20 +9,15 @@ from scipy import ndimage
 from aslseg.adaptation import synthetic
 from aslseg.adaptation.geometry_mm import box_of, components, random_field, signed_distance
 from aslseg.adaptation.synthetic import (
-    LEAST,
-    MOST,
     OPERATORS,
     Error,
-    Truth,
-    calibrate,
     corrupt,
     corrupt_region,
-    dice,
     draw_severity,
-    median_dice,
     soft_pair,
     soften,
 )
+from aslseg.compute.overlap import dice
 from aslseg.types import Labels
 
 SPACING = (2.0, 2.0, 4.0)
@@ -297,29 +292,3 @@ def test_large_organs_are_spoiled_less() -> None:
     rng = np.random.default_rng(1)
     found = [dice(corrupt_region(mask, None, (2.0, 2.0, 5.0), rng, draw_severity(rng)), mask) for _ in range(80)]
     assert 0.75 < np.mean(found) < 0.95
-
-
-def test_calibrated_errors_have_the_median_dice_that_was_asked_for() -> None:
-    """Also one that the harshest single errors do not reach."""
-    truths = [Truth.around(tumours(seed), None, (2.0, 2.0, 5.0)) for seed in range(6)]
-    most = calibrate(truths, 0.4, np.random.default_rng(0))
-    assert most > 1
-    # by other errors than those it was fitted on
-    assert median_dice(truths, most, 5, 100) == pytest.approx(0.4, abs=0.05)
-
-
-def test_a_large_scan_is_thinned_and_its_errors_stay_as_large() -> None:
-    mask = np.zeros((64, 60, 40), bool)
-    mask[12:50, 14:46, 8:34] = True
-    whole, thinned = Truth(mask, None, (1.5, 1.5, 2.0)), Truth.around(mask, mask.astype(np.float32), (1.5, 1.5, 2.0))
-    assert thinned.mask.size <= synthetic.CALIBRATED_VOXELS < mask.size
-    assert thinned.image is not None
-    np.testing.assert_array_equal(thinned.image > 0.5, thinned.mask)
-    assert median_dice([thinned], 1.0, 1, 24) == pytest.approx(median_dice([whole], 1.0, 1, 24), abs=0.05)
-
-
-def test_calibration_ends_where_errors_can_be_no_milder_or_harsher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic, "CALIBRATION_DRAWS", 6)
-    truths = [Truth.around(tumours(0), None, (2.0, 2.0, 5.0))]
-    assert calibrate(truths, 2.0, np.random.default_rng(0)) == pytest.approx(LEAST, abs=0.03)
-    assert calibrate(truths, -1.0, np.random.default_rng(0)) == pytest.approx(MOST, abs=0.03)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from aslseg.adaptation import synthetic
+from aslseg.adaptation import severity
 from aslseg.agreement.promotion_rules import Verdict
 from aslseg.compute.weights import load_weights, save_weights
 from aslseg.rounds import canaries, pipeline, promotion
@@ -26,7 +26,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(engine, "STATISTICS_BATCHES", 2)
-    monkeypatch.setattr(synthetic, "CALIBRATION_DRAWS", 4)
+    monkeypatch.setattr(severity, "CALIBRATION_DRAWS", 4)
     yield
     torch.set_num_threads(threads)
 

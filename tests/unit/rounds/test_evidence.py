@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -304,14 +305,27 @@ def test_each_label_comes_from_the_source_that_is_best_for_it(tmp_path: Path, mo
     maps, mixed = mix_sources(p, evidence, crossed, models, sources, chosen)
     for case in p.cases.unlabelled:
         np.testing.assert_array_equal(LABELS.decode(maps(case)), true_mask(case))
-    # on every human label, by the model that has not seen it
+    # on every human label, by the model that has not seen it; but for the adaptation network's tumours in the two folds
+    # whose masks it has learned to correct
     assert len(mixed.scored) == 6
-    assert mixed.by_label("mixed") == {"liver": [1.0] * 6, "tumour": [1.0] * 6}
+    assert mixed.by_label("mixed") == {"liver": [1.0] * 6, "tumour": [1.0] * 4}
     floors = judge_labels(mixed, "mixed", p.settings.floors, LABELS)
     assert not floors.reasons
     # no source alone would do: ssl has no tumour, and the adapter's liver is moved
     for source, label in (("ssl", "tumour"), ("adapter", "liver")):
         assert label in judge_labels(evidence, source, p.settings.floors, LABELS).reasons
+
+
+def test_masks_that_the_adapter_has_learned_say_nothing_of_it() -> None:
+    learned = replace(scored("a", ssl=0.2), learned=True)
+    found = Evidence((learned, scored("b", ssl=0.6, adapter=0.9)), ("liver",))
+    assert found.by_label("adapter") == {"liver": [0.9]}
+    assert found.by_label("ssl") == {"liver": [0.2, 0.6]}
+    # one of its members has not seen the label
+    assert found.by_label("ensemble") == {"liver": [0.2, 0.6]}
+    assert [pair.case for pair in found.pairs("adapter")["liver"]] == ["b"]
+    # compared on all labels by how far it is better where it is known
+    assert found.compared(("ssl", "adapter")) == pytest.approx({"ssl": 0.4, "adapter": 0.7})
 
 
 def test_a_label_that_nobody_has_drawn_is_taken_from_the_best_source() -> None:
