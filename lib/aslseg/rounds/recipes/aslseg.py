@@ -15,7 +15,7 @@ from aslseg.agreement.promotion_rules import PromotionLimits, refusals, select
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.canaries import concerning
-from aslseg.rounds.component_limits import limited
+from aslseg.rounds.component_limits import limited, with_limits
 from aslseg.rounds.cross_fit import cross_fit, folds
 from aslseg.rounds.evidence import MIXED, Evidence, cascade_sources, fill_folds, gather, judge_labels, mix_sources
 from aslseg.rounds.pipeline import RoundPipeline
@@ -45,8 +45,8 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     crossed = None
     if folds(cases.train, pipeline.settings.most_folds):
         with progress.stage("folds") as report:
-            crossed = cross_fit(pipeline, report)
-    ssl = limited(pipeline, crossed, ssl)
+            crossed = with_limits(pipeline, cross_fit(pipeline, report))
+    ssl = limited(pipeline, crossed.limits if crossed else {}, ssl)
     with progress.stage("predict") as report:
         ssl_maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: ssl}))
         pipeline.fill(ssl_maps, cases.predicted, report)
