@@ -51,7 +51,7 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
         ssl_maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: ssl}))
         pipeline.fill(ssl_maps, cases.predicted, report)
     with progress.stage("sam") as report:
-        faults = learned_faults(pipeline, crossed)
+        faults = learned_faults(pipeline, crossed, report)
         sam = pipeline.train_sam(report, faults)
     with progress.stage("redraw") as report:
         sam_maps = pipeline.predict(ModelKind.SAM, ModelSet({ModelKind.SSL: ssl, ModelKind.SAM: sam}))
