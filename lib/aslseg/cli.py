@@ -95,7 +95,10 @@ def train(
     conf: Conf = None,
     as_json: Json = False,
 ) -> None:
-    """Train one model, with those it needs; it is published if it validates no worse than the published one."""
+    """Train one model, with those it needs; it is published if it validates no worse than the published one.
+
+    Only a round has folds: their limits on components and the errors that SAM and adapter learn from them are left out.
+    """
     if kind not in ("ssl", "sam", "adapter"):
         raise typer.BadParameter(f"expected ssl, sam or adapter, got {kind!r}")
     settings = ready(conf)

@@ -124,6 +124,11 @@ class Labels:
                 found.append(child)
         return [n + 1 for n in found]
 
+    def ancestors(self, region: int) -> list[int]:
+        """Indices of the labels in which one lies, the innermost first."""
+        parent = self.parents[region]
+        return [] if parent is None else [parent, *self.ancestors(parent)]
+
     def regions(self, class_map: np.ndarray) -> np.ndarray:
         """Class map (...) to region masks (N, ...), bool."""
         return np.stack([np.isin(class_map, self.members(n)) for n in range(len(self))])

@@ -11,7 +11,7 @@ import numpy as np
 from aslseg.adaptation.severity import Truth, calibrate
 from aslseg.adaptation.synthetic import corrupt, draw_severity, soften
 from aslseg.cases.prepared_case import Prepared
-from aslseg.types import Labels
+from aslseg.types import Labels, ProgressCallback, no_progress
 
 MILD_FRACTION, MILD = 0.4, 0.3
 """Share of the synthetic errors that are nearly none, so that good masks are left alone, and their largest severity."""
@@ -58,7 +58,11 @@ class Faults:
 
 
 def fit_severities(
-    cases: Sequence[Prepared], labels: Labels, dice: Mapping[str, Mapping[str, float | None]], rng: np.random.Generator
+    cases: Sequence[Prepared],
+    labels: Labels,
+    dice: Mapping[str, Mapping[str, float | None]],
+    rng: np.random.Generator,
+    report: ProgressCallback = no_progress,
 ) -> tuple[float, ...]:
     """Severities at which synthetic errors have the median Dice of real ones, by label.
 
@@ -67,6 +71,7 @@ def fit_severities(
         labels: Names and nesting.
         dice: Case id to Dice by label of masks by networks that were not trained on the case.
         rng: For :func:`aslseg.adaptation.severity.calibrate`.
+        report: Called with (done, labels) after each label.
 
     Returns:
         For :attr:`Faults.most`; 1 for a label that no such case holds.
@@ -80,4 +85,5 @@ def fit_severities(
                 truths.append(Truth.around(mask, np.asarray(case.image, np.float32), case.grid.spacing))
                 real.append(value)
         found.append(calibrate(truths, float(np.median(real)), rng) if truths else 1.0)
+        report(len(found), len(labels))
     return tuple(found)

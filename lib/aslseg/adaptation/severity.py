@@ -40,7 +40,8 @@ class Truth(NamedTuple):
                 break
             part, view = part[thinned], None if view is None else view[thinned]
             size[int(np.argmin(size))] *= 2
-        return cls(part, view, (size[0], size[1], size[2]))
+        # copies: a part of an array would keep the whole scan in memory
+        return cls(part.copy(), None if view is None else view.copy(), (size[0], size[1], size[2]))
 
 
 def calibrate(truths: Sequence[Truth], target: float, rng: np.random.Generator) -> float:

@@ -326,8 +326,7 @@ def train(
 
     if iterations:
         engine.run(range(iterations), max_epochs=1, epoch_length=iterations)
-    about = _metadata(settings, patch, strides, sam is not None)
-    save_weights(out, trainer.network.state_dict(), about)
+    save_weights(out, trainer.network.state_dict(), _metadata(settings, patch, strides, sam is not None))
     last = {k: float(np.mean([h[k] for h in history[-100:]])) for k in history[0]} if history else {}
     return {
         **dict.fromkeys(("loss", "dice_before", "dice_after")),

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from aslseg.cases.prepared_case import Prepared
 from aslseg.files import atomic_file, write_json
 from aslseg.types import Labels
 
 logger = logging.getLogger(__name__)
+
+NEIGHBOURHOOD = np.ones((3, 3, 3), bool)
 
 
 def folder_name(name: str, inputs: dict[str, Any]) -> str:
@@ -111,24 +114,41 @@ class CachedProbabilities:
 
 
 def mixed(store: ArtefactStore, labels: Labels, maps: Sequence[CachedProbabilities]) -> CachedProbabilities:
-    """The probability of each label from maps of its own; what is nested never reaches beyond what it lies in.
+    """The probability of each label from maps of its own, put together by :func:`nest`.
 
     Args:
         store: Where the result is kept.
         labels: With their nesting.
         maps: One for each label.
     """
-    folder = store.folder("mixed", {"labels": [m.folder.name for m in maps]})
+    folder = store.folder("mixed", {"labels": [m.folder.name for m in maps], "parents": labels.parents})
+    return CachedProbabilities(
+        folder, lambda case: nest(np.stack([one(case)[n] for n, one in enumerate(maps)]), labels)
+    )
 
-    def make(case: Prepared) -> np.ndarray:
-        regions = np.stack([one(case)[n] for n, one in enumerate(maps)])
-        for n, parent in enumerate(labels.parents):
-            # a parent stands before its children
-            if parent is not None:
-                regions[n] = np.minimum(regions[n], regions[parent])
-        return regions
 
-    return CachedProbabilities(folder, make)
+def nest(regions: np.ndarray, labels: Labels) -> np.ndarray:
+    """Probabilities in which no nested label reaches beyond what it lies in.
+
+    A component that touches the parent belongs to it: a tumour at the border of the liver is liver, though another
+    source that draws the liver may leave it out. The parent grows by it. Everything else is cut at the parent's
+    border, components that lie elsewhere with it.
+
+    Args:
+        regions: Region probabilities (R, i, j, k), changed in place.
+        labels: With their nesting.
+    """
+    for n, parent in enumerate(labels.parents):
+        # a parent stands before its children
+        if parent is None:
+            continue
+        numbers, _ = ndimage.label(regions[n] >= 0.5, NEIGHBOURHOOD)
+        around = ndimage.binary_dilation(regions[parent] >= 0.5, NEIGHBOURHOOD)
+        touching = np.isin(numbers, np.setdiff1d(numbers[around], 0))
+        for outer in labels.ancestors(n):
+            regions[outer][touching] = np.maximum(regions[outer], regions[n])[touching]
+        regions[n] = np.minimum(regions[n], regions[parent])
+    return regions
 
 
 def confidence(regions: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ are an ensemble, one more source of masks for the unlabelled scans.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ class Fold:
         cases: The part.
         model: Its SSL model's file.
         maps: Region probabilities of this model.
+        limits: On components (:mod:`aslseg.rounds.component_limits`), from the other folds; the model's file has them.
     """
 
     cases: list[Prepared]
     model: Path
     maps: CachedProbabilities
+    limits: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,21 @@ class CrossFit:
         folds: One for each part whose training succeeded.
         dice: By label, with all that is nested in it: mean over the labelled cases; None where no case holds it.
         cases: The same by case id.
+        limits: On components, from all folds: for models that have learned all labels.
     """
 
     folds: list[Fold]
     dice: dict[str, float | None]
     cases: dict[str, dict[str, float | None]]
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def scored(cls, pipeline: RoundPipeline, folds: list[Fold], limits: Mapping[str, Any] | None = None) -> CrossFit:
+        """With the Dice of each fold's model on its cases."""
+        cases = {c.id: region_dice(pipeline, fold.maps, c) for fold in folds for c in fold.cases}
+        mean = {name: _mean([dice[name] for dice in cases.values()]) for name in pipeline.labels.names}
+        logger.info("out-of-fold Dice of the SSL stage on %d cases, %d folds: %s", len(cases), len(folds), mean)
+        return cls(folds, mean, dict(sorted(cases.items())), limits or {})
 
     @property
     def maps(self) -> list[CachedProbabilities]:
@@ -106,7 +118,6 @@ def cross_fit(pipeline: RoundPipeline, report: ProgressCallback) -> CrossFit | N
     """
     parts = folds(pipeline.cases.train, pipeline.settings.most_folds)
     found: list[Fold] = []
-    scored: dict[str, dict[str, float | None]] = {}
     for number, part in enumerate(parts):
         ids = [c.id for c in part]
         shown = share(report, number, len(parts))
@@ -116,12 +127,7 @@ def cross_fit(pipeline: RoundPipeline, report: ProgressCallback) -> CrossFit | N
             pipeline.cases.warnings.append(f"no model without {', '.join(ids)} ({error}): their labels score nothing")
             continue
         found.append(Fold(part, model, pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model}))))
-        scored |= {c.id: region_dice(pipeline, found[-1].maps, c) for c in part}
-    if not found:
-        return None
-    mean = {name: _mean([d[name] for d in scored.values()]) for name in pipeline.labels.names}
-    logger.info("out-of-fold Dice of the SSL stage on %d labelled cases, %d folds: %s", len(scored), len(found), mean)
-    return CrossFit(found, mean, dict(sorted(scored.items())))
+    return CrossFit.scored(pipeline, found) if found else None
 
 
 def share(report: ProgressCallback, number: int, parts: int) -> ProgressCallback:

@@ -19,6 +19,7 @@ from aslseg.errors import TrainingDivergedError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.artefacts import CachedProbabilities, confidence
+from aslseg.rounds.component_limits import limited
 from aslseg.rounds.cross_fit import CrossFit, folds, share
 from aslseg.rounds.fold_share import fold_share
 from aslseg.rounds.pipeline import Promoted, RoundPipeline
@@ -34,6 +35,7 @@ def retrained_dice(
 ) -> dict[str, float]:
     """Mean Dice over the labels of each labelled case, by the retrained model of the fold that it lies in.
 
+    Its components have the limits of that fold, as those of the round's model have the limits from all folds.
     The voxels of the promoted cases weigh as in the round, but for ``disagreement_weight``: there is no adaptation
     network that has not seen the fold.
 
@@ -51,12 +53,13 @@ def retrained_dice(
     unlabelled = [c for c in pipeline.cases.unlabelled if c.id in promoted]
     found: dict[str, float | None] = {}
     steps = fold_share(len(folds(pipeline.cases.train, pipeline.settings.most_folds)))
-    for number, (part, maps) in enumerate(zip(crossed.parts, crossed.maps, strict=True)):
+    for number, fold in enumerate(crossed.folds):
+        part, maps = [c.id for c in fold.cases], fold.maps
         if unlabelled:
             own = [own_mask(pipeline, maps, case, unknown) for case in unlabelled]
-            shown = share(report, number, len(crossed.parts))
+            shown = share(report, number, len(crossed.folds))
             try:
-                model = pipeline.train_ssl(own, shown, without=part, part=steps)
+                model = limited(pipeline, fold.limits, pipeline.train_ssl(own, shown, without=part, part=steps))
             except TrainingDivergedError as error:
                 ids = ", ".join(part)
                 pipeline.cases.warnings.append(

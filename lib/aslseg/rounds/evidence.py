@@ -48,7 +48,8 @@ class Scored:
         fold: Whether the model of a fold drew them; otherwise it is a validation case.
         agreement: Dice between the SSL mask and the second network's, by label; None where both are empty, and where
             the second network has learned to correct this very mask.
-        dice: Dice with the human label, by source and label; None where both are empty.
+        dice: Dice with the human label, by source and label; None where both are empty. A label is missing where the
+            source has no mask of it here that says anything.
         merged: As ``agreement``, but of each label with everything nested in it.
         learned: Whether SAM and the adaptation network have learned to correct this very mask, so that what they make
             of it says nothing.
@@ -66,6 +67,10 @@ class Scored:
         if source not in self.dice and self.learned and source in REFINED:
             return {}
         return self.dice[source] if source in self.dice else self.dice["ssl"]
+
+    def knows(self, source: str, names: Collection[str]) -> bool:
+        """Whether a source has masks of its own of all of these labels that the SSL masks have."""
+        return source in self.dice and set(names) & self.dice["ssl"].keys() <= self.dice[source].keys()
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class Evidence:
         """
         found: dict[str, float | None] = {}
         for source in sources:
-            own = [one for one in self.scored if source in one.dice]
+            own = [one for one in self.scored if one.knows(source, self.names)]
             ours, theirs, whole = self.dice(source, own), self.dice("ssl", own), self.dice("ssl")
             if ours is None or theirs is None or whole is None:
                 found[source] = None
@@ -192,6 +197,10 @@ def mix_sources(
 ) -> tuple[CachedProbabilities, Evidence]:
     """Maps in which each label comes from a source of its own, and the evidence with their Dice as ``mixed``.
 
+    What SAM and the adaptation network make of masks that they have learned says nothing. There a label is scored only
+    where they draw neither it nor anything that it lies in or that lies in it, because these shape its mask
+    (:func:`aslseg.rounds.artefacts.nest`).
+
     Args:
         pipeline, crossed, models, sources: As for :func:`gather`.
         evidence: What :func:`gather` has found.
@@ -210,10 +219,17 @@ def mix_sources(
         drawn |= {c.id: region_dice(pipeline, mix(own), c) for c in fold.cases}
         if crossed and crossed.learns(fold):
             for case in fold.cases:
-                drawn[case.id] |= {name: None for name in labels.names if chosen[name] in REFINED}
+                drawn[case.id] = {name: drawn[case.id][name] for name in _apart(labels, chosen)}
     drawn |= {c.id: region_dice(pipeline, found, c) for c in pipeline.cases.validation}
     scored = tuple(replace(one, dice={**one.dice, MIXED: drawn[one.case]}) for one in evidence.scored)
     return found, Evidence(scored, evidence.names)
+
+
+def _apart(labels: Labels, chosen: Mapping[str, str]) -> list[str]:
+    """The labels that have no refined source in the line from the outermost label to everything nested in them."""
+    refined = {n for n, name in enumerate(labels.names) if chosen[name] in REFINED}
+    lines = ({*labels.ancestors(n), *(value - 1 for value in labels.members(n))} for n in range(len(labels)))
+    return [name for name, line in zip(labels.names, lines, strict=True) if not line & refined]
 
 
 def validated(pipeline: RoundPipeline, second: str, sources: Sources) -> Evidence:

@@ -80,20 +80,23 @@ class RoundState:
     stops: list[Stop] = field(default_factory=list)
     crossed: CrossFit | None = None
 
-    def barred(self, case: str) -> tuple[str, ...]:
-        """Why the mask that was promoted before this round may not stand again, should its model be rejected.
-
-        That is what speaks against every mask of the scan, however well networks agree (floors, canaries, an alien
-        scan), and a mask that teaches a nested label that human labels no longer support.
-        """
+    def against_every_mask(self, case: str) -> tuple[str, ...]:
+        """What speaks against any mask of a scan, however well networks agree: floors, canaries, an alien scan."""
         unlike = self.pipeline.cases.unlike
         always = {
             *self.floors.blocking,
             *(stop.reason for stop in self.stops),
             *([unlike[case]] if case in unlike else []),
         }
-        found = tuple(reason for reason in self.assessments[case].verdict.reasons if reason in always)
-        return (*found, *self._no_longer_taught(case))
+        return tuple(reason for reason in self.assessments[case].verdict.reasons if reason in always)
+
+    def barred(self, case: str) -> tuple[str, ...]:
+        """Why the mask that was promoted before this round may not stand again, should its model be rejected.
+
+        That is what speaks against every mask of the scan, and that the earlier one teaches a nested label that human
+        labels no longer support. The latter says nothing of a new mask, which leaves that label open.
+        """
+        return (*self.against_every_mask(case), *self._no_longer_taught(case))
 
     def _no_longer_taught(self, case: str) -> list[str]:
         event = self._promoted_before.get(case)

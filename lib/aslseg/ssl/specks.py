@@ -25,6 +25,8 @@ PROBABILITIES = (0.0, 0.6, 0.7, 0.8, 0.9, 0.95)
 VOLUMES_MM3 = (0.0, 10.0, 30.0, 100.0, 300.0)
 # one patient's lesions say nothing of another's
 LEAST_PATIENTS = 2
+# part of the lesions found without limits that limits must leave
+LEAST_KEPT = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,37 +87,55 @@ class Scan:
             patient, peaks, voxels * math.prod(spacing), voxels, right, tuple(touched), int(truth.sum()), int(lesions)
         )
 
+    def kept(self, limits: Limits) -> np.ndarray:
+        """Which components reach the limits, bool."""
+        return np.asarray((self.peaks >= limits.probability) & (self.mm3 >= limits.mm3))
+
+    def found(self, limits: Limits) -> int:
+        """The number of true lesions that a kept component touches."""
+        return len(frozenset().union(*(t for t, k in zip(self.touched, self.kept(limits), strict=True) if k)))
+
     def score(self, limits: Limits) -> float:
         """Mean of Dice and of the lesions' F1 when only what reaches the limits is kept.
 
         Without a lesion in the truth 1 if nothing is kept, else 0.
         """
-        kept = (self.peaks >= limits.probability) & (self.mm3 >= limits.mm3)
+        kept = self.kept(limits)
         if not self.truth:
             return float(not kept.any())
         dice = 2 * int(self.right[kept].sum()) / (int(self.voxels[kept].sum()) + self.truth)
-        found = len(frozenset().union(*(t for t, k in zip(self.touched, kept, strict=True) if k)))
         false = int((kept & (self.right == 0)).sum())
         precision = 1 - false / int(kept.sum()) if kept.any() else 0.0
-        recall = found / self.lesions
+        recall = self.found(limits) / self.lesions
         f1 = 2 * precision * recall / (precision + recall) if precision and recall else 0.0
         return (dice + f1) / 2
 
 
 def fit(scans: Sequence[Scan]) -> Limits | None:
-    """The limits with the best mean :meth:`Scan.score`; of equal ones the lowest.
+    """The limits with the best mean :meth:`Scan.score` of those that keep enough; of equal ones the lowest.
+
+    Where most scans hold no lesion, the best score is that of limits that nothing reaches. So at least LEAST_PATIENTS
+    patients must keep a component that is right, and LEAST_KEPT of the lesions that are found without limits must
+    still be found.
 
     Args:
         scans: Of labelled scans that the network has not learned.
 
     Returns:
-        None where fewer than two patients have a lesion that is found: then nothing says what to keep.
+        None where fewer than LEAST_PATIENTS patients have a lesion that is found: then nothing says what to keep.
     """
-    if len({s.patient for s in scans if s.right.any()}) < LEAST_PATIENTS:
-        return None
     pairs = [Limits(p, mm3) for p, mm3 in product(PROBABILITIES, VOLUMES_MM3)]
+    admitted = [pair for pair in pairs if _keeps_enough(scans, pair)]
+    if not admitted:
+        return None
     # rounded, so that equal means of other order are equal
-    return max(pairs, key=lambda pair: round(float(np.mean([s.score(pair) for s in scans])), 6))
+    return max(admitted, key=lambda pair: round(float(np.mean([s.score(pair) for s in scans])), 6))
+
+
+def _keeps_enough(scans: Sequence[Scan], pair: Limits) -> bool:
+    patients = {s.patient for s in scans if s.right[s.kept(pair)].any()}
+    found, without = (sum(s.found(limits) for s in scans) for limits in (pair, Limits(0.0, 0.0)))
+    return len(patients) >= LEAST_PATIENTS and found >= LEAST_KEPT * without
 
 
 def stored(limits: Mapping[str, Limits]) -> dict[str, Any]:

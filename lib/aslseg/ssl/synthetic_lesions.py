@@ -7,7 +7,8 @@ and sizes follow the labelled lesions as far as there are any, and wide distribu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,8 @@ CONTRAST = (0.7, 3.0)
 PRIOR_DARKER, PRIOR_BRIGHTER = 3, 1
 MOST = 4
 MOST_COPIES = 16
-COPY = "-synthetic"
+# ends the id of a copy; no file and so no scan has such a name
+COPY = "/synthetic"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Appearance:
     deviation: float
 
     @classmethod
-    def of(cls, cases: Sequence[Prepared], value: int, parent: Sequence[int]) -> Appearance:
+    def of(cls, cases: Iterable[Prepared], value: int, parent: Sequence[int]) -> Appearance:
         """Measured on labelled cases.
 
         Args:
@@ -57,20 +59,33 @@ class Appearance:
             value: Of the lesion's class.
             parent: Values that make up the parent without its lesions.
         """
-        contrasts, radii, deviations = [], [], []
-        for case in cases:
-            image, label = _numpy(case.image), _numpy(case.label)
-            around = image[np.isin(label, parent)]
-            if not around.size:
-                continue
-            middle = np.median(around)
-            deviations.append(1.4826 * np.median(np.abs(around - middle)))
-            numbers, _ = ndimage.label(label == value, np.ones((3, 3, 3)))
-            for n, found in enumerate(ndimage.find_objects(numbers), 1):
-                inside = numbers[found] == n
-                contrasts.append(float(np.median(image[found][inside]) - middle))
-                radii.append(float((3 * inside.sum() * math.prod(case.grid.spacing) / (4 * math.pi)) ** (1 / 3)))
-        return cls(tuple(contrasts), tuple(radii), float(np.median(deviations)) if deviations else 0.1)
+        return cls.pooled([cls._measured(case, value, parent) for case in cases])
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Appearance]) -> Appearance:
+        """All lesions of several cases, and the median deviation of those that hold the parent; 0.1 where none does."""
+        deviations = [one.deviation for one in parts if not math.isnan(one.deviation)]
+        return cls(
+            tuple(c for one in parts for c in one.contrasts),
+            tuple(r for one in parts for r in one.radii),
+            float(np.median(deviations)) if deviations else 0.1,
+        )
+
+    @classmethod
+    def _measured(cls, case: Prepared, value: int, parent: Sequence[int]) -> Appearance:
+        """Of one case; without the parent nothing, and NaN as its deviation."""
+        image, label = _numpy(case.image), _numpy(case.label)
+        around = image[np.isin(label, parent)]
+        if not around.size:
+            return cls((), (), math.nan)
+        middle = np.median(around)
+        contrasts, radii = [], []
+        numbers, _ = ndimage.label(label == value, np.ones((3, 3, 3)))
+        for n, found in enumerate(ndimage.find_objects(numbers), 1):
+            inside = numbers[found] == n
+            contrasts.append(float(np.median(image[found][inside]) - middle))
+            radii.append(float((3 * inside.sum() * math.prod(case.grid.spacing) / (4 * math.pi)) ** (1 / 3)))
+        return cls(tuple(contrasts), tuple(radii), float(1.4826 * np.median(np.abs(around - middle))))
 
     def draw(self, rng: np.random.Generator) -> tuple[float, float]:
         """A contrast and a radius in mm."""
@@ -90,21 +105,33 @@ class Appearance:
 
 
 class Lesions:
-    """Draws lesions into patches.
+    """Draws lesions into patches with the voxel size of the first case; :meth:`at` gives another.
 
     Args:
-        cases: Labelled views, to measure the lesions on.
+        cases: Labelled views, to measure the lesions on; read one after the other, so that they need not be in memory
+            at once.
         labels: Label set of the second stage.
         chance: That a patch gets any.
     """
 
-    def __init__(self, cases: Sequence[Prepared], labels: Labels, chance: float) -> None:
-        self.spacing = cases[0].grid.spacing
+    def __init__(self, cases: Iterable[Prepared], labels: Labels, chance: float) -> None:
+        self.spacing = (1.0, 1.0, 1.0)
         self.chance = chance
         inner = [n for n, parent in enumerate(labels.parents) if parent is not None]
         # a lesion lies in the class of its parent itself
         self.hosts = {n + 1: labels.parents[n] + 1 for n in inner}  # type: ignore[operator]
-        self.appearance = {v: Appearance.of(cases, v, [host]) for v, host in self.hosts.items()}
+        parts: dict[int, list[Appearance]] = {v: [] for v in self.hosts}
+        for n, case in enumerate(cases):
+            self.spacing = self.spacing if n else case.grid.spacing
+            for v, host in self.hosts.items():
+                parts[v].append(Appearance.of([case], v, [host]))
+        self.appearance = {v: Appearance.pooled(found) for v, found in parts.items()}
+
+    def at(self, spacing: tuple[float, float, float]) -> Lesions:
+        """The same lesions for patches of another voxel size, in mm."""
+        other = copy(self)
+        other.spacing = spacing
+        return other
 
     def into(self, patch: Patch, rng: np.random.Generator) -> Patch:
         """The patch with lesions of random classes, or as it is."""
@@ -188,26 +215,28 @@ class Lesions:
 def with_synthetic(labelled: Sequence[Prepared], settings: Settings) -> list[Prepared]:
     """Labelled cases, and a copy of each with synthetic lesions in its parents; for networks that see whole scans.
 
-    At most ``MOST_COPIES`` copies are made, of cases in random order. Without nested labels, with one network for all
-    labels, or with ``nested_synthetic`` 0 there are none.
+    At most ``MOST_COPIES`` copies are made, of randomly chosen cases that hold a parent. Without nested labels, with
+    one network for all labels, or with ``nested_synthetic`` 0 there are none.
 
     Args:
         labelled: On the working grid.
         settings: ``nested_synthetic``, ``nested_range``, ``seed``, labels.
     """
-    shown, cases = half_range(settings), [c for c in labelled if c.label is not None]
-    found = list(labelled)
+    shown, found = half_range(settings), list(labelled)
     if shown is None or not settings.nested_synthetic:
         return found
-    rng, copies = np.random.default_rng([settings.seed, 5]), cases
-    for branch in branches(settings.label_set):
-        # a lesion without its parent has nothing to be relative to
-        seen = {c.id: _relative(c, branch, shown) for c in cases if (np.asarray(c.label) == branch.values[0]).any()}
-        if seen:
-            lesions = Lesions(list(seen.values()), branch.labels, 1.0)
-            copies = [_painted(c, seen[c.id], branch, lesions, shown, rng) if c.id in seen else c for c in copies]
-    new = [copies[n] for n in rng.permutation(len(copies))[:MOST_COPIES] if copies[n] is not cases[n]]
-    return [*found, *sorted(new, key=lambda c: c.id)]
+    inner = branches(settings.label_set)
+    # a lesion without its parent has nothing to be relative to
+    parents = [[b for b in inner if c.label is not None and (np.asarray(c.label) == b.values[0]).any()] for c in found]
+    holding = [n for n, held in enumerate(parents) if held]
+    rng = np.random.default_rng([settings.seed, 5])
+    chosen = sorted(rng.permutation(holding)[:MOST_COPIES].tolist(), key=lambda n: found[n].id)
+    copies = {n: replace(found[n], id=found[n].id + COPY, image_hash="", label_hash="") for n in chosen}
+    for branch in inner:
+        having = [n for n in holding if branch in parents[n]]
+        lesions = Lesions((_relative(found[n], branch, shown) for n in having), branch.labels, 1.0)
+        copies |= {n: _painted(c, branch, lesions, shown, rng) for n, c in copies.items() if branch in parents[n]}
+    return [*found, *copies.values()]
 
 
 def _relative(case: Prepared, branch: Branch, shown: float) -> Prepared:
@@ -217,18 +246,16 @@ def _relative(case: Prepared, branch: Branch, shown: float) -> Prepared:
     return replace(case, image=relative(image, centre, shown), label=branch.inner(label))
 
 
-def _painted(
-    case: Prepared, seen: Prepared, branch: Branch, lesions: Lesions, shown: float, rng: np.random.Generator
-) -> Prepared:
+def _painted(case: Prepared, branch: Branch, lesions: Lesions, shown: float, rng: np.random.Generator) -> Prepared:
     """A case with lesions in it, painted at relative intensities."""
+    seen = _relative(case, branch, shown)
     before = np.asarray(seen.image)
-    patch = lesions.into(Patch(before, seen.label, None), rng)
+    patch = lesions.at(case.grid.spacing).into(Patch(before, seen.label, None), rng)
     image = np.asarray(case.image) + (patch.image - before) * np.float32(2 * shown)
     inside = patch.label > 0
     label = np.array(case.label)
     label[inside] = np.array([0, *branch.values], np.uint8)[patch.label[inside]]
-    name = case.id if case.id.endswith(COPY) else case.id + COPY
-    return replace(case, id=name, image=np.clip(image, 0, 1).astype(np.float32), label=label, label_hash="")
+    return replace(case, image=np.clip(image, 0, 1).astype(np.float32), label=label)
 
 
 def _numpy(array: Any) -> np.ndarray:

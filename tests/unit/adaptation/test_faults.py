@@ -43,7 +43,9 @@ def test_synthetic_errors_are_fitted_to_real_ones(scan: Callable[[int], Prepared
     cases = [scan(seed) for seed in range(3)]
     dices = zip(cases, (0.7, 0.9, 0.95), strict=True)
     real = {case.id: {"liver": value, "tumour": value - 0.3} for case, value in dices}
-    most = fit_severities(cases, PAIR, real, np.random.default_rng(1))
+    told: list[tuple[int, int]] = []
+    most = fit_severities(cases, PAIR, real, np.random.default_rng(1), lambda *done: told.append(done))
+    assert told == [(1, 2), (2, 2)]
     for region, target in enumerate((0.9, 0.6)):
         truths = [Truth(PAIR.regions(np.asarray(c.label))[region], np.asarray(c.image), c.grid.spacing) for c in cases]
         assert median_dice(truths, most[region], 9, 100) == pytest.approx(target, abs=0.05)

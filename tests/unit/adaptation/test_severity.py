@@ -34,6 +34,9 @@ def test_a_large_scan_is_thinned_and_its_errors_stay_as_large() -> None:
     whole, thinned = Truth(mask, None, (1.5, 1.5, 2.0)), Truth.around(mask, mask.astype(np.float32), (1.5, 1.5, 2.0))
     assert thinned.mask.size <= severity.CALIBRATED_VOXELS < mask.size
     assert thinned.image is not None
+    # nothing keeps the whole scan in memory
+    assert thinned.mask.base is None
+    assert thinned.image.base is None
     np.testing.assert_array_equal(thinned.image > 0.5, thinned.mask)
     assert median_dice([thinned], 1.0, 1, 24) == pytest.approx(median_dice([whole], 1.0, 1, 24), abs=0.05)
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from aslseg.cases.prepared_case import Prepared
-from aslseg.rounds.artefacts import ArtefactStore, CachedProbabilities
-from aslseg.types import Volume
+from aslseg.rounds.artefacts import ArtefactStore, CachedProbabilities, nest
+from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 
 
@@ -68,3 +68,21 @@ def test_another_scan_under_the_same_name_and_a_damaged_file_are_computed_again(
         path.write_bytes(path.read_bytes()[:40])
     maps(case(content="2"))
     assert len(made) == 3
+
+
+def test_a_nested_label_at_the_border_enlarges_what_it_lies_in_and_is_cut_elsewhere() -> None:
+    labels = Labels.parse("liver,tumour,necrosis", "tumour:liver,necrosis:tumour")
+    regions = np.zeros((3, 16, 8, 8), np.float32)
+    regions[0, 6:12] = 0.9
+    regions[1, 4:6, 2:5, 2:5] = 0.8  # beside the liver as another source draws it
+    regions[2, 4:5, 2:5, 2:5] = 0.6
+    regions[1, 1:3, 6:8, 6:8] = 0.7  # far from it
+    regions[1, 3, 0, 0] = 0.4  # no mask
+    before = regions.copy()
+    found = nest(regions, labels)
+    np.testing.assert_array_equal(found[0, 4:6, 2:5, 2:5], before[1, 4:6, 2:5, 2:5])
+    np.testing.assert_array_equal(found[1, 4:6], before[1, 4:6])
+    np.testing.assert_array_equal(found[2], before[2])
+    assert not found[:, :4].any()
+    assert (found[0] >= found[1]).all()
+    assert (found[1] >= found[2]).all()

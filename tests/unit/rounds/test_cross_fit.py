@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,7 +98,8 @@ def test_sam_and_adapter_learn_masks_of_every_other_fold_and_are_judged_on_the_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real errors beside synthetic ones that are as severe; who has learned a mask says nothing of masks like it."""
-    studies, settings = tiny_studies(tmp_path, cases=5, labelled=4), tiny_settings(tmp_path, label_folds=4)
+    studies, settings = tiny_studies(tmp_path, cases=6, labelled=4), tiny_settings(tmp_path, label_folds=4)
+    late = (studies / "phantom_005.nii.gz").rename(tmp_path / "phantom_005.nii.gz")
     (studies / "patients.csv").write_text(PATIENTS)
     given: list[Any] = []
     for module, name in ((pipeline.finetune, "errors"), (pipeline.adapter_train, "faults")):
@@ -115,7 +117,7 @@ def test_sam_and_adapter_learn_masks_of_every_other_fold_and_are_judged_on_the_o
 
     sam, adapter = given
     assert sam is adapter
-    (state,) = states
+    state = states[0]
     assert state.crossed is not None
     assert len(state.crossed.folds) == 2
     learned = set(state.crossed.parts[1])
@@ -128,10 +130,21 @@ def test_sam_and_adapter_learn_masks_of_every_other_fold_and_are_judged_on_the_o
         assert ("adapter" in one.dice) == (one.case not in learned)
         assert "ssl" in one.dice
         assert (one.agreement["liver"] is None) >= (one.case in learned)
-    # the next night finds both
+    # the next night finds both, also one with a new scan, from which the models of the folds learn too
     given.clear()
     assert run_round(studies, settings)["severities"] == summary["severities"]
+    late.rename(studies / late.name)
+    assert run_round(studies, settings)["severities"] == summary["severities"]
     assert not given
+    new, old = (states[n].crossed for n in (-1, 0))
+    assert new is not None
+    assert old is not None
+    assert {f.model for f in new.folds}.isdisjoint(f.model for f in old.folds)
+    # other labels do count
+    pipe = states[-1].pipeline
+    key = learned_faults(pipe, new).key
+    pipe.cases.train = [replace(c, label_hash="other") for c in pipe.cases.train]
+    assert learned_faults(pipe, new).key != key
 
 
 def test_without_folds_all_errors_are_synthetic() -> None:

@@ -35,7 +35,7 @@ from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.progress import Progress
 from aslseg.rounds.promotion import assess
-from aslseg.rounds.recipes.aslseg import choose_source, choose_sources, promotable
+from aslseg.rounds.recipes.aslseg import choose_source, choose_sources, no_worse, promotable
 from aslseg.rounds.recipes.cfr import promote_all
 from aslseg.rounds.state import RoundState
 from aslseg.settings import Paths
@@ -125,11 +125,13 @@ class Night:
 class Known:
     """Region probabilities of known masks."""
 
+    labels = LABELS
+
     def __init__(self, folder: Path, drawn: Drawn) -> None:
         self.folder, self.drawn = folder, drawn
 
     def __call__(self, case: Prepared) -> np.ndarray:
-        return LABELS.regions(self.drawn(case)).astype(np.float32)
+        return self.labels.regions(self.drawn(case)).astype(np.float32)
 
     def has(self, case: Prepared) -> bool:
         return False
@@ -305,15 +307,75 @@ def test_each_label_comes_from_the_source_that_is_best_for_it(tmp_path: Path, mo
     maps, mixed = mix_sources(p, evidence, crossed, models, sources, chosen)
     for case in p.cases.unlabelled:
         np.testing.assert_array_equal(LABELS.decode(maps(case)), true_mask(case))
-    # on every human label, by the model that has not seen it; but for the adaptation network's tumours in the two folds
-    # whose masks it has learned to correct
+    # on every human label, by the model that has not seen it; but for the two folds whose masks the adaptation network
+    # has learned to correct: its tumours are part of the liver
     assert len(mixed.scored) == 6
-    assert mixed.by_label("mixed") == {"liver": [1.0] * 6, "tumour": [1.0] * 4}
+    assert mixed.by_label("mixed") == {"liver": [1.0] * 4, "tumour": [1.0] * 4}
+    assert no_worse(mixed, "ssl")
+    assert no_worse(mixed, "adapter")
     floors = judge_labels(mixed, "mixed", p.settings.floors, LABELS)
     assert not floors.reasons
     # no source alone would do: ssl has no tumour, and the adapter's liver is moved
     for source, label in (("ssl", "tumour"), ("adapter", "liver")):
         assert label in judge_labels(evidence, source, p.settings.floors, LABELS).reasons
+
+
+@pytest.mark.parametrize(
+    ("names", "nested", "chosen", "known"),
+    [
+        ("liver,tumour", "tumour:liver", ("ssl", "adapter"), set()),
+        ("liver,tumour", "tumour:liver", ("consensus", "ensemble"), set()),
+        ("liver,tumour", "tumour:liver", ("ssl", "ensemble"), {"liver", "tumour"}),
+        ("liver,kidney,tumour", "tumour:liver", ("sam", "ssl", "ssl"), {"kidney"}),
+    ],
+)
+def test_on_learned_folds_a_mix_is_scored_where_nothing_refined_shapes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, nested: str, chosen: tuple[str, ...], known: set[str]
+) -> None:
+    night = Night(tmp_path, monkeypatch, true_mask)
+    p = night.pipeline
+    p.labels = Labels.parse(names, nested)
+    models = ModelSet(dict.fromkeys((ModelKind.SSL, ModelKind.SAM, ModelKind.ADAPTER), p.train_ssl([], no_progress)))
+
+    def four(case: Prepared) -> np.ndarray:
+        return np.where(true_mask(case) == 2, len(p.labels), true_mask(case))
+
+    predict = p.predict
+
+    def predicted(kind: ModelKind, models: ModelSet) -> Any:
+        found = predict(kind, models)
+        found.drawn, found.labels = four, p.labels
+        return found
+
+    monkeypatch.setattr(p, "predict", predicted)
+    sources, crossed = cascade_sources(p, models), cross_fit(p, no_progress)
+    assert crossed is not None
+    sources["ensemble"] = sources["ssl"]
+    evidence = gather(p, crossed, models, sources)
+    _, mixed = mix_sources(p, evidence, crossed, models, sources, dict(zip(p.labels.names, chosen, strict=True)))
+    learned = {c.id for fold in crossed.learned for c in fold.cases}
+    assert learned
+    for one in mixed.scored:
+        assert set(one.dice["mixed"]) == (known if one.case in learned else set(p.labels.names))
+
+
+def test_a_mix_stays_only_where_it_is_compared_and_no_worse_for_every_label() -> None:
+    def one(case: str, **dice: tuple[float, ...]) -> Scored:
+        by_label = {source: dict(zip(LABELS.names, values, strict=False)) for source, values in dice.items()}
+        return Scored(case, True, dict.fromkeys(LABELS.names), by_label)
+
+    known = one("a", ssl=(0.9, 0.2), adapter=(0.8, 0.5), mixed=(0.9, 0.5))
+    assert no_worse(Evidence((known,), LABELS.names), "ssl")
+    cut = one("a", ssl=(0.9, 0.6), adapter=(0.95, 0.5), mixed=(0.95, 0.3))
+    assert not no_worse(Evidence((cut,), LABELS.names), "ssl")
+    # a learned fold, where only the ssl masks are scored: the others are compared on the rest
+    learned = one("b", ssl=(0.1, 0.1), mixed=())
+    assert no_worse(Evidence((known, learned), LABELS.names), "ssl")
+    assert Evidence((known, learned), LABELS.names).compared(["mixed"])["mixed"] == pytest.approx(0.325 + 0.15)
+    assert not no_worse(Evidence((learned,), LABELS.names), "ssl")
+    # nobody has a tumour
+    bare = one("c", ssl=(0.9,), mixed=(0.9,))
+    assert no_worse(Evidence((bare,), LABELS.names), "ssl")
 
 
 def test_masks_that_the_adapter_has_learned_say_nothing_of_it() -> None:

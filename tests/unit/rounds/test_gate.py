@@ -382,7 +382,7 @@ def test_a_fold_whose_retraining_diverges_compares_nothing(monkeypatch: pytest.M
         predict=lambda *_: None,
         dice=lambda *_: 0.8,
     )
-    crossed: Any = SimpleNamespace(parts=[["a"], ["b"]], maps=[None, None])
+    crossed: Any = SimpleNamespace(folds=[SimpleNamespace(cases=[c], maps=None, limits={}) for c in cases.train])
     monkeypatch.setattr(cross_retrain, "own_mask", lambda *_: None)
     assert cross_retrain.retrained_dice(pipeline, crossed, ["u"], no_progress) == {"b": 0.8}
     (warning,) = cases.warnings

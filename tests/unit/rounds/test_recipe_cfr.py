@@ -16,6 +16,7 @@ from aslseg.compute.weights import read_metadata
 from aslseg.models.cascade import Cascade
 from aslseg.models.kinds import ModelKind
 from aslseg.rounds.canaries import Stop
+from aslseg.rounds.evidence import Floors
 from aslseg.rounds.ledger import Ledger
 from aslseg.rounds.masks import verify_label_files
 from aslseg.rounds.progress import read_progress
@@ -102,3 +103,19 @@ def test_alien_scans_and_masks_that_a_canary_stops_are_refused(monkeypatch: pyte
         state.assessments[case] = CaseAssessment(Agreement({"liver": 0.1}, 0.1), verdict)
     assert cfr.promote_all(state, no_progress) == {"poor": {"of": "poor"}}, "agreement is not asked"
     assert state.refused == {"alien": ["unlike"], "stopped": ["canary x"]}
+
+
+def test_an_earlier_mask_that_taught_too_much_does_not_bar_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cfr, "promotion_details", lambda state, case, *_: {"of": case.id})
+    earlier = SimpleNamespace(kind="mask", details={"sha256": "x"})
+    cases = SimpleNamespace(unlabelled=[SimpleNamespace(id="a", image=np.zeros((2, 2, 2)))], unlike={})
+    ledger = SimpleNamespace(masks=lambda tag, before=None: {"a": earlier})
+    pipeline: Any = SimpleNamespace(cases=cases, labels=Labels.parse("liver"), ledger=ledger, opened=5)
+    nothing: Any = None
+    state = RoundState(pipeline, nothing, nothing, nothing, "canvas", nothing)
+    state.floors = Floors({"tumour": "tumour: Dice 0.30, floor 0.5"}, ("tumour",))
+    state.assessments["a"] = CaseAssessment(Agreement({"liver": 0.9}, 0.9), Verdict(True))
+    assert cfr.promote_all(state, no_progress) == {"a": {"of": "a"}}, "the new mask leaves the tumour open"
+    assert not state.refused
+    # the earlier one does not come back, should the new model be rejected
+    assert state.barred("a") == ("it teaches tumour (tumour: Dice 0.30, floor 0.5)",)

@@ -44,6 +44,31 @@ def test_specks_that_are_lesions_stay():
     assert specks.fit(found) == specks.Limits(0.0, 0.0)
 
 
+def one(patient: str, *, lesion: int, larger: bool = False) -> specks.Scan:
+    """A scan with a true lesion of some voxels that is found with 0.75, and a larger false one that is surer."""
+    p, truth = np.zeros(SHAPE, np.float32), np.zeros(SHAPE, bool)
+    p[2, 2, 1 : 1 + lesion], truth[2, 2, 1 : 1 + lesion] = 0.75, True
+    if larger:
+        p[12:16, 12:16, 5:9] = 0.93
+    return specks.Scan.of(patient, p, truth, SPACING)
+
+
+def test_limits_that_delete_the_true_lesions_are_not_admitted():
+    healthy = [one(f"healthy{n}", lesion=0, larger=True) for n in range(6)]
+    # the best mean score is that of a model that never finds anything
+    assert specks.fit([one("a", lesion=3), one("b", lesion=3), *healthy]) == specks.Limits(0.0, 0.0)
+    # patients who keep a lesion are enough, but most of the lesions are gone
+    small = [one(name, lesion=2) for name in "abc"]
+    large = [one(name, lesion=10) for name in "de"]
+    false = [one(f"healthy{n}", lesion=0) for n in range(2)]
+    speck = np.zeros(SHAPE, np.float32)
+    speck[18, 18, 2:8] = 0.75
+    false += [specks.Scan.of(f"speck{n}", speck, np.zeros(SHAPE, bool), SPACING) for n in range(9)]
+    limits = specks.fit([*small, *large, *false])
+    assert limits == specks.Limits(0.0, 0.0)
+    assert specks.fit([*small[:2], *large, *false]) == specks.Limits(0.0, 100.0)
+
+
 def test_nothing_is_fitted_to_the_lesions_of_one_patient_or_of_none():
     assert specks.fit([*scans("a", "a"), *scans("b", lesion=False)]) is None
     assert specks.fit(scans("a", "b", lesion=False)) is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch
 from aslseg.cases.patches import Patch
 from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import Settings
-from aslseg.ssl.synthetic_lesions import MOST_COPIES, RADIUS_MM, Appearance, Lesions, with_synthetic
+from aslseg.ssl import synthetic_lesions
+from aslseg.ssl.synthetic_lesions import COPY, MOST_COPIES, RADIUS_MM, Appearance, Lesions, with_synthetic
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 
@@ -133,11 +136,12 @@ def named(name: str, case: Prepared) -> Prepared:
 
 
 def test_whole_scans_get_a_copy_with_lesions_in_their_parent():
-    cases = [named("a", view()), named("b", view(0))]
+    cases = [replace(named(name, view(n)), image_hash="x", label_hash="y") for name, n in (("a", 1), ("b", 0))]
     cases.append(named("none", replace(view(0), label=np.zeros(SHAPE, np.uint8))))
     before = [(c.image.copy(), c.label.copy()) for c in cases]
     found = with_synthetic(cases, Settings())
-    assert [c.id for c in found] == ["a", "b", "none", "a-synthetic", "b-synthetic"]
+    assert [c.id for c in found] == ["a", "b", "none", f"a{COPY}", f"b{COPY}"]
+    assert not any(c.image_hash or c.label_hash for c in found[3:])
     assert all(
         np.array_equal(c.image, i) and np.array_equal(c.label, m) for c, (i, m) in zip(cases, before, strict=True)
     )
@@ -160,9 +164,45 @@ def test_without_nested_labels_or_where_they_are_off_there_is_no_copy(changed: d
     assert with_synthetic(cases, Settings(**changed)) == cases  # type: ignore[arg-type]
 
 
-def test_copies_are_limited():
+def test_copies_are_limited_and_no_more_are_painted(monkeypatch: pytest.MonkeyPatch):
     cases = [named(f"{n:02d}", view()) for n in range(MOST_COPIES + 3)]
+    painted, held, most = [], [], []
+    into, relative = Lesions.into, synthetic_lesions._relative
+
+    def seen(*given: Any) -> Prepared:
+        held.append(weakref.ref(made := relative(*given)))
+        most.append(sum(ref() is not None for ref in held))
+        return made
+
+    monkeypatch.setattr(synthetic_lesions, "_relative", seen)
+    monkeypatch.setattr(Lesions, "into", lambda self, *given: painted.append(1) or into(self, *given))
     assert len(with_synthetic(cases, Settings())) == len(cases) + MOST_COPIES
+    assert len(painted) == MOST_COPIES
+    # one relative scan at a time, and the one before it while the next is made
+    assert max(most) <= 2
+
+
+def test_lesions_are_drawn_into_every_parent():
+    settings = Settings(labels="liver,tumour,kidney,cyst", nested="tumour:liver,cyst:kidney")  # type: ignore[arg-type]
+    both, kidney = named("both", view(0)), named("kidney", view(0))
+    both.label[:, 18:][both.label[:, 18:] == 1] = 3
+    kidney.label[kidney.label == 1] = 3
+    found = with_synthetic([both, kidney], settings)
+    assert [c.id for c in found[2:]] == [f"both{COPY}", f"kidney{COPY}"]
+    assert set(np.unique(found[2].label)) == {0, 1, 2, 3, 4}
+    assert set(np.unique(found[3].label)) == {0, 3, 4}
+    for case, copy in zip((both, kidney), found[2:], strict=True):
+        assert (case.label[copy.label == 4] == 3).all()
+        assert (case.label[copy.label == 2] == 1).all()
+
+
+def test_lesions_have_the_voxel_size_of_their_scan(monkeypatch: pytest.MonkeyPatch):
+    """Scans may keep their own."""
+    drawn: list[tuple[float, float, float]] = []
+    into = Lesions.into
+    monkeypatch.setattr(Lesions, "into", lambda self, *given: drawn.append(self.spacing) or into(self, *given))
+    with_synthetic([named("a", view(spacing=1.0)), named("b", view(spacing=4.0))], Settings())
+    assert drawn == [(1.0,) * 3, (4.0,) * 3]
 
 
 def test_copies_of_odd_scans():
@@ -174,6 +214,6 @@ def test_copies_of_odd_scans():
     cut.label[:, :, :] = 0
     cut.label[:10, :10, :10] = 1
     found = with_synthetic([speck, alone, cut], Settings())
-    assert [c.id for c in found[3:]] == ["cut-synthetic", "speck-synthetic"]
+    assert [c.id for c in found[3:]] == [f"cut{COPY}", f"speck{COPY}"]
     assert all(np.isfinite(c.image).all() and (c.label == 2).any() for c in found[3:])
     assert (found[3].label[cut.label == 0] == 0).all()

@@ -15,7 +15,7 @@ from aslseg.agreement.promotion_rules import PromotionLimits, refusals, select
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.canaries import concerning
-from aslseg.rounds.component_limits import limited
+from aslseg.rounds.component_limits import limited, with_limits
 from aslseg.rounds.cross_fit import cross_fit, folds
 from aslseg.rounds.evidence import MIXED, Evidence, cascade_sources, fill_folds, gather, judge_labels, mix_sources
 from aslseg.rounds.pipeline import RoundPipeline
@@ -45,13 +45,13 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     crossed = None
     if folds(cases.train, pipeline.settings.most_folds):
         with progress.stage("folds") as report:
-            crossed = cross_fit(pipeline, report)
-    ssl = limited(pipeline, crossed, ssl)
+            crossed = with_limits(pipeline, cross_fit(pipeline, report))
+    ssl = limited(pipeline, crossed.limits if crossed else {}, ssl)
     with progress.stage("predict") as report:
         ssl_maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: ssl}))
         pipeline.fill(ssl_maps, cases.predicted, report)
     with progress.stage("sam") as report:
-        faults = learned_faults(pipeline, crossed)
+        faults = learned_faults(pipeline, crossed, report)
         sam = pipeline.train_sam(report, faults)
     with progress.stage("redraw") as report:
         sam_maps = pipeline.predict(ModelKind.SAM, ModelSet({ModelKind.SSL: ssl, ModelKind.SAM: sam}))
@@ -72,9 +72,11 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     chosen = choose_sources(evidence, candidates, pipeline.labels.names)
     source = next(iter(chosen.values()))
     if len({*chosen.values()}) > 1:
-        source = MIXED
         sources[MIXED], evidence = mix_sources(pipeline, evidence, crossed, models, sources, chosen)
         dice[MIXED] = pipeline.dice(sources[MIXED])
+        source, whole = MIXED, choose_source(evidence, candidates)
+        if not no_worse(evidence, whole):
+            source, chosen = whole, dict.fromkeys(chosen, whole)
     floors = judge_labels(evidence, source, pipeline.settings.floors, pipeline.labels)
     state = RoundState(
         pipeline, models, ssl_maps, refined_maps, source, sources[source], evidence, floors, crossed=crossed
@@ -121,6 +123,28 @@ def choose_source(evidence: Evidence, candidates: Sequence[str]) -> str:
         dice,
     )
     return source
+
+
+def no_worse(evidence: Evidence, whole: str) -> bool:
+    """Whether the mix of sources is compared with the best whole source on every label, and worse on none.
+
+    Each label is chosen by itself, but labels that lie in another shape each other in the mix. A label that no human
+    label holds compares nothing, and is left out.
+
+    Args:
+        evidence: With the Dice of the mix.
+        whole: The best source.
+    """
+    for name in evidence.names:
+        one = evidence.of_label(name)
+        if not any(one.by_label("ssl").values()):
+            continue
+        theirs, ours = one.compared([whole, MIXED]).values()
+        # means of the same numbers in another order may differ in the last bit
+        if theirs is None or ours is None or ours < theirs - 1e-9:
+            logger.info("%s: the mix of sources (Dice %s) is not kept beside %s (%s)", name, ours, whole, theirs)
+            return False
+    return True
 
 
 def promotable(state: RoundState, report: ProgressCallback) -> dict[str, dict[str, Any]]:

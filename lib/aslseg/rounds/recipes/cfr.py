@@ -56,7 +56,7 @@ def promote_all(state: RoundState, report: ProgressCallback) -> dict[str, dict[s
         Case id to what the ledger says of its promotion.
     """
     p, wanted = state.pipeline, {}
-    state.refused = {c.id: list(why) for c in p.cases.unlabelled if (why := state.barred(c.id))}
+    state.refused = {c.id: list(why) for c in p.cases.unlabelled if (why := state.against_every_mask(c.id))}
     cases = [c for c in p.cases.unlabelled if c.id not in state.refused]
     for done, case in enumerate(cases, 1):
         nowhere = np.zeros(case.image.shape, bool)
