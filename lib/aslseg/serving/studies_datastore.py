@@ -93,6 +93,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
 
     def _fresh(self) -> None:
         """Look at the disk again if something changed; while another writer is at work, what is known is used."""
+        self.require_folder()
         if not self._stale():
             return
         try:
@@ -195,6 +196,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
         """
         source = Path(image_filename)
         case = safe_name(image_id or case_id(source), "image id")
+        self.require_folder()
         with self.saved.refusals(case, "image", source, image_info or {}), answerable():
             self._add_image(case, source, image_info or {})
         return case
@@ -247,6 +249,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
         """
         case, tag = safe_name(image_id, "image id"), safe_name(label_tag, "label tag")
         source, info = Path(label_filename), dict(label_info or {})
+        self.require_folder()  # nothing is kept in the place of a disk that is away
         with self.saved.refusals(case, tag, source, info), self.kept.parked(case, source, info):
             self._save_label(case, source, self._checked_tag(tag), info)
         return case
