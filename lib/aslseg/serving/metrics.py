@@ -22,6 +22,7 @@ from aslseg.rounds.progress import read_progress
 from aslseg.settings import Paths
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 SECONDS = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100, 300)
 
 
@@ -96,6 +97,8 @@ def watch_studies(metrics: Metrics, paths: Paths, store: Datastore) -> None:
 class RequestTimer:
     """ASGI middleware that measures requests by the route that answered, so that the number of series is bounded.
 
+    A client may name any method, and need not log in for that: what is none of :data:`METHODS` counts as ``other``.
+
     Args:
         app: What follows.
         metrics: Where the measurements go.
@@ -123,5 +126,6 @@ class RequestTimer:
                 await self.app(scope, receive, noting)
             finally:
                 route: Any = scope.get("route")
-                labels = scope["method"], getattr(route, "path", "none"), status
+                method = scope["method"] if scope["method"] in METHODS else "other"
+                labels = method, getattr(route, "path", "none"), status
                 self.metrics.requests.labels(*labels).observe((ended or time.perf_counter()) - began)

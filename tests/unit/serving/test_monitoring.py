@@ -89,6 +89,17 @@ def test_requests_are_measured_by_route() -> None:
     assert "Mueller" not in text
 
 
+def test_methods_that_clients_invent_make_no_series() -> None:
+    metrics, host = Metrics(), FastAPI()
+    host.user_middleware.append(Middleware(RequestTimer, metrics=metrics))
+    client = TestClient(host)
+    for number in range(3):
+        client.request(f"Q{number}", "/scans")
+    text = metrics.render().decode()
+    assert 'aslseg_request_seconds_count{method="other",route="none",status="404"} 3.0' in text
+    assert 'method="Q' not in text
+
+
 def test_no_route_of_monai_label_runs_on_the_event_loop() -> None:
     """Also in the versions of FastAPI that keep an included router as one route."""
     host, seen, inner, outer = FastAPI(), {}, APIRouter(prefix="/info"), APIRouter()
