@@ -199,6 +199,9 @@ class LoggedJsonFile(SharedJsonFile):
             self._entry_text(case, entry)
             if number % PIECE == 0:
                 time.sleep(PAUSE_SECONDS)
+        for case in list(self._texts):
+            if case not in model.objects:
+                self._texts.pop(case, None)
 
     def _entry_text(self, case: str, entry: ImageLabelModel) -> str:
         kept = self._texts.get(case)
