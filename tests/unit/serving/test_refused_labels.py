@@ -65,6 +65,7 @@ def test_the_drawing_is_kept(
     about, kept = sorted((store.kept.home / "parked").iterdir(), key=lambda p: p.suffix != ".json")
     assert kept.read_bytes() == b"MY DRAWING"
     assert kept.name.startswith(f"{kept_as}-")
+    assert kept.name.endswith(".nii.gz" if name == "label.nii.gz" else ".bin")
     assert f"Your upload is kept as parked/{kept.name}" in answer.json()["detail"]
     assert json.loads(about.read_text())["reason"].rstrip(".") in answer.json()["detail"]
     refused = Ledger(store.kept.home / "ledger.sqlite").events(kinds=("refused",))

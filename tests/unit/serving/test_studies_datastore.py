@@ -411,13 +411,14 @@ def test_refused_uploads_are_events_with_the_authenticated_name(
     with pytest.raises(RefusedError, match="another scan"):
         store.add_image("case1", str(write(tmp_path / "s.nii.gz", drawn(1))), {"user": "eve"})
     with pytest.raises(RefusedError):
-        store.save_label("../case0", str(upload), FINAL, {"user": "eve"})  # no scan of ours: nothing to record
-    first, second = ledger.events(kinds=("refused",))
+        store.save_label("../case0", str(upload), FINAL, {"user": "eve"})
+    first, second, third = ledger.events(kinds=("refused",))
     assert (first.case, first.tag, first.details["by"]) == ("case0", FINAL, "ann")
     assert first.details["sha256"] == sha256(upload)
-    (parked,) = (folder / ".aslseg" / "parked").glob("*.nii.gz")
+    (parked,) = (folder / ".aslseg" / "parked").glob("case0-*.nii.gz")
     assert f"parked/{parked.name}" in first.details["why"]
     assert (second.case, second.tag, second.details["by"]) == ("case1", "image", "eve")
+    assert (third.case, third.tag, third.details["by"]) == ("unknown", FINAL, "eve"), "kept under that name"
     assert ledger.verify() is None
     # a ledger that cannot be written hides no refusal
     monkeypatch.setattr(Ledger, "append", full)

@@ -80,10 +80,10 @@ def _uploads(router: APIRouter, app: ServedApp) -> None:
     ) -> Any:
         tag = tag or "final"
         with upload_folder() as folder:
-            raw = save_unjudged(label, Path(folder))
-            with _kept_if_refused(app.datastore(), image, tag, raw, params, user):
+            path = save_unjudged(label, Path(folder))
+            with _kept_if_refused(app.datastore(), image, tag, path, params, user):
                 info = _signed(parse_object(params), user)
-                path = raw.rename(raw.with_name(f"label{label_extension(label)}"))
+                label_extension(label)
             saved = app.datastore().save_label(image, str(path), tag, info)
         app.leases.release(image)
         background_tasks.add_task(app.on_save_label, image, saved)

@@ -77,8 +77,11 @@ def save_label_upload(upload: UploadFile, folder: Path) -> Path:
 
 
 def save_unjudged(upload: UploadFile, folder: Path) -> Path:
-    """Write an upload into a folder, whatever kind of file it says it is."""
-    return _write(upload, folder / "received.part")
+    """As :func:`save_label_upload`, whatever kind of file it says it is."""
+    try:
+        return save_label_upload(upload, folder)
+    except RefusedError:
+        return _write(upload, folder / "label.part")
 
 
 def _write(upload: UploadFile, path: Path) -> Path:
