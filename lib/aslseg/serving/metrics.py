@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
@@ -18,6 +20,7 @@ from prometheus_client import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from aslseg.errors import AslsegError
 from aslseg.rounds.progress import read_progress
 from aslseg.settings import Paths
 
@@ -60,7 +63,7 @@ class Metrics:
             self.stages.labels(model, stage).observe(seconds)
 
     def watch(self, name: str, description: str, values: Mapping[str, Callable[[], float]], label: str) -> None:
-        """Add a gauge that is read whenever somebody asks.
+        """Add a gauge that is read whenever somebody asks; NaN while its number cannot be had.
 
         Args:
             name, description: Of the gauge.
@@ -69,11 +72,18 @@ class Metrics:
         """
         gauge = Gauge(name, description, [label], registry=self.registry)
         for value, function in values.items():
-            gauge.labels(value).set_function(function)
+            gauge.labels(value).set_function(partial(_number, function))
 
     def render(self) -> bytes:
         """All measurements as text."""
         return generate_latest(self.registry)
+
+
+def _number(function: Callable[[], float]) -> float:
+    try:
+        return function()
+    except (AslsegError, OSError):  # a disk that is away hides no other measurement
+        return math.nan
 
 
 def watch_studies(metrics: Metrics, paths: Paths, store: Datastore) -> None:

@@ -171,6 +171,17 @@ def test_the_round_and_the_scans_are_measured(tmp_path: Path) -> None:
     assert 'aslseg_round{value="fraction"} 0.5' in text
 
 
+def test_a_studies_disk_that_is_away_hides_no_other_measurement(tmp_path: Path) -> None:
+    def away() -> dict[str, int]:
+        raise RefusedError("the studies folder is not there", 503)
+
+    metrics = Metrics()
+    watch_studies(metrics, Paths(load_settings({}, env={})[0], tmp_path), SimpleNamespace(status=away))  # type: ignore[arg-type]
+    text = metrics.render().decode()
+    assert 'aslseg_cases{kind="total"} NaN' in text
+    assert "aslseg_requests_in_flight 0.0" in text
+
+
 def test_what_follows_a_saved_label_keeps_its_sender_waiting_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
