@@ -1,5 +1,6 @@
 # Sourced by the other scripts: makes .venv with the tested packages, once, and activates it.
-# ASLSEG_PYTHON names another interpreter; a second call does nothing but compare a hash.
+# ASLSEG_PYTHON names another interpreter; a second call compares a hash, and stores the bytecode of our own files, which
+# a `git pull` may have changed, where it may write them.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -24,6 +25,13 @@ store_bytecode() {
     (cd "$ROOT/apps/aslseg" && env -u PYTHONDONTWRITEBYTECODE "$ROOT/.venv/bin/python" -W ignore -c "import monailabel.main, monailabel.app, main") >/dev/null
 }
 
+# A quarter of a second where nothing has changed.
+store_own_bytecode() {
+    if [ -w "$ROOT/lib/aslseg" ]; then
+        "$ROOT/.venv/bin/python" -m compileall -q "$ROOT/lib/aslseg" "$ROOT/apps/aslseg/main.py" >/dev/null 2>&1 || true
+    fi
+}
+
 setup() {
     local stamp python
     stamp="$(cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | sha256sum | cut -d' ' -f1)"
@@ -43,6 +51,8 @@ setup() {
         "$ROOT/.venv/bin/python" -m pip install --quiet --no-deps -e "$ROOT" || exit 1
         store_bytecode || exit 1
         echo "$stamp" > "$ROOT/.venv/aslseg.stamp"
+    else
+        store_own_bytecode
     fi
     # shellcheck disable=SC1091
     . "$ROOT/.venv/bin/activate"

@@ -47,6 +47,18 @@ def test_the_first_start_finds_bytecode_whatever_the_environment_says(checkout: 
     folder, written, arguments = calls[2].split("|")
     assert (Path(folder), written) == (checkout / "apps" / "aslseg", "unset")
     assert arguments.endswith("-c import monailabel.main, monailabel.app, main"), "what the server imports"
+
+
+def test_after_a_pull_our_own_files_have_bytecode(checkout: Path) -> None:
+    (checkout / "lib" / "aslseg").mkdir(parents=True)
+    assert setup(checkout)[0] == 0
+    code, calls = setup(checkout)
+    assert (code, len(calls)) == (0, 1), "the packages are as they were"
+    assert calls[0].split("|")[2] == f"-m compileall -q {checkout}/lib/aslseg {checkout}/apps/aslseg/main.py"
+
+
+def test_who_may_not_write_the_programs_is_not_stopped_by_that(checkout: Path) -> None:
+    assert setup(checkout)[0] == 0
     assert setup(checkout) == (0, []), "once for each list of packages"
 
 

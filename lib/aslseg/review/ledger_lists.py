@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from aslseg.errors import LedgerError
 from aslseg.rounds import savings
 from aslseg.rounds.anchor import Head
 from aslseg.rounds.audits import AUDIT, CHECKED, kept_since, promise_lines, waiting
@@ -28,6 +29,8 @@ AUDITS = (*ROUNDS, AUDIT, CHECKED, "note")
 OF_EACH_ROUND = ("out_of_fold", "promise")
 """Of the summary of a round, what is shown of every one."""
 NO_ROUND = "no promise yet: it needs audits of promoted masks, and no round has drawn any"
+WAIT_SECONDS = 5.0
+"""How long a thread waits for another one that reads."""
 T = TypeVar("T")
 
 
@@ -74,32 +77,45 @@ def decisions(ledger: Ledger) -> Decisions:
 
 
 class KeptParts:
-    """What was read of one ledger; safe to share between threads, of which one reads and the others wait for it."""
+    """What was read of one ledger; safe to share between threads, of which one reads and the others wait for it.
+
+    Whoever reads may wait a minute for a ledger that is in use. The others then get what was read last.
+    """
 
     def __init__(self, path: Path) -> None:
         self.ledger = Ledger(path)
         self._lock = threading.Lock()
+        self._newest: Decisions | None = None
         self._forget()
 
     def now(self) -> Decisions:
         """See :func:`decisions`."""
-        with self._lock:
-            self._look()
-            ledger = self.ledger
-            rounds = self._part("rounds", ROUNDS, self._rounds)
-            ended = self._part("ended", (*ROUNDS, "scored"), lambda: self._ended(rounds))
-            return replace(
-                ended,
-                rounds=rounds,
-                scores=self._part("scores", ("scored",), lambda: tuple(ledger.scores(MOST))),
-                promotions=self._part("promotions", MASKS, self._promotions),
-                checked=self._part("checked", (CHECKED,), self._checked),
-                fresh=self._part("fresh", (FRESH,), lambda: pooled(ledger.events(kinds=(FRESH,)))),
-                promise=self._part("promise", AUDITS, lambda: self._promise(rounds)),
-                audits=self._part("audits", AUDITS, lambda: len(waiting(ledger))),
-                savings=self._part("savings", (savings.COMPARED,), self._savings),
-                served=self._part("served", ("published",), self._served),
-            )
+        if self._lock.acquire(timeout=WAIT_SECONDS):
+            try:
+                self._newest = self._read()
+            finally:
+                self._lock.release()
+        if self._newest is None:
+            raise LedgerError(f"{self.ledger.path.name} has been in use for over {WAIT_SECONDS:g} s; try again later")
+        return self._newest
+
+    def _read(self) -> Decisions:
+        self._look()
+        ledger = self.ledger
+        rounds = self._part("rounds", ROUNDS, self._rounds)
+        ended = self._part("ended", (*ROUNDS, "scored"), lambda: self._ended(rounds))
+        return replace(
+            ended,
+            rounds=rounds,
+            scores=self._part("scores", ("scored",), lambda: tuple(ledger.scores(MOST))),
+            promotions=self._part("promotions", MASKS, self._promotions),
+            checked=self._part("checked", (CHECKED,), self._checked),
+            fresh=self._part("fresh", (FRESH,), lambda: pooled(ledger.events(kinds=(FRESH,)))),
+            promise=self._part("promise", AUDITS, lambda: self._promise(rounds)),
+            audits=self._part("audits", AUDITS, lambda: len(waiting(ledger))),
+            savings=self._part("savings", (savings.COMPARED,), self._savings),
+            served=self._part("served", ("published",), self._served),
+        )
 
     def _forget(self) -> None:
         self._head: Head | None = None

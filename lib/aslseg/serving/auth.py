@@ -72,13 +72,17 @@ class TokenFile:
 
     def _current(self) -> list[TokenHolder]:
         with self._lock:
-            stamp = FileStamp.of(self.path)
-            if stamp != self._stamp:
-                try:
-                    self._holders = read_token_file(self.path)
-                except BadSettingsError as error:
-                    raise RefusedError(f"nobody can log in: {error}", 503) from None
-                self._stamp = stamp
+            try:
+                stamp = FileStamp.of(self.path)
+                if stamp != self._stamp:
+                    self._holders, self._stamp = read_token_file(self.path), stamp
+            except BadSettingsError as error:
+                raise RefusedError(f"nobody can log in: {error}", 503) from None
+            except OSError as error:
+                reason = error.strerror or type(error).__name__
+                raise RefusedError(
+                    f"nobody can log in: the token file cannot be read ({reason}); check its disk", 503
+                ) from None
             return self._holders
 
 

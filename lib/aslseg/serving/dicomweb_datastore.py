@@ -25,7 +25,7 @@ from requests import RequestException
 from aslseg.cases.studies import FINAL, PSEUDO
 from aslseg.files import sha256
 from aslseg.rounds.ledger import Ledger
-from aslseg.serving.http_errors import RefusedError, safe_name
+from aslseg.serving.http_errors import RefusedError, kept_name, safe_name
 from aslseg.serving.kept_files import KeptFiles
 from aslseg.serving.labels import decode_label
 from aslseg.serving.saved_labels import SavedLabels
@@ -151,9 +151,11 @@ class DicomWebDatastore(SharedJsonFile, DICOMWebDatastore):
             RefusedError: Unsafe names, or the tag that only rounds write.
             BadLabelError: The label does not fit its series.
         """
-        tag, source, info = safe_name(label_tag, "label tag"), Path(label_filename), dict(label_info or {})
-        uid = _uid(image_id)
+        uid, tag = kept_name(image_id), kept_name(label_tag)
+        source, info = Path(label_filename), dict(label_info or {})
         with self.saved.refusals(uid, tag, source, info), self.kept.parked(uid, source, info):
+            tag = safe_name(label_tag, "label tag")
+            _uid(image_id)
             return self._save_label(image_id, source, tag, info, label_id)
 
     def _save_label(self, image_id: str, source: Path, tag: str, info: dict[str, Any], label_id: str) -> str:

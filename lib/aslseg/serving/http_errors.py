@@ -38,6 +38,11 @@ class RefusedError(AslsegError):
         self.status = status
 
 
+def pacs_error(error: Exception) -> RefusedError:
+    """The answer where the PACS gave none, or one that is an error."""
+    return RefusedError(f"the PACS does not answer ({type(error).__name__}); is it online?", 502)
+
+
 _STATUS: dict[type[AslsegError], int] = {
     BadImageError: 422,
     BadLabelError: 422,
@@ -65,6 +70,11 @@ def headers_of(error: AslsegError) -> dict[str, str]:
     """Headers of the answer: when to try again, where that alone may help."""
     later = isinstance(error, NoResourcesError | RefusedError) and status_of(error) == 503
     return {"Retry-After": str(RETRY_SECONDS)} if later else {}
+
+
+def kept_name(name: Any) -> str:
+    """The name under which an upload is kept whose own may be anything: ``unknown`` where :func:`safe_name` refuses."""
+    return name if isinstance(name, str) and NAME.fullmatch(name) else "unknown"
 
 
 def safe_name(name: Any, what: str) -> str:

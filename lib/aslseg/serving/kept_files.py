@@ -17,8 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from requests import RequestException
+
 from aslseg.errors import AslsegError, DiskFullError, FileWriteError, NoResourcesError
 from aslseg.files import FULL, atomic_file, sync_to_disk, write_errors, write_json
+from aslseg.serving.http_errors import pacs_error
 from aslseg.volume.io import case_id, extension
 
 logger = logging.getLogger(__name__)
@@ -129,6 +132,8 @@ def _answerable(problem: Exception) -> Exception:
         return problem
     if isinstance(problem, MemoryError):
         return NoResourcesError("the server has not enough memory to save this now; send it again later")
+    if isinstance(problem, RequestException):  # an OSError too, but not of the disk
+        return pacs_error(problem)
     if isinstance(problem, OSError):
         reason = problem.strerror or type(problem).__name__
         if problem.errno in FULL:

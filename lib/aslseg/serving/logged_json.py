@@ -17,6 +17,7 @@ from aslseg.cases.studies import FINAL
 from aslseg.files import FileStamp, sync_to_disk, write_errors
 from aslseg.serving.change_log import IMAGE, Change, ChangeLog, stamp_text
 from aslseg.serving.shared_json import SharedJsonFile, rotate
+from aslseg.serving.studies_folder import StudiesFolder
 from aslseg.serving.write_behind import WriteBehind
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,11 @@ class LoggedJsonFile(SharedJsonFile):
         self._applied, self._log_stamp = 0, self._log.stamp()
         self._texts: dict[str, tuple[ImageLabelModel, str]] = {}
         self._revision, self._members = 0, Members()
+        self._folder = StudiesFolder(root, root / "datastore_v2.json", lambda: self._loaded_stamp)
         self._behind = WriteBehind(self._write_now, lambda: root.is_dir() and not self._log.closed)
+
+    def require_folder(self) -> None:
+        self._folder.require()
 
     def flush(self) -> None:
         """Write the JSON file now if it is behind."""
@@ -194,6 +199,9 @@ class LoggedJsonFile(SharedJsonFile):
             self._entry_text(case, entry)
             if number % PIECE == 0:
                 time.sleep(PAUSE_SECONDS)
+        for case in list(self._texts):
+            if case not in model.objects:
+                self._texts.pop(case, None)
 
     def _entry_text(self, case: str, entry: ImageLabelModel) -> str:
         kept = self._texts.get(case)

@@ -6,6 +6,9 @@ on the network could fill the server's disk with uploads that are refused once t
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 from fastapi import FastAPI, HTTPException
 from monailabel.endpoints.user import auth as theirs
 from starlette.concurrency import run_in_threadpool
@@ -19,8 +22,9 @@ from aslseg.serving.http_errors import RefusedError
 
 OPEN = {("POST", "/auth/token")}
 """Requests with a body that come before the login: name and password."""
-DISCARDED_BYTES = 2_000_000
-"""Of a refused body so much is read and thrown away: many clients read no answer before they have sent all."""
+DISCARDED_BYTES, DISCARD_SECONDS = 500_000_000, 60.0
+"""Of a refused body so much is read, for so long, and thrown away: many clients read no answer before they have sent
+all, and would see a broken connection in place of the 401 that has people log in again."""
 
 
 class LoginFirst:
@@ -73,10 +77,11 @@ def _has_body(headers: Headers) -> bool:
 
 async def _discard(receive: Receive, headers: Headers) -> None:
     left, more = DISCARDED_BYTES, "expect" not in headers  # who sends Expect waits for the answer
+    until = time.monotonic() + DISCARD_SECONDS
     while left > 0 and more:
         try:
-            message = await receive()
-        except HTTPException:  # it stalled, or is too large
+            message = await asyncio.wait_for(receive(), until - time.monotonic())
+        except (HTTPException, TimeoutError):  # it stalled, is too large, or takes too long
             return
         left -= len(message.get("body", b""))
         more = message["type"] == "http.request" and message.get("more_body", False)

@@ -17,21 +17,27 @@ LOOK_SECONDS = 5.0
 def keep_ready(once: Callable[[], object], often: Callable[[], object]) -> None:
     """Call functions in a thread that ends with the process: one now, then the other again and again.
 
-    A call that fails is logged; the request that needs its result meets the same error and says so.
+    A call that fails is logged, once while its error stays the same; the request that needs its result meets the same
+    error and says so.
     """
+    said = ""
+
+    def tried(call: Callable[[], object]) -> None:
+        nonlocal said
+        try:
+            call()
+            now = ""
+        except Exception as error:
+            now = str(error) or type(error).__name__
+        if now and now != said:
+            logger.warning("nothing was made ready: %s", now)
+        said = now
 
     def run() -> NoReturn:
-        _tried(often)
-        _tried(once)
+        tried(often)
+        tried(once)
         while True:
             time.sleep(LOOK_SECONDS)
-            _tried(often)
+            tried(often)
 
     threading.Thread(target=run, name="aslseg-made-ready", daemon=True).start()
-
-
-def _tried(call: Callable[[], object]) -> None:
-    try:
-        call()
-    except Exception as error:
-        logger.warning("nothing was made ready: %s", error)

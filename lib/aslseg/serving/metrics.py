@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
@@ -18,10 +20,12 @@ from prometheus_client import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from aslseg.errors import AslsegError
 from aslseg.rounds.progress import read_progress
 from aslseg.settings import Paths
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 SECONDS = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100, 300)
 
 
@@ -59,7 +63,7 @@ class Metrics:
             self.stages.labels(model, stage).observe(seconds)
 
     def watch(self, name: str, description: str, values: Mapping[str, Callable[[], float]], label: str) -> None:
-        """Add a gauge that is read whenever somebody asks.
+        """Add a gauge that is read whenever somebody asks; NaN while its number cannot be had.
 
         Args:
             name, description: Of the gauge.
@@ -68,11 +72,18 @@ class Metrics:
         """
         gauge = Gauge(name, description, [label], registry=self.registry)
         for value, function in values.items():
-            gauge.labels(value).set_function(function)
+            gauge.labels(value).set_function(partial(_number, function))
 
     def render(self) -> bytes:
         """All measurements as text."""
         return generate_latest(self.registry)
+
+
+def _number(function: Callable[[], float]) -> float:
+    try:
+        return function()
+    except (AslsegError, OSError):  # a disk that is away hides no other measurement
+        return math.nan
 
 
 def watch_studies(metrics: Metrics, paths: Paths, store: Datastore) -> None:
@@ -95,6 +106,8 @@ def watch_studies(metrics: Metrics, paths: Paths, store: Datastore) -> None:
 
 class RequestTimer:
     """ASGI middleware that measures requests by the route that answered, so that the number of series is bounded.
+
+    A client may name any method, and need not log in for that: what is none of :data:`METHODS` counts as ``other``.
 
     Args:
         app: What follows.
@@ -123,5 +136,6 @@ class RequestTimer:
                 await self.app(scope, receive, noting)
             finally:
                 route: Any = scope.get("route")
-                labels = scope["method"], getattr(route, "path", "none"), status
+                method = scope["method"] if scope["method"] in METHODS else "other"
+                labels = method, getattr(route, "path", "none"), status
                 self.metrics.requests.labels(*labels).observe((ended or time.perf_counter()) - began)

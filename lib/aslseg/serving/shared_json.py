@@ -59,6 +59,9 @@ class SharedJsonFile:
         self._unplaced: set[str] = set()
         self._all_placed = False
 
+    def require_folder(self) -> None:
+        """Check that files are written where they were at the start; nothing to check where scans are in a PACS."""
+
     @contextmanager
     def _exclusive(self, seconds: float | None = None) -> Iterator[None]:
         """One writer at a time, over threads and processes; may be nested.
@@ -67,8 +70,9 @@ class SharedJsonFile:
             seconds: How long to wait for another writer; by default 10 s.
 
         Raises:
-            RefusedError: 503, another writer holds the lock; the message names it.
+            RefusedError: 503, another writer holds the lock; the message names it. Or as :meth:`require_folder`.
         """
+        self.require_folder()  # the lock is a file in the folder
         seconds = LOCK_SECONDS if seconds is None else seconds
         if not self._mutex.acquire(timeout=seconds):
             raise RefusedError(f"another request keeps the datastore busy for over {seconds:g} s; try again", 503)
@@ -199,6 +203,7 @@ class SharedJsonFile:
                 self._listing = StudiesListing(Path(self._datastore_path), self.paths.home)
             self._init_from_datastore_file()
             self._unplaced |= self._listing.changed()
+            self.require_folder()  # what was listed may be the empty place of a disk that has just gone
             if not self._all_placed:
                 self._unplaced |= self._datastore.objects.keys() | self._listing.scans.files.keys()
             placed = {case: self._placed(case, self._listing) for case in self._unplaced}

@@ -24,7 +24,7 @@ from aslseg.files import FileStamp, atomic_file, sha256, sync_to_disk
 from aslseg.rounds.ledger import Ledger
 from aslseg.serving.change_log import IMAGE, Change
 from aslseg.serving.empty_labels import EmptyLabels
-from aslseg.serving.http_errors import RefusedError, safe_name
+from aslseg.serving.http_errors import RefusedError, kept_name, safe_name
 from aslseg.serving.kept_files import KeptFiles, answerable, copy_file, remove_stale_temporaries
 from aslseg.serving.labels import decode_label
 from aslseg.serving.links import require_trusted
@@ -93,6 +93,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
 
     def _fresh(self) -> None:
         """Look at the disk again if something changed; while another writer is at work, what is known is used."""
+        self.require_folder()
         if not self._stale():
             return
         try:
@@ -195,6 +196,7 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
         """
         source = Path(image_filename)
         case = safe_name(image_id or case_id(source), "image id")
+        self.require_folder()
         with self.saved.refusals(case, "image", source, image_info or {}), answerable():
             self._add_image(case, source, image_info or {})
         return case
@@ -242,13 +244,15 @@ class StudiesDatastore(LoggedJsonFile, LocalDatastore):
         Raises:
             RefusedError: Unknown scan, unsafe tag, the tag that only rounds write, a locked datastore, or an empty
                 human label that was not said to be meant (:mod:`aslseg.serving.empty_labels`).
-            BadLabelError: The label does not fit its scan. As with every refusal but that of an unsafe name, the upload
-                is kept in ``parked`` and the message says where.
+            BadLabelError: The label does not fit its scan. As with every refusal but that of a disk that is away, the
+                upload is kept in ``parked`` and the message says where.
         """
-        case, tag = safe_name(image_id, "image id"), safe_name(label_tag, "label tag")
+        case, tag = kept_name(image_id), kept_name(label_tag)
         source, info = Path(label_filename), dict(label_info or {})
+        self.require_folder()  # nothing is kept in the place of a disk that is away
         with self.saved.refusals(case, tag, source, info), self.kept.parked(case, source, info):
-            self._save_label(case, source, self._checked_tag(tag), info)
+            tag = self._checked_tag(safe_name(label_tag, "label tag"))
+            self._save_label(safe_name(image_id, "image id"), source, tag, info)
         return case
 
     def _save_label(self, case: str, source: Path, tag: str, info: dict[str, Any]) -> None:

@@ -28,6 +28,8 @@ from aslseg.files import FULL
 
 CHILDREN = 4
 """Pieces of work at a time; each may take as much memory as its limit allows, so that more of them wait."""
+MOST_WAITING = 8
+"""Pieces of work that wait. Each keeps one of the 40 threads that answer requests; more would stop all others."""
 WAIT_SECONDS = 30.0
 """How long a piece of work waits for its turn: who sent it, and a thread of the server, wait with it."""
 KILL_SECONDS = 5.0
@@ -49,6 +51,7 @@ class ForkServer:
 
     _lock: threading.Lock
     _places: threading.Semaphore
+    _queue: threading.Semaphore
     _process: subprocess.Popen[bytes] | None
     _control: socket.socket | None
 
@@ -75,7 +78,7 @@ class ForkServer:
         Raises:
             DiskFullError: The folder for temporary files is full.
             NoResourcesError: The operating system gives no process, or no file for the answer; or all children were at
-                work for :data:`WAIT_SECONDS`.
+                work for :data:`WAIT_SECONDS`; or :data:`MOST_WAITING` others wait already.
         """
         with ExitStack() as files:
             with _own_troubles(), self._place():
@@ -86,14 +89,21 @@ class ForkServer:
     @contextmanager
     def _place(self) -> Iterator[None]:
         """One of the ``CHILDREN`` places."""
-        if not self._places.acquire(timeout=WAIT_SECONDS):
+        if not self._queue.acquire(blocking=False):
             raise NoResourcesError(
-                f"the server reads {CHILDREN} other files, and none was done for {WAIT_SECONDS:g} s; send it later"
+                f"the server reads {CHILDREN} other files, and {MOST_WAITING} more wait; send it again later"
             )
         try:
-            yield
+            if not self._places.acquire(timeout=WAIT_SECONDS):
+                raise NoResourcesError(
+                    f"the server reads {CHILDREN} other files, and none was done for {WAIT_SECONDS:g} s; send it later"
+                )
+            try:
+                yield
+            finally:
+                self._places.release()
         finally:
-            self._places.release()
+            self._queue.release()
 
     def _answer(self, file: IO[bytes], job: dict[str, Any], seconds: float) -> str:
         """Fill a file with the answer of a child; how the child ended."""
@@ -133,6 +143,7 @@ class ForkServer:
 
     def _forget(self) -> None:
         self._lock, self._places = threading.Lock(), threading.Semaphore(CHILDREN)
+        self._queue = threading.Semaphore(CHILDREN + MOST_WAITING)
         self._process = self._control = None
 
     def _run(self, file: IO[bytes], seconds: float) -> tuple[int | None, str]:

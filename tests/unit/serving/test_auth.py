@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from monailabel.endpoints.user import auth as theirs
 from starlette.testclient import TestClient
 
 from aslseg.errors import BadSettingsError
-from aslseg.serving import auth
+from aslseg.serving import auth, login_first
 from aslseg.serving.login_first import install_login_first
 from aslseg.serving.tokens import new_token_line, read_token_file
 from aslseg.settings import load_settings
@@ -204,12 +205,14 @@ def test_a_keycloak_that_does_not_answer(realm: rsa.RSAPrivateKey, monkeypatch: 
 class Sent:
     """An ASGI client whose body comes in pieces of a megabyte, counted as they are read."""
 
-    def __init__(self, pieces: int) -> None:
-        self.left, self.read, self.answer = pieces, 0, {}
+    def __init__(self, pieces: int, stalls: bool) -> None:
+        self.left, self.read, self.stalls, self.answer = pieces, 0, stalls, {}
 
     async def receive(self) -> dict[str, Any]:
         self.left -= 1
         self.read += 1
+        if self.stalls:
+            await asyncio.Event().wait()
         return {"type": "http.request", "body": bytes(1_000_000), "more_body": self.left > 0}
 
     async def send(self, message: dict[str, Any]) -> None:
@@ -217,24 +220,50 @@ class Sent:
             self.answer = {"status": message["status"], **{k.decode(): v.decode() for k, v in message["headers"]}}
 
 
-@pytest.mark.parametrize("method", ["PUT", "POST", "DELETE", "GET"])
-@pytest.mark.parametrize(
-    ("headers", "least"),
-    [({}, 2), ({"authorization": "Bearer junk"}, 2), ({"expect": "100-continue"}, 0), ({"authorization": "x"}, 2)],
-)
-def test_nobody_sends_a_file_before_the_login(
-    client: TestClient, method: str, headers: dict[str, str], least: int
-) -> None:
-    """A gigabyte would come: FastAPI writes the files of a form to the disk before it asks for the user."""
-    install_login_first(client.app)  # type: ignore[arg-type]
-    sent = Sent(1000)
-    headers = {"transfer-encoding": "chunked", "content-type": "multipart/form-data; boundary=x"} | headers
+def upload(
+    client: TestClient, pieces: int, method: str = "PUT", headers: dict[str, str] | None = None, stalls: bool = False
+) -> Sent:
+    sent = Sent(pieces, stalls)
+    headers = {"transfer-encoding": "chunked", "content-type": "multipart/form-data; boundary=x"} | (headers or {})
     scope = {"type": "http", "method": method, "path": "/upload", "query_string": b"", "http_version": "1.1"}
     scope |= {"headers": [(k.encode(), v.encode()) for k, v in headers.items()], "app": client.app}
     asyncio.run(client.app(scope, sent.receive, sent.send))  # type: ignore[arg-type]
+    return sent
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST", "DELETE", "GET"])
+@pytest.mark.parametrize(
+    ("headers", "most"),
+    [
+        ({}, 500),
+        ({"authorization": "Bearer junk"}, 500),
+        ({"expect": "100-continue"}, 0),
+        ({"authorization": "x"}, 500),
+    ],
+)
+def test_nobody_sends_a_file_before_the_login(
+    client: TestClient, method: str, headers: dict[str, str], most: int
+) -> None:
+    """A gigabyte would come: FastAPI writes the files of a form to the disk before it asks for the user."""
+    install_login_first(client.app)  # type: ignore[arg-type]
+    sent = upload(client, 1000, method, headers)
     assert (sent.answer["status"], sent.answer["connection"]) == (401, "close")
     assert "Basic" in sent.answer["www-authenticate"]
-    assert sent.read == least, "so much is read that most clients see the answer"
+    assert sent.read == most, "so much is read that most clients see the answer"
+
+
+def test_a_label_that_comes_with_an_old_token_is_read_to_its_end(client: TestClient) -> None:
+    """The connection would be reset under a browser that still sends, which then shows no 401."""
+    install_login_first(client.app)  # type: ignore[arg-type]
+    sent = upload(client, 30)
+    assert (sent.answer["status"], sent.left) == (401, 0)
+
+
+def test_who_sends_slowly_is_not_read_for_ever(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(login_first, "DISCARD_SECONDS", 0.05)
+    install_login_first(client.app)  # type: ignore[arg-type]
+    sent = upload(client, 30, stalls=True)
+    assert (sent.answer["status"], sent.read) == (401, 1)
 
 
 def test_after_the_login_files_come(client: TestClient, tokens: dict[str, str], tmp_path: Path) -> None:
@@ -246,6 +275,19 @@ def test_after_the_login_files_come(client: TestClient, tokens: dict[str, str], 
     (tmp_path / "tokens").write_text("no line of a token file")
     answer = client.put("/upload", files=files, headers=bearer(tokens["annotator"]))
     assert (answer.status_code, "nobody can log in" in answer.json()["detail"]) == (503, True)
+
+
+def test_a_token_file_on_a_broken_disk(
+    client: TestClient, tokens: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_login_first(client.app)  # type: ignore[arg-type]
+
+    def broken(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(auth.FileStamp, "of", broken)
+    answer = client.put("/upload", files={"file": ("scan.nii", b"1")}, headers=bearer(tokens["annotator"]))
+    assert (answer.status_code, "nobody can log in: the token file" in answer.json()["detail"]) == (503, True)
 
 
 def test_without_logins_nobody_is_asked() -> None:

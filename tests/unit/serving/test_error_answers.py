@@ -6,15 +6,19 @@ import errno
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, File, HTTPException, UploadFile
+import requests
+from fastapi import APIRouter, FastAPI, File, HTTPException, UploadFile
 from starlette.testclient import TestClient
 
 from aslseg.errors import DiskFullError, FileWriteError, NoResourcesError
 from aslseg.serving.http_errors import RefusedError
-from aslseg.serving.routes import answer_errors
+from aslseg.serving.kept_files import KeptFiles
+from aslseg.serving.routes import answer_errors, pages
+from aslseg.settings import load_settings
 
 LARGE = {"file": ("scan.nii", bytes(2_000_000))}  # a file of a megabyte and more is put on the disk before it is used
 
@@ -43,6 +47,10 @@ def client(error: Exception | None = None) -> TestClient:
         (NoResourcesError("the server reads 4 other files"), 503, "reads 4 other files", True),
         (RefusedError("the datastore is locked", 503), 503, "the datastore is locked", True),
         (RefusedError("no such scan", 404), 404, "no such scan", False),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), 400, "no file can have the name", False),
+        (OSError(errno.EINVAL, "Invalid argument"), 400, "no file can have the name", False),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), 400, "no file can have the name", False),
+        (requests.ConnectionError("refused"), 502, "the PACS does not answer (ConnectionError)", False),
         (HTTPException(418, "another answer"), 418, "another answer", False),
     ],
 )
@@ -50,6 +58,29 @@ def test_status_and_when_to_try_again(error: Exception, status: int, text: str, 
     answer = client(error).put("/scan", files=LARGE)
     assert (answer.status_code, answer.headers.get("retry-after")) == (status, "30" if later else None)
     assert text in answer.json()["detail"]
+
+
+def test_an_address_that_no_file_can_have_is_not_there() -> None:
+    host, router = FastAPI(), APIRouter()
+    pages.add_routes(router, SimpleNamespace(settings=load_settings({}, env={})[0]))  # type: ignore[arg-type]
+    host.include_router(router)
+    answer_errors(host)
+    client = TestClient(host, raise_server_exceptions=False)
+    for path in ("a" * 300, "a%00b", "b/" * 3000):
+        answer = client.get(f"/ohif/{path}")
+        assert (answer.status_code, "no file can have the name" in answer.json()["detail"]) == (404, True)
+
+
+def test_a_pacs_that_is_down_while_a_label_is_kept(tmp_path: Path) -> None:
+    source = tmp_path / "label.bin"
+    source.write_bytes(b"MY DRAWING")
+    kept = KeptFiles(tmp_path / "home")
+    with (
+        pytest.raises(RefusedError, match=r"PACS does not answer.*kept as parked/1\.2-") as refused,
+        kept.parked("1.2", source, {}),
+    ):
+        raise requests.ConnectionError("refused")
+    assert refused.value.status == 502
 
 
 def test_an_upload_that_cannot_be_put_on_the_disk_is_not_called_malformed(

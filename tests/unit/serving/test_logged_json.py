@@ -113,6 +113,15 @@ def test_the_list_of_all_entries_is_ready_after_a_start(folder: Path, monkeypatc
     assert len(made) == 5
 
 
+def test_texts_of_deleted_scans_are_not_kept(folder: Path) -> None:
+    store = settled(open_store(folder))
+    store.prepare_text()
+    assert "case1" in store._texts
+    store.remove_image("case1")
+    store.flush()
+    assert store._texts.keys() == {"case0", "case2", "case3"}
+
+
 def test_two_processes_apply_each_others_changes_without_reading_the_json(folder: Path) -> None:
     one, two = settled(open_store(folder)), settled(open_store(folder))
     with mock.patch("aslseg.serving.shared_json.parse", side_effect=AssertionError("the JSON was read")):

@@ -89,6 +89,17 @@ def test_requests_are_measured_by_route() -> None:
     assert "Mueller" not in text
 
 
+def test_methods_that_clients_invent_make_no_series() -> None:
+    metrics, host = Metrics(), FastAPI()
+    host.user_middleware.append(Middleware(RequestTimer, metrics=metrics))
+    client = TestClient(host)
+    for number in range(3):
+        client.request(f"Q{number}", "/scans")
+    text = metrics.render().decode()
+    assert 'aslseg_request_seconds_count{method="other",route="none",status="404"} 3.0' in text
+    assert 'method="Q' not in text
+
+
 def test_no_route_of_monai_label_runs_on_the_event_loop() -> None:
     """Also in the versions of FastAPI that keep an included router as one route."""
     host, seen, inner, outer = FastAPI(), {}, APIRouter(prefix="/info"), APIRouter()
@@ -158,6 +169,17 @@ def test_the_round_and_the_scans_are_measured(tmp_path: Path) -> None:
     assert 'aslseg_tasks_running{queue="train"} 0.0' in text
     assert 'aslseg_round{value="number"} 4.0' in text
     assert 'aslseg_round{value="fraction"} 0.5' in text
+
+
+def test_a_studies_disk_that_is_away_hides_no_other_measurement(tmp_path: Path) -> None:
+    def away() -> dict[str, int]:
+        raise RefusedError("the studies folder is not there", 503)
+
+    metrics = Metrics()
+    watch_studies(metrics, Paths(load_settings({}, env={})[0], tmp_path), SimpleNamespace(status=away))  # type: ignore[arg-type]
+    text = metrics.render().decode()
+    assert 'aslseg_cases{kind="total"} NaN' in text
+    assert "aslseg_requests_in_flight 0.0" in text
 
 
 def test_what_follows_a_saved_label_keeps_its_sender_waiting_for_nothing(

@@ -107,17 +107,21 @@ def test_sees_files_that_come_and_go(store: StudiesDatastore, folder: Path) -> N
 )
 def test_unsafe_names_are_refused(store: StudiesDatastore, folder: Path, name: str, tmp_path: Path) -> None:
     source = write(tmp_path / "up.nii.gz", drawn(1))
-    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
-    with pytest.raises(RefusedError):
+
+    def outside() -> list[Path]:
+        return sorted(p for p in tmp_path.rglob("*") if p.is_file() and store.kept.home not in p.parents)
+
+    before = outside()
+    with pytest.raises(RefusedError, match="kept as parked/case0-"):
         store.save_label("case0", str(source), name, {})
     if name:
         with pytest.raises(RefusedError):
             store.add_image(name, str(source), {})
-        with pytest.raises(RefusedError):
+        with pytest.raises(RefusedError, match="kept as parked/unknown-"):
             store.save_label(name, str(source), FINAL, {})
         with pytest.raises(RefusedError):
             store.remove_image(name)
-    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
+    assert outside() == before
 
 
 def test_a_link_of_somebody_else_that_leads_outside_is_not_followed(
@@ -407,13 +411,14 @@ def test_refused_uploads_are_events_with_the_authenticated_name(
     with pytest.raises(RefusedError, match="another scan"):
         store.add_image("case1", str(write(tmp_path / "s.nii.gz", drawn(1))), {"user": "eve"})
     with pytest.raises(RefusedError):
-        store.save_label("../case0", str(upload), FINAL, {"user": "eve"})  # no scan of ours: nothing to record
-    first, second = ledger.events(kinds=("refused",))
+        store.save_label("../case0", str(upload), FINAL, {"user": "eve"})
+    first, second, third = ledger.events(kinds=("refused",))
     assert (first.case, first.tag, first.details["by"]) == ("case0", FINAL, "ann")
     assert first.details["sha256"] == sha256(upload)
-    (parked,) = (folder / ".aslseg" / "parked").glob("*.nii.gz")
+    (parked,) = (folder / ".aslseg" / "parked").glob("case0-*.nii.gz")
     assert f"parked/{parked.name}" in first.details["why"]
     assert (second.case, second.tag, second.details["by"]) == ("case1", "image", "eve")
+    assert (third.case, third.tag, third.details["by"]) == ("unknown", FINAL, "eve"), "kept under that name"
     assert ledger.verify() is None
     # a ledger that cannot be written hides no refusal
     monkeypatch.setattr(Ledger, "append", full)

@@ -228,6 +228,28 @@ def test_nobody_waits_for_a_place_for_ever(
     assert read_untrusted_label(label, LIMITS).layers.sum() == 24, "its place is free again"
 
 
+def test_many_uploads_at_once_do_not_take_all_threads_of_the_server(
+    readers: ForkServer, label: Path, endless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_server, "CHILDREN", 1)
+    monkeypatch.setattr(fork_server, "MOST_WAITING", 2)
+    readers._forget()
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(read_untrusted_label, endless, Limits(1000, seconds=60))
+        start_readers()
+        one = child(readers)
+        waiting = [pool.submit(read_untrusted_label, label, LIMITS) for _ in range(2)]
+        while readers._queue._value:  # until both wait; taking a place to find out would take it from one of them
+            time.sleep(0.01)
+        with pytest.raises(NoResourcesError, match="2 more wait; send it again later"):
+            read_untrusted_label(label, LIMITS)
+        os.kill(one, signal.SIGKILL)
+        with pytest.raises(BadLabelError, match="exit code -9"):
+            first.result(60)
+        assert [w.result(60).layers.sum() for w in waiting] == [24, 24]
+    assert read_untrusted_label(label, LIMITS).layers.sum() == 24, "all places are free again"
+
+
 def test_a_check_brings_no_voxels_back(readers: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     answer = readers._answer

@@ -7,11 +7,13 @@ that remain are called from such a function. They come first in the list of rout
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
+import requests
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import JSONResponse
@@ -22,7 +24,7 @@ from starlette.routing import BaseRoute
 
 from aslseg.errors import AslsegError
 from aslseg.files import FULL
-from aslseg.serving.http_errors import headers_of, status_of
+from aslseg.serving.http_errors import headers_of, pacs_error, status_of
 from aslseg.serving.routes import datastore, inference, pages, tasks
 from aslseg.serving.threads import without_loop
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from aslseg.serving.app import ServedApp
 
 logger = logging.getLogger(__name__)
+
+IMPOSSIBLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTDIR)
+"""What the operating system answers to names that no file can have: they come from the client."""
 
 
 def install(host: FastAPI, app: ServedApp) -> None:
@@ -46,6 +51,7 @@ def answer_errors(host: FastAPI) -> None:
     host.add_exception_handler(AslsegError, _readable)
     host.add_exception_handler(MONAILabelException, _unknown)
     host.add_exception_handler(OSError, _disk)
+    host.add_exception_handler(requests.RequestException, _pacs)  # an OSError too, but not of the disk
     host.add_exception_handler(HTTPException, _unread)
     # the stack is built at the first request, handlers included; building it again takes ours in
     host.middleware_stack = None
@@ -98,6 +104,10 @@ def _unknown(request: Request, error: Exception) -> Response:
 
 def _disk(request: Request, error: Exception) -> Response:
     """The disk, or what is mounted there, does not do what it should: named, without a traceback for the client."""
+    if getattr(error, "errno", None) in IMPOSSIBLE:
+        logger.warning("%s %s: %s", request.method, request.url.path[:200], error)
+        reading = request.method in ("GET", "HEAD")
+        return JSONResponse({"detail": "no file can have the name that was asked for"}, 404 if reading else 400)
     logger.exception("%s %s", request.method, request.url.path, exc_info=error)
     if getattr(error, "errno", None) in FULL:
         text = "a disk of the server is full; free some space there and send it again. What was stored stays as it is"
@@ -105,6 +115,10 @@ def _disk(request: Request, error: Exception) -> Response:
     reason = getattr(error, "strerror", None) or type(error).__name__
     text = f"the server could not read or write a file ({reason}); check its disk and its log, then send it again. "
     return JSONResponse({"detail": f"{text}What was stored stays as it is"}, 503)
+
+
+def _pacs(request: Request, error: Exception) -> Response:
+    return _readable(request, pacs_error(error))
 
 
 async def _unread(request: Request, error: Exception) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +14,11 @@ from fastapi.responses import StreamingResponse
 from monailabel.endpoints import activelearning
 from monailabel.endpoints import datastore as endpoint
 
+from aslseg.errors import AslsegError
 from aslseg.serving.auth import ADMIN, ANNOTATOR, USER, User, authenticated_name
-from aslseg.serving.http_errors import RefusedError, safe_name
+from aslseg.serving.http_errors import RefusedError, kept_name, safe_name
 from aslseg.serving.params import parse_object
-from aslseg.serving.routes.uploads import save_label_upload, save_upload, upload_folder
+from aslseg.serving.routes.uploads import label_extension, save_unjudged, save_upload, upload_folder
 from aslseg.volume.io import extension
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 20
 LONGEST_NAME = 256
+LONGEST_KEPT = 10_000
+"""Characters of parameters that cannot be read."""
 
 
 def add_routes(router: APIRouter, app: ServedApp) -> None:
@@ -68,16 +72,19 @@ def _uploads(router: APIRouter, app: ServedApp) -> None:
     @router.put("/datastore/label")
     def save_label(
         background_tasks: BackgroundTasks,
-        image: str,
         label: UploadFile,
+        image: str = "",
         params: Annotated[str, Form()] = "{}",
         tag: str = "final",
         user: User = ANNOTATOR,
     ) -> Any:
-        info = _signed(parse_object(params), user)
+        tag = tag or "final"
         with upload_folder() as folder:
-            path = save_label_upload(label, Path(folder))
-            saved = app.datastore().save_label(image, str(path), tag or "final", info)
+            path = save_unjudged(label, Path(folder))
+            with _kept_if_refused(app.datastore(), image, tag, path, params, user):
+                info = _signed(parse_object(params), user)
+                label_extension(label)
+            saved = app.datastore().save_label(image, str(path), tag, info)
         app.leases.release(image)
         background_tasks.add_task(app.on_save_label, image, saved)
         return {"image": image, "label": saved}
@@ -119,6 +126,19 @@ def _deletions(router: APIRouter, app: ServedApp) -> None:
     def remove_label(id: str, tag: str, user: User = ADMIN) -> Any:  # noqa: A002 - MONAI Label's name
         app.datastore().remove_label(id, tag, by=authenticated_name(user))
         return {}
+
+
+@contextmanager
+def _kept_if_refused(store: Any, image: str, tag: str, source: Path, params: str, user: User) -> Iterator[None]:
+    """Keep a label that the block refuses for what came with it, as the datastore keeps one that it refuses itself."""
+    try:
+        yield
+    except AslsegError:
+        store.require_folder()  # nothing is kept in the place of a disk that is away
+        info = {"params": params[:LONGEST_KEPT], "user": authenticated_name(user)}
+        case = kept_name(image)
+        with store.saved.refusals(case, kept_name(tag), source, info), store.kept.parked(case, source, info):
+            raise
 
 
 def _signed(info: dict[str, Any], user: User) -> dict[str, Any]:

@@ -62,11 +62,26 @@ def save_upload(upload: UploadFile, folder: Path, stem: str) -> Path:
     return _write(upload, folder / f"{stem}{upload_extension(upload)}")
 
 
+def label_extension(upload: UploadFile) -> str:
+    """As :func:`upload_extension`, but OHIF's raw voxels (``.bin``) are accepted too."""
+    return RAW if (upload.filename or "").endswith(RAW) else upload_extension(upload)
+
+
 def save_label_upload(upload: UploadFile, folder: Path) -> Path:
-    """As :func:`save_upload`, but OHIF's raw voxels (``.bin``) are accepted too."""
-    if (upload.filename or "").endswith(RAW):
-        return _write(upload, folder / f"label{RAW}")
-    return save_upload(upload, folder, "label")
+    """Write an uploaded label into a folder under a name of our own.
+
+    Raises:
+        RefusedError: As :func:`label_extension`.
+    """
+    return _write(upload, folder / f"label{label_extension(upload)}")
+
+
+def save_unjudged(upload: UploadFile, folder: Path) -> Path:
+    """As :func:`save_label_upload`, whatever kind of file it says it is."""
+    try:
+        return save_label_upload(upload, folder)
+    except RefusedError:
+        return _write(upload, folder / "label.part")
 
 
 def _write(upload: UploadFile, path: Path) -> Path:
