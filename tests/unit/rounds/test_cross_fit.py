@@ -147,6 +147,23 @@ def test_sam_and_adapter_learn_masks_of_every_other_fold_and_are_judged_on_the_o
     assert learned_faults(pipe, new).key != key
 
 
+@pytest.mark.usefixtures("plausible")
+def test_a_round_promotes_from_the_best_source_where_the_mix_is_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies, settings = tiny_studies(tmp_path, cases=5, labelled=4), tiny_settings(tmp_path, label_folds=4)
+    (studies / "patients.csv").write_text(PATIENTS)
+    monkeypatch.setattr(aslseg, "choose_sources", lambda *_: {"liver": "adapter", "tumour": "ssl"})
+    monkeypatch.setattr(aslseg, "choose_source", lambda *_: "consensus")
+    for kept, source, sources in ((False, "consensus", {"consensus"}), (True, "mixed", {"adapter", "ssl"})):
+        monkeypatch.setattr(aslseg, "no_worse", lambda evidence, whole, kept=kept: kept and whole == "consensus")
+        summary = run_round(studies, settings)
+        assert summary["source"] == source
+        assert set(summary["sources"].values()) == sources
+        # what it was compared by
+        assert {"mixed", "consensus"} <= summary["cross_fitted"].keys()
+
+
 def test_without_folds_all_errors_are_synthetic() -> None:
     labels = Settings().label_set
     one: Any = SimpleNamespace(labels=labels)
