@@ -195,7 +195,7 @@ def test_a_round_killed_in_its_folds_goes_on_and_ends_the_same(tmp_path: Path, m
             def kill(done: int, total: int, where: str = stage, seen: list[str] = seen, **shown: Any) -> None:
                 seen.append(shown["stage"])
                 # in the second half of the stage
-                if seen.count(where) > (8 if where == "folds" else 2):
+                if seen.count(where) > (8 if where == "folds" else 1):
                     raise Killed
 
             with pytest.raises(Killed):
