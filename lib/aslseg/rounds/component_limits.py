@@ -49,19 +49,20 @@ def with_limits(pipeline: RoundPipeline, crossed: CrossFit | None) -> CrossFit |
     return CrossFit.scored(pipeline, folds, limits)
 
 
-def limited(pipeline: RoundPipeline, limits: Mapping[str, Any], model: Path) -> Path:
+def limited(pipeline: RoundPipeline, found: CrossFit | Fold | None, model: Path) -> Path:
     """The file of an SSL model with limits on components.
 
     Args:
         pipeline: The round.
-        limits: By label, as :func:`aslseg.ssl.specks.stored` makes them.
+        found: What has the limits: the folds, for a model of all labels, or the fold that it has not seen; or None.
         model: File of the model.
 
     Returns:
         Another file, or the same one where there are no limits or the model has one stage only.
     """
-    if not limits or "stages" not in read_metadata(model):
+    if found is None or not found.limits or "stages" not in read_metadata(model):
         return model
+    limits = found.limits
     # the inputs of the training among them: the gate reads what a model has learned beside its file
     inputs = json.loads(model.with_name("inputs.json").read_text())
     inputs |= {"ssl": pipeline.cases.hashes(model), "limits": limits}
@@ -89,8 +90,8 @@ def _fitted(folds: Sequence[FoldScans]) -> dict[str, Any]:
 
 
 def _limited_fold(pipeline: RoundPipeline, fold: Fold, limits: Mapping[str, Any]) -> Fold:
-    model = limited(pipeline, limits, fold.model)
-    if model == fold.model:
+    if not limits:
         return fold
+    model = limited(pipeline, replace(fold, limits=limits), fold.model)
     maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model}))
     return replace(fold, model=model, maps=maps, limits=limits)

@@ -59,7 +59,7 @@ def retrained_dice(
             own = [own_mask(pipeline, maps, case, unknown) for case in unlabelled]
             shown = share(report, number, len(crossed.folds))
             try:
-                model = limited(pipeline, fold.limits, pipeline.train_ssl(own, shown, without=part, part=steps))
+                model = limited(pipeline, fold, pipeline.train_ssl(own, shown, without=part, part=steps))
             except TrainingDivergedError as error:
                 ids = ", ".join(part)
                 pipeline.cases.warnings.append(

@@ -76,8 +76,7 @@ def conclude(
     with progress.stage("retrain") as report:
         promoted = without_late(pipeline, promoted)
         drift = find_drift(pipeline, promoted)
-        limits = state.crossed.limits if state.crossed else {}
-        retrained = limited(pipeline, limits, pipeline.train_ssl(promoted, report))
+        retrained = limited(pipeline, state.crossed, pipeline.train_ssl(promoted, report))
     learned = {p.case.id: p.mask for p in promoted}
     judged = _compare(state, retrained, list(learned))
     with progress.stage("publish") as report:

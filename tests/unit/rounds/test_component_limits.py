@@ -49,7 +49,7 @@ def check_folds(state: RoundState, fitted: bool) -> None:
     # models that are retrained without a fold, to compare promotions, have its limits too
     limited: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_retrain, "limited", lambda _, limits, model: limited.append(limits) or model)
+        patch.setattr(cross_retrain, "limited", lambda _, fold, model: limited.append(fold.limits) or model)
         cross_retrain.retrained_dice(
             state.pipeline, state.crossed, [c.id for c in state.pipeline.cases.unlabelled], no_progress
         )

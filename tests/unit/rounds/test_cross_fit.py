@@ -147,6 +147,23 @@ def test_sam_and_adapter_learn_masks_of_every_other_fold_and_are_judged_on_the_o
     assert learned_faults(pipe, new).key != key
 
 
+@pytest.mark.usefixtures("plausible")
+def test_a_round_promotes_from_the_best_source_where_the_mix_is_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies, settings = tiny_studies(tmp_path, cases=5, labelled=4), tiny_settings(tmp_path, label_folds=4)
+    (studies / "patients.csv").write_text(PATIENTS)
+    monkeypatch.setattr(aslseg, "choose_sources", lambda *_: {"liver": "adapter", "tumour": "ssl"})
+    monkeypatch.setattr(aslseg, "choose_source", lambda *_: "consensus")
+    for kept, source, sources in ((False, "consensus", {"consensus"}), (True, "mixed", {"adapter", "ssl"})):
+        monkeypatch.setattr(aslseg, "no_worse", lambda evidence, whole, kept=kept: kept and whole == "consensus")
+        summary = run_round(studies, settings)
+        assert summary["source"] == source
+        assert set(summary["sources"].values()) == sources
+        # what it was compared by
+        assert {"mixed", "consensus"} <= summary["cross_fitted"].keys()
+
+
 def test_without_folds_all_errors_are_synthetic() -> None:
     labels = Settings().label_set
     one: Any = SimpleNamespace(labels=labels)
@@ -178,7 +195,7 @@ def test_a_round_killed_in_its_folds_goes_on_and_ends_the_same(tmp_path: Path, m
             def kill(done: int, total: int, where: str = stage, seen: list[str] = seen, **shown: Any) -> None:
                 seen.append(shown["stage"])
                 # in the second half of the stage
-                if seen.count(where) > (8 if where == "folds" else 2):
+                if seen.count(where) > (8 if where == "folds" else 1):
                     raise Killed
 
             with pytest.raises(Killed):

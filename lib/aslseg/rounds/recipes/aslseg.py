@@ -46,7 +46,7 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     if folds(cases.train, pipeline.settings.most_folds):
         with progress.stage("folds") as report:
             crossed = with_limits(pipeline, cross_fit(pipeline, report))
-    ssl = limited(pipeline, crossed.limits if crossed else {}, ssl)
+    ssl = limited(pipeline, crossed, ssl)
     with progress.stage("predict") as report:
         ssl_maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: ssl}))
         pipeline.fill(ssl_maps, cases.predicted, report)
