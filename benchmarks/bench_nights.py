@@ -330,9 +330,8 @@ def simulate(
 ) -> list[dict[str, Any]]:
     """All nights; those that are done already are not run again."""
     build(out, plan, source)
-    result = out / "nights.json"
+    result, week = out / "nights.json", people(out, plan, settings)
     rows: list[dict[str, Any]] = json.loads(result.read_text()) if result.exists() else []
-    week = people(out, plan, settings)
     for number in range(len(rows) + 1, plan.nights + 1):
         rows.append(week.night(number))
         write_json(result, rows)
@@ -389,8 +388,7 @@ def main() -> None:
     plan = Plan(**{name: getattr(arguments, name) for name in Plan().__dict__})
     source = atria(arguments.data, plan.edge) if arguments.data else phantoms(plan.seed)
     if arguments.build:
-        build(arguments.out, plan, source)
-        return
+        return build(arguments.out, plan, source)
     conf = (LA | {"patch": PATCHES[plan.edge]}) if arguments.data else PHANTOM
     conf |= {"model_dir": str(arguments.out / "models")} | dict(pair.split("=", 1) for pair in arguments.conf)
     settings = load_settings(conf, env={})[0]

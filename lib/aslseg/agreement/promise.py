@@ -27,7 +27,7 @@ MISTAKES, MASKS = 0.5, 40.0
 LARGEST_LEVERAGE = 0.9
 HALVINGS, UNLIKELY, EXACT_COUNTS = 18, 1e-6, 32
 """Accuracy of the bound: halvings of an interval of one mistake's loss, probability of more mistakes that is neglected,
-and fewer mistakes than this are all told apart."""
+and up to this many mistakes every number of them is computed by itself."""
 
 
 @dataclass(frozen=True)
