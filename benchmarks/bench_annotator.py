@@ -64,8 +64,11 @@ class Annotator(Week):
 
     def night(self, number: int) -> dict[str, Any]:
         """As a night of a week, with what the round's model has cost so far."""
-        spent = {"trained_on": len(self.human()), "corrected": sum(self.corrected().values())}
-        return spent | super().night(number)
+        path = self.out / f"spent_{number}.json"
+        if not path.exists():
+            # a run that was killed after a label of this night's day counts it for the next one
+            write_json(path, {"trained_on": len(self.human()), "corrected": sum(self.corrected().values())})
+        return json.loads(path.read_text()) | super().night(number)
 
     def label(self, strategy: str, case: str) -> None:
         """Note how many voxels of the shown mask are wrong, then save the true label."""

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from aslseg.adaptation import train as adapter_train
+from aslseg.adaptation.faults import Faults
 from aslseg.adaptation.predict import load as load_adapter
 from aslseg.cases.prepare import prepare, working_spacing
 from aslseg.cases.prepared_case import Prepared
@@ -52,9 +53,7 @@ def later(
     changed = settings.model_copy(update=LATER[arm])
     began, train = time.monotonic(), with_synthetic(cases[:labelled], changed)
 
-    def errors(case: Prepared, rng: np.random.Generator) -> np.ndarray:
-        return adapter_train.faulty_regions(case, settings.label_set, rng)
-
+    errors = Faults(settings.label_set)
     finetune.train(train, changed, out / "sam.safetensors", init=build.base_path(changed), errors=errors)
     sam = build.load(out / "sam.safetensors", changed)
     adapter_train.train(train, sam, changed, out / "adapter.safetensors")

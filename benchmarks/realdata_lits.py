@@ -25,6 +25,7 @@ import numpy as np
 
 from aslseg.adaptation import predict as adapter_predict
 from aslseg.adaptation import train as adapter_train
+from aslseg.adaptation.faults import Faults
 from aslseg.cases.prepared_case import Prepared
 from aslseg.rounds.cross_fit import fold_share, folds
 from aslseg.sam.modeling import build
@@ -86,10 +87,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         ssl_file = trained(out / "limited.safetensors", lambda path: specks.write_limited(ssl_file, path, known))
     learned = with_synthetic(scans.labelled, settings)
 
-    def errors(case: Prepared, rng: np.random.Generator) -> np.ndarray:
-        return adapter_train.faulty_regions(case, labels, rng)
-
-    base = build.base_path(settings)
+    base, errors = build.base_path(settings), Faults(labels)
     sam_file = trained(
         out / "sam.safetensors", lambda path: finetune.train(learned, settings, path, init=base, errors=errors)
     )

@@ -91,8 +91,8 @@ def test_corrected_voxels_are_those_of_the_shown_mask_that_are_wrong(bench: Any,
     drawn = int((read_image(tmp_path / "truth" / "scan_003.nii.gz").array > 0).sum())
     assert person.corrected() == {"scan_002": 60, "scan_003": drawn}
     # only a scan whose mask holds the label
-    empty = np.zeros_like(shown)
-    write_label(tmp_path / "studies" / "labels" / "original" / "scan_001.nii.gz", empty, true.affine)
+    empty, other = np.zeros_like(shown), read_image(tmp_path / "truth" / "scan_001.nii.gz")
+    write_label(tmp_path / "studies" / "labels" / "original" / "scan_001.nii.gz", empty, other.affine)
     assert {person.foreground(["scan_001", "scan_002"]) for _ in range(8)} == {"scan_002"}
     assert {person.foreground(["scan_001"])} == {"scan_001"}
 

@@ -59,12 +59,16 @@ class WriteBehind:
 
     def _run(self) -> None:
         time.sleep(FIRST_SECONDS)
+        said = ""
         while self._goes_on():
             rest = self._rest
             try:
                 self.flush()
+                said = ""
             except Exception as error:  # whatever it was, the next request must find a thread
-                logger.error("not written, and tried again: %s", error, exc_info=not isinstance(error, OSError))
+                if str(error) != said:
+                    said = str(error)
+                    logger.error("not written, and tried again: %s", error, exc_info=not isinstance(error, OSError))
                 rest = RETRY_SECONDS
             time.sleep(max(rest, self._rest))
 
