@@ -6,12 +6,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aslseg import cli
+from aslseg.ssl import engine
+from tiny_rounds import SHAPE
 
 Run = Callable[..., tuple[int, str, str]]
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
@@ -29,3 +33,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         return int(stopped.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture
+def short_nights(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/bench_nights.py on the smallest phantoms."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_nights
+
+    monkeypatch.setattr(bench_nights, "HELD_OUT", 2)
+    monkeypatch.setattr(bench_nights, "SHAPE", SHAPE)
+    monkeypatch.setattr(engine, "STATISTICS_BATCHES", 2)
+    monkeypatch.setattr(engine, "CLASS_BATCHES", 1)
+    return bench_nights

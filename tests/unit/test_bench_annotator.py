@@ -10,23 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aslseg.ssl import engine
 from aslseg.volume.io import read_image, write_label
-from tiny_rounds import SHAPE
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+def bench(short_nights: Any) -> Any:
     import bench_annotator
-    import bench_nights
 
-    monkeypatch.setattr(bench_nights, "HELD_OUT", 2)
-    monkeypatch.setattr(bench_nights, "SHAPE", SHAPE)
-    monkeypatch.setattr(engine, "STATISTICS_BATCHES", 2)
-    monkeypatch.setattr(engine, "CLASS_BATCHES", 1)
     return bench_annotator
 
 

@@ -11,22 +11,12 @@ import numpy as np
 import pytest
 
 from aslseg.rounds.ledger import Ledger
-from aslseg.ssl import engine
-from tiny_rounds import SHAPE, tiny_settings
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+from tiny_rounds import tiny_settings
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import bench_nights
-
-    monkeypatch.setattr(bench_nights, "HELD_OUT", 2)
-    monkeypatch.setattr(bench_nights, "SHAPE", SHAPE)
-    monkeypatch.setattr(engine, "STATISTICS_BATCHES", 2)
-    monkeypatch.setattr(engine, "CLASS_BATCHES", 1)
-    return bench_nights
+def bench(short_nights: Any) -> Any:
+    return short_nights
 
 
 def test_two_nights_and_a_kill_between_them(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
