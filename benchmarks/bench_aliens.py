@@ -26,7 +26,7 @@ from aslseg.cases.intensity_check import unusual_intensities
 from aslseg.cases.patients import read_patients
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.scan_likeness import unlike_labelled
-from aslseg.rounds.drift import compare_groups, in_words
+from aslseg.rounds.promotion.drift import compare_groups, in_words
 from aslseg.settings import Settings
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid

@@ -4,8 +4,9 @@
 
 The Dice of a model on a case is its true mean, plus what is peculiar to the case, plus noise of this model on this
 case; a case has a standard deviation of 0.07, four fifths of its variance common to all models. The rules are those of
-the product (:mod:`aslseg.models.gate_rules`), as is the mean over fresh labels (:func:`aslseg.rounds.fresh.pooled`).
-The rule before published a model whose mean was no lower. Prints tables in Markdown.
+the product (:mod:`aslseg.models.gate_rules`), as is the mean over fresh labels
+(:func:`aslseg.rounds.gate.fresh.pooled`). The rule before published a model whose mean was no lower. Prints tables in
+Markdown.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from aslseg.models.gate_rules import shown_better, shown_not_below, shown_worse
-from aslseg.rounds.fresh import SHOWN, pooled
-from aslseg.rounds.ledger import Event
+from aslseg.rounds.gate.fresh import SHOWN, pooled
+from aslseg.rounds.ledger.ledger import Event
 
 SPREAD, COMMON = 0.07, 0.8
 """Standard deviation of a case's Dice, and the part of its variance that all models share."""

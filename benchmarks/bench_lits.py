@@ -41,7 +41,7 @@ from aslseg.cases.studies import Case
 from aslseg.compute.device import choose_device
 from aslseg.compute.overlap import dice
 from aslseg.compute.weights import load_weights, save_weights
-from aslseg.rounds.cross_fit import folds
+from aslseg.rounds.folds.cross_fit import folds
 from aslseg.settings import Settings, load_settings
 from aslseg.ssl import engine, nested, predict, specks, training
 from aslseg.volume.io import read_image

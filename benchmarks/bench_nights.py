@@ -49,8 +49,8 @@ from aslseg.files import write_json
 from aslseg.models.cascade import Cascade
 from aslseg.models.kinds import ModelKind
 from aslseg.models.published import find_published
-from aslseg.rounds.ledger import Event, Ledger
-from aslseg.rounds.masks import MaskStore
+from aslseg.rounds.label_files.masks import MaskStore
+from aslseg.rounds.ledger.ledger import Event, Ledger
 from aslseg.rounds.run import run_round
 from aslseg.serving.strategies import ByAgreement, ByAudit, HandsOut, Leases, Random
 from aslseg.serving.studies_datastore import StudiesDatastore

@@ -16,7 +16,7 @@ from aslseg.cases.importing.plan import Options, make_plan
 from aslseg.cases.importing.transfer import transfer
 from aslseg.cases.split import split
 from aslseg.cases.studies import read_studies
-from aslseg.rounds.cases import prepare_cases
+from aslseg.rounds.steps.cases import prepare_cases
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, Settings
 from aslseg.types import no_progress

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from aslseg.rounds.fold_share import fold_share
+from aslseg.rounds.folds.fold_share import fold_share
 from aslseg.settings.model import MOST_FOLDS
 from loop_rounds import ADAPTER, RETRAIN, SAM
 

@@ -27,7 +27,7 @@ import requests
 from bench_clicks import ROOT, server
 
 if TYPE_CHECKING:
-    from aslseg.rounds.ledger import Ledger
+    from aslseg.rounds.ledger.ledger import Ledger
 
 SHAPE = (8, 8, 4)
 EVERY = 10
@@ -40,7 +40,7 @@ def write_studies(studies: Path, scans: int, rounds: int) -> None:
     """The folder, as if the last of some rounds had just ended."""
     from aslseg.cases.studies import FINAL, ORIGINAL
     from aslseg.files import sha256
-    from aslseg.rounds.ledger import Entry, Ledger, Score
+    from aslseg.rounds.ledger.ledger import Entry, Ledger, Score
     from aslseg.settings import Paths, load_settings
 
     home = Paths(load_settings({}, env={})[0], studies).home
@@ -88,7 +88,7 @@ def write_studies(studies: Path, scans: int, rounds: int) -> None:
 
 def write_round(ledger: Ledger, number: int, cases: list[str]) -> None:
     """The events of a round that decided on each of these scans and promoted one in twenty."""
-    from aslseg.rounds.ledger import Entry
+    from aslseg.rounds.ledger.ledger import Entry
 
     agreements = {case: 0.5 + (n * 7919 * number % 5000) / 10000 for n, case in enumerate(cases)}
     promoted = set(sorted(cases, key=lambda case: agreements[case])[-len(cases) // 20 :])

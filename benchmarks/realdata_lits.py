@@ -27,7 +27,7 @@ from aslseg.adaptation import predict as adapter_predict
 from aslseg.adaptation import train as adapter_train
 from aslseg.adaptation.faults import Faults
 from aslseg.cases.prepared_case import Prepared
-from aslseg.rounds.cross_fit import fold_share, folds
+from aslseg.rounds.folds.cross_fit import fold_share, folds
 from aslseg.sam.modeling import build
 from aslseg.sam.predictor.redraw import redraw
 from aslseg.sam.training import finetune

@@ -8,9 +8,9 @@ import numpy as np
 
 from aslseg.cases.studies import ORIGINAL, PSEUDO, read_studies
 from aslseg.files import sha256
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.masks import MaskStore, plan_label_changes, sync_label_files
-from aslseg.rounds.reports import write_report
+from aslseg.rounds.label_files.masks import MaskStore, plan_label_changes, sync_label_files
+from aslseg.rounds.ledger.ledger import Ledger
+from aslseg.rounds.ledger.reports import write_report
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import write_label
 

@@ -93,7 +93,7 @@ def make_tiny(promote: bool = True) -> None:
     """For the rest of this process: fewer batch-norm batches, one thread, and, as networks of six steps never
     look right, every mask that agrees counts as plausible."""
     from aslseg.agreement.promotion_rules import Verdict
-    from aslseg.rounds import canaries, promotion
+    from aslseg.rounds.promotion import canaries, promotion
     from aslseg.ssl import engine
 
     torch.set_num_threads(1)

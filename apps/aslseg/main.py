@@ -11,7 +11,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.serving import app, trainers
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.clicks import ClickSessions, ClickTask

@@ -52,7 +52,7 @@ def info(
     from aslseg.compute.hardware import resolved
     from aslseg.models.published import list_published
     from aslseg.registry import NETWORKS, RECIPES, SSL_METHODS
-    from aslseg.rounds.fresh import with_fresh_dice
+    from aslseg.rounds.gate.fresh import with_fresh_dice
 
     given, used = settings.model_dump(), resolved(settings).model_dump()
     shown = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from aslseg.errors import BadSettingsError
 
 if TYPE_CHECKING:
-    from aslseg.rounds.ledger import Promotion, RoundRow
+    from aslseg.rounds.ledger.ledger import Promotion, RoundRow
     from aslseg.types import ProgressCallback
 
 PACKAGES = (
@@ -129,7 +129,7 @@ def lines(content: Mapping[str, Any]) -> Iterator[str]:
 
 def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A round's summary without the parts that only programs read."""
-    from aslseg.rounds.audits import promise_lines
+    from aslseg.rounds.ledger.audits import promise_lines
 
     lowest = sorted(summary["agreement"].items(), key=lambda pair: (pair[1], pair[0]))[:FEW]
     left = {case: "; ".join(d["reasons"]) for case, d in summary["decisions"].items() if not d["promoted"]}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 
 # written again by every run: dying at these would never get anywhere
 NOT_COUNTED = ("progress.json", "round.owner.json", "new.nii.gz")

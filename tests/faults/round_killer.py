@@ -9,8 +9,8 @@ from typing import Any
 
 from durable_writes import at_number, at_point, die, nothing, watched
 
-from aslseg.rounds.pipeline import RoundPipeline
 from aslseg.rounds.run import run_round
+from aslseg.rounds.steps.pipeline import RoundPipeline
 from aslseg.settings import Settings
 from tiny_rounds import make_tiny
 

@@ -17,8 +17,8 @@ import torch
 from aslseg.agreement.promotion_rules import Verdict
 from aslseg.errors import DiskFullError
 from aslseg.review.report import write
-from aslseg.rounds import canaries, promotion
-from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.rounds.ledger.ledger import Entry, Ledger
+from aslseg.rounds.promotion import canaries, promotion
 from aslseg.rounds.run import run_round
 from aslseg.settings import Paths
 from aslseg.ssl import engine

@@ -19,9 +19,9 @@ import pytest
 from round_killer import run_to_point
 from test_killed_rounds import history, verdicts
 
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.masks import verify_label_files
-from aslseg.rounds.repair import repair
+from aslseg.rounds.label_files.masks import verify_label_files
+from aslseg.rounds.label_files.repair import repair
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.settings import Paths, Settings
 from tiny_rounds import copy_with_steps, label_hashes, published_hashes, tiny_settings, tiny_studies
 

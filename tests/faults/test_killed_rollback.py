@@ -16,12 +16,12 @@ from aslseg.cases.studies import ORIGINAL, PSEUDO
 from aslseg.errors import LedgerError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.published import Candidate, manifest, put_manifest, stage_files
-from aslseg.rounds import ledger_rows as module
-from aslseg.rounds.ledger import Entry, Ledger
-from aslseg.rounds.masks import verify_label_files
-from aslseg.rounds.repair import repair
-from aslseg.rounds.rollback import roll_back, roll_back_case, roll_back_model
-from aslseg.rounds.vetoes import mask_vetoes, model_vetoes
+from aslseg.rounds.label_files.masks import verify_label_files
+from aslseg.rounds.label_files.repair import repair
+from aslseg.rounds.label_files.rollback import roll_back, roll_back_case, roll_back_model
+from aslseg.rounds.ledger import rows as module
+from aslseg.rounds.ledger.ledger import Entry, Ledger
+from aslseg.rounds.ledger.vetoes import mask_vetoes, model_vetoes
 from mask_rounds import Folder
 
 STEPS = range(1, 10)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from round_killer import run
 
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.masks import verify_label_files
-from aslseg.rounds.progress import read_progress
+from aslseg.rounds.label_files.masks import verify_label_files
+from aslseg.rounds.ledger.ledger import Ledger
+from aslseg.rounds.scheduling.progress import read_progress
 from aslseg.settings import Paths, Settings
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 

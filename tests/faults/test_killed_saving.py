@@ -20,9 +20,9 @@ from durable_writes import at_number, killed_in_fork, watched
 from aslseg.cases.studies import FINAL
 from aslseg.errors import AslsegError
 from aslseg.files import sha256
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.masks import verify_label_files
-from aslseg.rounds.repair import repair
+from aslseg.rounds.label_files.masks import verify_label_files
+from aslseg.rounds.label_files.repair import repair
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.serving.write_behind import WriteBehind

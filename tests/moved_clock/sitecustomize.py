@@ -10,7 +10,7 @@ import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from aslseg.rounds import schedule
+from aslseg.rounds.scheduling import schedule
 from aslseg.serving import scheduler
 
 AHEAD = Path(os.environ["MOVED_CLOCK"])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import requests
 
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.serving.params import MAX_POINTS
 
 CASE = "phantom_001"

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from aslseg.files import atomic_file
-from aslseg.rounds.ledger import Event, Ledger
+from aslseg.rounds.ledger.ledger import Event, Ledger
 from tiny_rounds import tiny_settings, tiny_studies
 
 MOVED = Path(__file__).parents[1] / "moved_clock"

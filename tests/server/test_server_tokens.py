@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import requests
 
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.serving.tokens import ROLES, new_token_line
 from aslseg.volume.phantom import write_studies
 from tiny_server import TINY, TINY_SHAPE

@@ -275,7 +275,7 @@ def test_save_as_slicer_does_then_roll_back(trained: Any, tmp_path: Path) -> Non
     status = requests.get(f"{trained.url}/aslseg/status", timeout=60).json()
     assert status["rounds"][0]["round"] >= 2
     assert case not in [s["case"] for s in status["ranking"]]
-    from aslseg.rounds.rollback import roll_back
+    from aslseg.rounds.label_files.rollback import roll_back
     from aslseg.settings import Paths, load_settings
 
     settings, _ = load_settings({"model_dir": str(trained.folder / "models")}, env={})

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 from tiny_rounds import tiny_settings
 
 

@@ -15,9 +15,9 @@ import torch
 
 from aslseg import console
 from aslseg.files import write_json
-from aslseg.rounds import brake
-from aslseg.rounds.ledger import Entry, Ledger
-from aslseg.rounds.lock import round_lock
+from aslseg.rounds.ledger.ledger import Entry, Ledger
+from aslseg.rounds.scheduling import brake
+from aslseg.rounds.scheduling.lock import round_lock
 from aslseg.settings import Paths
 from aslseg.ssl import engine
 from tiny_rounds import tiny_sam, tiny_settings, tiny_studies
@@ -251,7 +251,7 @@ def test_joined_leaves_other_arguments_alone() -> None:
 def test_a_round_until_a_time_of_day_and_a_night_of_cron(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aslseg.rounds import schedule
+    from aslseg.rounds.scheduling import schedule
 
     studies = tiny_studies(tmp_path, cases=2, labelled=1)
     settings = tiny_settings(tmp_path, night_hours=2, time_zone="UTC")

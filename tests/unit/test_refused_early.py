@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aslseg.rounds.lock import round_lock
+from aslseg.rounds.scheduling.lock import round_lock
 
 RUN = """
 import sys

@@ -15,10 +15,10 @@ import pytest
 import recorded_clicks as recorded
 from aslseg.models.kinds import PUBLISHED_KINDS
 from aslseg.models.published import find_published
-from aslseg.rounds.anchor import read_head
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.masks import verify_label_files
-from aslseg.rounds.rollback import roll_back
+from aslseg.rounds.label_files.masks import verify_label_files
+from aslseg.rounds.label_files.rollback import roll_back
+from aslseg.rounds.ledger.anchor import read_head
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.rounds.run import run_round, train_stage
 from aslseg.settings import Paths, Settings, load_settings
 from aslseg.settings.sources import REMOVED, RENAMED
@@ -77,7 +77,7 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Left]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """What :func:`tiny_rounds.make_tiny` changes, for one test."""
-    from aslseg.rounds import canaries, promotion
+    from aslseg.rounds.promotion import canaries, promotion
     from aslseg.ssl import engine
 
     monkeypatch.setattr(engine, "STATISTICS_BATCHES", engine.STATISTICS_BATCHES)

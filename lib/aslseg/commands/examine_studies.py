@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from aslseg.cases.studies import FINAL, Studies, read_studies
 from aslseg.commands.doctor import Finding
 from aslseg.errors import AslsegError, BadImageError, BadLabelError, BadSettingsError
-from aslseg.rounds.lock import owner
+from aslseg.rounds.scheduling.lock import owner
 from aslseg.settings import Paths, Settings
 from aslseg.types import Volume
 from aslseg.volume.io import read_header, read_image, read_label
@@ -73,7 +73,7 @@ def kept_files(root: Path, paths: Paths) -> Iterator[Finding]:
 
 def state(root: Path, paths: Paths) -> Iterator[Finding]:
     """The ledger, with the files and infos that it knows, and who holds the locks."""
-    from aslseg.rounds.masks import verify_label_files
+    from aslseg.rounds.label_files.masks import verify_label_files
     from aslseg.serving.lock_holder import describe_holder
 
     try:

@@ -22,8 +22,8 @@ def ledger_list(studies: Studies, conf: Conf = None, as_json: Json = False) -> N
     """List rounds and promotions, with their current state, what was promised, and why a round promoted nothing."""
     from dataclasses import asdict
 
-    from aslseg.rounds.audits import promises_by_round
-    from aslseg.rounds.promotion_decisions import why_nothing
+    from aslseg.rounds.ledger.audits import promises_by_round
+    from aslseg.rounds.promotion.decisions import why_nothing
 
     ledger = _ledger(studies, conf)
     rounds, promotions = ledger.rounds(), ledger.promotions(active_only=False)
@@ -51,7 +51,7 @@ def ledger_rollback(
     if sum(given is not None for given in (number, model, case)) != 1:
         raise typer.BadParameter("give one of --round N, --model KIND and --case SCAN")
     settings = read_settings(conf)[0]
-    from aslseg.rounds import rollback
+    from aslseg.rounds.label_files import rollback
     from aslseg.settings import Paths
 
     paths = Paths(settings, studies)
@@ -77,7 +77,7 @@ def ledger_verify(
 ) -> None:
     """Check that ledger, reports and label files are as they were written; exit code 1 if not."""
     settings = read_settings(conf)[0]
-    from aslseg.rounds.masks import verify_label_files
+    from aslseg.rounds.label_files.masks import verify_label_files
     from aslseg.settings import Paths
 
     paths = Paths(settings, studies)
@@ -94,8 +94,8 @@ def ledger_verify(
 
 def _repair(studies: Path, paths: Paths, settings: Settings) -> list[str]:
     from aslseg.files import sha256
-    from aslseg.rounds.label_info import human_label_infos
-    from aslseg.rounds.repair import repair
+    from aslseg.rounds.label_files.label_info import human_label_infos
+    from aslseg.rounds.label_files.repair import repair
 
     done = repair(paths)
     if any(info.get("sha256", sha256(path)) != sha256(path) for _, _, path, info in human_label_infos(studies)):
@@ -109,7 +109,7 @@ def _repair(studies: Path, paths: Paths, settings: Settings) -> list[str]:
 
 
 def _ledger(studies: Path, conf: list[str] | None) -> Any:
-    from aslseg.rounds.ledger import Ledger
+    from aslseg.rounds.ledger.ledger import Ledger
     from aslseg.settings import Paths
 
     return Ledger(Paths(read_settings(conf)[0], studies).ledger)

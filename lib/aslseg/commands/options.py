@@ -63,7 +63,7 @@ def ready(conf: list[str] | None) -> Settings:
 
 def require_no_round(studies: Path, settings: Settings) -> None:
     """Refuse before torch is imported, which takes seconds. The round takes the lock again by itself."""
-    from aslseg.rounds.lock import round_lock
+    from aslseg.rounds.scheduling.lock import round_lock
     from aslseg.settings import Paths
 
     if "LOCAL_RANK" not in os.environ and studies.is_dir():

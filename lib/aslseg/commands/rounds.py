@@ -31,8 +31,8 @@ def round_(
     if ends is not None:
         _require_one_process("--until")
     require_no_round(studies, settings)
-    from aslseg.rounds.brake import RoundBrake
     from aslseg.rounds.run import run_round
+    from aslseg.rounds.scheduling.brake import RoundBrake
     from aslseg.settings import Paths
 
     summaries: list[dict[str, Any]] = []
@@ -56,10 +56,10 @@ def nightly(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     """Do what the schedule asks for now, once: for cron or systemd, beside or in place of the server's own schedule."""
     settings = read_settings(conf)[0]
     _require_one_process("aslseg nightly")
-    from aslseg.rounds.ledger import Ledger
-    from aslseg.rounds.lock import round_runs
-    from aslseg.rounds.nights import Nights
-    from aslseg.rounds.schedule import utc_now
+    from aslseg.rounds.ledger.ledger import Ledger
+    from aslseg.rounds.scheduling.lock import round_runs
+    from aslseg.rounds.scheduling.nights import Nights
+    from aslseg.rounds.scheduling.schedule import utc_now
     from aslseg.settings import Paths
 
     paths = Paths(settings, studies)
@@ -71,8 +71,8 @@ def nightly(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
         return show({"ended": due}, as_json)
     nights.note_start(due, now)
     ready(conf)
-    from aslseg.rounds.brake import RoundBrake
     from aslseg.rounds.nightly import run_night
+    from aslseg.rounds.scheduling.brake import RoundBrake
 
     key = due.night.key if due.night else now.isoformat("T", "seconds")
     with console.progress() as report:
@@ -92,7 +92,7 @@ def _brief(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _next_time(text: str, settings: Settings) -> datetime:
     """The next moment at which clocks show this time of day."""
-    from aslseg.rounds.schedule import Schedule, utc_now, zone_of
+    from aslseg.rounds.scheduling.schedule import Schedule, utc_now, zone_of
     from aslseg.settings.windows import Window
 
     try:

@@ -1,7 +1,7 @@
 """The chain of trained models, ssl -> sam -> adapter, and CFR's canvas model beside it.
 
 :func:`compute` is the one place that knows what a model is given and what comes out. A round keeps the results on disk
-(:mod:`aslseg.rounds.pipeline`), the server keeps them in memory (:mod:`aslseg.serving.cascade_cache`), and
+(:mod:`aslseg.rounds.steps.pipeline`), the server keeps them in memory (:mod:`aslseg.serving.cascade_cache`), and
 :class:`Cascade` segments files.
 """
 

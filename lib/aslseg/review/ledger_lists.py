@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aslseg.errors import LedgerError
-from aslseg.rounds import savings
-from aslseg.rounds.anchor import Head
-from aslseg.rounds.audits import AUDIT, CHECKED, kept_since, promise_lines, waiting
-from aslseg.rounds.fresh import FRESH, pooled
-from aslseg.rounds.ledger import Ledger, Promotion, RoundRow, Score
-from aslseg.rounds.promotion_decisions import Decision, count_reasons, decisions_of
+from aslseg.rounds.feedback import savings
+from aslseg.rounds.gate.fresh import FRESH, pooled
+from aslseg.rounds.ledger.anchor import Head
+from aslseg.rounds.ledger.audits import AUDIT, CHECKED, kept_since, promise_lines, waiting
+from aslseg.rounds.ledger.ledger import Ledger, Promotion, RoundRow, Score
+from aslseg.rounds.promotion.decisions import Decision, count_reasons, decisions_of
 
 MOST = 50
 """Entries of each list."""
@@ -46,7 +46,7 @@ class Decisions:
         flagged: Scans whose masks are worth a look.
         warnings: Of the last round, and the scans that it left out.
         checked: Dice of promoted masks with the labels that came after them, by the mask's hash.
-        fresh: :func:`aslseg.rounds.fresh.pooled`.
+        fresh: :func:`aslseg.rounds.gate.fresh.pooled`.
         promise: What the last round promised, a line for each label.
         audits: How many wait for a label.
         savings: What masks save people, in sentences.

@@ -22,12 +22,13 @@ from aslseg.review.ledger_lists import MOST, named
 from aslseg.review.page import template
 from aslseg.review.pictures import COLOURS, outlined
 from aslseg.review.webhook import send
-from aslseg.rounds import canaries, savings
-from aslseg.rounds.audits import CHECKED, audits, kept_since, promise_lines, waiting
-from aslseg.rounds.fresh import stated
-from aslseg.rounds.ledger import Event, Ledger, RoundRow
-from aslseg.rounds.masks import MaskStore
-from aslseg.rounds.promotion_decisions import Decision, count_reasons, decisions_of
+from aslseg.rounds.feedback import savings
+from aslseg.rounds.gate.fresh import stated
+from aslseg.rounds.label_files.masks import MaskStore
+from aslseg.rounds.ledger.audits import CHECKED, audits, kept_since, promise_lines, waiting
+from aslseg.rounds.ledger.ledger import Event, Ledger, RoundRow
+from aslseg.rounds.promotion import canaries
+from aslseg.rounds.promotion.decisions import Decision, count_reasons, decisions_of
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import read_image
 

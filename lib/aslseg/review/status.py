@@ -15,11 +15,11 @@ from aslseg.files import FileStamp
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.published import Published, find_published, left_behind
 from aslseg.review.ledger_lists import MOST, Decisions, decisions
-from aslseg.rounds.fresh import mean_over_labels, stated
-from aslseg.rounds.ledger import Ledger, Promotion, RoundRow
-from aslseg.rounds.nights import Nights
-from aslseg.rounds.progress import read_progress
-from aslseg.rounds.schedule import finish_text, utc_now, zone_of
+from aslseg.rounds.gate.fresh import mean_over_labels, stated
+from aslseg.rounds.ledger.ledger import Ledger, Promotion, RoundRow
+from aslseg.rounds.scheduling.nights import Nights
+from aslseg.rounds.scheduling.progress import read_progress
+from aslseg.rounds.scheduling.schedule import finish_text, utc_now, zone_of
 from aslseg.settings import Paths, Settings
 
 TICK_SECONDS = 0.1

@@ -9,11 +9,11 @@ from typing import Any
 from aslseg.cases.studies import read_studies
 from aslseg.compute.hardware import resolved
 from aslseg.errors import AslsegError, NotEnoughCasesError, OutOfTimeError, RoundRunningError
-from aslseg.rounds import schedule
-from aslseg.rounds.brake import NO_BRAKE, Brake
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.nights import Nights, inputs_hash, settled
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.rounds.run import run_round
+from aslseg.rounds.scheduling import schedule
+from aslseg.rounds.scheduling.brake import NO_BRAKE, Brake
+from aslseg.rounds.scheduling.nights import Nights, inputs_hash, settled
 from aslseg.settings import Paths, Settings
 from aslseg.types import ProgressCallback, no_progress
 
@@ -33,7 +33,7 @@ def run_night(
 
     Args:
         studies, settings, report, paths: As for :func:`aslseg.rounds.run.run_round`.
-        night: :attr:`aslseg.rounds.schedule.Night.key`.
+        night: :attr:`aslseg.rounds.scheduling.schedule.Night.key`.
         brake: Ends the round when the night is over.
 
     Returns:

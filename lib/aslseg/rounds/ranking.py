@@ -15,7 +15,7 @@ from typing import Any
 from aslseg.cases.studies import Studies, read_studies
 from aslseg.models.kinds import ModelKind
 from aslseg.models.published import manifest
-from aslseg.rounds.ledger import Ledger, RoundRow, Score
+from aslseg.rounds.ledger.ledger import Ledger, RoundRow, Score
 from aslseg.settings import Paths, Settings, relevant
 from aslseg.settings.paths import require_writable
 from aslseg.types import ProgressCallback, no_progress
@@ -105,10 +105,10 @@ def _measure(
     """Predict some scans with the published models, and record their agreement beside the scores that hold."""
     from aslseg.compute.hardware import resolved
     from aslseg.models.cascade import published_files
-    from aslseg.rounds.evidence import Floors
-    from aslseg.rounds.promotion import assess
+    from aslseg.rounds.folds.evidence import Floors
+    from aslseg.rounds.promotion.promotion import assess
+    from aslseg.rounds.promotion.state import RoundState
     from aslseg.rounds.run import opened_pipeline
-    from aslseg.rounds.state import RoundState
 
     assert paths.studies is not None  # noqa: S101 - the command takes no address
     models = published_files(paths, ModelKind.ADAPTER)

@@ -20,20 +20,20 @@ from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import find_published
 from aslseg.registry import RECIPES, REPORTS
-from aslseg.rounds.brake import NO_BRAKE, Brake
-from aslseg.rounds.cases import RoundCases, prepare_cases, trained_before
-from aslseg.rounds.corrections import record_checked
-from aslseg.rounds.fold_share import fold_share
-from aslseg.rounds.fresh import FRESH, pooled, record_fresh, unscored
-from aslseg.rounds.ledger import Entry, Ledger, RoundRow
-from aslseg.rounds.lock import round_lock
-from aslseg.rounds.masks import sync_label_files, unwritable_labels
-from aslseg.rounds.nights import inputs_hash
-from aslseg.rounds.pipeline import RoundPipeline
-from aslseg.rounds.progress import Progress, Work, read_progress
-from aslseg.rounds.publishing_gate import publish_better
-from aslseg.rounds.reports import write_report
-from aslseg.rounds.savings import record_compared
+from aslseg.rounds.feedback.corrections import record_checked
+from aslseg.rounds.feedback.savings import record_compared
+from aslseg.rounds.folds.fold_share import fold_share
+from aslseg.rounds.gate.fresh import FRESH, pooled, record_fresh, unscored
+from aslseg.rounds.gate.publishing import publish_better
+from aslseg.rounds.label_files.masks import sync_label_files, unwritable_labels
+from aslseg.rounds.ledger.ledger import Entry, Ledger, RoundRow
+from aslseg.rounds.ledger.reports import write_report
+from aslseg.rounds.scheduling.brake import NO_BRAKE, Brake
+from aslseg.rounds.scheduling.lock import round_lock
+from aslseg.rounds.scheduling.nights import inputs_hash
+from aslseg.rounds.scheduling.progress import Progress, Work, read_progress
+from aslseg.rounds.steps.cases import RoundCases, prepare_cases, trained_before
+from aslseg.rounds.steps.pipeline import RoundPipeline
 from aslseg.settings import Paths, ResolvedSettings, Settings
 from aslseg.settings.paths import require_writable
 from aslseg.types import ProgressCallback, no_progress
@@ -80,12 +80,12 @@ def run_round(
     Returns:
         ``round``, ``continued``, ``validation`` (Dice by mask or model), ``source`` and ``shown`` (whose masks were
         promoted, and are shown), ``classes`` (validation Dice of the shown ones by label), ``promoted``,
-        ``decisions`` (on each scan, :func:`aslseg.rounds.promotion_decisions.decide`), ``withdrawn`` (promotions of a
+        ``decisions`` (on each scan, :func:`aslseg.rounds.promotion.decisions.decide`), ``withdrawn`` (promotions of a
         rejected round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason),
-        ``agreement`` (by case), ``fresh`` (:func:`aslseg.rounds.fresh.pooled`), ``published`` (a line per model),
+        ``agreement`` (by case), ``fresh`` (:func:`aslseg.rounds.gate.fresh.pooled`), ``published`` (a line per model),
         ``models`` (this round's files, kept until the round after next), ``warnings``, ``skipped``, ``seconds`` by
-        stage, ``rates`` (seconds for a unit of each stage), ``inputs`` (:func:`aslseg.rounds.nights.inputs_hash`),
-        ``ledger`` (its head before this round was closed).
+        stage, ``rates`` (seconds for a unit of each stage), ``inputs``
+        (:func:`aslseg.rounds.scheduling.nights.inputs_hash`), ``ledger`` (its head before this round was closed).
 
     Raises:
         AslsegError: NotEnoughCasesError, RoundRunningError, DiskFullError, TrainingDivergedError, LedgerError,

@@ -26,10 +26,10 @@ from aslseg.errors import AslsegError, BadSettingsError
 from aslseg.models.kinds import PUBLISHED_KINDS
 from aslseg.models.published import find_published
 from aslseg.review.page import prepare
-from aslseg.rounds.brake import note_click
-from aslseg.rounds.corrections import record_checked
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.nights import Nights
+from aslseg.rounds.feedback.corrections import record_checked
+from aslseg.rounds.ledger.ledger import Ledger
+from aslseg.rounds.scheduling.brake import note_click
+from aslseg.rounds.scheduling.nights import Nights
 from aslseg.serving.auth import install_auth
 from aslseg.serving.dicomweb_datastore import connect
 from aslseg.serving.embed import embed_studies

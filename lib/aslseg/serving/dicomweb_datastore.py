@@ -24,7 +24,7 @@ from requests import RequestException
 
 from aslseg.cases.studies import FINAL, PSEUDO
 from aslseg.files import sha256
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.serving.http_errors import RefusedError, kept_name, safe_name
 from aslseg.serving.kept_files import KeptFiles
 from aslseg.serving.labels import decode_label

@@ -13,7 +13,7 @@ from aslseg.cases.studies import ORIGINAL, read_studies
 from aslseg.errors import AslsegError, BadImageError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.serving.open_scans import ScanCache, SliceOrientation
 from aslseg.settings import Paths, Settings
 from aslseg.types import ProgressCallback, no_progress

@@ -9,7 +9,7 @@ from typing import Any
 from monailabel.interfaces.datastore import Datastore
 
 from aslseg.errors import AslsegError
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import require_free_disk
 

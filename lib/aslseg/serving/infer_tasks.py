@@ -20,8 +20,8 @@ from aslseg.errors import AslsegError, LedgerError, NoModelError
 from aslseg.files import FileHashes
 from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import Models
-from aslseg.rounds.ledger import Ledger, Score
-from aslseg.rounds.predictions import find_prediction
+from aslseg.rounds.ledger.ledger import Ledger, Score
+from aslseg.rounds.steps.predictions import find_prediction
 from aslseg.serving.cascade_cache import CascadeCache
 from aslseg.serving.inference_request import InferenceRequest
 from aslseg.serving.labels import decode_label

@@ -21,7 +21,7 @@ from prometheus_client import (
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aslseg.errors import AslsegError
-from aslseg.rounds.progress import read_progress
+from aslseg.rounds.scheduling.progress import read_progress
 from aslseg.settings import Paths
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

@@ -14,7 +14,7 @@ from monailabel.datastore.local import DataModel
 
 from aslseg.errors import AslsegError
 from aslseg.files import sha256
-from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.rounds.ledger.ledger import Entry, Ledger
 from aslseg.serving.shared_json import new_entry
 
 logger = logging.getLogger(__name__)

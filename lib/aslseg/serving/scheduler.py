@@ -10,9 +10,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from aslseg.errors import AslsegError
-from aslseg.rounds import schedule
-from aslseg.rounds.lock import round_runs
-from aslseg.rounds.nights import Nights
+from aslseg.rounds.scheduling import schedule
+from aslseg.rounds.scheduling.lock import round_runs
+from aslseg.rounds.scheduling.nights import Nights
 from aslseg.settings import Paths
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from aslseg.agreement.plausibility import WORTH_A_LOOK
 from aslseg.cases.scan_checks import ScanChecks
 from aslseg.errors import BadImageError
-from aslseg.rounds.audits import AUDIT, CHECKED, waiting
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.audits import AUDIT, CHECKED, waiting
+from aslseg.rounds.ledger.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 

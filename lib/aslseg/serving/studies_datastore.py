@@ -21,7 +21,7 @@ from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastor
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.errors import BadImageError
 from aslseg.files import FileStamp, atomic_file, sha256, sync_to_disk
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.serving.change_log import IMAGE, Change
 from aslseg.serving.empty_labels import EmptyLabels
 from aslseg.serving.http_errors import RefusedError, kept_name, safe_name

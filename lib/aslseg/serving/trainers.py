@@ -13,9 +13,9 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
 from aslseg.errors import NotEnoughCasesError
-from aslseg.rounds.brake import Brake, RoundBrake
-from aslseg.rounds.progress import read_progress
-from aslseg.rounds.schedule import clock_text, finish_text, utc_now
+from aslseg.rounds.scheduling.brake import Brake, RoundBrake
+from aslseg.rounds.scheduling.progress import read_progress
+from aslseg.rounds.scheduling.schedule import clock_text, finish_text, utc_now
 from aslseg.serving.priority import ROUND, lower_priority
 from aslseg.settings import Paths, Settings
 from aslseg.types import ProgressCallback

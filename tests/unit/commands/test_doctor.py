@@ -24,8 +24,8 @@ from aslseg.commands.doctor import Finding
 from aslseg.errors import LedgerError
 from aslseg.files import sha256, write_json
 from aslseg.models.published import put_manifest
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.lock import round_lock
+from aslseg.rounds.ledger.ledger import Ledger
+from aslseg.rounds.scheduling.lock import round_lock
 from aslseg.settings import Paths, Settings, load_settings
 from aslseg.volume.phantom import write_studies
 from tiny_rounds import SHAPE

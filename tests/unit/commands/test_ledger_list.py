@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aslseg import console
-from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.rounds.ledger.ledger import Entry, Ledger
 from aslseg.settings import Paths
 from tiny_rounds import tiny_settings, tiny_studies
 

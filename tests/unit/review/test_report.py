@@ -19,8 +19,8 @@ from aslseg.cases.studies import PSEUDO
 from aslseg.errors import DiskFullError, LedgerError
 from aslseg.files import sha256
 from aslseg.review.report import collect, headline, report_path, source_words, write
-from aslseg.rounds.ledger import Entry, Ledger
-from aslseg.rounds.masks import MaskStore
+from aslseg.rounds.label_files.masks import MaskStore
+from aslseg.rounds.ledger.ledger import Entry, Ledger
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import read_image
 from tiny_rounds import tiny_settings, tiny_studies

@@ -13,8 +13,8 @@ from aslseg.files import write_json
 from aslseg.review.ledger_lists import MOST
 from aslseg.review.page import duration, render
 from aslseg.review.status import collect
-from aslseg.rounds.ledger import Entry, Ledger, Score
-from aslseg.rounds.nights import Nights
+from aslseg.rounds.ledger.ledger import Entry, Ledger, Score
+from aslseg.rounds.scheduling.nights import Nights
 from aslseg.settings import Paths, load_settings
 
 STORE = {"total": 3, "completed": 1, "label_tags": {"final": 1}}
@@ -196,7 +196,7 @@ def test_a_summary_is_read_once_and_a_saved_label_reads_no_decision_again(
     first = status(paths)
     parsed: list[str] = []
     loads = json.loads
-    monkeypatch.setattr("aslseg.rounds.ledger_rows.json.loads", lambda text: parsed.append(text) or loads(text))
+    monkeypatch.setattr("aslseg.rounds.ledger.rows.json.loads", lambda text: parsed.append(text) or loads(text))
     assert status(paths) == first
     assert not [text for text in parsed if "decisions" in text or "agreement" in text]
     ledger.append([Entry("saved", case="c3", tag="final", details={"sha256": "0", "info": {"agreement": 1}})])

@@ -14,8 +14,9 @@ import torch
 from aslseg.adaptation import severity
 from aslseg.agreement.promotion_rules import Verdict
 from aslseg.compute.weights import load_weights, save_weights
-from aslseg.rounds import canaries, pipeline, promotion
+from aslseg.rounds.promotion import canaries, promotion
 from aslseg.rounds.run import train_stage
+from aslseg.rounds.steps import pipeline
 from aslseg.ssl import engine, networks
 from tiny_rounds import Judged, Learned, Scored, Training, tiny_network, tiny_settings, tiny_studies
 

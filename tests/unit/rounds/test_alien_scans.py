@@ -12,8 +12,8 @@ from scipy import ndimage
 
 from aslseg.models.cascade import CascadeInput, StageOutput
 from aslseg.models.kinds import ModelKind
-from aslseg.rounds import pipeline
 from aslseg.rounds.run import run_round
+from aslseg.rounds.steps import pipeline
 from aslseg.settings import Settings
 from aslseg.volume.io import write_image, write_label
 from aslseg.volume.phantom import make_phantom
@@ -77,7 +77,7 @@ def test_without_the_check_of_whole_scans_aliens_are_promoted(
     studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the verdict on masks cannot see."""
-    from aslseg.rounds import cases
+    from aslseg.rounds.steps import cases
 
     monkeypatch.setattr(cases, "unlike_labelled", lambda *_: {})
     settings = tiny_settings(tmp_path, labels="liver", nested="", promote_fraction=1, validation_fraction=0)

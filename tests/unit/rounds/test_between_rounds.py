@@ -10,11 +10,11 @@ import pytest
 
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.errors import NotEnoughCasesError
-from aslseg.rounds import canaries
-from aslseg.rounds.late import REPLACED
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.masks import verify_label_files
-from aslseg.rounds.promotion_decisions import why_nothing
+from aslseg.rounds.feedback.late import REPLACED
+from aslseg.rounds.label_files.masks import verify_label_files
+from aslseg.rounds.ledger.ledger import Ledger
+from aslseg.rounds.promotion import canaries
+from aslseg.rounds.promotion.decisions import why_nothing
 from aslseg.rounds.run import run_round
 from aslseg.settings import Paths, Settings
 from tiny_rounds import Judged, label_hashes, published_hashes, tiny_settings, tiny_studies

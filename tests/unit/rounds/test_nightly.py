@@ -12,14 +12,16 @@ import pytest
 from aslseg.compute.overlap import dice
 from aslseg.errors import OutOfTimeError, TrainingDivergedError
 from aslseg.models.published import find_published
-from aslseg.rounds import brake as brakes
-from aslseg.rounds import nightly, pipeline, promotion
-from aslseg.rounds.brake import RoundBrake, clicked, note_click
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds import nightly
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.rounds.nightly import run_night
-from aslseg.rounds.progress import read_progress
+from aslseg.rounds.promotion import promotion
 from aslseg.rounds.recipes import aslseg as recipe
 from aslseg.rounds.run import run_round, train_stage
+from aslseg.rounds.scheduling import brake as brakes
+from aslseg.rounds.scheduling.brake import RoundBrake, clicked, note_click
+from aslseg.rounds.scheduling.progress import read_progress
+from aslseg.rounds.steps import pipeline
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import read_image
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies

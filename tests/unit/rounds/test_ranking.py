@@ -16,12 +16,12 @@ from aslseg.files import sha256
 from aslseg.models.cascade import Cascade, CascadeInput
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds import promotion
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.predictions import find_prediction
+from aslseg.rounds.label_files.rollback import roll_back
+from aslseg.rounds.ledger.ledger import Ledger
+from aslseg.rounds.promotion import promotion
 from aslseg.rounds.ranking import rank_studies
-from aslseg.rounds.rollback import roll_back
 from aslseg.rounds.run import run_round, train_stage
+from aslseg.rounds.steps.predictions import find_prediction
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import read_image
 from tiny_rounds import tiny_settings, tiny_studies

@@ -13,10 +13,11 @@ from aslseg.cases.prepared_case import Prepared
 from aslseg.files import sha256
 from aslseg.models.cascade import StageOutput
 from aslseg.review.report import collect
-from aslseg.rounds import pipeline, run
-from aslseg.rounds.artefacts import confidence
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds import run
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.rounds.run import run_round
+from aslseg.rounds.steps import pipeline
+from aslseg.rounds.steps.artefacts import confidence
 from aslseg.settings import Paths
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 

@@ -16,14 +16,16 @@ from aslseg.agreement.promotion_rules import Verdict
 from aslseg.cases.split import hash_fraction
 from aslseg.compute.weights import read_metadata
 from aslseg.errors import BadWeightsError, LedgerError, NoModelError, NotEnoughCasesError, RoundRunningError
-from aslseg.rounds import pipeline, promotion, run
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.lock import round_lock
-from aslseg.rounds.masks import verify_label_files
-from aslseg.rounds.progress import read_progress
+from aslseg.rounds import run
+from aslseg.rounds.label_files.masks import verify_label_files
+from aslseg.rounds.label_files.rollback import roll_back
+from aslseg.rounds.ledger.ledger import Ledger
+from aslseg.rounds.promotion import promotion
 from aslseg.rounds.ranking import rank_studies
-from aslseg.rounds.rollback import roll_back
 from aslseg.rounds.run import run_round, train_stage
+from aslseg.rounds.scheduling.lock import round_lock
+from aslseg.rounds.scheduling.progress import read_progress
+from aslseg.rounds.steps import pipeline
 from aslseg.settings import Paths
 from aslseg.volume.io import read_image, write_label
 from tiny_rounds import Judged, label_hashes, published_hashes, tiny_settings, tiny_studies

@@ -15,8 +15,8 @@ from aslseg.compute.weights import save_weights
 from aslseg.files import sha256
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds.ledger import Ledger, Score
-from aslseg.rounds.predictions import prediction_folder
+from aslseg.rounds.ledger.ledger import Ledger, Score
+from aslseg.rounds.steps.predictions import prediction_folder
 from aslseg.serving.infer_tasks import AdapterTask, MaskTask
 from aslseg.serving.inference_request import InferenceRequest
 from aslseg.serving.params import validate_params

@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from aslseg.errors import BadImageError, DiskFullError
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.serving import series_cache
 from aslseg.serving.dicomweb_datastore import DicomWebDatastore
 from aslseg.serving.http_errors import RefusedError

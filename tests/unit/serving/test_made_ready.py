@@ -9,7 +9,7 @@ import pytest
 
 from aslseg.errors import LedgerError
 from aslseg.review import ledger_lists, page
-from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.rounds.ledger.ledger import Entry, Ledger
 from aslseg.serving import made_ready
 from aslseg.settings import Paths, load_settings
 

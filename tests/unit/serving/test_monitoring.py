@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.testclient import TestClient
 
 from aslseg.files import write_json
-from aslseg.rounds.ledger import Entry, Ledger
+from aslseg.rounds.ledger.ledger import Entry, Ledger
 from aslseg.serving.health import check_health
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies

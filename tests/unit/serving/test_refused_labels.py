@@ -12,7 +12,7 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.testclient import TestClient
 
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.serving.routes import answer_errors
 from aslseg.serving.routes.datastore import add_routes
 from aslseg.serving.studies_datastore import StudiesDatastore

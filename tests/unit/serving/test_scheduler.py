@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import recorded_clicks
-from aslseg.rounds import schedule
-from aslseg.rounds.brake import clicked
-from aslseg.rounds.ledger import Ledger
-from aslseg.rounds.lock import round_lock
-from aslseg.rounds.nights import Nights
+from aslseg.rounds.ledger.ledger import Ledger
+from aslseg.rounds.scheduling import schedule
+from aslseg.rounds.scheduling.brake import clicked
+from aslseg.rounds.scheduling.lock import round_lock
+from aslseg.rounds.scheduling.nights import Nights
 from aslseg.serving.scheduler import Scheduler
 from aslseg.settings import Paths, load_settings
 from tiny_rounds import tiny_studies

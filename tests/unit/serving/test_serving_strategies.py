@@ -11,7 +11,7 @@ import pytest
 
 from aslseg.agreement.plausibility import WORTH_A_LOOK
 from aslseg.cases.scan_checks import ScanChecks
-from aslseg.rounds.ledger import Entry, Ledger, Score
+from aslseg.rounds.ledger.ledger import Entry, Ledger, Score
 from aslseg.serving.scoring import AgreementScoring
 from aslseg.serving.strategies import ByAgreement, ByAudit, Leases, Random
 

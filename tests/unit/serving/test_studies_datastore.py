@@ -23,7 +23,7 @@ from aslseg import files
 from aslseg.cases.studies import FINAL, ORIGINAL, PSEUDO
 from aslseg.errors import BadImageError, BadLabelError, DiskFullError, FileWriteError, NoResourcesError
 from aslseg.files import sha256, write_json
-from aslseg.rounds.ledger import Ledger
+from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.routes.uploads import PREFIX, remove_stale_uploads, upload_folder
 from aslseg.serving.studies_datastore import StudiesDatastore

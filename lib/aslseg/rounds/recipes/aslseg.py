@@ -1,6 +1,6 @@
 """ASLseg's round (arXiv 2312.07969): SSL proposes masks, SAM redraws them, the adapter refines these.
 
-A recipe is a function of the :class:`aslseg.rounds.pipeline.RoundPipeline` that returns the round's summary.
+A recipe is a function of the :class:`aslseg.rounds.steps.pipeline.RoundPipeline` that returns the round's summary.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 from aslseg.agreement.promotion_rules import PromotionLimits, refusals, select
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds.canaries import concerning
-from aslseg.rounds.component_limits import limited, with_limits
-from aslseg.rounds.cross_fit import cross_fit, folds
-from aslseg.rounds.evidence import MIXED, Evidence, cascade_sources, fill_folds, gather, judge_labels, mix_sources
-from aslseg.rounds.pipeline import RoundPipeline
-from aslseg.rounds.promotion import conclude, promotion_details
-from aslseg.rounds.real_errors import learned_faults
-from aslseg.rounds.state import RoundState
+from aslseg.rounds.folds.component_limits import limited, with_limits
+from aslseg.rounds.folds.cross_fit import cross_fit, folds
+from aslseg.rounds.folds.evidence import MIXED, Evidence, cascade_sources, fill_folds, gather, judge_labels, mix_sources
+from aslseg.rounds.folds.real_errors import learned_faults
+from aslseg.rounds.promotion.canaries import concerning
+from aslseg.rounds.promotion.promotion import conclude, promotion_details
+from aslseg.rounds.promotion.state import RoundState
+from aslseg.rounds.steps.pipeline import RoundPipeline
 from aslseg.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     """Train the three models, promote the masks on which SSL model and adapter agree best, and retrain with these.
 
     Returns:
-        The summary, as :func:`aslseg.rounds.promotion.conclude`.
+        The summary, as :func:`aslseg.rounds.promotion.promotion.conclude`.
     """
     cases, progress = pipeline.cases, pipeline.progress
     before = pipeline.promoted_before()

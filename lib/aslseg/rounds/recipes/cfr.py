@@ -15,10 +15,10 @@ import numpy as np
 
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds.evidence import judge_labels, validated
-from aslseg.rounds.pipeline import RoundPipeline
-from aslseg.rounds.promotion import conclude, promotion_details
-from aslseg.rounds.state import RoundState
+from aslseg.rounds.folds.evidence import judge_labels, validated
+from aslseg.rounds.promotion.promotion import conclude, promotion_details
+from aslseg.rounds.promotion.state import RoundState
+from aslseg.rounds.steps.pipeline import RoundPipeline
 from aslseg.types import ProgressCallback
 
 
@@ -26,7 +26,7 @@ def cfr(pipeline: RoundPipeline) -> dict[str, Any]:
     """Label the unlabelled scans with SAM on stitched canvases, and retrain the SSL model with all of these labels.
 
     Returns:
-        The summary, as :func:`aslseg.rounds.promotion.conclude`.
+        The summary, as :func:`aslseg.rounds.promotion.promotion.conclude`.
     """
     cases, progress = pipeline.cases, pipeline.progress
     with progress.stage("ssl") as report:

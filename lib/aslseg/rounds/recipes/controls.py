@@ -11,20 +11,20 @@ from typing import Any
 
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds.cross_fit import folds
-from aslseg.rounds.evidence import judge_labels, validated
-from aslseg.rounds.fold_share import fold_share
-from aslseg.rounds.pipeline import RoundPipeline
-from aslseg.rounds.promotion import Choice, conclude
+from aslseg.rounds.folds.cross_fit import folds
+from aslseg.rounds.folds.evidence import judge_labels, validated
+from aslseg.rounds.folds.fold_share import fold_share
+from aslseg.rounds.promotion.promotion import Choice, conclude
+from aslseg.rounds.promotion.state import RoundState
 from aslseg.rounds.recipes.cfr import promote_all
-from aslseg.rounds.state import RoundState
+from aslseg.rounds.steps.pipeline import RoundPipeline
 
 
 def supervised(pipeline: RoundPipeline) -> dict[str, Any]:
     """Train on the human labels alone, from random weights, for all steps of an ASLseg round.
 
     Returns:
-        The summary, as :func:`aslseg.rounds.promotion.conclude`.
+        The summary, as :func:`aslseg.rounds.promotion.promotion.conclude`.
     """
     steps = all_steps(pipeline)
     pipeline.settings = pipeline.settings.model_copy(update={"ssl_method": "supervised", "ssl_iterations": steps})
@@ -35,7 +35,7 @@ def self_training(pipeline: RoundPipeline) -> dict[str, Any]:
     """Train the SSL model, then go on with its own masks of all scans for the other steps of an ASLseg round.
 
     Returns:
-        The summary, as :func:`aslseg.rounds.promotion.conclude`.
+        The summary, as :func:`aslseg.rounds.promotion.promotion.conclude`.
     """
     steps = all_steps(pipeline) - pipeline.settings.ssl_iterations
     pipeline.settings = pipeline.settings.model_copy(update={"retrain_iterations": steps})

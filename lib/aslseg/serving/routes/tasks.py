@@ -9,8 +9,8 @@ from monailabel.endpoints import scoring, train
 from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import processes
 
-from aslseg.rounds.lock import round_lock, round_runs
-from aslseg.rounds.schedule import utc_now
+from aslseg.rounds.scheduling.lock import round_lock, round_runs
+from aslseg.rounds.scheduling.schedule import utc_now
 from aslseg.serving.auth import ADMIN, ANNOTATOR, User, authenticated_name
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.params import validate_params

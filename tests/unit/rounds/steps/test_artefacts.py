@@ -1,0 +1,88 @@
+"""Artefacts are found again by their inputs, and only by these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aslseg.cases.prepared_case import Prepared
+from aslseg.rounds.steps.artefacts import ArtefactStore, CachedProbabilities, nest
+from aslseg.types import Labels, Volume
+from aslseg.volume.geometry import Grid
+
+
+def case(name: str = "a", content: str = "0") -> Prepared:
+    image = np.zeros((3, 4, 5), np.float32)
+    return Prepared(name, name, image, Grid.of(Volume(image, np.eye(4)), None), image_hash=content * 64)
+
+
+def test_a_model_is_trained_once_for_the_same_inputs(tmp_path: Path) -> None:
+    trained = []
+
+    def train(out: Path) -> dict[str, Any]:
+        trained.append(out)
+        out.write_text("weights")
+        return {"loss": 1}
+
+    steps = ArtefactStore(tmp_path)
+    first = steps.model("ssl", {"seed": 1}, train)
+    assert ArtefactStore(tmp_path).model("ssl", {"seed": 1}, train) == first
+    assert steps.model("ssl", {"seed": 2}, train) != first
+    assert len(trained) == 2
+    steps.prune([first.parent.name])
+    assert [p.name for p in tmp_path.iterdir()] == [first.parent.name]
+
+
+def test_maps_are_computed_once_and_keep_the_mask_exactly(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    regions = rng.random((2, 3, 4, 5), np.float32)
+    regions.flat[:4] = [0.5, 0.4999, 0.49999, 0.50001]
+    made = []
+
+    def make(c: Prepared) -> np.ndarray:
+        made.append(c.id)
+        return regions
+
+    maps = CachedProbabilities(tmp_path, make)
+    assert not maps.has(case())
+    first, second = maps(case()), maps(case())
+    assert made == ["a"]
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first >= 0.5, regions >= 0.5)
+    assert np.abs(first - regions).max() <= 0.5 / 255 + 1e-6
+
+
+def test_another_scan_under_the_same_name_and_a_damaged_file_are_computed_again(tmp_path: Path) -> None:
+    made = []
+
+    def make(c: Prepared) -> np.ndarray:
+        made.append(c.id)
+        return np.zeros((1, 3, 4, 5), np.float32)
+
+    maps = CachedProbabilities(tmp_path, make)
+    maps(case(content="1"))
+    maps(case(content="2"))
+    for path in tmp_path.glob("*.npz"):
+        path.write_bytes(path.read_bytes()[:40])
+    maps(case(content="2"))
+    assert len(made) == 3
+
+
+def test_a_nested_label_at_the_border_enlarges_what_it_lies_in_and_is_cut_elsewhere() -> None:
+    labels = Labels.parse("liver,tumour,necrosis", "tumour:liver,necrosis:tumour")
+    regions = np.zeros((3, 16, 8, 8), np.float32)
+    regions[0, 6:12] = 0.9
+    regions[1, 4:6, 2:5, 2:5] = 0.8  # beside the liver as another source draws it
+    regions[2, 4:5, 2:5, 2:5] = 0.6
+    regions[1, 1:3, 6:8, 6:8] = 0.7  # far from it
+    regions[1, 3, 0, 0] = 0.4  # no mask
+    before = regions.copy()
+    found = nest(regions, labels)
+    np.testing.assert_array_equal(found[0, 4:6, 2:5, 2:5], before[1, 4:6, 2:5, 2:5])
+    np.testing.assert_array_equal(found[1, 4:6], before[1, 4:6])
+    np.testing.assert_array_equal(found[2], before[2])
+    assert not found[:, :4].any()
+    assert (found[0] >= found[1]).all()
+    assert (found[1] >= found[2]).all()
