@@ -30,6 +30,19 @@ ORDER = [
     "commands",
     "cli",
 ]
+# the same for the folders of rounds/; the modules beside them are last
+ROUNDS = [
+    "ledger",
+    "scheduling",
+    "label_files",
+    "steps",
+    "folds",
+    "feedback",
+    "gate",
+    "promotion",
+    "recipes",
+    "modules",
+]
 BASE = {"settings", "types", "errors", "registry", "resources", "files", "__init__"}
 SIBLINGS = {("ssl", "sam"), ("sam", "ssl")}  # neither may import the other
 WITHOUT_TORCH = ["aslseg.settings", "aslseg.registry", "aslseg.rounds.ledger.ledger", "aslseg.cli"]
@@ -94,6 +107,25 @@ def test_imports_point_back(path):
     for module, line in imports(path):
         if module.split(".")[0] == "aslseg" and layer(module) != own:
             allowed = ORDER.index(layer(module)) < ORDER.index(own) and (own, layer(module)) not in SIBLINGS
+            assert allowed, f"{name(path)}:{line}: {own} may not import {module}"
+
+
+def folder_of_rounds(module: str) -> str:
+    """``aslseg.rounds.gate.fresh`` to ``gate``, ``aslseg.rounds.run`` to ``modules``."""
+    part = module.split(".")[2]
+    return part if part in ROUNDS else "modules"
+
+
+def test_every_folder_of_rounds_has_its_place_in_the_order():
+    assert {p.parent.name for p in (LIB / "rounds").glob("*/*.py")} == set(ROUNDS) - {"modules"}
+
+
+@pytest.mark.parametrize("path", sorted((LIB / "rounds").rglob("*.py")), ids=name)
+def test_imports_within_rounds_point_back(path):
+    own = folder_of_rounds(".".join(path.relative_to(LIB.parent).with_suffix("").parts))
+    for module, line in imports(path):
+        if module.startswith("aslseg.rounds."):
+            allowed = ROUNDS.index(folder_of_rounds(module)) <= ROUNDS.index(own)
             assert allowed, f"{name(path)}:{line}: {own} may not import {module}"
 
 

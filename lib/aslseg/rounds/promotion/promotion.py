@@ -35,7 +35,7 @@ from aslseg.rounds.promotion.decisions import decide
 from aslseg.rounds.promotion.drift import find_drift
 from aslseg.rounds.promotion.promises import withdrawn
 from aslseg.rounds.promotion.state import CaseAssessment, RoundState
-from aslseg.rounds.ranking import settings_key
+from aslseg.rounds.promotion.stored_scores import settings_key
 from aslseg.rounds.steps.artefacts import CachedProbabilities, confidence
 from aslseg.rounds.steps.pipeline import Promoted, RoundPipeline
 from aslseg.types import Labels, ProgressCallback
