@@ -196,17 +196,18 @@ def second_only(arguments: argparse.Namespace, settings: Settings) -> None:
 def first_only(arguments: argparse.Namespace, settings: Settings) -> None:
     """The first stage by itself: whole livers, tumours counted as liver."""
     scans = split(arguments, settings)
-    top = nested.first_settings(settings)
+    top, scale = nested.first_settings(settings), nested.first_scale(scans.labelled, settings, scans.spacing)
     out = arguments.out / "first.safetensors"
     if not out.exists():
         livers = [replace(c, label=nested.merged(np.asarray(c.label), settings.label_set)) for c in scans.labelled]
-        livers = [replace(c, voxel_weight=None) for c in livers]
+        livers = [nested.scaled_case(replace(c, voxel_weight=None), top.label_set, scale) for c in livers]
         free = [] if settings.ssl_method == "supervised" else scans.rest
+        free = [nested.scaled_case(replace(c, label=None), top.label_set, scale) for c in free]
         trained(arguments, engine.train(livers, free, top, out, iterations=arguments.steps, spacing=scans.spacing))
     if arguments.train_only:
         return
     state, metadata = load_weights(out, "ssl")
-    model = predict.stage_model(out, state, metadata, top)
+    model = predict.ScaledModel(predict.stage_model(out, state, metadata, top), scale)
     found = {}
     for case in scans.test:
         mask = nested.largest(model.predict(np.asarray(case.image)).argmax(0) == 1)
@@ -221,7 +222,10 @@ def joined(arguments: argparse.Namespace, settings: Settings) -> None:
     second = Second(arguments, settings, scans)
     path = arguments.first / "first.safetensors"
     state, metadata = load_weights(path, "ssl")
-    first = predict.stage_model(path, state, metadata, nested.first_settings(settings))
+    first = predict.ScaledModel(
+        predict.stage_model(path, state, metadata, nested.first_settings(settings)),
+        nested.first_scale(scans.labelled, settings, scans.spacing),
+    )
     inner = second.model(arguments.second / "second.safetensors")
     arguments.steps = metadata["iterations"] + inner.metadata["iterations"]
     parts = [(second.branch, second.geometry, inner)]

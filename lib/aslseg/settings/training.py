@@ -178,6 +178,14 @@ class NestedSettings(Section):
         example="0.15",
         gt=0,
     )
+    nested_first_voxels: float = setting(
+        2.5e6,
+        "Most voxels of a scan as the first stage sees it; its grid is the working grid, or coarser if the median "
+        "labelled scan would have more. Where a label has nothing nested in it, the grid is the working grid",
+        unit="voxels",
+        example="1e7",
+        gt=1e3,
+    )
     nested_voxels: float = setting(
         1e6,
         "Most voxels of the parent's box; its grid is the working grid, or coarser if the median box would have more",

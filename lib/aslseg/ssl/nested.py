@@ -3,7 +3,8 @@
 A label that has others nested in it (``nested``, ``tumour:liver``) is found by a first network, to which a tumour is
 liver. A second network sees the parent's box on a grid of its own, with intensities relative to the parent's median:
 the livers of several scans differ by more HU than a tumour differs from its liver, so that no absolute value means
-tumour. This module says which labels belong to a stage and makes the second stage's view of a scan;
+tumour. The first network, which only has to find the parent, may see the scan on a coarser grid, where its patches
+reach further. This module says which labels belong to a stage and makes the stages' views of a scan;
 :mod:`aslseg.ssl.training` trains both, :mod:`aslseg.ssl.predict` puts their predictions together.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from scipy import ndimage
@@ -108,25 +109,19 @@ def first_settings(settings: Settings) -> Settings:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """How the second stage's grid lies in the working grid; stored with the model.
+class Scale:
+    """A stage's voxels and those of the working grid; stored with the model.
 
     Attributes:
-        spacing: Voxel size of the view in mm.
+        spacing: Voxel size of what the stage sees, in mm.
         working: Voxel size of the working grid in mm; (1, 1, 1) where the scans' own is used, whatever it is.
-        margin: Around the parent, mm.
-        half_range: Intensities this far from the parent's median (in 0..1 of the working image) become 0 and 1.
-        centre: Typical median of the parent, for scans in which no parent is found.
     """
 
     spacing: tuple[float, float, float]
     working: tuple[float, float, float]
-    margin: float
-    half_range: float
-    centre: float
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Geometry:
+    def of(cls, stored: Mapping[str, Any]) -> Self:
         """As stored in a model file, where tuples have become lists."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         return cls(**values)
@@ -134,6 +129,30 @@ class Geometry:
     def stored(self) -> dict[str, Any]:
         """For a model file."""
         return asdict(self)
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Shape in the stage's voxels of (i, j, k) voxels of the working grid."""
+        i, j, k = (max(1, round(n * w / s)) for n, w, s in zip(shape, self.working, self.spacing, strict=True))
+        return i, j, k
+
+    def grid(self, shape: tuple[int, int, int]) -> Grid:
+        """Grid of a case in the stage's voxels."""
+        return Grid(shape, np.diag([*self.spacing, 1.0]), shape, shape, self.spacing)
+
+
+@dataclass(frozen=True)
+class Geometry(Scale):
+    """How the second stage's view lies in the working grid; stored with the model.
+
+    Attributes:
+        margin: Around the parent, mm.
+        half_range: Intensities this far from the parent's median (in 0..1 of the working image) become 0 and 1.
+        centre: Typical median of the parent, for scans in which no parent is found.
+    """
+
+    margin: float
+    half_range: float
+    centre: float
 
 
 @dataclass(frozen=True)
@@ -163,7 +182,7 @@ def look(image: np.ndarray, parent: np.ndarray, geometry: Geometry) -> View:
     inside = np.asarray(image[where], np.float32)
     mask = parent[where]
     centre = float(np.median(inside[mask])) if mask.any() else geometry.centre
-    shape = view_shape(mask.shape, geometry)
+    shape = geometry.shape(mask.shape)
     pixels = relative(resize(inside, shape), centre, geometry.half_range)
     return View(where, pixels, depth(resize(mask.astype(np.float32), shape) >= 0.5, geometry))
 
@@ -179,12 +198,6 @@ def box(parent: np.ndarray, geometry: Geometry) -> tuple[slice, slice, slice]:
         margin = int(np.ceil(geometry.margin / mm))
         found.append(slice(max(int(there[0]) - margin, 0), min(int(there[-1]) + 1 + margin, n)))
     return found[0], found[1], found[2]
-
-
-def view_shape(shape: Sequence[int], geometry: Geometry) -> tuple[int, int, int]:
-    """Shape of the view of a box of the working grid."""
-    i, j, k = (max(1, round(n * w / s)) for n, w, s in zip(shape, geometry.working, geometry.spacing, strict=True))
-    return i, j, k
 
 
 def depth(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
@@ -215,25 +228,71 @@ def view_case(case: Prepared, parent: np.ndarray, branch: Branch, geometry: Geom
     view = look(case.image, parent, geometry)
     label = weight = None
     if case.label is not None:
-        inner = branch.inner(np.asarray(case.label[view.where]))
-        masks = (m.astype(np.float32) for m in branch.labels.regions(inner))
-        label = branch.labels.decode(resize(m, view.image.shape) for m in masks)  # type: ignore[arg-type]
+        label = _resized_label(branch.inner(np.asarray(case.label[view.where])), branch.labels, view.image.shape)
     if case.voxel_weight is not None:
-        part = np.asarray(case.voxel_weight[view.where], np.float32)
-        weight = resize(part, view.image.shape).astype(np.float16)  # type: ignore[arg-type]
+        weight = _resized_weight(case.voxel_weight[view.where], view.image.shape)
     return replace(
         case,
         image=view.image,
-        grid=_grid(view.image.shape, geometry),
+        grid=geometry.grid(view.image.shape),  # type: ignore[arg-type]
         label=label,
         voxel_weight=weight,
         parent=view.parent,
     )
 
 
-def _grid(shape: tuple[int, ...], geometry: Geometry) -> Grid:
-    i, j, k = shape
-    return Grid((i, j, k), np.diag([*geometry.spacing, 1.0]), (i, j, k), (i, j, k), geometry.spacing)
+def scaled_case(case: Prepared, labels: Labels, scale: Scale) -> Prepared:
+    """A case as the first stage trains on it, on its grid.
+
+    Args:
+        case: On the working grid; its label, if there is one, holds ``labels``.
+        labels: Of the first stage.
+        scale: Of the first stage.
+    """
+    shape = scale.shape(case.image.shape)
+    return replace(
+        case,
+        image=resize(np.asarray(case.image, np.float32), shape),
+        grid=scale.grid(shape),
+        label=None if case.label is None else _resized_label(np.asarray(case.label), labels, shape),
+        voxel_weight=None if case.voxel_weight is None else _resized_weight(case.voxel_weight, shape),
+    )
+
+
+def _resized_label(class_map: np.ndarray, labels: Labels, shape: tuple[int, ...]) -> np.ndarray:
+    masks = (m.astype(np.float32) for m in labels.regions(class_map))
+    return labels.decode(resize(m, shape) for m in masks)  # type: ignore[arg-type]
+
+
+def _resized_weight(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return resize(np.asarray(weight, np.float32), shape).astype(np.float16)  # type: ignore[arg-type]
+
+
+def first_scale(labelled: Sequence[Prepared], settings: Settings, spacing: Spacing) -> Scale:
+    """The first stage's grid: the working grid, or coarser so that the median scan has ``nested_first_voxels``.
+
+    It is the working grid where a label has nothing nested in it, since no second stage draws its border again.
+
+    Args:
+        labelled: On the working grid.
+        settings: Labels and size.
+        spacing: Of the working grid; None for the scans' own.
+    """
+    working = spacing or (1.0, 1.0, 1.0)
+    if len(branches(settings.label_set)) < len(top_level(settings.label_set)):
+        return Scale(working, working)
+    size = np.median([case.image.shape for case in labelled], axis=0) * working
+    return Scale(_coarsened(working, size, settings.nested_first_voxels), working)
+
+
+def _coarsened(voxel: Sequence[float], size: np.ndarray, most: float) -> tuple[float, float, float]:
+    """A voxel size, coarsened along the finest axis or axes until a size in mm has at most so many voxels."""
+    found = np.array(voxel, float)
+    while np.prod(size / found) > most:
+        finest = found.min()
+        found[found <= finest * 1.001] *= 1.02
+    x, y, z = (round(float(v), 4) for v in found)
+    return x, y, z
 
 
 def geometry(labelled: Sequence[Prepared], branch: Branch, settings: Settings, spacing: Spacing) -> Geometry:
@@ -258,12 +317,8 @@ def geometry(labelled: Sequence[Prepared], branch: Branch, settings: Settings, s
             centres.append(float(np.median(np.asarray(case.image)[parent])))
     if not shapes:
         return first
-    size, voxel = np.median(shapes, axis=0) * working, np.array(working)
-    while np.prod(size / voxel) > settings.nested_voxels:
-        finest = voxel.min()
-        voxel[voxel <= finest * 1.001] *= 1.02
-    x, y, z = (round(float(v), 4) for v in voxel)
-    return replace(first, spacing=(x, y, z), centre=float(np.median(centres)))
+    voxel = _coarsened(working, np.median(shapes, axis=0) * working, settings.nested_voxels)
+    return replace(first, spacing=voxel, centre=float(np.median(centres)))
 
 
 def put(p: np.ndarray, inside: np.ndarray, branch: Branch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from aslseg.ssl.nested import (
     FIRST,
     Branch,
     Geometry,
+    Scale,
     View,
     branches,
     clear_outside,
@@ -174,6 +175,35 @@ class SSLModel:
         return probabilities
 
 
+class ScaledModel:
+    """A network that sees scans on a grid of its own; what it says is on the working grid.
+
+    Args:
+        model: The network.
+        scale: Its grid.
+    """
+
+    def __init__(self, model: SSLModel, scale: Scale) -> None:
+        self.model, self.scale = model, scale
+        self.metadata, self.spacing = model.metadata, model.spacing
+
+    def predict(self, image: np.ndarray) -> np.ndarray:
+        """Class probabilities (1 + N, i, j, k) of a volume (i, j, k) on the working grid; channels sum to 1."""
+        return self.run(image).values
+
+    def run(self, image: np.ndarray, *, blend: Blend = "gaussian") -> Prediction:
+        """Predict a volume on the working grid; see :meth:`SSLModel.run`."""
+        shape = self.scale.shape(image.shape)
+        seen = image if shape == image.shape else resize(np.asarray(image, np.float32), shape)
+        found = self.model.run(seen, blend=blend)
+        if shape == image.shape:
+            return found
+        values = np.empty((len(found.values), *image.shape), np.float32)
+        for n, channel in enumerate(found.values):
+            values[n] = resize(channel, image.shape)  # type: ignore[arg-type]
+        return Prediction(values, notes=found.notes)
+
+
 class NestedModel:
     """A first network for the top-level labels, and one inside each parent; used as :class:`SSLModel` is.
 
@@ -186,7 +216,7 @@ class NestedModel:
 
     def __init__(
         self,
-        first: SSLModel,
+        first: ScaledModel,
         second: Sequence[tuple[Branch, Geometry, SSLModel]],
         metadata: dict[str, Any],
         settings: Settings,
@@ -298,7 +328,9 @@ def load(path: Path, settings: Settings) -> SSLModel | NestedModel:
             f"{path.name} was trained with {', '.join(stored['second'])} as the parents of nested labels, but nested = "
             f"{settings.nested!r}; set nested to what the model knows or retrain it"
         )
-    first = stage_model(path, split(state, FIRST), stored["first"], first_settings(settings))
+    first = ScaledModel(
+        stage_model(path, split(state, FIRST), stored["first"], first_settings(settings)), scale_of(metadata)
+    )
     second = []
     for name, entry in stored["second"].items():
         branch = found[name]
@@ -307,6 +339,12 @@ def load(path: Path, settings: Settings) -> SSLModel | NestedModel:
         )
         second.append((branch, Geometry.of(entry["geometry"]), model))
     return NestedModel(first, second, metadata, settings)
+
+
+def scale_of(metadata: Mapping[str, Any]) -> Scale:
+    """The first stage's grid of a file of two stages; files without one have the working grid."""
+    own = metadata["spacing"] or (1.0, 1.0, 1.0)
+    return Scale.of(metadata["stages"].get("scale") or {"spacing": own, "working": own})
 
 
 def stage_model(path: Path, state: dict[str, Tensor], metadata: dict[str, Any], settings: Settings) -> SSLModel:

@@ -15,13 +15,13 @@ import numpy as np
 from aslseg.cases.prepare import Spacing, save_array
 from aslseg.cases.prepared_case import Prepared, arrays, backing_file
 from aslseg.compute.hardware import resolved
-from aslseg.compute.weights import load_weights, save_weights
+from aslseg.compute.weights import load_weights, read_metadata, save_weights
 from aslseg.files import sha256
 from aslseg.settings import Settings
 from aslseg.ssl import engine, nested
 from aslseg.ssl.class_watch import not_learned
-from aslseg.ssl.nested import Branch, Geometry
-from aslseg.ssl.predict import load
+from aslseg.ssl.nested import Branch, Geometry, Scale
+from aslseg.ssl.predict import ScaledModel, load, scale_of
 from aslseg.types import ProgressCallback, no_progress
 
 logger = logging.getLogger(__name__)
@@ -134,8 +134,9 @@ def _train_stages(run: _Run, branches: Sequence[Branch], iterations: int) -> dic
     each = max(1, round(iterations * run.settings.nested_fraction / len(branches)))
     steps = max(1, iterations - each * len(branches))
     results, files = [], [run.beside("first")]
-    results.append(_train_first(run, files[0], steps, iterations))
-    first = load(files[0], nested.first_settings(run.settings))
+    scale = _first_scale(run)
+    results.append(_train_first(run, files[0], scale, steps, iterations))
+    first = ScaledModel(load(files[0], nested.first_settings(run.settings)), scale)  # type: ignore[arg-type]
     stored: dict[str, Any] = {}
     # promoted cases that leave nested labels open teach the first stage only
     inner = replace(run, labelled=[c for c in run.labelled if _says_all(c, len(run.settings.label_set))])
@@ -146,7 +147,7 @@ def _train_stages(run: _Run, branches: Sequence[Branch], iterations: int) -> dic
         report = run.report_from(iterations - each * (len(branches) - len(stored)), iterations)
         results.append(_train_second(inner, files[-1], branch, geometry, first, each, report))
         stored[name] = {"geometry": geometry.stored(), "model": load_weights(files[-1], "ssl")[1]}
-    _join(run, files, branches, stored, iterations)
+    _join(run, files, branches, {"scale": scale.stored(), "second": stored}, iterations)
     for path in run.out.parent.glob(f"{run.out.stem}.*-init.safetensors"):
         path.unlink()
     return _summary(results) | {"sha256": sha256(run.out)}
@@ -157,19 +158,30 @@ def _says_all(case: Prepared, classes: int) -> bool:
     return case.label is not None and int(np.max(case.label, initial=0)) <= classes
 
 
-def _train_first(run: _Run, out: Path, steps: int, total: int) -> dict[str, Any]:
-    labels = run.settings.label_set
+def _first_scale(run: _Run) -> Scale:
+    """The first stage's grid: that of the model that the training goes on from, if there is one."""
+    if run.init is not None:
+        metadata = read_metadata(run.init)
+        if "stages" in metadata:
+            return scale_of(metadata)
+    return nested.first_scale(run.labelled, run.settings, run.spacing)
 
-    def merged(case: Prepared) -> Prepared:
-        if case.label is None:
-            return case
-        return _kept(replace(case, label=nested.merged(np.asarray(case.label), labels)), _folder(out))
+
+def _train_first(run: _Run, out: Path, scale: Scale, steps: int, total: int) -> dict[str, Any]:
+    labels, settings = run.settings.label_set, nested.first_settings(run.settings)
+
+    def seen(case: Prepared) -> Prepared:
+        if case.label is not None:
+            case = replace(case, label=nested.merged(np.asarray(case.label), labels))
+        if scale.shape(case.image.shape) != case.image.shape:
+            case = nested.scaled_case(case, settings.label_set, scale)
+        return _kept(case, _folder(out))
 
     return run.stage(
         out,
-        [merged(c) for c in run.labelled],
-        run.unlabelled,
-        nested.first_settings(run.settings),
+        [seen(c) for c in run.labelled],
+        [seen(c) for c in run.unlabelled],
+        settings,
         steps,
         init=run.init_of(nested.FIRST, "first"),
         report=run.report_from(0, total),
@@ -258,7 +270,7 @@ def _join(
         "labels": list(run.settings.label_set.names),
         "iterations": iterations,
         "init": sha256(run.init) if run.init else None,
-        "stages": {"first": about[0], "second": stored},
+        "stages": {"first": about[0], **stored},
     }
     save_weights(run.out, state, whole)
     for path in files:

@@ -154,8 +154,31 @@ def test_the_grid_is_the_working_grid_coarsened_to_the_size_wanted():
     assert found.centre == pytest.approx(0.7)
     coarse = nested.geometry(cases, liver(), settings.model_copy(update={"nested_voxels": 400}), None)
     assert coarse.spacing[0] == coarse.spacing[2] > 1
-    assert np.prod(nested.view_shape((13, 12, 10), coarse)) < 500
+    assert np.prod(coarse.shape((13, 12, 10))) < 500
     assert Geometry.of(found.stored()) == found
+
+
+def test_the_first_stage_is_coarse_only_where_each_of_its_labels_is_drawn_again():
+    image, label = scan()
+    cases, small = [case(image, label)], {"nested_first_voxels": "1200"}
+    livers = load_settings({"labels": "liver,tumour", "nested": "tumour:liver"} | small, env={})[0]
+    scale = nested.first_scale(cases, livers, (1.0, 1.0, 2.0))
+    assert scale.working == (1.0, 1.0, 2.0)
+    assert scale.spacing[0] == scale.spacing[1] > 1
+    assert np.prod(scale.shape(image.shape)) < 1400
+    more = load_settings({"labels": "liver,spleen,tumour", "nested": "tumour:liver"} | small, env={})[0]
+    assert nested.first_scale(cases, more, (1.0, 1.0, 2.0)) == nested.Scale((1.0, 1.0, 2.0), (1.0, 1.0, 2.0))
+
+
+def test_a_scan_on_the_first_stages_grid_keeps_its_label_and_weights():
+    image, label = scan()
+    whole = replace(case(image, (label > 0).astype(np.uint8)), voxel_weight=np.full(image.shape, 0.5, np.float16))
+    found = nested.scaled_case(whole, Labels(("liver",), (None,)), nested.Scale((2.0, 2.0, 2.0), (1.0, 1.0, 1.0)))
+    shape = tuple(round(n / 2) for n in image.shape)
+    assert found.image.shape == found.label.shape == found.voxel_weight.shape == found.grid.shape == shape
+    assert found.grid.spacing == (2.0, 2.0, 2.0)
+    assert (found.label > 0).mean() == pytest.approx((label > 0).mean(), rel=0.2)
+    assert np.allclose(found.voxel_weight, 0.5)
 
 
 def test_the_second_stage_says_what_is_parent_and_the_first_shares_out_the_rest():

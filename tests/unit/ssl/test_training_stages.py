@@ -184,6 +184,50 @@ def test_a_parent_that_is_not_found_is_said_and_the_whole_scan_searched(tmp_path
     assert np.allclose(found.values.sum(0), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 2.0)])
+def test_the_first_stage_may_see_a_coarser_grid_and_retraining_keeps_it(tmp_path, settings, monkeypatch, spacing):
+    seen = []
+    real = engine.train
+
+    def watched(labelled, free, *rest, **more):
+        seen.append([(c.image.shape, None if c.label is None else c.label.shape) for c in (*labelled, *free)])
+        return real(labelled, free, *rest, **more)
+
+    monkeypatch.setattr(engine, "train", watched)
+    out, again = tmp_path / "ssl.safetensors", tmp_path / "again.safetensors"
+    chosen = settings(nested_first_voxels=4000, ssl_method="mean_teacher")
+    promoted = replace(case("bb"), voxel_weight=np.full(SHAPE, 0.25, np.float16))
+    run(out, chosen, [case("a"), promoted], free=[case("ccc", labelled=False)], spacing=spacing)
+    scale = predict.scale_of(read_metadata(out))
+    shape = scale.shape(SHAPE)
+    assert np.prod(shape) < 4500
+    assert seen[0] == [(shape, shape), (shape, shape), (shape, None)]
+    assert all(image != shape for image, _ in seen[1])
+    model = predict.load(out, chosen)
+    asked = []
+    model.first.model.run = lambda image, **_: (
+        asked.append(image.shape)
+        or predict.Prediction(np.stack([np.full(shape, 0.25, np.float32), np.full(shape, 0.75, np.float32)]))
+    )
+    found = model.run(case("a").image)
+    assert asked == [shape]
+    assert found.values.shape == (3, *SHAPE)
+    assert np.allclose(found.values.sum(0), 1, atol=1e-5)
+    run(again, settings(nested_first_voxels=1e7), init=out, spacing=spacing)
+    assert predict.scale_of(read_metadata(again)) == scale
+
+
+def test_a_file_without_a_scale_has_its_first_stage_on_the_working_grid(tmp_path, settings):
+    out, old = tmp_path / "ssl.safetensors", tmp_path / "old.safetensors"
+    run(out, settings(), spacing=(1.0, 1.0, 2.0))
+    state, metadata = load_weights(out, "ssl")
+    stages = {name: value for name, value in metadata["stages"].items() if name != "scale"}
+    save_weights(old, state, metadata | {"stages": stages})
+    image = case("a").image
+    assert np.array_equal(predict.load(old, settings()).predict(image), predict.load(out, settings()).predict(image))
+    assert predict.load(old, settings()).first.scale.shape(SHAPE) == SHAPE
+
+
 def test_scans_without_tumours_without_liver_or_without_any_are_no_obstacle(tmp_path, settings, caplog):
     caplog.set_level(logging.INFO)
     cases = [case("a"), case("bb", tumour=False), case("ccc", liver=False), case("dddd", tumour=False, liver=False)]
