@@ -179,7 +179,7 @@ class NestedSettings(Section):
         gt=0,
     )
     nested_first_voxels: float = setting(
-        2.5e6,
+        1e6,
         "Most voxels of a scan as the first stage sees it; its grid is the working grid, or coarser if the median "
         "labelled scan would have more. Where a label has nothing nested in it, the grid is the working grid",
         unit="voxels",
@@ -187,7 +187,7 @@ class NestedSettings(Section):
         gt=1e3,
     )
     nested_voxels: float = setting(
-        1e6,
+        4e6,
         "Most voxels of the parent's box; its grid is the working grid, or coarser if the median box would have more",
         unit="voxels",
         example="2e6",
