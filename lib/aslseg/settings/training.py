@@ -179,7 +179,7 @@ class NestedSettings(Section):
         gt=0,
     )
     nested_first_voxels: float = setting(
-        1e6,
+        5e5,
         "Most voxels of a scan as the first stage sees it; its grid is the working grid, or coarser if the median "
         "labelled scan would have more. Where a label has nothing nested in it, the grid is the working grid",
         unit="voxels",
