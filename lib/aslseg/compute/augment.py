@@ -12,6 +12,8 @@ from torch import Tensor
 ROTATION = math.radians(15)
 SCALE = 0.15
 CENTRE, SPREAD = 0.5, 0.25
+# part of the patches without calibrated intensities that are darkened, and the least factor
+DARKENED, DARKEST = 0.5, 0.3
 
 
 def centre(image: Tensor) -> Tensor:
@@ -68,8 +70,20 @@ def warp(tensor: Tensor, grid: Tensor, mode: str = "bilinear") -> Tensor:
     return F.grid_sample(tensor, grid.to(tensor.device), mode=mode, align_corners=False)
 
 
-def random_intensity(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Gamma, contrast, brightness and noise on images in 0..1 (B, 1, i, j, k)."""
+def random_intensity(image: Tensor, generator: torch.Generator, calibrated: bool = True) -> Tensor:
+    """Gamma, contrast, brightness and noise on images in 0..1 (B, 1, i, j, k).
+
+    Args:
+        image: Changed copies of it are returned.
+        generator: Source of randomness (CPU).
+        calibrated: Whether a tissue has the same intensity in every scan (CT). Otherwise half of the images are also
+            darkened, down to 0.3: in MR a bright spot, such as fat beside the coil, takes the top of a scan's range,
+            and pushes all else down.
+    """
+    if not calibrated:
+        v = torch.rand(len(image), 2, generator=generator)
+        factor = torch.where(v[:, 0] < DARKENED, 1 - (1 - DARKEST) * v[:, 1], 1.0)
+        image = image * factor.to(image.device)[:, None, None, None, None]
     u = (torch.rand(len(image), 4, generator=generator) * 2 - 1).to(image.device)[:, :, None, None, None, None]
     image = image.clamp(0, 1) ** torch.exp(0.3 * u[:, 0])
     image = (image - 0.5) * (1 + 0.2 * u[:, 1]) + 0.5 + 0.08 * u[:, 2]

@@ -60,7 +60,7 @@ class Batches:
 
     def strong(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """Images (B, C, i, j, k) with changed intensities."""
-        return random_intensity(image, generator)
+        return random_intensity(image, generator, self.settings.modality == "ct")
 
     def weak(self, image: Tensor) -> Tensor:
         """Images (B, C, i, j, k) as they are when a network predicts."""
