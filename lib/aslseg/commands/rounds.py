@@ -66,6 +66,7 @@ def nightly(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     if round_runs(paths.home):
         return show({"ended": "a round is already running; nothing to do"}, as_json)
     nights, now = Nights(Ledger(paths.ledger), settings), utc_now()
+    nights.expect(now)  # so that a timer makes up for a night in which the machine was off
     due = nights.commanded(now)
     if isinstance(due, str):
         return show({"ended": due}, as_json)
@@ -74,9 +75,8 @@ def nightly(studies: Studies, conf: Conf = None, as_json: Json = False) -> None:
     from aslseg.rounds.nightly import run_night
     from aslseg.rounds.scheduling.brake import RoundBrake
 
-    key = due.night.key if due.night else now.isoformat("T", "seconds")
     with console.progress() as report:
-        summary = run_night(studies, settings, report, night=key, brake=RoundBrake(paths.home, due.until))
+        summary = run_night(studies, settings, report, night=due.night.key, brake=RoundBrake(paths.home, due.until))
     show(summary if as_json else _brief(summary), as_json)
 
 

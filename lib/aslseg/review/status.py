@@ -104,7 +104,7 @@ def _night(ledger: Ledger, settings: Settings) -> dict[str, str]:
         "held": f"Stopped by {stop['by']} on {shown(stop['at'])}: nothing starts before Train or the next night."
         if stop
         else "",
-        "last": f"Night of {shown(last['opens'])}: {last['outcome']}." if last else "",
+        "last": f"By the schedule on {shown(last['opens'])}: {last['outcome']}." if last else "",
     }
 
 

@@ -41,7 +41,8 @@ def run_night(
         goes on in the next night, or there is nothing to train on.
 
     Raises:
-        AslsegError: As ``run_round``; noted too, and not tried again before the next night.
+        AslsegError: As ``run_round``. It is noted, as every other exception is, and the round is not tried again before
+            the next night.
     """
     paths, settings = paths or Paths(settings, studies), resolved(settings)
     ledger = Ledger(paths.ledger)
@@ -53,8 +54,10 @@ def run_night(
         summary = {"ended": str(error)}
     except RoundRunningError:
         raise
-    except AslsegError as error:
-        nights.note_end(night, f"failed: {error}", schedule.utc_now())
+    except Exception as error:
+        # also what nobody expects, such as a GPU without memory: the schedule starts a night without an end again
+        reason = str(error) if isinstance(error, AslsegError) else f"{type(error).__name__}: {error}"
+        nights.note_end(night, f"failed: {reason}", schedule.utc_now())
         raise
     outcome = summary.get("ended") or f"round {summary['round']} is done"
     logger.info("night of %s: %s", night, outcome)

@@ -9,7 +9,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from aslseg.errors import AslsegError
 from aslseg.rounds.scheduling import schedule
 from aslseg.rounds.scheduling.lock import round_runs
 from aslseg.rounds.scheduling.nights import Nights
@@ -65,9 +64,7 @@ class Scheduler:
         due = self.nights.due(now)
         if due is None or round_runs(self.paths.home):
             return False
-        request = {"model": "round"}
-        if due.night is not None:
-            request["night"] = due.night.key
+        request = {"model": "round", "night": due.night.key}
         if due.until is not None:
             request["until"] = due.until.isoformat()
         logger.info("a round starts by itself: %s%s", due.why, f", until {due.until}" if due.until else "")
@@ -92,6 +89,6 @@ class Scheduler:
         while True:
             try:
                 self.tick()
-            except (AslsegError, OSError):
+            except Exception:  # without this thread no night would ever start again, and nobody would know
                 logger.exception("the schedule could not be looked at; tried again")
             wait.wait(EVERY_SECONDS)

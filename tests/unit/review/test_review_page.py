@@ -282,7 +282,7 @@ def test_the_schedule_and_why_scans_were_not_promoted(paths: Paths) -> None:
     page = render(collect(settings, paths, STORE))
     assert "A round starts after 5 new labels." in page
     assert "Stopped by ann on Fri 27 Nov 09:00" in page
-    assert "Night of Thu 26 Nov 22:00: round 1 is done." in page
+    assert "By the schedule on Thu 26 Nov 22:00: round 1 is done." in page
     assert "Not promoted in round 1" in page
     assert "<li>1 scan: tumour: agreement below 0.7</li>" in page
     row = '<td class="n">liver 0.900, tumour 0.500</td><td>tumour: agreement 0.500 below 0.7; liver: 40 pieces'

@@ -186,6 +186,15 @@ def test_a_night_with_nothing_to_learn_from_is_quiet_and_one_that_fails_is_noted
         run_night(studies, settings, night="2")
     assert outcomes(settings, studies)[1] == "failed: loss became nan"
 
+    def is_out_of_memory(*_: Any, **__: Any) -> dict[str, Any]:
+        raise RuntimeError("CUDA out of memory")
+
+    # else the server would start the round again every few seconds until the window closes
+    monkeypatch.setattr(nightly, "run_round", is_out_of_memory)
+    with pytest.raises(RuntimeError):
+        run_night(studies, settings, night="3")
+    assert outcomes(settings, studies)[2] == "failed: RuntimeError: CUDA out of memory"
+
 
 @pytest.mark.usefixtures("quick")
 def test_the_second_label_judges_and_the_first_never_does(tmp_path: Path) -> None:

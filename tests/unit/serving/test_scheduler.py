@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from aslseg.rounds.scheduling import schedule
 from aslseg.rounds.scheduling.brake import clicked
 from aslseg.rounds.scheduling.lock import round_lock
 from aslseg.rounds.scheduling.nights import Nights
+from aslseg.serving import scheduler
 from aslseg.serving.scheduler import Scheduler
 from aslseg.settings import Paths, load_settings
 from tiny_rounds import tiny_studies
@@ -95,6 +97,23 @@ def test_a_stop_that_another_server_was_asked_for_ends_the_round_and_holds(tmp_p
     two.nights.note_train("ben", now[0])
     assert not one.scheduler.tick()
     assert one.runs
+
+
+def test_the_schedule_outlives_what_nobody_expects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (one,) = servers(tmp_path, 1)
+    looks, second = [], threading.Event()
+
+    def cannot_start_a_thread() -> bool:
+        looks.append(1)
+        if len(looks) == 2:
+            second.set()
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(scheduler, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(one.scheduler, "tick", cannot_start_a_thread)
+    one.scheduler.begin()
+    assert second.wait(30)
+    monkeypatch.setattr(scheduler, "EVERY_SECONDS", 3600.0)
 
 
 def test_the_first_round_respects_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

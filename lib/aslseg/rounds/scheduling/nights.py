@@ -33,6 +33,8 @@ SCHEDULED = "scheduled"
 """Outcome of a night that no round belongs to: from here on nights are expected."""
 AHEAD = timedelta(hours=36)
 """Events that lie further ahead than this were written before the clock was moved back, and are passed over."""
+MOST_STARTS = 3
+"""How often a round after new labels is started, if its process is killed each time."""
 SETTLED_ROUNDS = 2
 """Rounds in a row that must have changed nothing before no further one is run."""
 
@@ -43,13 +45,15 @@ class Start:
 
     Attributes:
         why: In words.
-        night: The night that it belongs to; None for new labels.
+        night: The night that it belongs to; for new labels one of its own, which opens and closes at once.
         until: When it has to end; None for no end.
+        labels: How many new labels it is for; 0 for that of a night.
     """
 
     why: str
-    night: Night | None = None
+    night: Night
     until: datetime | None = None
+    labels: int = 0
 
 
 class Nights:
@@ -67,7 +71,7 @@ class Nights:
     def due(self, now: datetime) -> Start | None:
         """The round that has to start now, if there is one."""
         events = self._events(now)
-        return self._night_due(events, now) or self._labels_due(events)
+        return self._night_due(events, now) or self._labels_due(events, now)
 
     def commanded(self, now: datetime) -> Start | str:
         """What ``aslseg nightly`` runs now: what is due, or without any schedule a night of its own; else why not."""
@@ -94,8 +98,8 @@ class Nights:
 
     def note_start(self, start: Start, now: datetime) -> None:
         """A round starts by the schedule."""
-        night = start.night.key if start.night else None
-        self._append(STARTED, now, by="schedule", why=start.why, night=night)
+        labels = {"labels": start.labels} if start.labels else {}
+        self._append(STARTED, now, by="schedule", why=start.why, night=start.night.key, **labels)
 
     def note_train(self, by: str | None, now: datetime) -> None:
         """A person starts a round; a stop before it no longer holds."""
@@ -169,13 +173,16 @@ class Nights:
             ends = min(ends, min([*begun, now]) + timedelta(hours=self.settings.night_hours))
         return Start(why, night, ends) if now < ends else None
 
-    def _labels_due(self, events: Sequence[Event]) -> Start | None:
+    def _labels_due(self, events: Sequence[Event], now: datetime) -> Start | None:
         wanted = self.settings.after_labels
         if not wanted:
             return None
+        killed = _killed(events)
+        if killed is not None:
+            return killed
         last = max((e.seq for e in events if e.kind in (STARTED, STOPPED, "opened")), default=0)
         new = {e.case for e in events if e.kind == "saved" and e.tag == FINAL and e.seq > last}
-        return Start(f"{len(new)} new labels") if len(new) >= wanted else None
+        return Start(f"{len(new)} new labels", Night(now, now), labels=len(new)) if len(new) >= wanted else None
 
 
 def inputs_hash(studies: Studies, settings: Settings) -> str:
@@ -210,6 +217,18 @@ def settled(ledger: Ledger, inputs: str) -> str | None:
         f"settled: rounds {last[0].number} to {last[-1].number} gave no better model, and scans, labels and settings "
         "are what they were. The next label, scan, setting or rollback starts rounds again"
     )
+
+
+def _killed(events: Sequence[Event]) -> Start | None:
+    """The round after new labels whose process ended before it could note an outcome; no round must run now."""
+    ran = [e for e in events if e.kind in (STARTED, STOPPED, NIGHT, "closed") and e.details.get("outcome") != SCHEDULED]
+    if not ran or not ran[-1].details.get("labels"):
+        return None
+    key, count = ran[-1].details["night"], ran[-1].details["labels"]
+    if sum(e.kind == STARTED and e.details.get("night") == key for e in ran) >= MOST_STARTS:
+        return None
+    opened = datetime.fromisoformat(key)
+    return Start(f"{count} new labels, again", Night(opened, opened), labels=count)
 
 
 def _held(events: Sequence[Event]) -> Event | None:

@@ -41,7 +41,7 @@ def run(found: Nights, now: datetime, outcome: str | None = "round 1 is done") -
     due = found.due(now)
     assert due is not None
     found.note_start(due, now)
-    if outcome and due.night:
+    if outcome:
         found.note_end(due.night.key, outcome, now + timedelta(hours=1))
     return due
 
@@ -132,7 +132,7 @@ def test_new_labels_count_since_the_last_start(ledger: Ledger) -> None:
     assert found.due(now) is None, "one scan, saved three times"
     saved(ledger, "b")
     start = run(found, now)
-    assert (start.why, start.until, start.night) == ("2 new labels", None, None)
+    assert (start.why, start.until, start.labels) == ("2 new labels", None, 2)
     assert found.due(now) is None
     saved(ledger, "a", "c")
     ledger.open_round({})
@@ -142,6 +142,29 @@ def test_new_labels_count_since_the_last_start(ledger: Ledger) -> None:
     assert found.due(now) is None
     saved(ledger, "f", "g")
     assert found.due(now) is not None
+
+
+def test_a_round_after_new_labels_that_was_killed_goes_on(ledger: Ledger) -> None:
+    found = nights(ledger, after_labels="2")
+    saved(ledger, "a", "b")
+    start = run(found, at("27 12:00"), None)
+    ledger.open_round({})
+    saved(ledger, "c")
+    again = run(found, at("27 12:10"), None)
+    assert (again.night.key, again.until, again.labels) == (start.night.key, None, 2)
+    run(found, at("27 12:20"), "round 1 is done")
+    assert found.due(at("27 12:30")) is None
+    saved(ledger, "d")
+    # one label came while the round ran, before it was started again
+    assert found.due(at("27 13:00")) is None
+    saved(ledger, "e")
+    for now in ("28 12:00", "28 12:10", "28 12:20"):
+        run(found, at(now), None)
+    assert found.due(at("28 12:30")) is None, "a process that is killed each time is left alone"
+    saved(ledger, "f", "g")
+    run(found, at("28 13:00"), None)
+    found.note_stop("ann", at("28 13:10"))
+    assert found.due(at("28 13:20")) is None
 
 
 def test_the_clock_is_moved_back(ledger: Ledger) -> None:
