@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +29,7 @@ from aslseg.models.published import find_published
 from aslseg.review.page import prepare
 from aslseg.rounds.feedback.corrections import record_checked
 from aslseg.rounds.ledger.ledger import Ledger
-from aslseg.rounds.scheduling.brake import note_click
+from aslseg.rounds.scheduling.brake import answering
 from aslseg.rounds.scheduling.nights import Nights
 from aslseg.serving.auth import install_auth
 from aslseg.serving.dicomweb_datastore import connect
@@ -144,11 +145,10 @@ class ServedApp(MONAILabelApp):
         store = datastore or self.datastore()
         if not isinstance(request, InferenceRequest):
             request = request_from_mapping(request, store)
-        if self.paths.studies is not None:
-            note_click(self.paths.home)
-        if not request.model:
-            return without_model(request, self.settings, self.paths)
-        result = answer(self._infers, request, store)
+        with answering(self.paths.home) if self.paths.studies is not None else nullcontext():
+            if not request.model:
+                return without_model(request, self.settings, self.paths)
+            result = answer(self._infers, request, store)
         self.metrics.observe_stages(request.model, result["params"].get("latencies", {}))
         return result
 
@@ -235,18 +235,29 @@ class ServedApp(MONAILabelApp):
         remove_stale_uploads()
         start_readers()
         self.start_first_round()
-        if self.paths.studies is not None and (self.settings.night or self.settings.after_labels):
-            Scheduler(
-                self.paths,
-                self.nights,
-                start=lambda request: AsyncTask.run("train", request=request),
-                running=lambda: any(t["status"] in ("SUBMITTED", "RUNNING") for t in tasks("train")),
-                stop=lambda: AsyncTask.stop("train"),
-            ).begin()
+        self._follow_schedule()
         sys.setswitchinterval(SWITCH_SECONDS)
         # a full collection would otherwise walk through all that was imported, with every request waiting
         gc.collect()
         gc.freeze()
+
+    def _follow_schedule(self) -> None:
+        """Start rounds by ``night`` and ``after_labels``, if the settings have one of them."""
+        if not (self.settings.night or self.settings.after_labels):
+            return
+        if self.paths.studies is None:
+            logger.warning(
+                "night and after_labels start nothing here: rounds need a local studies folder. Run `aslseg nightly "
+                "--studies DIR` on exports of the scans, with the same model_dir"
+            )
+            return
+        Scheduler(
+            self.paths,
+            self.nights,
+            start=lambda request: AsyncTask.run("train", request=request),
+            running=lambda: any(t["status"] in ("SUBMITTED", "RUNNING") for t in tasks("train")),
+            stop=lambda: AsyncTask.stop("train"),
+        ).begin()
 
     def _is_case(self, word: str) -> bool:
         """Whether a word in the log is the id of a scan; a PACS gives UIDs, which name nobody."""

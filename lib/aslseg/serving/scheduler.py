@@ -85,10 +85,14 @@ class Scheduler:
         return True
 
     def _run(self) -> None:
-        wait = threading.Event()
+        wait, known = threading.Event(), ""
         while True:
             try:
                 self.tick()
-            except Exception:  # without this thread no night would ever start again, and nobody would know
-                logger.exception("the schedule could not be looked at; tried again")
+                known = ""
+            except Exception as error:  # without this thread no night would ever start again, and nobody would know
+                reason = f"{type(error).__name__}: {error}"
+                if reason != known:  # a full disk or a damaged ledger lasts for hours
+                    logger.exception("the schedule could not be looked at; tried again every %g s", EVERY_SECONDS)
+                known = reason
             wait.wait(EVERY_SECONDS)

@@ -19,7 +19,7 @@ from aslseg.rounds.promotion import promotion
 from aslseg.rounds.recipes import aslseg as recipe
 from aslseg.rounds.run import run_round, train_stage
 from aslseg.rounds.scheduling import brake as brakes
-from aslseg.rounds.scheduling.brake import RoundBrake, clicked, note_click
+from aslseg.rounds.scheduling.brake import RoundBrake, answering, clicked
 from aslseg.rounds.scheduling.progress import read_progress
 from aslseg.rounds.steps import pipeline
 from aslseg.settings import Paths, Settings
@@ -140,10 +140,11 @@ def test_a_round_that_runs_out_of_time_again_and_again_ends_as_one_that_does_not
 
 
 def test_the_brake_waits_for_clicks_and_ends_at_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    note_click(tmp_path / "nowhere")
-    assert not clicked(tmp_path / "nowhere")
+    with answering(tmp_path / "nowhere"):
+        assert not clicked(tmp_path / "nowhere")
     assert RoundBrake(tmp_path)("ssl") == 0
-    note_click(tmp_path)
+    with answering(tmp_path):
+        assert clicked(tmp_path)
     assert clicked(tmp_path)
     waits: list[float] = []
 

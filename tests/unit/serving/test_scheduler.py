@@ -11,7 +11,7 @@ import pytest
 
 import recorded_clicks
 from aslseg.rounds.ledger.ledger import Ledger
-from aslseg.rounds.scheduling import schedule
+from aslseg.rounds.scheduling import brake, schedule
 from aslseg.rounds.scheduling.brake import clicked
 from aslseg.rounds.scheduling.lock import round_lock
 from aslseg.rounds.scheduling.nights import Nights
@@ -99,21 +99,24 @@ def test_a_stop_that_another_server_was_asked_for_ends_the_round_and_holds(tmp_p
     assert one.runs
 
 
-def test_the_schedule_outlives_what_nobody_expects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_schedule_outlives_what_nobody_expects_and_says_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     _, (one,) = servers(tmp_path, 1)
-    looks, second = [], threading.Event()
+    left, over = ["can't start new thread"] * 3 + ["disk full"] * 2, threading.Event()
 
-    def cannot_start_a_thread() -> bool:
-        looks.append(1)
-        if len(looks) == 2:
-            second.set()
-        raise RuntimeError("can't start new thread")
+    def fails() -> bool:
+        if left:
+            raise RuntimeError(left.pop(0))
+        over.set()
+        threading.Event().wait()  # for ever: the thread ends with the process
+        return False
 
     monkeypatch.setattr(scheduler, "EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(one.scheduler, "tick", cannot_start_a_thread)
+    monkeypatch.setattr(one.scheduler, "tick", fails)
     one.scheduler.begin()
-    assert second.wait(30)
-    monkeypatch.setattr(scheduler, "EVERY_SECONDS", 3600.0)
+    assert over.wait(30)
+    assert [str(r.exc_info[1]) for r in caplog.records if r.exc_info] == ["can't start new thread", "disk full"]
 
 
 def test_the_first_round_respects_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +137,30 @@ def test_the_first_round_respects_a_stop(tmp_path: Path, monkeypatch: pytest.Mon
     assert started == [{"model": "round"}]
 
 
-def test_what_is_asked_of_the_server_holds_a_round_up(tmp_path: Path) -> None:
+def test_a_server_of_a_pacs_has_no_schedule_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    served = recorded_clicks.app(tiny_studies(tmp_path, cases=1, labelled=0), tmp_path / "models", night="22:00-06:00")
+    served.paths.studies = None
+    served._follow_schedule()
+    assert "rounds need a local studies folder" in caplog.text
+
+
+def test_what_is_asked_of_the_server_holds_a_round_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aslseg.serving import app as serving
+
     studies = tiny_studies(tmp_path, cases=1, labelled=0)
     served = recorded_clicks.app(studies, tmp_path / "models")
     assert not clicked(served.paths.home)
     served.infer({"model": "sam", "image": "phantom_000"})
     assert clicked(served.paths.home)
+    # an answer that takes longer than a round waits after the last one
+    monkeypatch.setattr(brake, "CLICK_SECONDS", 0.0)
+    answer, held = serving.answer, []
+
+    def slow(*arguments: Any) -> Any:
+        held.append(clicked(served.paths.home))
+        return answer(*arguments)
+
+    monkeypatch.setattr(serving, "answer", slow)
+    served.infer({"model": "sam", "image": "phantom_000"})
+    assert held == [True]
+    assert not clicked(served.paths.home)

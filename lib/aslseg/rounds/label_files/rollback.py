@@ -5,7 +5,7 @@ Nothing is removed from the ledger: events are added that lead back to an earlie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from aslseg.errors import LedgerError
 from aslseg.models.published import manifest, put_manifest
 from aslseg.rounds.label_files.masks import KEEP_ROUNDS, MaskStore, sync_label_files
 from aslseg.rounds.ledger.ledger import Entry, Event, Ledger
-from aslseg.rounds.ledger.vetoes import model_vetoes, veto_masks, veto_model
+from aslseg.rounds.ledger.vetoes import mask_vetoes, model_vetoes, veto_masks, veto_model
 from aslseg.rounds.scheduling.lock import round_lock
 from aslseg.settings import Paths
 
@@ -35,8 +35,10 @@ def _held(paths: Paths) -> Iterator[tuple[Ledger, Studies]]:
 def roll_back(paths: Paths, number: int) -> list[str]:
     """Undo a round and every later one: promoted masks, ``original`` masks and published models.
 
-    Label files become byte for byte what they were before that round, except where a human has saved one since. The
-    masks that these rounds promoted are not promoted again (:mod:`aslseg.rounds.ledger.vetoes`).
+    Label files become byte for byte what they were before that round, except where a human has saved one since, or has
+    taken a mask back. The masks that these rounds promoted are not promoted again
+    (:mod:`aslseg.rounds.ledger.vetoes`). In the place of a model that was taken back by itself the one before it is
+    served.
 
     Returns:
         Lines that say what was done.
@@ -54,12 +56,16 @@ def roll_back(paths: Paths, number: int) -> list[str]:
         undone = [n for n, r in rounds.items() if n >= number and r.state != "rolled back"]
         if not undone or rounds[number].state == "rolled back":
             return [f"round {number} was rolled back before; nothing to do"]
-        entries = [e for tag in (PSEUDO, ORIGINAL) for e in restoring_entries(ledger, tag, first, why)]
+        entries = [
+            *_without_vetoes(ledger, restoring_entries(ledger, PSEUDO, first, why), why),
+            *restoring_entries(ledger, ORIGINAL, first, why),
+        ]
         entries += veto_masks(_promoted_since(ledger, first), why)
         published = [e for e in ledger.events(kinds=("published",)) if e.seq > first]
         lines = [f"round {n} rolled back" for n in undone]
         if published:
-            before, after = published[-1].details["after"], published[0].details["before"]
+            before = published[-1].details["after"]
+            after = _not_taken_back(paths, ledger, published[0])
             _require_kept(paths, after, why)
             # before the ledger, so that a rollback that is killed here can be repeated
             put_manifest(paths, after)
@@ -190,16 +196,47 @@ def _promoted_since(ledger: Ledger, first: int) -> dict[str, set[str]]:
     return since
 
 
+def _without_vetoes(ledger: Ledger, entries: Sequence[Entry], why: str) -> list[Entry]:
+    """Entries that restore promotions, where masks that a person has taken back stay so."""
+    vetoes, now, found = mask_vetoes(ledger), ledger.masks(PSEUDO), []
+    for entry in entries:
+        case = entry.case or ""
+        if entry.kind == "removed" or entry.details["sha256"] not in vetoes.get(case, ()):
+            found.append(entry)
+        elif now[case].kind == "mask":
+            details = {"why": why, "was": now[case].details["sha256"]}
+            found.append(Entry("removed", None, case, PSEUDO, details))
+    return found
+
+
+def _not_taken_back(paths: Paths, ledger: Ledger, published: Event) -> dict[str, dict[str, Any]]:
+    """The manifest of before an event, with earlier models in the place of those that a person has taken back."""
+    before, vetoes = published.details["before"], model_vetoes(ledger)
+    found = {kind: model for kind, model in before.items() if model["sha256"] not in vetoes}
+    for kind in before.keys() - found.keys():
+        earlier = _earlier(paths, ledger, kind, vetoes, published.seq)
+        found |= {kind: earlier} if earlier else {}
+    return found
+
+
 def _require_kept(paths: Paths, models: dict[str, dict[str, Any]], why: str) -> None:
     missing = [kind for kind, model in models.items() if not (paths.models / str(model["file"])).is_file()]
     if missing:
         raise LedgerError(f"{why}: the {', '.join(missing)} model of that time is no longer kept (keep_models)")
 
 
-def _earlier(paths: Paths, ledger: Ledger, kind: str, passed_over: set[str]) -> dict[str, Any] | None:
-    """The entry of the newest model that was served before, is kept, and is none of those passed over."""
+def _earlier(
+    paths: Paths, ledger: Ledger, kind: str, passed_over: set[str], before: int | None = None
+) -> dict[str, Any] | None:
+    """The entry of the newest model that was served before, is kept, and is none of those passed over.
+
+    Args:
+        paths, ledger, kind: Where it was served, and what it is.
+        passed_over: Hashes of models that it may not be.
+        before: It was served before this event; None for any time.
+    """
     events: list[Event] = ledger.events(kinds=("published",))
-    for event in reversed(events):
+    for event in reversed([e for e in events if before is None or e.seq < before]):
         for models in (event.details["after"], event.details["before"]):
             entry = models.get(kind)
             kept = entry is not None and (paths.models / str(entry["file"])).is_file()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +14,9 @@ from aslseg.errors import OutOfTimeError
 from aslseg.rounds.scheduling.schedule import utc_now
 
 CLICK_SECONDS = 5.0
-"""How long after the last request of an annotator a round waits."""
+"""How long after the last answer to an annotator a round waits."""
+LONGEST_ANSWER = 60.0
+"""How long a round waits for one answer at most; a server that is killed before it answers holds it up no longer."""
 WHOLE_STAGES = ("sam", "adapter", "publish", "originals")
 """Stages that keep nothing of what is half done, or are short: these are done to their end."""
 
@@ -81,20 +84,34 @@ class RoundBrake:
             waited += time.monotonic() - start
 
 
-def note_click(home: Path) -> None:
-    """Note that somebody works with the server now; a home that cannot be written to is no reason to refuse a click."""
-    with suppress(OSError):
-        _file(home).touch()
+@contextmanager
+def answering(home: Path) -> Iterator[None]:
+    """Note that somebody works with the server: while a request is answered, and up to its end.
+
+    A home that cannot be written to is no reason to refuse a click.
+    """
+    _note(home, LONGEST_ANSWER)
+    try:
+        yield
+    finally:
+        _note(home, 0.0)
 
 
 def clicked(home: Path) -> bool:
-    """Whether somebody has worked with the server in the last seconds."""
+    """Whether somebody waits for the server, or has worked with it in the last seconds."""
     try:
         age = time.time() - _file(home).stat().st_mtime
     except OSError:
         return False
-    # a time in the future is one of before the clock was moved back
-    return 0 <= age < CLICK_SECONDS
+    # a time further in the future is one of before the clock was moved back
+    return -LONGEST_ANSWER <= age < CLICK_SECONDS
+
+
+def _note(home: Path, ahead: float) -> None:
+    now = time.time() + ahead
+    with suppress(OSError):
+        _file(home).touch()
+        os.utime(_file(home), (now, now))
 
 
 def _file(home: Path) -> Path:

@@ -14,8 +14,8 @@ from zoneinfo import ZoneInfo
 from aslseg.settings import Settings
 from aslseg.settings.windows import Window
 
-WEEK = 8
-"""Days that are looked at before and after a moment; every window opens at least once in a week."""
+DAYS = 15
+"""Days that are looked at before and after a moment: a window opens once a week, or in two if summer time skips it."""
 
 
 def utc_now() -> datetime:
@@ -92,7 +92,7 @@ class Schedule:
     def _around(self, now: datetime) -> list[Night]:
         """The nights of the days around a moment, in their order."""
         today = now.astimezone(self.zone).date()
-        days = [today + timedelta(days=n) for n in range(-WEEK, WEEK + 1)]
+        days = [today + timedelta(days=n) for n in range(-DAYS, DAYS + 1)]
         found = [self._night(w, day) for w in self.windows for day in days if day.weekday() in w.days]
         merged: list[Night] = []
         for night in sorted((n for n in found if n.closes > n.opens), key=lambda n: n.opens):

@@ -190,3 +190,34 @@ def test_one_scan_is_taken_back(tmp_path: Path) -> None:
         roll_back_case(served.paths, "a")
     with round_lock(served.paths.home), pytest.raises(RoundRunningError, match="already running"):
         roll_back_case(served.paths, "a")
+
+
+def test_a_rolled_back_round_does_not_bring_back_what_somebody_took_back_before(tmp_path: Path) -> None:
+    served = Served(tmp_path, 3)
+    (served.paths.studies / "b.nii.gz").write_bytes(b"scan")
+    store = MaskStore(served.paths.home)
+    for case, size in (("a", 2), ("b", 3)):
+        details = {"sha256": store.add(np.ones((size,) * 3), np.eye(4)), "agreement": {}, "threshold": {}, "models": {}}
+        served.ledger.append([Entry("mask", 3, case, PSEUDO, details)])
+    served.ledger.open_round({})
+    served.ledger.close_round(4, {})
+    # the models of rounds 3 and 2, one after the other, and a mask of round 3
+    roll_back_model(served.paths, "ssl")
+    roll_back_model(served.paths, "ssl")
+    roll_back_case(served.paths, "a")
+    assert served.number == 1
+    roll_back(served.paths, 4)
+    assert served.number == 1, "the models of rounds 2 and 3 were taken back"
+    assert [p.case for p in served.ledger.promotions()] == ["b"]
+    assert promoted_files(served.paths.studies) == {"b"}
+    roll_back(served.paths, 3)
+    assert served.number == 1
+    assert mask_vetoes(served.ledger).keys() == {"a", "b"}
+
+
+def test_where_every_model_was_taken_back_none_is_served(tmp_path: Path) -> None:
+    served = Served(tmp_path, 2)
+    first = served.ledger.events(kinds=("published",))[0].details["after"]["ssl"]
+    served.ledger.append([veto_model("ssl", first["sha256"], "it was poor")])
+    assert "published models are those from before round 2: none" in roll_back(served.paths, 2)
+    assert manifest(served.paths) == {}

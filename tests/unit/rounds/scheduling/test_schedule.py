@@ -82,6 +82,10 @@ def test_summer_time() -> None:
     skipped = schedule("02:30-03:00")
     assert skipped.open_at(at("2026-03-29 02:45")) is None
     assert skipped.next_after(at("2026-03-29 00:00")) == Night(at("2026-03-30 02:30"), at("2026-03-30 03:00"))
+    weekly = schedule("sun 02:30-03:00")
+    following = Night(at("2026-04-05 02:30"), at("2026-04-05 03:00"))
+    assert weekly.next_after(at("2026-03-23 12:00")) == following
+    assert weekly.last_closed(at("2026-04-04 12:00")) == Night(at("2026-03-22 02:30"), at("2026-03-22 03:00"))
     # the clock goes from 03:00 back to 02:00: the first of the two
     twice = schedule("02:15-02:45").open_at(datetime(2026, 10, 25, 0, 30, tzinfo=UTC))
     assert twice == Night(datetime(2026, 10, 25, 0, 15, tzinfo=UTC), datetime(2026, 10, 25, 0, 45, tzinfo=UTC))
