@@ -139,7 +139,9 @@ def collect(paths: Paths, settings: Settings, row: RoundRow) -> dict[str, Any]:
 def headline(content: dict[str, Any]) -> dict[str, Any]:
     """A report in a few plain values. It names no scan, because names of scans may be names of patients."""
     asked = content["promoted_total"] + content["left_total"]
-    text = f"Round {content['round']}: {content['promoted_total']} of {asked} scans without a human label promoted."
+    undone = " (rolled back since)" if content["state"] == "rolled back" else ""
+    text = f"Round {content['round']}{undone}: {content['promoted_total']} of {asked} scans without a human label "
+    text += "promoted."
     text = " ".join([text, *(f"{line[:1].upper()}{line[1:]}." for line in content["promise"])])
     if not content["promoted_total"] and content["reasons"]:
         text += f" Most frequent reason: {content['reasons'][0]['reason']}."

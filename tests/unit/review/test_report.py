@@ -277,7 +277,9 @@ def test_only_rounds_that_have_ended_have_one(paths: Paths, settings: Settings) 
         write(paths, settings, 7)
     assert write(paths, settings)[1]["round"] == 1
     Ledger(paths.ledger).append([Entry("rolled back", 1)])
-    assert "This round was rolled back" in write(paths, settings)[0].read_text()
+    path, content = write(paths, settings)
+    assert "This round was rolled back" in path.read_text()
+    assert headline(content)["text"].startswith("Round 1 (rolled back since): ")
 
 
 def test_the_headline_names_no_scan(paths: Paths, settings: Settings) -> None:

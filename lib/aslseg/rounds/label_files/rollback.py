@@ -120,7 +120,11 @@ def roll_back_model(paths: Paths, kind: str) -> list[str]:
         digest, why = now[kind]["sha256"], f"rollback of model {kind}"
         earlier = _earlier(paths, ledger, kind, {digest, *model_vetoes(ledger)})
         if earlier is None:
-            raise LedgerError(f"no earlier {kind} model is kept (keep_models); a round trains another one")
+            number = now[kind]["round"]
+            remedy = (
+                f"`aslseg ledger rollback --round {number}` takes back all of its round" if number else "train another"
+            )
+            raise LedgerError(f"no earlier {kind} model is kept (keep_models) that was not taken back; {remedy}")
         models = {**now, kind: earlier}
         published = Entry("published", None, details={"before": now, "after": models, "why": why})
         ledger.append([veto_model(kind, digest, why), published])

@@ -33,8 +33,8 @@ SCHEDULED = "scheduled"
 """Outcome of a night that no round belongs to: from here on nights are expected."""
 AHEAD = timedelta(hours=36)
 """Events that lie further ahead than this were written before the clock was moved back, and are passed over."""
-MOST_STARTS = 3
-"""How often a round after new labels is started, if its process is killed each time."""
+MOST_STARTS = 5
+"""How often the round of a night, or after new labels, is started, if its process is killed each time."""
 SETTLED_ROUNDS = 2
 """Rounds in a row that must have changed nothing before no further one is run."""
 
@@ -169,6 +169,8 @@ class Nights:
         if any(e.details["opens"] >= night.key for e in over) or (stop is not None and _at(stop) >= night.opens):
             return None
         begun = [_at(e) for e in events if e.details.get("night") == night.key]
+        if len(begun) >= MOST_STARTS:
+            return None
         if self.settings.night_hours:
             ends = min(ends, min([*begun, now]) + timedelta(hours=self.settings.night_hours))
         return Start(why, night, ends) if now < ends else None

@@ -146,7 +146,7 @@ def test_a_model_is_taken_back_step_by_step(tmp_path: Path) -> None:
     assert served.number == 2
     roll_back_model(served.paths, "ssl")
     assert served.number == 1
-    with pytest.raises(LedgerError, match="no earlier ssl model is kept"):
+    with pytest.raises(LedgerError, match=r"no earlier ssl model is kept .*; `aslseg ledger rollback --round 1`"):
         roll_back_model(served.paths, "ssl")
     with pytest.raises(LedgerError, match="no sam model is published; published: ssl"):
         roll_back_model(served.paths, "sam")

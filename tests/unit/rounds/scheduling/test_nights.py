@@ -10,7 +10,7 @@ import pytest
 
 from aslseg.rounds.ledger import rows as ledger_module
 from aslseg.rounds.ledger.ledger import Entry, Ledger
-from aslseg.rounds.scheduling.nights import Nights, Start, settled
+from aslseg.rounds.scheduling.nights import MOST_STARTS, Nights, Start, settled
 from aslseg.settings import load_settings
 
 
@@ -64,7 +64,10 @@ def test_a_round_that_was_killed_goes_on_in_the_same_night_within_its_hours(ledg
     assert run(found, at("27 23:00"), None).until == at("28 02:00")
     assert found.due(at("28 02:00")) is None
     assert found.due(at("28 09:00")) is None, "its time is used up"
-    assert run(found, at("28 22:00")).until == at("29 02:00")
+    for minute in range(MOST_STARTS):
+        run(found, at(f"28 22:{minute:02}"), None)
+    assert found.due(at("28 22:30")) is None, "a process that is killed each time is left alone"
+    assert run(found, at("29 22:00")).until == at("30 02:00")
 
 
 def test_missed_nights_are_made_up_once(ledger: Ledger) -> None:
@@ -158,8 +161,8 @@ def test_a_round_after_new_labels_that_was_killed_goes_on(ledger: Ledger) -> Non
     # one label came while the round ran, before it was started again
     assert found.due(at("27 13:00")) is None
     saved(ledger, "e")
-    for now in ("28 12:00", "28 12:10", "28 12:20"):
-        run(found, at(now), None)
+    for minute in range(MOST_STARTS):
+        run(found, at(f"28 12:{minute:02}"), None)
     assert found.due(at("28 12:30")) is None, "a process that is killed each time is left alone"
     saved(ledger, "f", "g")
     run(found, at("28 13:00"), None)
