@@ -168,21 +168,23 @@ class Nights:
         stop = _held(events)
         if any(e.details["opens"] >= night.key for e in over) or (stop is not None and _at(stop) >= night.opens):
             return None
-        begun = [_at(e) for e in events if e.details.get("night") == night.key]
-        if len(begun) >= MOST_STARTS:
+        begun = [e for e in events if e.details.get("night") == night.key]
+        # a process may be killed between the end of its round and the note on it
+        ended = any(e.kind == "closed" and e.seq > begun[0].seq for e in events) if begun else False
+        if ended or len(begun) >= MOST_STARTS:
             return None
         if self.settings.night_hours:
-            ends = min(ends, min([*begun, now]) + timedelta(hours=self.settings.night_hours))
+            ends = min(ends, min([*map(_at, begun), now]) + timedelta(hours=self.settings.night_hours))
         return Start(why, night, ends) if now < ends else None
 
     def _labels_due(self, events: Sequence[Event], now: datetime) -> Start | None:
         wanted = self.settings.after_labels
-        if not wanted:
+        if not wanted or _held(events) is not None:
             return None
         killed = _killed(events)
         if killed is not None:
             return killed
-        last = max((e.seq for e in events if e.kind in (STARTED, STOPPED, "opened")), default=0)
+        last = max((e.seq for e in events if e.kind in (STARTED, "opened")), default=0)
         new = {e.case for e in events if e.kind == "saved" and e.tag == FINAL and e.seq > last}
         return Start(f"{len(new)} new labels", Night(now, now), labels=len(new)) if len(new) >= wanted else None
 

@@ -70,6 +70,19 @@ def test_a_round_that_was_killed_goes_on_in_the_same_night_within_its_hours(ledg
     assert run(found, at("29 22:00")).until == at("30 02:00")
 
 
+def test_a_night_whose_process_was_killed_after_its_round_has_had_it(ledger: Ledger, moved: list[datetime]) -> None:
+    found = nights(ledger, night="22:00-06:00")
+    ledger.close_round(ledger.open_round({})[0], {})
+    run(found, at("27 22:00"), None)
+    number, _ = ledger.open_round({})
+    assert found.due(at("27 22:30")) is not None
+    moved[0] = at("27 22:40")
+    ledger.close_round(number, {})
+    for now in ("27 22:41", "28 05:00", "28 09:00"):
+        assert found.due(at(now)) is None, now
+    assert found.due(at("28 22:00")) is not None
+
+
 def test_missed_nights_are_made_up_once(ledger: Ledger) -> None:
     found = nights(ledger, night="22:00-06:00")
     assert found.due(at("27 12:00")) is None, "nothing was expected before"
@@ -144,6 +157,10 @@ def test_new_labels_count_since_the_last_start(ledger: Ledger) -> None:
     found.note_stop("ann", now)
     assert found.due(now) is None
     saved(ledger, "f", "g")
+    assert found.due(now) is None, "a stop holds, however many labels come"
+    found.note_train("ann", now)
+    assert found.due(now) is None, "what Train has started reads these labels"
+    saved(ledger, "h", "i")
     assert found.due(now) is not None
 
 
