@@ -97,8 +97,8 @@ def _night(ledger: Ledger, settings: Settings) -> dict[str, str]:
     coming = f"The night is open until {shown(state['open'])}." if state["open"] else ""
     if state["next"] and not coming:
         coming = f"The next round starts by itself on {shown(state['next'])}."
-    if state["after_labels"]:
-        coming = f"{coming} A round starts after {state['after_labels']} new labels.".strip()
+    if count := state["after_labels"]:
+        coming = f"{coming} A round starts after {count} new label{'' if count == 1 else 's'}.".strip()
     return {
         "next": coming,
         "held": f"Stopped by {stop['by']} on {shown(stop['at'])}: nothing starts before Train or the next night."

@@ -125,14 +125,15 @@ def _shown(ledger: Ledger) -> Iterator[tuple[Event, Event]]:
     That is the mask of when the scan was handed out, where this is known: a round may have drawn another one since.
     """
     masks: dict[str, list[Event]] = {}
-    for event in ledger.events(kinds=("mask",), tag=ORIGINAL):
+    for event in ledger.events(kinds=("mask", "removed"), tag=ORIGINAL):
         masks.setdefault(event.case or "", []).append(event)
     for saved in {e.case: e for e in ledger.events(kinds=("saved",), tag=FINAL)}.values():
         before = [m for m in masks.get(saved.case or "", ()) if m.seq < saved.seq]
         opened = saved.details.get("handed_out")
         seen = [m for m in before if opened is None or datetime.fromisoformat(m.time).timestamp() <= opened]
-        if before:
-            yield saved, (seen or before)[-1]
+        shown = (seen or before)[-1:]
+        if shown and shown[0].kind == "mask":  # a rollback takes masks away
+            yield saved, shown[0]
 
 
 def _compare(

@@ -186,7 +186,7 @@ class Nights:
             return killed
         last = max((e.seq for e in events if e.kind in (STARTED, "opened")), default=0)
         new = {e.case for e in events if e.kind == "saved" and e.tag == FINAL and e.seq > last}
-        return Start(f"{len(new)} new labels", Night(now, now), labels=len(new)) if len(new) >= wanted else None
+        return Start(_counted(len(new)), Night(now, now), labels=len(new)) if len(new) >= wanted else None
 
 
 def inputs_hash(studies: Studies, settings: Settings) -> str:
@@ -232,7 +232,11 @@ def _killed(events: Sequence[Event]) -> Start | None:
     if sum(e.kind == STARTED and e.details.get("night") == key for e in ran) >= MOST_STARTS:
         return None
     opened = datetime.fromisoformat(key)
-    return Start(f"{count} new labels, again", Night(opened, opened), labels=count)
+    return Start(f"{_counted(count)}, again", Night(opened, opened), labels=count)
+
+
+def _counted(labels: int) -> str:
+    return f"{labels} new label{'' if labels == 1 else 's'}"
 
 
 def _held(events: Sequence[Event]) -> Event | None:

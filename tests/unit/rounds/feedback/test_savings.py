@@ -134,6 +134,14 @@ def test_scans_without_a_mask_and_labels_that_are_gone_count_for_nothing(desk: D
     assert in_words(None) == ["Nobody has saved a label yet for a scan that had a machine mask."]
 
 
+def test_a_mask_that_a_rollback_took_away_was_not_shown(desk: Desk) -> None:
+    desk.show(A, desk.mask(A))
+    shown = desk.ledger.masks(ORIGINAL)[A]
+    desk.ledger.append([Entry("removed", None, A, ORIGINAL, {"why": "rollback", "was": shown.details["sha256"]})])
+    desk.save(A, desk.mask(A))
+    assert desk.savings() is None
+
+
 def test_a_mask_that_is_no_longer_kept_is_passed_over(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     desk.show(A, desk.mask(A))
     desk.save(A, desk.mask(A))
