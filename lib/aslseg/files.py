@@ -30,8 +30,8 @@ def write_errors(path: Path) -> Iterator[None]:
     """Turn the errors of writing a file into errors that say what to do.
 
     Raises:
-        DiskFullError: The disk or the quota is full. Writers in C++ (torch.save, safetensors) hide the error number;
-            theirs is recognised by the space that is left.
+        DiskFullError: The disk or the quota is full. Writers in C++ and Rust (torch.save, safetensors) hide the error
+            number; theirs is recognised by the words or by the space that is left.
         FileWriteError: Any other error of the operating system.
     """
     try:
@@ -44,9 +44,15 @@ def write_errors(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error) or type(error).__name__
         raise FileWriteError(f"{path} cannot be written ({reason}); check the disk and its permissions") from error
     except Exception as error:
-        if path.parent.is_dir() and shutil.disk_usage(path.parent).free < FULL_BYTES:
+        # safetensors asks for the whole file first, so that a disk that is too small for it still has space
+        if any(f"(os error {number})" in str(error) for number in FULL) or nearly_full(path.parent):
             raise DiskFullError(f"disk full while writing {path}; free some space and run again") from error
         raise
+
+
+def nearly_full(folder: Path) -> bool:
+    """Whether a folder's disk has no space left to speak of; False where there is no such folder."""
+    return folder.is_dir() and shutil.disk_usage(folder).free < FULL_BYTES
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 from collections import namedtuple
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 import torch
 
 from aslseg.agreement.promotion_rules import Verdict
-from aslseg.errors import DiskFullError
+from aslseg.errors import DiskFullError, LedgerError
 from aslseg.review.report import write
+from aslseg.rounds.ledger import ledger as ledger_module
 from aslseg.rounds.ledger.ledger import Entry, Ledger
 from aslseg.rounds.promotion import canaries, promotion
 from aslseg.rounds.run import run_round
@@ -178,3 +180,22 @@ def test_a_full_ledger_says_so_and_keeps_its_chain(tmp_path: Path) -> None:
     assert ledger.verify() is None
     ledger.append([Entry("note", details={"n": 1})])
     assert len(ledger.events()) == 2
+
+
+def test_a_ledger_without_room_for_its_log_says_that_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.append([Entry("note")])
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+
+    def refuse(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ledger_module, "write_ahead", refuse)
+    with pytest.raises(LedgerError, match="disk I/O error; check the disk"):
+        ledger.append([Entry("note")])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 1000))
+    with pytest.raises(DiskFullError, match=r"disk full while writing .*ledger\.sqlite; free some space"):
+        ledger.append([Entry("note")])

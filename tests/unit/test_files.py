@@ -9,6 +9,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from aslseg.errors import AslsegError, DiskFullError, FileWriteError
 from aslseg.files import FileStamp, atomic_file, require_disk_budget, write_json
@@ -60,6 +61,15 @@ def test_writers_that_hide_the_error_number_are_asked_by_the_space_that_is_left(
             tmp_path / "model.safetensors", RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos")
         )
     assert not any(tmp_path.iterdir())
+
+
+def test_safetensors_meets_a_full_disk_while_there_is_space(tmp_path: Path) -> None:
+    """It asks for the space of the whole file first, and gets none of it."""
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(DiskFullError, match=r"disk full while writing .*model\.safetensors"):
+        failing(tmp_path / "model.safetensors", error)
+    with pytest.raises(SafetensorError):
+        failing(tmp_path / "model.safetensors", SafetensorError("Error while deserializing header"))
 
 
 def test_a_stamp_changes_when_a_file_is_replaced(tmp_path: Path) -> None:

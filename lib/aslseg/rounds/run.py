@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -84,7 +84,7 @@ def run_round(
         rejected round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason),
         ``agreement`` (by case), ``fresh`` (:func:`aslseg.rounds.gate.fresh.pooled`), ``published`` (a line per model),
         ``models`` (this round's files, kept until the round after next), ``warnings``, ``skipped``, ``seconds`` by
-        stage, ``rates`` (seconds for a unit of each stage), ``inputs``
+        stage, in all nights that the round took, ``rates`` (seconds for a unit of each stage), ``inputs``
         (:func:`aslseg.rounds.scheduling.nights.inputs_hash`), ``ledger`` (its head before this round was closed).
 
     Raises:
@@ -102,8 +102,10 @@ def run_round(
         number, continued = ledger.open_round({"settings": settings.model_dump(exclude={"report_webhook"})})
         inputs = inputs_hash(found, settings)
         work = expected_work(found, settings, ledger, UNUSED_STAGES.get(settings.recipe, ()))
-        kept = _found_stages(paths, ledger, number, inputs)
-        progress = Progress(paths.home / "progress.json", work, report, number, kept, brake)
+        shown = read_progress(paths.home / "progress.json")
+        before = shown if continued and shown.get("round") == number else {}
+        kept = _found_stages(before, ledger, inputs)
+        progress = Progress(paths.home / "progress.json", work, report, number, kept, brake, before)
         with _record_outcome(progress, ledger, number):
             _tidy_up(paths, found, settings, ledger)
             opened = {r.number: r.seq for r in ledger.rounds()}[number]
@@ -207,7 +209,7 @@ def _about(pipeline: RoundPipeline) -> dict[str, Any]:
         "warnings": cases.warnings + pipeline.not_learned,
         "skipped": cases.skipped,
         "fresh": pooled(pipeline.ledger.events(kinds=(FRESH,))),
-        "seconds": progress.seconds,
+        "seconds": progress.spent,
         "measured": progress.measured,
         "rates": progress.rates,
     }
@@ -250,10 +252,15 @@ def expected_work(
     return {s: replace(w, rate=measured.get(s, w.rate)) for s, w in work.items() if s not in unused}
 
 
-def _found_stages(paths: Paths, ledger: Ledger, number: int, inputs: str) -> set[str]:
-    """Stages whose results are probably on disk: of the run that this one continues, or of a round like this one."""
-    before = read_progress(paths.home / "progress.json")
-    done = set(before.get("seconds", ())) if before.get("round") == number else set()
+def _found_stages(before: Mapping[str, Any], ledger: Ledger, inputs: str) -> set[str]:
+    """Stages whose results are probably on disk: of the run that this one continues, or of a round like this one.
+
+    Args:
+        before: Progress of the run that this one continues; empty without one.
+        ledger: Of the studies folder.
+        inputs: :func:`aslseg.rounds.nights.inputs_hash` now.
+    """
+    done = set(before.get("seconds", ()))
     same = [r.summary.get("inputs") == inputs for r in ledger.rounds() if r.state == "done"]
     return (done & STORED_STAGES) | (MODEL_STAGES if same and same[-1] else set())
 

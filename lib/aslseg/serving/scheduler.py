@@ -67,7 +67,8 @@ class Scheduler:
         request = {"model": "round", "night": due.night.key}
         if due.until is not None:
             request["until"] = due.until.isoformat()
-        logger.info("a round starts by itself: %s%s", due.why, f", until {due.until}" if due.until else "")
+        until = f", until {schedule.clock_text(due.until, self.nights.settings)}" if due.until else ""
+        logger.info("a round starts by itself: %s%s", due.why, until)
         self.nights.note_start(due, now)
         self.start(request)
         return True

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from aslseg.errors import DiskFullError, LedgerError
+from aslseg.files import nearly_full
 from aslseg.rounds.ledger.anchor import Head, anchor_path, read_head, write_head
 from aslseg.rounds.ledger.events import Entry, Event, Promotion, RoundRow, Score, scores_hash
 from aslseg.rounds.ledger.rows import contradiction_of, events_of, head_of, insert, scores_of, utc
@@ -350,9 +351,10 @@ class Ledger:
             finally:
                 db.close()
         except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                raise DiskFullError(f"disk full while writing {self.path}; free some space and run again") from error
             code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+            # without room for its log SQLite speaks of an I/O error
+            if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and nearly_full(self.path.parent)):
+                raise DiskFullError(f"disk full while writing {self.path}; free some space and run again") from error
             if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR):
                 raise LedgerError(f"{self.path}: {error}; check the disk and its permissions") from error
             if code == sqlite3.SQLITE_BUSY:

@@ -104,6 +104,7 @@ class Progress:
         round_number: Shown with the rest.
         found: Stages whose results are expected on disk, from the same inputs.
         brake: Pauses or ends the work between its units.
+        before: What :func:`read_progress` gave of a run that this one continues; its times count too.
     """
 
     def __init__(
@@ -114,26 +115,28 @@ class Progress:
         round_number: int | None = None,
         found: Collection[str] = (),
         brake: Brake = NO_BRAKE,
+        before: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.work, self.report, self.brake = path, dict(work), report, brake
         self.found = set(found)
         self.seconds: dict[str, float] = {}
         self._paces: dict[str, Pace] = {}
         self._started = datetime.now(UTC).isoformat("T", "seconds")
-        self._computed: set[str] = set()
+        self._before: dict[str, float] = dict((before or {}).get("spent", {}))
+        self._computed: set[str] = set((before or {}).get("computed", ()))
         self._stage, self._fraction, self._part, self._written = "", 0.0, 0.0, 0.0
+        self._since, self._paused = 0.0, 0.0
         self._round = round_number
 
     @contextmanager
     def stage(self, name: str) -> Iterator[ProgressCallback]:
         """Enter a stage; gives the callback for its own steps."""
         self.brake(name, begins=True)
-        since, paused = time.monotonic(), 0.0
+        self._since, self._paused = time.monotonic(), 0.0
         self._stage, self._fraction, pace = name, 0.0, self._paces.setdefault(name, Pace())
         pace.start()
 
         def report(done: int, total: int, **shown: Any) -> None:
-            nonlocal paused
             self._computed.add(name)
             if name in self.found:
                 self.found.clear()  # the inputs are not those of before, so that nothing later is found either
@@ -143,17 +146,28 @@ class Progress:
             self._show(done, total, shown)
             waited = self.brake(name)
             pace.skip(waited)
-            paused += waited
+            self._paused += waited
 
         self._show(0, 1, {}, force=True)
         yield report
-        self.seconds[name] = round(time.monotonic() - since - paused, 2)
+        self.seconds[name] = self._elapsed()
         self._stage = ""
+
+    def _elapsed(self) -> float:
+        """Seconds of the running stage, without pauses."""
+        return round(time.monotonic() - self._since - self._paused, 2)
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds of each stage, with those of the runs that this one continues."""
+        now = self.seconds | ({self._stage: self._elapsed()} if self._stage else {})
+        names = [*self._before, *(s for s in now if s not in self._before)]
+        return {s: round(self._before.get(s, 0.0) + now.get(s, 0.0), 2) for s in names}
 
     @property
     def measured(self) -> dict[str, float]:
-        """Seconds of the stages that computed something."""
-        return {s: t for s, t in self.seconds.items() if s in self._computed}
+        """:attr:`spent` of the stages that computed something."""
+        return {s: t for s, t in self.spent.items() if s in self._computed}
 
     @property
     def rates(self) -> dict[str, float]:
@@ -226,6 +240,8 @@ class Progress:
             "stage_index": names.index(self._stage) + 1 if self._stage in names else len(self.seconds),
             "stages": len(names),
             "seconds": self.seconds,
+            "spent": self.spent,
+            "computed": sorted(self._computed),
         }
         write_json(self.path, common | content)
 

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from aslseg.errors import RoundRunningError
+from aslseg.errors import OutOfTimeError, RoundRunningError
 from aslseg.rounds.scheduling import progress as module
 from aslseg.rounds.scheduling.lock import owner, round_lock
 from aslseg.rounds.scheduling.progress import Progress, Work, read_progress
@@ -138,6 +139,27 @@ def test_pauses_are_no_work(tmp_path: Path, now: list[float]) -> None:
             report(step, 4)
     assert progress.rates == {"a": 1}
     assert progress.seconds == {"a": 4}
+
+
+def test_a_round_of_two_nights_took_the_time_of_both(tmp_path: Path, now: list[float]) -> None:
+    path, work = tmp_path / "p.json", {"a": Work(4, 1.0), "b": Work(8, 1.0)}
+    first = Progress(path, work)
+    with first.stage("a") as report:
+        now[0] += 4
+        report(4, 4)
+    with suppress(OutOfTimeError), first.stage("b") as report:
+        now[0] += 3
+        report(3, 8)
+        raise OutOfTimeError("the window closes")
+    first.pause("the window closes")
+    second = Progress(path, work, before=read_progress(path))
+    with second.stage("a"):
+        pass  # found on disk
+    with second.stage("b") as report:
+        now[0] += 5
+        report(8, 8)
+    assert second.seconds == {"a": 0, "b": 5}
+    assert second.spent == second.measured == {"a": 4, "b": 8}
 
 
 def test_progress_file_is_throttled_and_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
