@@ -258,7 +258,7 @@ def _found_stages(before: Mapping[str, Any], ledger: Ledger, inputs: str) -> set
     Args:
         before: Progress of the run that this one continues; empty without one.
         ledger: Of the studies folder.
-        inputs: :func:`aslseg.rounds.nights.inputs_hash` now.
+        inputs: :func:`aslseg.rounds.scheduling.nights.inputs_hash` now.
     """
     done = set(before.get("seconds", ()))
     same = [r.summary.get("inputs") == inputs for r in ledger.rounds() if r.state == "done"]
