@@ -102,8 +102,7 @@ def run_round(
         number, continued = ledger.open_round({"settings": settings.model_dump(exclude={"report_webhook"})})
         inputs = inputs_hash(found, settings)
         work = expected_work(found, settings, ledger, UNUSED_STAGES.get(settings.recipe, ()))
-        shown = read_progress(paths.home / "progress.json")
-        before = shown if continued and shown.get("round") == number else {}
+        before = _progress_of(paths, number) if continued else {}
         kept = _found_stages(before, ledger, inputs)
         progress = Progress(paths.home / "progress.json", work, report, number, kept, brake, before)
         with _record_outcome(progress, ledger, number):
@@ -250,6 +249,12 @@ def expected_work(
     for row in ledger.rounds():
         measured |= row.summary.get("rates", {})
     return {s: replace(w, rate=measured.get(s, w.rate)) for s, w in work.items() if s not in unused}
+
+
+def _progress_of(paths: Paths, number: int) -> dict[str, Any]:
+    """The progress of an earlier run of a round; empty where something else has run since."""
+    found = read_progress(paths.home / "progress.json")
+    return found if found.get("round") == number else {}
 
 
 def _found_stages(before: Mapping[str, Any], ledger: Ledger, inputs: str) -> set[str]:
