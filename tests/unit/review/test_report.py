@@ -122,7 +122,7 @@ def test_everything_stands_in_it(paths: Paths, settings: Settings) -> None:
         '<td>liver</td><td class="n">0.883</td><td class="n">8</td><td class="n">0.8</td><td></td>',
         '<td class="n">not measured</td><td class="n">0</td><td class="n">0.65</td><td>tumour: no human label</td>',
         "<td>liver: unlike the 5 human labels: worth a look</td>",
-        "found from before",
+        "found from before, or nothing to do",
         "a warning",
         "broken: no image",
         "No promoted scan has been labelled by a person yet",
