@@ -31,6 +31,8 @@ CONTRAST = (0.7, 3.0)
 # lesions darker and brighter than their parent that are assumed before any is seen
 PRIOR_DARKER, PRIOR_BRIGHTER = 3, 1
 MOST = 4
+# of a view's intensities, which are relative to the outermost label's median
+MIDDLE = 0.5
 MOST_COPIES = 16
 # ends the id of a copy; no file and so no scan has such a name
 COPY = "/synthetic"
@@ -44,11 +46,13 @@ class Appearance:
         contrasts: Median of each lesion less the median of its parent, in units of the view's intensities.
         radii: Radius of the ball of the same volume, mm.
         deviation: Robust standard deviation of the parent's intensities, the same units.
+        level: Median of the parent's intensities: that of the view (0.5) unless the parent lies in another label.
     """
 
     contrasts: tuple[float, ...]
     radii: tuple[float, ...]
     deviation: float
+    level: float = MIDDLE
 
     @classmethod
     def of(cls, cases: Iterable[Prepared], value: int, parent: Sequence[int]) -> Appearance:
@@ -63,12 +67,13 @@ class Appearance:
 
     @classmethod
     def pooled(cls, parts: Sequence[Appearance]) -> Appearance:
-        """All lesions of several cases, and the median deviation of those that hold the parent; 0.1 where none does."""
-        deviations = [one.deviation for one in parts if not math.isnan(one.deviation)]
+        """All lesions of several cases, and medians of deviation (else 0.1) and level of those that hold the parent."""
+        known = [one for one in parts if not math.isnan(one.deviation)]
         return cls(
             tuple(c for one in parts for c in one.contrasts),
             tuple(r for one in parts for r in one.radii),
-            float(np.median(deviations)) if deviations else 0.1,
+            float(np.median([one.deviation for one in known])) if known else 0.1,
+            float(np.median([one.level for one in known])) if known else MIDDLE,
         )
 
     @classmethod
@@ -85,7 +90,7 @@ class Appearance:
             inside = numbers[found] == n
             contrasts.append(float(np.median(image[found][inside]) - middle))
             radii.append(float((3 * inside.sum() * math.prod(case.grid.spacing) / (4 * math.pi)) ** (1 / 3)))
-        return cls(tuple(contrasts), tuple(radii), float(1.4826 * np.median(np.abs(around - middle))))
+        return cls(tuple(contrasts), tuple(radii), float(1.4826 * np.median(np.abs(around - middle))), float(middle))
 
     def draw(self, rng: np.random.Generator) -> tuple[float, float]:
         """A contrast and a radius in mm."""
@@ -126,6 +131,10 @@ class Lesions:
             for v, host in self.hosts.items():
                 parts[v].append(Appearance.of([case], v, [host]))
         self.appearance = {v: Appearance.pooled(found) for v, found in parts.items()}
+        for v, host in self.hosts.items():
+            if host not in self.hosts:
+                # views are relative to the outermost label with all that lies in it
+                self.appearance[v] = replace(self.appearance[v], level=MIDDLE)
 
     def at(self, spacing: tuple[float, float, float]) -> Lesions:
         """The same lesions for patches of another voxel size, in mm."""
@@ -171,8 +180,8 @@ class Lesions:
         # labelled lesions are measured with their blurred borders, and so count these
         contrast /= float(np.median(mask[within]))
         # what lies around the parent must not shine into it
-        parent = np.where(label[where] > 0, image[where], 0.5)
-        image[where] += mask * self._inside(parent, inner, contrast, radius, look.deviation, rng)
+        parent = np.where(label[where] > 0, image[where], look.level)
+        image[where] += mask * self._inside(parent, inner, contrast, radius, look, rng)
         np.clip(image, 0, 1, out=image)
         label[where][within & (label[where] == self.hosts[value])] = value
 
@@ -190,14 +199,14 @@ class Lesions:
         inner: np.ndarray,
         contrast: float,
         radius: float,
-        deviation: float,
+        look: Appearance,
         rng: np.random.Generator,
     ) -> np.ndarray:
         """What is added to the image inside of a lesion."""
-        texture = rng.uniform(0, 0.6) * deviation * self._field(image.shape, rng.uniform(1.5, 5), rng)
+        texture = rng.uniform(0, 0.6) * look.deviation * self._field(image.shape, rng.uniform(1.5, 5), rng)
         # vessels end at a lesion: what is larger than noise fades
         smooth = ndimage.gaussian_filter(image, 1.5)
-        added = contrast + texture + rng.uniform(0.2, 0.9) * (0.5 - smooth)
+        added = contrast + texture + rng.uniform(0.2, 0.9) * (look.level - smooth)
         if radius > 5 and rng.random() < 0.3:
             width = rng.uniform(1, 3)
             added += -np.sign(contrast) * rng.uniform(0.3, 1.2) * abs(contrast) * np.exp(-np.square(inner / width))

@@ -120,6 +120,32 @@ def test_a_label_in_a_nested_label_gets_lesions_in_that_one():
     assert seen.any()
 
 
+def test_what_lies_in_a_nested_label_differs_from_that_one_as_labelled_and_not_from_the_outermost():
+    """A dark tumour (0.2 below its liver) with a core that is darker still by 0.1."""
+    labels = Labels.parse("liver,tumour,necrosis", "tumour:liver,necrosis:tumour")
+
+    def scan(cores: int) -> Prepared:
+        case = view(0)
+        case.label[8:32, 8:28, 6:24] = 2
+        for n in range(cores):
+            case.label[12 + 6 * n : 15 + 6 * n, 14:17, 12:15] = 3
+        case.image[case.label > 1] -= 0.2
+        case.image[case.label == 3] -= 0.1
+        return case
+
+    lesions = Lesions([scan(3)] * 20, labels, 1.0)
+    # tumours lie in the view's own parent, whatever its median without them
+    assert lesions.appearance[2].level == 0.5
+    assert lesions.appearance[3].level == pytest.approx(0.3, abs=0.01)
+    lesions.hosts = {3: 2}
+    rng, differences = np.random.default_rng(5), []
+    for _ in range(20):
+        drawn = lesions.into(patch_of(scan(0)), rng)
+        if (drawn.label == 3).any():
+            differences.append(np.median(drawn.image[drawn.label == 3]) - 0.3)
+    assert np.median(differences) == pytest.approx(-0.1, abs=0.03)
+
+
 def test_lesions_of_one_voxel_and_cases_without_parent_are_no_obstacle():
     case = view(0)
     case.label[20, 20, 20] = 2
