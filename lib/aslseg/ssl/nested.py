@@ -40,6 +40,8 @@ def split(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 # distances from the parent's border are cut off here
 REACH_MM = 15.0
+# voxel size that stands for the scans' own, whatever these are: then mm are voxels
+NATIVE = (1.0, 1.0, 1.0)
 # smaller components of a predicted parent, as a part of its largest, do not widen its box
 LEAST_COMPONENT = 0.2
 
@@ -84,6 +86,18 @@ def top_level(labels: Labels) -> list[int]:
     return [n for n, parent in enumerate(labels.parents) if parent is None]
 
 
+def without_parent(case: Prepared, branch: Branch) -> str | None:
+    """What is said of a labelled case that shows something nested in a parent but not the parent itself; else None."""
+    values = np.unique(case.label) if case.label is not None else np.zeros(0)
+    if branch.values[0] in values or not np.isin(values, branch.values).any():
+        return None
+    parent, *inner = branch.labels.names
+    return (
+        f"{case.id} is labelled with {' or '.join(inner)} but without {parent} around it: the second stage learns "
+        "without it"
+    )
+
+
 def merged(class_map: np.ndarray, labels: Labels) -> np.ndarray:
     """A class map with every nested label counted as its top-level parent; values 1.. in the order of `top_level`."""
     table = np.zeros(256, np.uint8)
@@ -114,7 +128,7 @@ class Scale:
 
     Attributes:
         spacing: Voxel size of what the stage sees, in mm.
-        working: Voxel size of the working grid in mm; (1, 1, 1) where the scans' own is used, whatever it is.
+        working: Voxel size of the working grid in mm; NATIVE where the scans' own is used.
     """
 
     spacing: tuple[float, float, float]
@@ -307,7 +321,7 @@ def geometry(labelled: Sequence[Prepared], branch: Branch, settings: Settings, s
         settings: Margin, range and size.
         spacing: Of the working grid; None for the scans' own.
     """
-    working = spacing or (1.0, 1.0, 1.0)
+    working = spacing or NATIVE
     first = Geometry(working, working, settings.nested_margin, settings.nested_range, 0.5)
     shapes, centres = [], []
     for case in labelled:

@@ -26,6 +26,9 @@ from aslseg.types import ProgressCallback, no_progress
 
 logger = logging.getLogger(__name__)
 
+# to find the parent in a scan takes as long as several steps, and a training draws a few thousand patches
+MOST_UNLABELLED = 100
+
 
 def train(
     labelled: Sequence[Prepared],
@@ -57,10 +60,10 @@ def train(
 
 
 def _learnable(labelled: Sequence[Prepared], settings: Settings) -> list[Branch]:
-    """The parents with nested labels that get a second stage: those that some labelled scan shows."""
+    """The parents with nested labels that get a second stage: those that some human label shows."""
     found = []
     for branch in nested.branches(settings.label_set) if settings.nested_fraction else ():
-        there = [np.unique(c.label) for c in labelled if c.label is not None]
+        there = [np.unique(c.label) for c in _human(labelled) if c.label is not None]
         names = branch.labels.names
         if not any(branch.values[0] in values for values in there):
             logger.warning("no labelled scan shows %s: no second stage for %s", names[0], ", ".join(names[1:]))
@@ -70,6 +73,15 @@ def _learnable(labelled: Sequence[Prepared], settings: Settings) -> list[Branch]
             logger.info("%s is labelled in %d of %d scans", name, with_it, len(there))
         found.append(branch)
     return found
+
+
+def _human(labelled: Sequence[Prepared]) -> Sequence[Prepared]:
+    """The human labels, or all masks where there are none.
+
+    Promoted masks decide nothing of stages and grids, so that a training that learns them has those of the model that
+    it goes on from.
+    """
+    return [c for c in labelled if c.voxel_weight is None] or labelled
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,7 @@ def _train_stages(run: _Run, branches: Sequence[Branch], iterations: int) -> dic
     inner = replace(run, labelled=[c for c in run.labelled if _says_all(c, len(run.settings.label_set))])
     for branch in branches:
         name = branch.labels.names[0]
-        geometry = nested.geometry(inner.labelled, branch, run.settings, run.spacing)
+        geometry = nested.geometry(_human(inner.labelled), branch, run.settings, run.spacing)
         files.append(run.beside(f"second-{branch.parent}"))
         report = run.report_from(iterations - each * (len(branches) - len(stored)), iterations)
         results.append(_train_second(inner, files[-1], branch, geometry, first, each, report))
@@ -199,7 +211,9 @@ def _train_second(
         for c in _with_parent(run.labelled, branch)
     ]
     unlabelled = []
-    for case in run.unlabelled if run.settings.ssl_method != "supervised" else ():
+    for case in _some(run.unlabelled, run.settings):
+        # a step of the training that takes no step: it may pause or end here
+        report(0, steps)
         parent = nested.largest(first.predict(case.image).argmax(0) == value)
         if parent.any():
             unlabelled.append(_kept(nested.view_case(case, parent, branch, geometry), folder))
@@ -218,21 +232,23 @@ def _train_second(
     )
 
 
+def _some(unlabelled: Sequence[Prepared], settings: Settings) -> Sequence[Prepared]:
+    """The unlabelled scans that a second stage learns from: MOST_UNLABELLED at random, in their order."""
+    if settings.ssl_method == "supervised":
+        return ()
+    chosen = np.random.default_rng([settings.seed, 11]).permutation(len(unlabelled))[:MOST_UNLABELLED]
+    return [unlabelled[n] for n in sorted(chosen)]
+
+
 def _with_parent(cases: Sequence[Prepared], branch: Branch) -> list[Prepared]:
     """The labelled cases that show the parent itself; intensities relative to a lesion alone would mislead."""
     found = []
     for case in cases:
-        values = np.unique(case.label) if case.label is not None else np.zeros(0)
-        if branch.values[0] in values:
+        reason = nested.without_parent(case, branch)
+        if reason:
+            logger.warning("%s", reason)
+        elif case.label is not None and (np.asarray(case.label) == branch.values[0]).any():
             found.append(case)
-        elif np.isin(values, branch.values).any():
-            parent, *inner = branch.labels.names
-            logger.warning(
-                "%s is labelled with %s but without %s around it: the second stage learns without it",
-                case.id,
-                " or ".join(inner),
-                parent,
-            )
     return found
 
 

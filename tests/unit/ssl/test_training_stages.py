@@ -273,6 +273,42 @@ def test_without_a_labelled_parent_there_is_one_network(tmp_path, settings, capl
     assert "stages" not in read_metadata(tmp_path / "ssl.safetensors")
 
 
+def test_promoted_masks_decide_nothing_of_stages_and_grids(tmp_path, settings):
+    """A training that learns them goes on from a model that has not."""
+    whole = np.where(case("x").label == 2, 2, 1).astype(np.uint8)
+    promoted = [replace(case(name), label=whole, weight=0.5, voxel_weight=np.ones(SHAPE, np.float16)) for name in "cde"]
+    alone, again = tmp_path / "alone.safetensors", tmp_path / "again.safetensors"
+    chosen = settings(nested_voxels=6000)
+    run(alone, chosen)
+    run(again, chosen, [case("a"), case("bb"), *promoted], init=alone)
+    geometries = [read_metadata(p)["stages"]["second"]["liver"]["geometry"] for p in (alone, again)]
+    assert geometries[0] == geometries[1]
+    # no human label shows a liver
+    bare = [case("a", tumour=False, liver=False), case("bb", tumour=False, liver=False)]
+    run(alone, settings(), bare)
+    run(again, settings(), [*bare, *promoted], init=alone)
+    assert "stages" not in read_metadata(again)
+
+
+def test_a_second_stage_learns_from_so_many_unlabelled_scans_and_may_pause_at_each(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr("aslseg.ssl.nested.largest", lambda mask: case("x").label > 0)
+    monkeypatch.setattr(training, "MOST_UNLABELLED", 2)
+    seen, shown, real = [], [], engine.train
+    monkeypatch.setattr(
+        engine, "train", lambda a, free, *r, **k: seen.append([c.id for c in free]) or real(a, free, *r, **k)
+    )
+    free = [case(f"free{n}", labelled=False) for n in range(4)]
+    chosen = settings(ssl_method="mean_teacher")
+    run(tmp_path / "ssl.safetensors", chosen, free=free, report=lambda done, *_, **__: shown.append(done))
+    names = [c.id for c in free]
+    assert seen[0] == names
+    assert len(seen[1]) == 2
+    assert seen[1] == [name for name in names if name in seen[1]]
+    assert shown == [1, 2, 2, 2, 3, 4, 5]
+    run(tmp_path / "again.safetensors", chosen, free=free)
+    assert seen[3] == seen[1]
+
+
 def test_promoted_cases_keep_their_weights_in_the_second_stage(tmp_path, settings, monkeypatch):
     seen = []
     real = engine.train

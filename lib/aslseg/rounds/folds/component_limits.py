@@ -17,6 +17,7 @@ from aslseg.models.model_set import ModelSet
 from aslseg.rounds.folds.cross_fit import CrossFit, Fold
 from aslseg.rounds.steps.pipeline import RoundPipeline
 from aslseg.ssl import specks
+from aslseg.ssl.nested import NATIVE
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def limited(pipeline: RoundPipeline, found: CrossFit | Fold | None, model: Path)
 
 
 def _scans(pipeline: RoundPipeline, fold: Fold) -> FoldScans:
-    labels, spacing = pipeline.labels, pipeline.cases.spacing
+    # as prediction measures components, which does not know the voxels of a scan that is worked on as it is
+    labels, spacing = pipeline.labels, pipeline.cases.spacing or NATIVE
     found: FoldScans = {}
     for n, name in enumerate(labels.names):
         if labels.parents[n] is None:
@@ -79,7 +81,7 @@ def _scans(pipeline: RoundPipeline, fold: Fold) -> FoldScans:
         found[name] = []
         for case in fold.cases:
             truth = np.isin(np.asarray(case.label), labels.members(n))
-            found[name].append(specks.Scan.of(case.patient, fold.maps(case)[n], truth, spacing or case.grid.spacing))
+            found[name].append(specks.Scan.of(case.patient, fold.maps(case)[n], truth, spacing))
     return found
 
 

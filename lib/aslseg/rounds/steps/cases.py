@@ -12,6 +12,7 @@ import numpy as np
 from aslseg.cases.intensity_check import unusual_intensities
 from aslseg.cases.prepare import PreparedStore, Spacing, working_spacing
 from aslseg.cases.prepared_case import Prepared
+from aslseg.cases.relative import outermost
 from aslseg.cases.scan_likeness import unlike_labelled
 from aslseg.cases.split import split
 from aslseg.cases.studies import Case, Studies
@@ -22,6 +23,7 @@ from aslseg.models.kinds import ModelKind
 from aslseg.models.published import find_published, manifest
 from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.settings import Paths, Settings
+from aslseg.ssl import nested
 from aslseg.types import ProgressCallback, Volume
 from aslseg.volume.io import read_image
 
@@ -179,14 +181,32 @@ def _check(cases: RoundCases, studies: Studies, settings: Settings) -> None:
         )
     if not cases.unlabelled:
         cases.warnings.append("no unlabelled scans: nothing is ranked or promoted; add scans to the studies folder")
-    for name, value in settings.label_set.values.items():
-        if not _any_holds(value, cases.train):
-            cases.warnings.append(
+    cases.warnings += _about_labels(cases, settings)
+    for warning in cases.warnings:
+        logger.warning("%s", warning)
+
+
+def _about_labels(cases: RoundCases, settings: Settings) -> list[str]:
+    """What is missing in the labels that are trained on."""
+    labels, found = settings.label_set, []
+    outer = outermost(labels)
+    held = [_any_holds(value, cases.train) for value in labels.values.values()]
+    synthetic = bool(settings.nested_fraction and settings.nested_synthetic)
+    for n, name in enumerate(labels.names):
+        parent = outer[n]
+        if not held[n] and synthetic and parent is not None and held[parent]:
+            found.append(
+                f"no training label holds {name!r}: it is learned from synthetic ones alone (nested_synthetic); label "
+                "it in at least one scan"
+            )
+        elif not held[n]:
+            found.append(
                 f"no training label holds {name!r}: it cannot be learned; label it in at least one scan or take it "
                 "out of labels"
             )
-    for warning in cases.warnings:
-        logger.warning("%s", warning)
+    for branch in nested.branches(labels) if settings.nested_fraction else ():
+        found += filter(None, (nested.without_parent(case, branch) for case in cases.train))
+    return found
 
 
 def _any_holds(value: int, cases: Iterable[Prepared]) -> bool:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aslseg.compute.weights import read_metadata
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds.folds import cross_retrain
+from aslseg.rounds.folds import component_limits, cross_retrain
 from aslseg.rounds.folds.cross_fit import region_dice
 from aslseg.rounds.promotion.state import RoundState
 from aslseg.rounds.recipes import aslseg
 from aslseg.rounds.run import run_round
 from aslseg.rounds.steps import pipeline
-from aslseg.settings import Paths
-from aslseg.ssl import specks
+from aslseg.settings import Paths, Settings
+from aslseg.ssl import nested, specks
 from aslseg.ssl.synthetic_lesions import COPY
-from aslseg.types import no_progress
+from aslseg.types import Labels, no_progress
 from tiny_rounds import tiny_settings, tiny_studies
 
 PATIENTS = (
@@ -102,6 +104,24 @@ def test_the_published_model_has_the_limits_that_the_folds_say(
     for name in ("ssl", "retrained"):
         assert read_metadata(Path(summary["models"][name])).get("specks", {}) == expected
     assert run_round(studies, settings)["models"] == summary["models"]
+
+
+def test_limits_are_fitted_in_the_units_in_which_prediction_measures() -> None:
+    """Scans that keep their own voxels have no size in prediction: a component of 8 voxels has 8 there and here."""
+    label = np.zeros((8, 8, 8), np.uint8)
+    label[1:7, 1:7, 1:7] = 1
+    label[2:4, 2:4, 2:4] = 2
+    labels = Labels.parse("liver,tumour", "tumour:liver")
+    case: Any = SimpleNamespace(patient="a", label=label, grid=SimpleNamespace(spacing=(0.5, 0.5, 2.0)))
+    fold: Any = SimpleNamespace(cases=[case], maps=lambda one: labels.regions(one.label).astype(np.float32))
+    for spacing, mm3 in ((None, 8.0), ((2.0, 2.0, 1.0), 32.0)):
+        one: Any = SimpleNamespace(labels=labels, cases=SimpleNamespace(spacing=spacing))
+        (scan,) = component_limits._scans(one, fold)["tumour"]
+        assert scan.mm3.tolist() == [mm3]
+        working = nested.geometry([], nested.branches(labels)[0], Settings(), spacing).working
+        p = np.stack([label == n for n in range(3)]).astype(np.float32)
+        assert specks.clear(p, labels, {"tumour": {"probability": 0.0, "mm3": mm3}}, working) == 0
+        assert specks.clear(p, labels, {"tumour": {"probability": 0.0, "mm3": mm3 + 1}}, working) == 1
 
 
 @pytest.mark.usefixtures("plausible")

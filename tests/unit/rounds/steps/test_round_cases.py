@@ -8,7 +8,7 @@ from aslseg.errors import BadSettingsError
 from aslseg.rounds.steps.cases import prepare_cases
 from aslseg.settings import Paths, Settings
 from aslseg.types import Volume, no_progress
-from aslseg.volume.io import read_image, write_image
+from aslseg.volume.io import read_image, write_image, write_label
 from aslseg.volume.phantom import write_studies
 
 
@@ -23,8 +23,8 @@ def studies(tmp_path):
     return root
 
 
-def gather(root):
-    settings = Settings(min_free_gb=0, model_dir=str(root.parent / "models"))
+def gather(root, **conf):
+    settings = Settings(min_free_gb=0, model_dir=str(root.parent / "models"), **conf)
     return prepare_cases(read_studies(root), settings, Paths(settings, root), (), no_progress)
 
 
@@ -41,3 +41,30 @@ def test_a_table_of_patients_that_cannot_be_read_starts_nothing(studies):
     (studies / "patients.csv").write_text("case,patient\nphantom_000,\n")
     with pytest.raises(BadSettingsError, match=r"patients\.csv: line 2: no patient"):
         gather(studies)
+
+
+def redraw(studies, table):
+    """Change the values of all labels."""
+    for path in sorted((studies / "labels" / "final").iterdir()):
+        volume = read_image(path)
+        write_label(path, np.array(table, np.uint8)[volume.array.astype(int)], volume.affine)
+
+
+def test_a_nested_label_that_nobody_drew_is_learned_from_synthetic_ones_where_there_are_any(studies):
+    redraw(studies, [0, 1, 1])
+    assert any(
+        "no training label holds 'tumour': it is learned from synthetic ones alone" in w
+        for w in gather(studies).warnings
+    )
+    for conf in ({"nested_synthetic": 0}, {"nested_fraction": 0}, {"nested": ()}):
+        found = gather(studies, **conf).warnings
+        assert any("no training label holds 'tumour': it cannot be learned" in w for w in found)
+
+
+def test_lesions_without_the_parent_around_them_are_named(studies):
+    redraw(studies, [0, 0, 2])
+    found = gather(studies).warnings
+    assert [w for w in found if "labelled with tumour but without liver around it" in w]
+    # without a parent there is nothing to be synthetic in
+    assert any("no training label holds 'liver': it cannot be learned" in w for w in found)
+    assert not any("without liver" in w for w in gather(studies, nested_fraction=0).warnings)
