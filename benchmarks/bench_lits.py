@@ -227,6 +227,8 @@ def joined(arguments: argparse.Namespace, settings: Settings) -> None:
         nested.first_scale(scans.labelled, settings, scans.spacing),
     )
     inner = second.model(arguments.second / "second.safetensors")
+    if inner.metadata["method"] != "supervised":
+        raise SystemExit("the second stage has seen the true livers of unlabelled scans; train both stages with whole")
     arguments.steps = metadata["iterations"] + inner.metadata["iterations"]
     parts = [(second.branch, second.geometry, inner)]
     both = metadata | {"specks": inner.metadata.get("specks", {})}

@@ -7,7 +7,8 @@
 
 Split by patient; labelled sets, --tumours, --fold and the scores are those of bench_lits.py: Dice by patient, lesion
 recall, false lesions a scan, volume error, tumours in healthy livers. Each stage learns from the labelled scans alone
-and is given the masks of the stage before it, as in a round; the other scans of the labelled patients are unlabelled.
+and is given the masks of the stage before it, as in a round, but with synthetic errors alone; the other scans of the
+labelled patients are unlabelled.
 --crossfit K fits the limits on components to K folds, as a round does. Models that are there are not trained again.
 """
 

@@ -97,7 +97,7 @@ def train(
 ) -> None:
     """Train one model, with those it needs; it is published if it validates no worse than the published one.
 
-    Only a round has folds: their limits on components and the errors that SAM and adapter learn from them are left out.
+    As in a round, the folds are trained where the model depends on them; what a round has made is found.
     """
     if kind not in ("ssl", "sam", "adapter"):
         raise typer.BadParameter(f"expected ssl, sam or adapter, got {kind!r}")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from aslseg.cases.prepared_case import Prepared
+from aslseg.compute.weights import load_weights, save_weights
 from aslseg.ssl import engine
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
@@ -135,6 +136,12 @@ def test_stages_apart_are_trained_and_joined(
     assert result["steps"] == 4
     assert not list((tmp_path / "joined").glob("*.npz"))
     assert (tmp_path / "joined" / "outlines.png").exists()
+    # a second stage trained apart with unlabelled scans has seen their true livers
+    path = tmp_path / "second" / "second.safetensors"
+    state, metadata = load_weights(path, "ssl")
+    save_weights(path, state, metadata | {"method": "bcp_mt"})
+    with pytest.raises(SystemExit, match="true livers of unlabelled scans"):
+        benches.lits.main()
 
 
 def test_every_stage_is_scored_on_patients_that_none_has_seen(

@@ -48,6 +48,11 @@ class Prepared:
     label_hash: str = ""
 
 
+def human_labelled(cases: Sequence[Prepared]) -> Sequence[Prepared]:
+    """The cases with a human label, which are those without ``voxel_weight``; all where there are none."""
+    return [c for c in cases if c.voxel_weight is None] or cases
+
+
 def arrays(case: Prepared) -> dict[str, np.ndarray]:
     """The NumPy arrays of a case by field name."""
     values = {f.name: getattr(case, f.name) for f in fields(case)}

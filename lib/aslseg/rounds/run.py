@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from aslseg.cases.relative import half_range
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.compute.hardware import resolved
 from aslseg.errors import AslsegError, DiskFullError, OutOfTimeError
@@ -22,7 +23,9 @@ from aslseg.models.published import find_published
 from aslseg.registry import RECIPES, REPORTS
 from aslseg.rounds.feedback.corrections import record_checked
 from aslseg.rounds.feedback.savings import record_compared
+from aslseg.rounds.folds.component_limits import cross_fitted, limited
 from aslseg.rounds.folds.fold_share import fold_share
+from aslseg.rounds.folds.real_errors import learned_faults
 from aslseg.rounds.gate.fresh import FRESH, pooled, record_fresh, unscored
 from aslseg.rounds.gate.publishing import publish_better
 from aslseg.rounds.label_files.masks import sync_label_files, unwritable_labels
@@ -130,6 +133,9 @@ def train_stage(
 ) -> dict[str, Any]:
     """Train one kind of model, with those that it needs, and publish it if the gate allows it.
 
+    It is trained as by a round: with the folds where these give it anything, limits on components of nested labels or
+    errors to correct.
+
     Args:
         kind: ``ssl``, ``sam`` or ``adapter``.
         studies: The studies folder.
@@ -145,19 +151,26 @@ def train_stage(
     settings = resolved(settings)
     require_writable(settings, "home", "model_dir")
     paths, wanted = paths or Paths(settings, studies), ModelKind(kind)
-    needed = PUBLISHED_KINDS[: PUBLISHED_KINDS.index(wanted) + 1]
+    needed = [kind.value for kind in PUBLISHED_KINDS[: PUBLISHED_KINDS.index(wanted) + 1]]
+    with_folds = "folds" not in UNUSED_STAGES.get(settings.recipe, ()) and (
+        wanted != ModelKind.SSL or half_range(settings) is not None
+    )
+    needed[1:1] = ["folds"] if with_folds else []
     with opened_pipeline(studies, settings, paths, report, ("prepare", "fresh", *needed, "publish"), brake) as pipeline:
         progress, promoted = pipeline.progress, pipeline.promoted_before()
         _score_fresh(pipeline)
         files = {}
         with progress.stage("ssl") as shown:
-            files[ModelKind.SSL] = pipeline.train_ssl(promoted, shown)
+            ssl = pipeline.train_ssl(promoted, shown)
+        crossed = cross_fitted(pipeline) if with_folds else None
+        files[ModelKind.SSL] = limited(pipeline, crossed, ssl)
         if wanted != ModelKind.SSL:
             with progress.stage("sam") as shown:
-                files[ModelKind.SAM] = pipeline.train_sam(shown)
+                faults = learned_faults(pipeline, crossed, shown)
+                files[ModelKind.SAM] = pipeline.train_sam(shown, faults)
         if wanted == ModelKind.ADAPTER:
             with progress.stage("adapter") as shown:
-                files[ModelKind.ADAPTER] = pipeline.train_adapter(files[ModelKind.SAM], shown)
+                files[ModelKind.ADAPTER] = pipeline.train_adapter(files[ModelKind.SAM], shown, faults)
         made = _with_published(files, paths, wanted)
         with progress.stage("publish") as shown:
             ids = [p.case.id for p in promoted]
@@ -188,7 +201,9 @@ def opened_pipeline(
         require_free_disk(paths.home, settings.min_free_gb)
         ledger.require_whole()
         work = expected_work(found, settings, ledger)
-        progress = Progress(paths.home / "progress.json", {s: work[s] for s in stages}, report, brake=brake)
+        progress = Progress(
+            paths.home / "progress.json", {s: work[s] for s in stages if s in work}, report, brake=brake
+        )
         with _record_outcome(progress, ledger, None):
             paths.remember_models()
             cases = _cases(found, settings, paths, ledger, progress)

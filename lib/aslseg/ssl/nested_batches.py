@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aslseg.cases.patches import ComponentSampler, Patch, PatchSampler
-from aslseg.cases.prepared_case import Prepared
+from aslseg.cases.prepared_case import Prepared, human_labelled
 from aslseg.compute.augment import normal_noise
 from aslseg.ssl.batches import Batches
 from aslseg.ssl.nested import REACH_MM
@@ -57,9 +57,10 @@ class NestedBatches(Batches):
     network: Mapping[str, Any] = MappingProxyType({"channels": 2, "last_relu": False})
 
     def sampler(self, labelled: Sequence[Prepared], patch: tuple[int, int, int]) -> PatchSampler:
-        """Draws labelled patches, and learns what the labelled lesions look like."""
+        """Draws labelled patches, and learns what the lesions look like that people have labelled."""
         labels = self.settings.label_set
-        self.lesions = Lesions(labelled, labels, self.settings.nested_synthetic)
+        human = human_labelled(labelled)
+        self.lesions = Lesions(human, labels, self.settings.nested_synthetic)
         rare = [n + 1 for n, parent in enumerate(labels.parents) if parent is not None]
         return ComponentSampler(labelled, patch, len(labels), rare)
 

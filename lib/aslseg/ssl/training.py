@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aslseg.cases.prepare import Spacing, save_array
-from aslseg.cases.prepared_case import Prepared, arrays, backing_file
+from aslseg.cases.prepared_case import Prepared, arrays, backing_file, human_labelled
 from aslseg.compute.hardware import resolved
 from aslseg.compute.weights import load_weights, read_metadata, save_weights
 from aslseg.files import sha256
@@ -60,10 +60,14 @@ def train(
 
 
 def _learnable(labelled: Sequence[Prepared], settings: Settings) -> list[Branch]:
-    """The parents with nested labels that get a second stage: those that some human label shows."""
+    """The parents with nested labels that get a second stage: those that some human label shows.
+
+    Promoted masks decide nothing of stages and grids, so that a training that learns them has those of the model that
+    it goes on from.
+    """
     found = []
     for branch in nested.branches(settings.label_set) if settings.nested_fraction else ():
-        there = [np.unique(c.label) for c in _human(labelled) if c.label is not None]
+        there = [np.unique(c.label) for c in human_labelled(labelled) if c.label is not None]
         names = branch.labels.names
         if not any(branch.values[0] in values for values in there):
             logger.warning("no labelled scan shows %s: no second stage for %s", names[0], ", ".join(names[1:]))
@@ -73,15 +77,6 @@ def _learnable(labelled: Sequence[Prepared], settings: Settings) -> list[Branch]
             logger.info("%s is labelled in %d of %d scans", name, with_it, len(there))
         found.append(branch)
     return found
-
-
-def _human(labelled: Sequence[Prepared]) -> Sequence[Prepared]:
-    """The human labels, or all masks where there are none.
-
-    Promoted masks decide nothing of stages and grids, so that a training that learns them has those of the model that
-    it goes on from.
-    """
-    return [c for c in labelled if c.voxel_weight is None] or labelled
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ def _train_stages(run: _Run, branches: Sequence[Branch], iterations: int) -> dic
     inner = replace(run, labelled=[c for c in run.labelled if _says_all(c, len(run.settings.label_set))])
     for branch in branches:
         name = branch.labels.names[0]
-        geometry = nested.geometry(_human(inner.labelled), branch, run.settings, run.spacing)
+        geometry = nested.geometry(human_labelled(inner.labelled), branch, run.settings, run.spacing)
         files.append(run.beside(f"second-{branch.parent}"))
         report = run.report_from(iterations - each * (len(branches) - len(stored)), iterations)
         results.append(_train_second(inner, files[-1], branch, geometry, first, each, report))

@@ -13,7 +13,8 @@ from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.weights import load_weights, read_metadata, save_weights
 from aslseg.errors import BadWeightsError
 from aslseg.files import sha256
-from aslseg.ssl import engine, predict, specks, training
+from aslseg.ssl import engine, nested_batches, predict, specks, training
+from aslseg.ssl.synthetic_lesions import Lesions
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
 
@@ -315,8 +316,14 @@ def test_promoted_cases_keep_their_weights_in_the_second_stage(tmp_path, setting
     monkeypatch.setattr(
         engine, "train", lambda labelled, *a, **k: seen.append(list(labelled)) or real(labelled, *a, **k)
     )
+    measured = []
+    monkeypatch.setattr(
+        nested_batches, "Lesions", lambda cases, *rest: measured.append([c.id for c in cases]) or Lesions(cases, *rest)
+    )
     promoted = replace(case("bb"), weight=0.5, voxel_weight=np.full(SHAPE, 0.25, np.float16))
     run(tmp_path / "ssl.safetensors", settings(), [case("a"), promoted])
+    # synthetic lesions are like those that people drew, not like those that an earlier model took for lesions
+    assert measured == [["a"]]
     human, machine = seen[1]
     assert human.voxel_weight is None
     assert machine.weight == 0.5

@@ -14,7 +14,7 @@ import numpy as np
 from aslseg.compute.weights import read_metadata
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds.folds.cross_fit import CrossFit, Fold
+from aslseg.rounds.folds.cross_fit import CrossFit, Fold, cross_fit, folds
 from aslseg.rounds.steps.pipeline import RoundPipeline
 from aslseg.ssl import specks
 from aslseg.ssl.nested import NATIVE
@@ -23,6 +23,14 @@ logger = logging.getLogger(__name__)
 
 FoldScans = dict[str, list[specks.Scan]]
 """The scans of a fold by nested label."""
+
+
+def cross_fitted(pipeline: RoundPipeline) -> CrossFit | None:
+    """The stage ``folds``: the models of the folds, with limits on components; None where there are no folds."""
+    if not folds(pipeline.cases.train, pipeline.settings.most_folds):
+        return None
+    with pipeline.progress.stage("folds") as report:
+        return with_limits(pipeline, cross_fit(pipeline, report))
 
 
 def with_limits(pipeline: RoundPipeline, crossed: CrossFit | None) -> CrossFit | None:
@@ -46,8 +54,8 @@ def with_limits(pipeline: RoundPipeline, crossed: CrossFit | None) -> CrossFit |
     logger.info("limits on components, from %d folds: %s", len(scans), limits or "none")
     if not limits:
         return crossed
-    folds = [_limited_fold(pipeline, fold, _fitted(scans[:n] + scans[n + 1 :])) for n, fold in enumerate(crossed.folds)]
-    return CrossFit.scored(pipeline, folds, limits)
+    found = [_limited_fold(pipeline, fold, _fitted(scans[:n] + scans[n + 1 :])) for n, fold in enumerate(crossed.folds)]
+    return CrossFit.scored(pipeline, found, limits)
 
 
 def limited(pipeline: RoundPipeline, found: CrossFit | Fold | None, model: Path) -> Path:
@@ -85,9 +93,9 @@ def _scans(pipeline: RoundPipeline, fold: Fold) -> FoldScans:
     return found
 
 
-def _fitted(folds: Sequence[FoldScans]) -> dict[str, Any]:
-    names = folds[0] if folds else ()
-    pairs = {name: specks.fit([scan for fold in folds for scan in fold[name]]) for name in names}
+def _fitted(parts: Sequence[FoldScans]) -> dict[str, Any]:
+    names = parts[0] if parts else ()
+    pairs = {name: specks.fit([scan for part in parts for scan in part[name]]) for name in names}
     return specks.stored({name: pair for name, pair in pairs.items() if pair is not None})
 
 

@@ -81,6 +81,8 @@ def settings_hash(pipeline: RoundPipeline) -> str:
         s.disagreement_weight,
         s.uncertainty_weight,
         s.floors,
+        # they fit the limits on components, and make the errors that SAM and the adaptation network learn to correct
+        s.most_folds,
     ]
     hashes = [pipeline.cases.hashes(f) if f.is_file() else None for f in files]
     text = json.dumps([pipeline.training_settings(), retraining, hashes], sort_keys=True)

@@ -14,8 +14,7 @@ import numpy as np
 from aslseg.agreement.promotion_rules import PromotionLimits, refusals, select
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
-from aslseg.rounds.folds.component_limits import limited, with_limits
-from aslseg.rounds.folds.cross_fit import cross_fit, folds
+from aslseg.rounds.folds.component_limits import cross_fitted, limited
 from aslseg.rounds.folds.evidence import MIXED, Evidence, cascade_sources, fill_folds, gather, judge_labels, mix_sources
 from aslseg.rounds.folds.real_errors import learned_faults
 from aslseg.rounds.promotion.canaries import concerning
@@ -42,10 +41,7 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     before = pipeline.promoted_before()
     with progress.stage("ssl") as report:
         ssl = pipeline.train_ssl(before, report)
-    crossed = None
-    if folds(cases.train, pipeline.settings.most_folds):
-        with progress.stage("folds") as report:
-            crossed = with_limits(pipeline, cross_fit(pipeline, report))
+    crossed = cross_fitted(pipeline)
     ssl = limited(pipeline, crossed, ssl)
     with progress.stage("predict") as report:
         ssl_maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: ssl}))

@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 
 from aslseg.compute.weights import read_metadata
+from aslseg.files import sha256
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.folds import component_limits, cross_retrain
 from aslseg.rounds.folds.cross_fit import region_dice
 from aslseg.rounds.promotion.state import RoundState
 from aslseg.rounds.recipes import aslseg
-from aslseg.rounds.run import run_round
+from aslseg.rounds.run import run_round, train_stage
 from aslseg.rounds.steps import pipeline
 from aslseg.settings import Paths, Settings
 from aslseg.ssl import nested, specks
 from aslseg.ssl.synthetic_lesions import COPY
 from aslseg.types import Labels, no_progress
-from tiny_rounds import tiny_settings, tiny_studies
+from tiny_rounds import published_hashes, tiny_settings, tiny_studies
 
 PATIENTS = (
     "case,patient,role\nphantom_000,a,train\nphantom_001,b,train\nphantom_002,c,train\nphantom_003,d,validation\n"
@@ -132,3 +133,28 @@ def test_a_model_of_one_stage_has_no_limits(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(specks, "fit", lambda scans: specks.Limits(0.8, 30.0))
     run_round(studies, settings)
     assert not any("specks" in m for m in models(tmp_path, settings, studies))
+
+
+@pytest.mark.usefixtures("plausible")
+def test_a_single_training_makes_what_a_round_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits for the SSL model, errors of the folds for SAM and the adaptation network."""
+    studies = tiny_studies(tmp_path, cases=5, labelled=4)
+    settings = tiny_settings(tmp_path, label_folds=2, nested_fraction=0.5)
+    (studies / "patients.csv").write_text(PATIENTS)
+    monkeypatch.setattr(specks, "fit", lambda scans: specks.Limits(0.8, 30.0))
+    shown: list[str] = []
+    train_stage("ssl", studies, settings, lambda done, total, **more: shown.append(more["stage"]))
+    assert list(dict.fromkeys(shown)) == ["prepare", "fresh", "ssl", "folds", "publish"]
+    (published,) = Paths(settings, studies).models.glob("ssl-*.safetensors")
+    assert read_metadata(published)["specks"] == {"tumour": {"probability": 0.8, "mm3": 30.0}}
+    train_stage("adapter", studies, settings)
+    models = published_hashes(settings, studies)
+    summary = run_round(studies, settings)
+    for kind in ("ssl", "sam", "adapter"):
+        assert sha256(Path(summary["models"][kind])) == models.get(kind, models["ssl"])
+    # the folds give nothing to a network of one stage
+    trained: list[int] = []
+    train = pipeline.training.train
+    monkeypatch.setattr(pipeline.training, "train", lambda *a, **k: trained.append(len(a[0])) or train(*a, **k))
+    train_stage("ssl", studies, settings.model_copy(update={"nested_fraction": 0.0}))
+    assert trained == [3]

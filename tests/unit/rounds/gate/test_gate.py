@@ -356,13 +356,16 @@ def test_a_round_that_was_killed_after_it_published_decides_the_same_again(
     assert night.ledger.events(kinds=("published",), number=1) == [event]
 
 
-def test_what_floors_ask_is_among_the_settings_that_the_gate_compares(night: Night) -> None:
-    def known(floor: str) -> str:
-        chosen = resolved(tiny_settings(night.kept, promote_floor=floor))
+def test_floors_and_folds_are_among_the_settings_that_the_gate_compares(night: Night) -> None:
+    def known(**conf: object) -> str:
+        chosen = resolved(tiny_settings(night.kept, **conf))
         with opened_pipeline(night.studies, chosen, night.paths, no_progress, ("prepare",)) as found:
             return settings_hash(found)
 
-    assert known("0.5") != known("0.6")
+    assert known(promote_floor="0.5") != known(promote_floor="0.6")
+    # limits on components and the errors that SAM learns to correct come from the folds
+    assert known(label_folds=0) != known(label_folds=2)
+    assert known(label_folds=4) == known(label_folds="auto")
 
 
 def test_a_fold_whose_retraining_diverges_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
