@@ -206,7 +206,7 @@ def _train_second(
         for c in _with_parent(run.labelled, branch)
     ]
     unlabelled = []
-    for case in _some(run.unlabelled, run.settings):
+    for case in map(engine.without_label, _some(run.unlabelled, run.settings)):
         # a step of the training that takes no step: it may pause or end here
         report(0, steps)
         parent = nested.largest(first.predict(case.image).argmax(0) == value)

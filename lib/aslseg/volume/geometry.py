@@ -88,7 +88,8 @@ def resize(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """Trilinear resize of (i, j, k), each axis averaged first where it shrinks by more than half a voxel."""
     if array.shape == shape:
         return array
-    tensor = torch.from_numpy(np.ascontiguousarray(array))[None, None]
+    # a copy of what is mapped read-only, of which torch warns
+    tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))[None, None]
     shrunk = tuple(min(n, m) for n, m in zip(array.shape, shape, strict=True))
     if shrunk != array.shape:
         tensor = (

@@ -73,7 +73,7 @@ TIMES = ("seconds", "measured", "rates", "ledger", "models", "inputs")
 
 @pytest.mark.usefixtures("plausible")
 def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through two whole rounds: folds, ensemble, verdicts, canaries, promotion, drift, retraining, gate and report."""
+    """Through two rounds of two stages: folds, ensemble, verdicts, canaries, promotion, drift, retraining and gate."""
     prepare, rng = run.prepare_cases, np.random.default_rng(0)
 
     def poison(number: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -91,7 +91,7 @@ def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path: Path, monk
         root = tmp_path / name
         root.mkdir()
         studies = tiny_studies(root)
-        settings = tiny_settings(root, promote_fraction=1, promote_empty=1, label_folds=2)
+        settings = tiny_settings(root, promote_fraction=1, promote_empty=1, label_folds=2, nested_fraction=0.5)
         (studies / "patients.csv").write_text("case,patient,role\nphantom_000,P,validation\nphantom_005,P,\n")
         monkeypatch.setattr(run, "prepare_cases", preparation)
         summaries = [run_round(studies, settings) for _ in range(2)]

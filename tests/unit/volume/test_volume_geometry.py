@@ -1,13 +1,15 @@
 import tracemalloc
+import warnings
 from itertools import permutations, product
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from aslseg.compute.overlap import dice
 from aslseg.types import Labels, Volume
-from aslseg.volume.geometry import Grid
+from aslseg.volume.geometry import Grid, resize
 
 LABELS = Labels.parse("liver,tumour", "tumour:liver")
 SPACING = (0.8, 1.5, 4.0)
@@ -157,3 +159,16 @@ def test_a_single_slice_works():
     grid = Grid.of(Volume(array, np.diag([1.0, 1.0, 5.0, 1.0])), (2.0, 2.0, 2.5))
     assert grid.shape == (8, 8, 2)
     assert grid.to_native(grid.to_working(array)).shape == (16, 16, 1)
+
+
+def test_what_is_mapped_read_only_is_resized_without_a_warning_of_torch():
+    array = np.random.default_rng(0).random((8, 8, 8)).astype(np.float32)
+    array.flags.writeable = False
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert resize(array, (4, 4, 4)).shape == (4, 4, 4)
+    finally:
+        torch.set_warn_always(before)
