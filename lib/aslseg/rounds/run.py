@@ -152,9 +152,7 @@ def train_stage(
     require_writable(settings, "home", "model_dir")
     paths, wanted = paths or Paths(settings, studies), ModelKind(kind)
     needed = [kind.value for kind in PUBLISHED_KINDS[: PUBLISHED_KINDS.index(wanted) + 1]]
-    with_folds = "folds" not in UNUSED_STAGES.get(settings.recipe, ()) and (
-        wanted != ModelKind.SSL or half_range(settings) is not None
-    )
+    with_folds = _depends_on_folds(wanted, settings)
     needed[1:1] = ["folds"] if with_folds else []
     with opened_pipeline(studies, settings, paths, report, ("prepare", "fresh", *needed, "publish"), brake) as pipeline:
         progress, promoted = pipeline.progress, pipeline.promoted_before()
@@ -183,6 +181,13 @@ def train_stage(
         "skipped": pipeline.cases.skipped,
         "seconds": progress.seconds,
     }
+
+
+def _depends_on_folds(kind: ModelKind, settings: Settings) -> bool:
+    """Whether a model has limits on components, or learned to correct the folds' errors."""
+    if "folds" in UNUSED_STAGES.get(settings.recipe, ()):
+        return False
+    return kind != ModelKind.SSL or half_range(settings) is not None
 
 
 @contextmanager
