@@ -292,7 +292,7 @@ def first_scale(labelled: Sequence[Prepared], settings: Settings, spacing: Spaci
         settings: Labels and size.
         spacing: Of the working grid; None for the scans' own.
     """
-    working = spacing or (1.0, 1.0, 1.0)
+    working = spacing or NATIVE
     if len(branches(settings.label_set)) < len(top_level(settings.label_set)):
         return Scale(working, working)
     size = np.median([case.image.shape for case in labelled], axis=0) * working

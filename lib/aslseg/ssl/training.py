@@ -171,7 +171,7 @@ def _first_scale(run: _Run) -> Scale:
         metadata = read_metadata(run.init)
         if "stages" in metadata:
             return scale_of(metadata)
-    return nested.first_scale(run.labelled, run.settings, run.spacing)
+    return nested.first_scale(human_labelled(run.labelled), run.settings, run.spacing)
 
 
 def _train_first(run: _Run, out: Path, scale: Scale, steps: int, total: int) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _train_first(run: _Run, out: Path, scale: Scale, steps: int, total: int) -> 
     return run.stage(
         out,
         [seen(c) for c in run.labelled],
-        [seen(c) for c in run.unlabelled],
+        [seen(engine.without_label(c)) for c in run.unlabelled],
         settings,
         steps,
         init=run.init_of(nested.FIRST, "first"),
