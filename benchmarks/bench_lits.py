@@ -201,8 +201,8 @@ def first_only(arguments: argparse.Namespace, settings: Settings) -> None:
     if not out.exists():
         livers = [replace(c, label=nested.merged(np.asarray(c.label), settings.label_set)) for c in scans.labelled]
         livers = [nested.scaled_case(replace(c, voxel_weight=None), top.label_set, scale) for c in livers]
-        free = [] if settings.ssl_method == "supervised" else scans.rest
-        free = [nested.scaled_case(replace(c, label=None), top.label_set, scale) for c in free]
+        rest = [] if settings.ssl_method == "supervised" else scans.rest
+        free = [nested.scaled_case(engine.without_label(c), top.label_set, scale) for c in rest]
         trained(arguments, engine.train(livers, free, top, out, iterations=arguments.steps, spacing=scans.spacing))
     if arguments.train_only:
         return
@@ -230,8 +230,7 @@ def joined(arguments: argparse.Namespace, settings: Settings) -> None:
     if inner.metadata["method"] != "supervised":
         raise SystemExit("the second stage has seen the true livers of unlabelled scans; train both stages with whole")
     arguments.steps = metadata["iterations"] + inner.metadata["iterations"]
-    parts = [(second.branch, second.geometry, inner)]
-    both = metadata | {"specks": inner.metadata.get("specks", {})}
+    both, parts = metadata | {"specks": inner.metadata.get("specks", {})}, [(second.branch, second.geometry, inner)]
     score_whole(arguments, settings, predict.NestedModel(first, parts, both, settings), scans.test)
 
 
