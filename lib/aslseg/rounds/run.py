@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aslseg.cases.relative import half_range
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.compute.hardware import resolved
 from aslseg.errors import AslsegError, DiskFullError, OutOfTimeError
@@ -23,7 +22,7 @@ from aslseg.models.published import find_published
 from aslseg.registry import RECIPES, REPORTS
 from aslseg.rounds.feedback.corrections import record_checked
 from aslseg.rounds.feedback.savings import record_compared
-from aslseg.rounds.folds.component_limits import cross_fitted, limited
+from aslseg.rounds.folds.component_limits import cross_fitted, depends_on_folds, limited
 from aslseg.rounds.folds.fold_share import fold_share
 from aslseg.rounds.folds.real_errors import learned_faults
 from aslseg.rounds.gate.fresh import FRESH, pooled, record_fresh, unscored
@@ -133,8 +132,7 @@ def train_stage(
 ) -> dict[str, Any]:
     """Train one kind of model, with those that it needs, and publish it if the gate allows it.
 
-    It is trained as by a round: with the folds where these give it anything, limits on components of nested labels or
-    errors to correct.
+    It is trained as by a round, with the folds where it depends on them.
 
     Args:
         kind: ``ssl``, ``sam`` or ``adapter``.
@@ -152,7 +150,7 @@ def train_stage(
     require_writable(settings, "home", "model_dir")
     paths, wanted = paths or Paths(settings, studies), ModelKind(kind)
     needed = [kind.value for kind in PUBLISHED_KINDS[: PUBLISHED_KINDS.index(wanted) + 1]]
-    with_folds = _depends_on_folds(wanted, settings)
+    with_folds = depends_on_folds(wanted, settings)
     needed[1:1] = ["folds"] if with_folds else []
     with opened_pipeline(studies, settings, paths, report, ("prepare", "fresh", *needed, "publish"), brake) as pipeline:
         progress, promoted = pipeline.progress, pipeline.promoted_before()
@@ -181,13 +179,6 @@ def train_stage(
         "skipped": pipeline.cases.skipped,
         "seconds": progress.seconds,
     }
-
-
-def _depends_on_folds(kind: ModelKind, settings: Settings) -> bool:
-    """Whether a model has limits on components, or learned to correct the folds' errors."""
-    if "folds" in UNUSED_STAGES.get(settings.recipe, ()):
-        return False
-    return kind != ModelKind.SSL or half_range(settings) is not None
 
 
 @contextmanager

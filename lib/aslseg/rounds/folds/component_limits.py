@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from aslseg.cases.relative import half_range
 from aslseg.compute.weights import read_metadata
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.folds.cross_fit import CrossFit, Fold, cross_fit, folds
 from aslseg.rounds.steps.pipeline import RoundPipeline
+from aslseg.settings import Settings
 from aslseg.ssl import specks
 from aslseg.ssl.nested import NATIVE
 
@@ -23,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 FoldScans = dict[str, list[specks.Scan]]
 """The scans of a fold by nested label."""
+
+
+def depends_on_folds(kind: ModelKind, settings: Settings) -> bool:
+    """Whether a model of a round has limits on components, or learned to correct the folds' errors."""
+    return settings.recipe == "aslseg" and (kind != ModelKind.SSL or half_range(settings) is not None)
 
 
 def cross_fitted(pipeline: RoundPipeline) -> CrossFit | None:
