@@ -26,6 +26,7 @@ from aslseg.settings import Settings
 from aslseg.ssl import specks
 from aslseg.ssl.nested import (
     FIRST,
+    NATIVE,
     Branch,
     Geometry,
     Scale,
@@ -343,7 +344,7 @@ def load(path: Path, settings: Settings) -> SSLModel | NestedModel:
 
 def scale_of(metadata: Mapping[str, Any]) -> Scale:
     """The first stage's grid of a file of two stages; files without one have the working grid."""
-    own = metadata["spacing"] or (1.0, 1.0, 1.0)
+    own = metadata["spacing"] or NATIVE
     return Scale.of(metadata["stages"].get("scale") or {"spacing": own, "working": own})
 
 

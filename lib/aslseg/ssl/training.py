@@ -26,7 +26,7 @@ from aslseg.types import ProgressCallback, no_progress
 
 logger = logging.getLogger(__name__)
 
-# to find the parent in a scan takes as long as several steps, and a training draws a few thousand patches
+# a scan on a stage's own grid costs time and disk before the first step, and a training draws a few thousand patches
 MOST_UNLABELLED = 100
 
 
@@ -176,22 +176,26 @@ def _first_scale(run: _Run) -> Scale:
 
 def _train_first(run: _Run, out: Path, scale: Scale, steps: int, total: int) -> dict[str, Any]:
     labels, settings = run.settings.label_set, nested.first_settings(run.settings)
+    coarse, report = scale.spacing != scale.working, run.report_from(0, total)
 
     def seen(case: Prepared) -> Prepared:
         if case.label is not None:
             case = replace(case, label=nested.merged(np.asarray(case.label), labels))
-        if scale.shape(case.image.shape) != case.image.shape:
+        if coarse:
+            # a step of the training that takes no step: it may pause or end here
+            report(0, steps)
             case = nested.scaled_case(case, settings.label_set, scale)
         return _kept(case, _folder(out))
 
+    unlabelled = map(engine.without_label, _some(run.unlabelled, run.settings) if coarse else run.unlabelled)
     return run.stage(
         out,
         [seen(c) for c in run.labelled],
-        [seen(engine.without_label(c)) for c in run.unlabelled],
+        [seen(c) for c in unlabelled],
         settings,
         steps,
         init=run.init_of(nested.FIRST, "first"),
-        report=run.report_from(0, total),
+        report=report,
         reuse=True,
     )
 
@@ -228,7 +232,7 @@ def _train_second(
 
 
 def _some(unlabelled: Sequence[Prepared], settings: Settings) -> Sequence[Prepared]:
-    """The unlabelled scans that a second stage learns from: MOST_UNLABELLED at random, in their order."""
+    """The unlabelled scans that a stage on a grid of its own learns from: MOST_UNLABELLED at random, in their order."""
     if settings.ssl_method == "supervised":
         return ()
     chosen = np.random.default_rng([settings.seed, 11]).permutation(len(unlabelled))[:MOST_UNLABELLED]

@@ -291,7 +291,7 @@ def test_promoted_masks_decide_nothing_of_stages_and_grids(tmp_path, settings):
     assert "stages" not in read_metadata(again)
 
 
-def test_a_second_stage_learns_from_so_many_unlabelled_scans_and_may_pause_at_each(tmp_path, settings, monkeypatch):
+def test_a_stage_with_its_own_grid_learns_from_so_many_unlabelled_scans_and_may_pause_at_each(tmp_path, settings, monkeypatch):
     monkeypatch.setattr("aslseg.ssl.nested.largest", lambda mask: case("x").label > 0)
     monkeypatch.setattr(training, "MOST_UNLABELLED", 2)
     seen, shown, real = [], [], engine.train
@@ -308,6 +308,12 @@ def test_a_second_stage_learns_from_so_many_unlabelled_scans_and_may_pause_at_ea
     assert shown == [1, 2, 2, 2, 3, 4, 5]
     run(tmp_path / "again.safetensors", chosen, free=free)
     assert seen[3] == seen[1]
+    # so does a first stage that sees a grid of its own
+    shown.clear()
+    coarse = settings(ssl_method="mean_teacher", nested_first_voxels=4000)
+    run(tmp_path / "coarse.safetensors", coarse, free=free, report=lambda done, *_, **__: shown.append(done))
+    assert seen[4] == seen[1]
+    assert shown == [0, 0, 0, 0, 1, 2, 2, 2, 3, 4, 5]
 
 
 def test_promoted_cases_keep_their_weights_in_the_second_stage(tmp_path, settings, monkeypatch):
