@@ -291,7 +291,7 @@ def test_promoted_masks_decide_nothing_of_stages_and_grids(tmp_path, settings):
     assert "stages" not in read_metadata(again)
 
 
-def test_a_stage_with_its_own_grid_learns_from_so_many_unlabelled_scans_and_may_pause_at_each(tmp_path, settings, monkeypatch):
+def test_a_stage_with_its_own_grid_takes_few_unlabelled_scans_and_pauses_at_each(tmp_path, settings, monkeypatch):
     monkeypatch.setattr("aslseg.ssl.nested.largest", lambda mask: case("x").label > 0)
     monkeypatch.setattr(training, "MOST_UNLABELLED", 2)
     seen, shown, real = [], [], engine.train
