@@ -25,8 +25,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,86 +34,27 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
-from aslseg.cases.prepare import PreparedStore, Spacing, working_spacing
 from aslseg.cases.prepared_case import Prepared
-from aslseg.cases.studies import Case
 from aslseg.compute.device import choose_device
 from aslseg.compute.overlap import dice
 from aslseg.compute.weights import load_weights, save_weights
 from aslseg.rounds.folds.cross_fit import folds
 from aslseg.settings import Settings, load_settings
 from aslseg.ssl import engine, nested, predict, specks, training
-from aslseg.volume.io import read_image
 from lits_scoring import (
     DATA,
     ROTATIONS,
     draw,
-    fold_patients,
-    known_patients,
-    lesion_score,
-    name_of,
-    patients,
     read_results,
+    row_of,
     show,
     slice_of_most,
     summary,
     table,
 )
+from lits_split import LITS, Split, split
 
 logger = logging.getLogger("bench_lits")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Scans on the working grid.
-
-    Attributes:
-        labelled: Learned from.
-        rest: Other scans of the labelled set's patients: unlabelled.
-        test: Scans of the held-out patients.
-        spacing: Of the working grid.
-    """
-
-    labelled: list[Prepared]
-    rest: list[Prepared]
-    test: list[Prepared]
-    spacing: Spacing
-
-
-def split(arguments: argparse.Namespace, settings: Settings) -> Split:
-    """The scans that the arguments name."""
-    data, who = arguments.data, patients(arguments.data)
-    if arguments.fold:
-        number, count = map(int, arguments.fold.split("/"))
-        held = fold_patients(number, count, data)
-        chosen = labelled = [name for name, patient in who.items() if patient not in held]
-    else:
-        held = set(who.values()) - known_patients(arguments.rotation, data)
-        chosen = [name_of(n) for n in ROTATIONS[arguments.rotation - 1]]
-        labelled = chosen[: arguments.labelled]
-
-    def file(folder: str, name: str) -> Path:
-        packed = data / folder / f"{name}.nii.gz"
-        return packed if packed.exists() else packed.with_suffix("")
-
-    spacing = working_spacing([read_image(file("images", name)) for name in chosen], settings)
-    store = PreparedStore(arguments.cache, settings, spacing)
-    scans = [Case(name, file("images", name), patient, "train", file("labels", name)) for name, patient in who.items()]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        cases = dict(zip(who, pool.map(store.load, scans), strict=True))
-    rest = [c for n, c in cases.items() if c.patient not in held and n not in labelled]
-    test = [c for c in cases.values() if c.patient in held]
-    return Split([taught(cases[n], arguments.tumours) for n in labelled], rest, test, spacing)
-
-
-def taught(case: Prepared, tumours: str) -> Prepared:
-    """A labelled case with what is said of its tumours: all, that they are liver, or nothing."""
-    label = np.asarray(case.label)
-    if tumours == "liver":
-        return replace(case, label=np.minimum(label, 1))
-    if tumours == "unknown":
-        return replace(case, label=np.minimum(label, 1), voxel_weight=(label < 2).astype(np.float16))
-    return case
 
 
 class Second:
@@ -295,11 +235,8 @@ class Scored:
 
     def add_mask(self, case: Prepared, where: Any, found: np.ndarray, unfiltered: np.ndarray | None = None) -> None:
         """Score a class map in a box, and what it was with all components."""
-        truth, ml = np.asarray(case.label)[where], float(np.prod(case.grid.spacing)) / 1000
-        row: dict[str, Any] = {"case": case.id, "patient": case.patient}
-        if unfiltered is not None:
-            row["unfiltered"] = lesion_score(unfiltered == 2, truth == 2, ml)
-        row |= {"liver": dice(found > 0, truth > 0), "tumour": lesion_score(found == 2, truth == 2, ml)}
+        truth = np.asarray(case.label)[where]
+        row = row_of(case, found, truth, unfiltered)
         self.rows.append(row)
         if (truth == 2).any():
             self.slices[case.id] = slice_of_most(truth, found)
@@ -374,8 +311,7 @@ def shared_arguments(found: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def prepare(arguments: argparse.Namespace, defaults: dict[str, str]) -> Settings:
     """Settings of a run; its folder is made and its arm named."""
-    conf = {"labels": "liver,tumour", "nested": "tumour:liver", "modality": "ct"} | defaults
-    settings = load_settings(conf | dict(pair.split("=", 1) for pair in arguments.conf), env={})[0]
+    settings = load_settings(LITS | defaults | dict(pair.split("=", 1) for pair in arguments.conf), env={})[0]
     torch.set_num_threads(settings.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.backends.cudnn.benchmark = choose_device(settings).type == "cuda"
     arguments.arm = arguments.arm or arm_of(arguments, settings)

@@ -1,30 +1,41 @@
-"""What the loop's masks are worth at equal compute: left atria of ../shared/data/la, few labels, several labelled sets.
+"""What the loop's masks are worth at equal compute: few labels, several labelled sets, each with a seed of its own.
 
-Of the first 48 scans of train.txt, L are labelled (set N: lines L(N - 1) + 1 to LN) and the others are not. Lines 49 to
-64 are the scans to choose by; lines 65 to 80, the held-out ones, decide nothing. Set N has a seed of its own. An arm is
-a training of a multiple of ``--steps`` steps that may learn masks of the unlabelled scans, a mean of several models, or
-(``round ...``) a whole round on a studies folder with the settings' defaults and the small SAM.
+Left atria (../shared/data/la): of the first 48 scans of train.txt, L are labelled (set N: lines L(N - 1) + 1 to LN) and
+the others are not. Lines 49 to 64 are the scans to choose by; lines 65 to 80, the held-out ones, decide nothing.
+
+Livers with tumours (a folder with a patients.csv, ../shared/data/lits_tumour): set N is rotation N of bench_lits.py, of
+which the first L scans are labelled. All other scans are unlabelled, and those of other patients are scored as well,
+since the scans that are learned without label are those that want masks. So a score says how good the masks of these
+scans are, not those of scans that come later.
+
+An arm is a training of a multiple of ``--steps`` steps, in two stages where labels are nested, that may learn masks of
+the unlabelled scans; a mean of several models; or (``round ...``, atria only) a whole round on a studies folder with
+the settings' defaults and the small SAM. Masks are ranked as a round ranks them. Labels of unlabelled and scored scans
+are used for scores alone, after an arm's training; arms named after true labels, and ``perfect selection``, learn them.
+No limits on components are fitted.
 
     python benchmarks/bench_loop.py --edge 2 --labelled 4 --sets 1,2,3 --out work/loop
+    python benchmarks/bench_loop.py --data ../shared/data/lits_tumour --labelled 8 --sets 1,2,3 --out work/loop
     python benchmarks/bench_loop.py --arms ssl,student,today --sets 1 --out work/loop
     python benchmarks/bench_loop.py --arms none --out work/loop --pool other/loop     # only the tables
     python benchmarks/bench_loop.py --arms ssl,supervised --pairs pairs.csv --out work/loop   # for bench_promise.py
     python benchmarks/bench_loop.py --edge 2 --reduce work/la2         # the scans, averaged; to be used as --data
 
 Any number of processes may share one --out: an arm that another one computes is left to it, and finished arms are not
-computed again. A killed training goes on from its checkpoint. OUT/edgeE_labelsL/setN/ARM/result.json has the scores;
-models and maps are beside it or under --work. OUT/table.md compares arms with the SSL model alone, trained for as long
-as the whole loop (:mod:`loop_table`).
+computed again. A killed training goes on from its checkpoint. OUT/SETTING/setN/ARM/result.json has the scores, where
+SETTING is edgeE_labelsL or lits_labelsL; models and maps are beside it or under --work. OUT/table.md compares arms with
+the SSL model alone, trained for as long as the whole loop (:mod:`loop_table`).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,71 +46,50 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from aslseg.cases.prepare import prepare
+from aslseg.agreement.measures import Agreement, compare
+from aslseg.agreement.promotion_rules import PromotionLimits, Verdict, select
 from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.overlap import dice
 from aslseg.files import atomic_file, write_json
-from aslseg.settings import Settings, load_settings
+from aslseg.settings import load_settings
 from aslseg.settings.model import MOST_FOLDS
-from aslseg.ssl import engine
+from aslseg.ssl import training
 from aslseg.ssl.predict import load
-from aslseg.types import Volume
-from aslseg.volume.io import read_image, write_image, write_label
+from lits_scoring import row_of
 from loop_arms import MAIN, Arm, arms
-from loop_rounds import native_label, run_one_round
+from loop_data import ATRIA, LIVERS, PATCHES, ScanSet, atria, livers, read_atria, reduce, with_truth
+from loop_rounds import run_one_round
 from loop_table import tables
-from realdata_la import averaged, averaged_affine
 
 logger = logging.getLogger("bench_loop")
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "la"
-TRAINED = 48
-PATCHES = {2: "64,64,32", 3: "48,48,32"}
 UNCERTAIN = 0.1
 WAIT = 2.0
 """Seconds after which it is looked again whether another process has finished an arm."""
-CONF = {
-    "labels": "atrium",
-    "nested": "",
-    "modality": "mr",
-    "spacing": "native",
-    "network": "vnet_small",
-}
 
 
 class Bench:
     """The arms of one labelled set.
 
     Args:
-        scans: Of the whole list.
+        scans: Of the set.
         folders: Of the set: where results are, and where models and maps are.
-        labelled: Number of labelled scans.
         number: The labelled set, from 1.
         steps: Training steps of an arm.
         conf: Settings of all trainings.
     """
 
     def __init__(
-        self,
-        scans: Sequence[tuple[Volume, Prepared]],
-        folders: tuple[Path, Path],
-        labelled: int,
-        number: int,
-        steps: int,
-        conf: dict[str, str],
+        self, scans: ScanSet, folders: tuple[Path, Path], number: int, steps: int, conf: dict[str, str]
     ) -> None:
-        known = range(labelled * (number - 1), labelled * number)
-        if known.stop > TRAINED:
-            raise SystemExit(f"set {number} of {labelled} labels ends behind line {TRAINED}; ask for a smaller one")
-        self.volumes = {case.id: volume for volume, case in scans}
-        cases = [case for _, case in scans]
-        self.labelled = [cases[n] for n in known]
-        self.unlabelled = [c for n, c in enumerate(cases[:TRAINED]) if n not in known]
-        self.scored = cases[TRAINED:]
-        (self.folder, self.work), self.steps, self.arms = folders, steps, arms(labelled)
+        self.scans, self.labelled, self.unlabelled = scans, scans.labelled, scans.unlabelled
+        (self.folder, self.work), self.steps = folders, steps
+        self.arms = {n: arm for n, arm in arms(len(scans.labelled)).items() if scans.volumes or not arm.recipe}
         settings = load_settings(conf, env={})[0]
         self.conf = conf | {"seed": str(settings.seed + number - 1)}
         self.settings = settings.model_copy(update={"seed": settings.seed + number - 1})
+        self.labels = settings.label_set
         self.shared = {need for arm in self.arms.values() for need in arm.needs}
 
     def order(self, wanted: Sequence[str]) -> list[str]:
@@ -142,20 +132,44 @@ class Bench:
         maps, notes = self.average(arm) if arm.members else self.train(name, arm)
         if name in self.shared:
             self.keep(name, maps)
-        scored = {c.id: score(maps, c) for c in self.scored}
+        predicted = time.monotonic()
+        masks = {case: self.labels.decode(p) for case, p in maps.items()}
+        scored = {c.id: self.score(masks[c.id], c) for c in self.scans.scored}
+        rows = [row_of(c, masks[c.id], self.scans.truth(c.id)) for c in self.scans.scored if len(self.labels) > 1]
         out = [] if arm.fold is None else self.part(arm.fold)
-        free = [c for c in self.unlabelled if c.id in maps]
         result = {
             "dice": scored,
-            "unlabelled": float(np.mean([score(maps, c) for c in free])) if free else None,
-            "left_out": float(np.mean([score(maps, c) for c in out])) if out else None,
+            **({"rows": rows} if rows else {}),
+            "unlabelled": self.mean(masks, self.unlabelled),
+            "left_out": self.mean(masks, out),
             "units": self.units(name),
             "unit": self.steps,
             "steps": round(arm.steps * self.steps),
-            "seconds": time.monotonic() - started,
+            **notes,
+            **(self.about_masks(arm, notes) if arm.masks else {}),
         }
-        write_json(self.folder / name / "result.json", result | notes)
+        ended = time.monotonic()
+        write_json(
+            self.folder / name / "result.json",
+            result | {"seconds": ended - started, "scoring_seconds": ended - predicted},
+        )
         logger.info("%s %s: %.3f", self.folder.name, name, np.mean(list(scored.values())))
+
+    def mean(self, masks: dict[str, np.ndarray], cases: Iterable[Prepared]) -> float | None:
+        """Mean :meth:`score` of those of some scans that have a mask; None without any."""
+        found = [self.score(masks[c.id], c) for c in cases if c.id in masks]
+        return float(np.mean(found)) if found else None
+
+    def score(self, mask: np.ndarray, case: Prepared) -> float:
+        """Mean over the labels that the truth holds of the Dice of a class map (i, j, k), each with what is in it."""
+        pairs = zip(self.labels.regions(mask), self.labels.regions(self.scans.truth(case.id)), strict=True)
+        known = [dice(found, true) or 0.0 for found, true in pairs if true.any()]
+        return float(np.mean(known)) if known else 0.0
+
+    def about_masks(self, arm: Arm, notes: dict[str, Any]) -> dict[str, Any]:
+        """Dice of all masks that an arm could learn, and of those that it has learned."""
+        everything = {c.id: self.score(self.labels.decode(self.given(arm, c)), c) for c in self.unlabelled}
+        return {"masks": everything, "learned": {case: everything[case] for case in notes["learned"]}}
 
     def units(self, name: str) -> float:
         """Steps of an arm and of all that it needs, in multiples of ``--steps``."""
@@ -174,108 +188,101 @@ class Bench:
         return self.labelled[fold :: min(MOST_FOLDS, len(self.labelled))]
 
     def train(self, name: str, arm: Arm) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Train an arm's network; what it says of the scans, and notes."""
+        """Train an arm's network; region probabilities (N, i, j, k) of the scans, and notes."""
         if arm.recipe:
-            scans = [(c, self.volumes[c.id]) for c in (*self.labelled, *self.unlabelled)]
+            everything = with_truth(self.scans, [*self.labelled, *self.unlabelled])
+            scans = [(c, self.scans.volumes[c.id]) for c in everything]
             known = {c.id for c in self.labelled}
             model, notes = run_one_round(self.work / name, scans, known, self.conf, arm.recipe, arm.steps, self.steps)
         else:
             model, notes = self._trained(name, arm)
-        cases = [*self.labelled, *self.unlabelled, *self.scored] if name in self.shared else self.scored
-        cases = [*cases, *(self.part(arm.fold) if arm.fold is not None and name not in self.shared else ())]
+        started = time.monotonic()
+        cases = self.scans.predicted if name in self.shared else self.scans.scored
         network = load(model, self.settings)
-        return {c.id: network.predict(c.image)[1].astype(np.float16) for c in cases}, notes
+        left_out = [] if arm.fold is None else self.part(arm.fold)
+        maps = {c.id: network.regions(np.asarray(c.image)).astype(np.float16) for c in (*cases, *left_out)}
+        return maps, notes | {"predicting_seconds": time.monotonic() - started}
 
     def _trained(self, name: str, arm: Arm) -> tuple[Path, dict[str, Any]]:
+        out, iterations = self.work / name / "ssl.safetensors", round(arm.steps * self.steps)
         learned, about = self.learned(arm)
-        left_out = {c.id for c in (self.part(arm.fold) if arm.fold is not None else ())}
-        out = self.work / name / "ssl.safetensors"
-        trained = engine.train(
-            [*(c for c in self.labelled if c.id not in left_out), *learned],
-            self.unlabelled,
-            self.settings.model_copy(update={"ssl_method": arm.method}),
-            out,
-            iterations=round(arm.steps * self.steps),
-            spacing=None,
-            init=self.work / arm.start / "ssl.safetensors" if arm.start else None,
-            reuse=True,
-        )
-        return out, {"seconds_per_step": trained["seconds_per_step"], **about}
+        asked, kept = [repr(arm), iterations, self.conf], out.with_name("trained.json")
+        done = json.loads(kept.read_text()) if kept.exists() and out.exists() else {}
+        if done.get("asked") != asked:
+            left_out = {c.id for c in (self.part(arm.fold) if arm.fold is not None else ())}
+            found = training.train(
+                [*(c for c in self.labelled if c.id not in left_out), *learned],
+                self.unlabelled,
+                self.settings.model_copy(update={"ssl_method": arm.method}),
+                out,
+                iterations=iterations,
+                spacing=self.scans.spacing,
+                init=self.work / arm.start / "ssl.safetensors" if arm.start else None,
+            )
+            shown = ("seconds_per_step", "classes", "not_learned")
+            done = {"asked": asked, "training_seconds": found["seconds"]} | {key: found[key] for key in shown}
+            write_json(kept, done)
+        return out, {key: value for key, value in done.items() if key != "asked"} | about
 
     def average(self, arm: Arm) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The mean of the members' probabilities, and notes."""
-        each = [self.maps(member) for member in arm.members]
-        return {case: np.mean([m[case] for m in each], 0) for case in each[0]}, {"members": list(arm.members)}
+        maps = {
+            c.id: np.mean([self.regions(member, c) for member in arm.members], 0).astype(np.float16)
+            for c in self.scans.predicted
+        }
+        return maps, {"members": list(arm.members)}
 
     def learned(self, arm: Arm) -> tuple[list[Prepared], dict[str, Any]]:
-        """The unlabelled scans with the masks and weights that an arm learns, and how good the masks are."""
+        """The unlabelled scans with the masks and weights that an arm learns, and how they were chosen."""
         if not arm.masks:
             return [], {}
-        agreement, differ = self.agreement() if {"ssl", "supervised"} <= {*arm.needs} else ({}, {})
-        p = {c.id: np.asarray(c.label, np.float32) for c in self.unlabelled} if arm.masks == "true" else None
-        p = self.maps(arm.masks) if p is None else p
-        order = sorted(self.unlabelled, key=lambda c: -agreement.get(c.id, 0))
-        found = []
-        for case in order[: round(arm.fraction * len(order))]:
-            q = p[case.id]
-            weight = np.maximum(UNCERTAIN, np.abs(2 * q - 1)) if arm.confidence else np.ones_like(q)
-            weight = np.where(differ.get(case.id, False), arm.disagreement * weight, weight).astype(np.float16)
-            found.append(replace(case, label=(q > 0.5).astype(np.uint8), weight=arm.weight, voxel_weight=weight))
-        everything = {c.id: score(p, c) for c in self.unlabelled}
-        return found, {"learned": {c.id: everything[c.id] for c in found}, "masks": everything, "agreement": agreement}
+        agreements = self.agreements() if {"ssl", "supervised"} <= {*arm.needs} else {}
+        names = [c.id for c in self.unlabelled]
+        if arm.fraction < 1:
+            limits = PromotionLimits(arm.fraction, empty=self.settings.promote_empty)
+            names = select(dict.fromkeys(names, Verdict(True)), agreements, limits)
+        cases = {c.id: c for c in self.unlabelled}
+        return [self.with_mask(arm, cases[name]) for name in names], {
+            "learned": names,
+            "agreement": {case: found.mean for case, found in agreements.items()},
+            "agreement_by_label": {case: found.per_label for case, found in agreements.items()},
+        }
 
-    def agreement(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Dice between the masks of ``ssl`` and ``supervised`` on the unlabelled scans, and where they differ."""
-        first, second = (self.maps(name) for name in ("ssl", "supervised"))
-        masks = {c.id: (first[c.id] > 0.5, second[c.id] > 0.5) for c in self.unlabelled}
-        return {c: dice(a, b) or 0.0 for c, (a, b) in masks.items()}, {c: a != b for c, (a, b) in masks.items()}
+    def with_mask(self, arm: Arm, case: Prepared) -> Prepared:
+        """An unlabelled scan with the mask and the weights that an arm learns."""
+        p = self.given(arm, case)
+        weight = np.maximum(UNCERTAIN, np.abs(2 * p - 1).min(0)) if arm.confidence else np.ones_like(p[0])
+        if arm.disagreement < 1:
+            weight = np.where(np.not_equal(*self.compared(case)), arm.disagreement * weight, weight)
+        mask = self.labels.decode(p)
+        return replace(case, label=mask, weight=arm.weight, voxel_weight=weight.astype(np.float16))
 
-    def maps(self, name: str) -> dict[str, np.ndarray]:
-        """Probability of the atrium (i, j, k) in every scan, by case id."""
+    def given(self, arm: Arm, case: Prepared) -> np.ndarray:
+        """Region probabilities (N, i, j, k) whose mask an arm may learn; those of the truth are 0 and 1."""
+        if arm.masks == "true":
+            return self.labels.regions(self.scans.truth(case.id)).astype(np.float32)
+        return self.regions(arm.masks, case)
+
+    def agreements(self) -> dict[str, Agreement]:
+        """How well the masks of ``ssl`` and ``supervised`` agree on the unlabelled scans, by label as in a round."""
+        return {c.id: compare(*self.compared(c), self.labels) for c in self.unlabelled}
+
+    def compared(self, case: Prepared) -> tuple[np.ndarray, np.ndarray]:
+        """The class maps of ``ssl`` and ``supervised``."""
+        first, second = (self.labels.decode(self.regions(name, case)) for name in ("ssl", "supervised"))
+        return first, second
+
+    def regions(self, name: str, case: Prepared) -> np.ndarray:
+        """Region probabilities (N, i, j, k) float32 of an arm whose maps are kept."""
         with np.load(self.work / name / "maps.npz") as file:
-            return {case: file[case].astype(np.float32) for case in file.files}
+            p = file[case.id].astype(np.float32)
+        # files of one label were written without the first axis once
+        return p if p.ndim == 4 else p[None]
 
     def keep(self, name: str, maps: dict[str, np.ndarray]) -> None:
-        """Write what :meth:`maps` reads."""
+        """Write what :meth:`regions` reads."""
         with atomic_file(self.work / name / "maps.npz") as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **{case: p.astype(np.float16) for case, p in maps.items()})
-
-
-def read_scans(data: Path, edge: int, settings: Settings) -> Iterator[tuple[Volume, Prepared]]:
-    """All scans of the list, averaged over cubes of ``edge`` voxels, and on the working grid with the true label.
-
-    A folder that ``--reduce`` has written holds averages already.
-    """
-    reduced = data / "edge.txt"
-    if reduced.exists() and int(reduced.read_text()) != edge:
-        raise SystemExit(f"{data} holds averages over {reduced.read_text().strip()} voxels; give that as --edge")
-    for name in filter(None, (data / "train.txt").read_text().split()):
-        volume = read_image(data / "images" / f"{name}.nii.gz")
-        mask = read_image(data / "labels" / f"{name}.nii.gz").array
-        label = (mask > 0).astype(np.uint8)
-        if not reduced.exists():
-            # sums, not means: they are whole numbers, and grey values of MR have no unit
-            sums = edge**3 * averaged(volume.array, edge)
-            volume = Volume(sums.astype(np.float32), averaged_affine(volume.affine, edge))
-            label = (averaged(mask > 0, edge) >= 0.5).astype(np.uint8)
-        image, grid = prepare(volume, settings, None)
-        yield volume, Prepared(name, name, image, grid, grid.label_to_working(label, settings.label_set))
-
-
-def reduce(data: Path, edge: int, settings: Settings, out: Path) -> None:
-    """Write the averaged scans and labels as a data folder, an eighth (edge 2) of the size."""
-    names = []
-    for volume, case in read_scans(data, edge, settings):
-        write_image(out / "images" / f"{case.id}.nii.gz", volume)
-        write_label(out / "labels" / f"{case.id}.nii.gz", native_label(case), volume.affine)
-        names.append(case.id)
-    (out / "train.txt").write_text("\n".join(names) + "\n")
-    (out / "edge.txt").write_text(f"{edge}\n")
-
-
-def score(maps: dict[str, np.ndarray], case: Prepared) -> float:
-    """Dice of an arm's mask of a scan; 0 where both are empty, which no scan of these is."""
-    return dice(maps[case.id] > 0.5, np.asarray(case.label)) or 0.0
+            np.savez_compressed(file, **maps)
 
 
 def work_through(benches: Sequence[Bench], wanted: Sequence[str]) -> None:
@@ -296,36 +303,63 @@ def work_through(benches: Sequence[Bench], wanted: Sequence[str]) -> None:
 
 
 def write_pairs(bench: Bench, path: Path) -> None:
-    """Append agreement and Dice of all scans that a set's arms have not learned from to a CSV, by number."""
-    first, second = (bench.maps(name) for name in ("ssl", "supervised"))
+    """Append agreement and Dice of all scans that a set's arms have no label of to a CSV, by number."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         rows = csv.writer(file)
         rows.writerows([("set", "case", "agreement", "dice")] if new else [])
-        for number, case in enumerate([*bench.unlabelled, *bench.scored]):
-            agreement = dice(first[case.id] > 0.5, second[case.id] > 0.5) or 0.0
-            rows.writerow((bench.folder.name, number, round(agreement, 4), round(score(first, case), 4)))
+        for number, case in enumerate(bench.scans.predicted):
+            first, second = bench.compared(case)
+            agreement = compare(first, second, bench.labels).mean
+            rows.writerow((bench.folder.name, number, round(agreement, 4), round(bench.score(first, case), 4)))
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--data", type=Path, default=DATA)
+    found.add_argument("--out", type=Path, default=Path("work/loop"), help="results and tables")
+    found.add_argument("--work", type=Path, help="models and maps; by default --out")
+    found.add_argument("--cache", type=Path, default=Path("work/lits_cache"), help="livers on the working grid")
+    found.add_argument("--pool", type=Path, nargs="*", default=[], help="more folders of results for the tables")
+    found.add_argument(
+        "--edge", type=int, default=3, choices=PATCHES, help="averages over cubes of so many voxels; atria only"
+    )
+    found.add_argument("--labelled", type=int, default=4, help="number of labelled scans")
+    found.add_argument(
+        "--sets", "--seed", default="1", help="labelled sets, each with a seed of its own, such as 1,2,3"
+    )
+    found.add_argument("--arms", default="main", help="names; main; all; none: only the tables")
+    found.add_argument("--steps", type=int, default=600)
+    found.add_argument("--pairs", type=Path, help="CSV for agreement of ssl and supervised, and Dice of ssl")
+    found.add_argument("--reduce", type=Path, metavar="DIR", help="write the averaged atria there, and nothing else")
+    found.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")
+    return found
+
+
+def benches(arguments: argparse.Namespace, conf: dict[str, str]) -> list[Bench]:
+    """The labelled sets that the arguments name."""
+    settings, count = load_settings(conf, env={})[0], arguments.labelled
+    of_livers = has_livers(arguments.data)
+    scans = [] if of_livers else list(read_atria(arguments.data, arguments.edge, settings))
+    setting = f"lits_labels{count}" if of_livers else f"edge{arguments.edge}_labels{count}"
+    found = []
+    for n in map(int, arguments.sets.split(",")):
+        folders = tuple(folder / setting / f"set{n}" for folder in (arguments.out, arguments.work or arguments.out))
+        one = livers(arguments.data, count, n, settings, arguments.cache) if of_livers else atria(scans, count, n)
+        found.append(Bench(one, folders, n, arguments.steps, conf))
+    return found
+
+
+def has_livers(data: Path) -> bool:
+    """Whether a folder holds lits_tumour."""
+    return (data / "patients.csv").exists()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--out", type=Path, default=Path("work/loop"), help="results and tables")
-    parser.add_argument("--work", type=Path, help="models and maps; by default --out")
-    parser.add_argument("--pool", type=Path, nargs="*", default=[], help="more folders of results for the tables")
-    parser.add_argument("--edge", type=int, default=3, choices=PATCHES, help="averages over cubes of so many voxels")
-    parser.add_argument("--labelled", type=int, default=4, help="number of labelled scans")
-    parser.add_argument(
-        "--sets", "--seed", default="1", help="labelled sets, each with a seed of its own, such as 1,2,3"
-    )
-    parser.add_argument("--arms", default="main", help="names; main; all; none: only the tables")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--pairs", type=Path, help="CSV for agreement of ssl and supervised, and Dice of ssl")
-    parser.add_argument("--reduce", type=Path, metavar="DIR", help="write the averaged scans there, and nothing else")
-    parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    conf = CONF | {"patch": PATCHES[arguments.edge]} | dict(pair.split("=", 1) for pair in arguments.conf)
+    conf = LIVERS if has_livers(arguments.data) else ATRIA | {"patch": PATCHES[arguments.edge]}
+    conf = conf | dict(pair.split("=", 1) for pair in arguments.conf)
     settings = load_settings(conf, env={})[0]
     if arguments.reduce:
         reduce(arguments.data, arguments.edge, settings, arguments.reduce)
@@ -335,26 +369,14 @@ def main() -> None:
     named = {"main": MAIN, "all": ",".join(known), "none": ""}.get(arguments.arms, arguments.arms)
     wanted = [name for name in named.split(",") if name in known]
     if wanted:
-        scans = list(read_scans(arguments.data, arguments.edge, settings))
-        setting = f"edge{arguments.edge}_labels{arguments.labelled}"
-        benches = [
-            Bench(
-                scans,
-                (arguments.out / setting / f"set{n}", (arguments.work or arguments.out) / setting / f"set{n}"),
-                arguments.labelled,
-                n,
-                arguments.steps,
-                conf,
-            )
-            for n in map(int, arguments.sets.split(","))
-        ]
-        work_through(benches, wanted)
-        for bench in benches if arguments.pairs else ():
+        found = benches(arguments, conf)
+        work_through(found, wanted)
+        for bench in found if arguments.pairs else ():
             write_pairs(bench, arguments.pairs)
-    found = tables([arguments.out, *arguments.pool])
+    table = tables([arguments.out, *arguments.pool])
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "table.md").write_text(found)
-    logger.info("\n%s", found)
+    (arguments.out / "table.md").write_text(table)
+    logger.info("\n%s", table)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.ndimage import binary_erosion
 
 from aslseg.agreement.lesions import count_lesions
+from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.overlap import dice
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "lits_tumour"
@@ -45,10 +46,15 @@ def name_of(number: int) -> str:
     return f"lits_{number:03d}"
 
 
+def known_scans(rotation: int) -> list[str]:
+    """Ids of a labelled set (1 to 3); fewer labels are the first of them."""
+    return [name_of(n) for n in ROTATIONS[rotation - 1]]
+
+
 def known_patients(rotation: int, data: Path = DATA) -> set[str]:
     """Patients of a labelled set (1 to 3), whatever part of it is learned from."""
     who = patients(data)
-    return {who[name_of(n)] for n in ROTATIONS[rotation - 1]}
+    return {who[name] for name in known_scans(rotation)}
 
 
 def fold_patients(number: int, count: int, data: Path = DATA) -> set[str]:
@@ -73,6 +79,24 @@ def lesion_score(found: np.ndarray, true: np.ndarray, voxel_ml: float) -> dict[s
         "ml": float(true.sum() * voxel_ml),
         "predicted_ml": float(found.sum() * voxel_ml),
     }
+
+
+def row_of(
+    case: Prepared, found: np.ndarray, truth: np.ndarray, unfiltered: np.ndarray | None = None
+) -> dict[str, Any]:
+    """The scores of a scan.
+
+    Args:
+        case: The scan.
+        found: Class map (i, j, k): 1 liver, 2 tumour.
+        truth: The true one of the same box.
+        unfiltered: What ``found`` was with all components; None where none was taken away.
+    """
+    ml = float(np.prod(case.grid.spacing)) / 1000
+    row: dict[str, Any] = {"case": case.id, "patient": case.patient}
+    if unfiltered is not None:
+        row["unfiltered"] = lesion_score(unfiltered == 2, truth == 2, ml)
+    return row | {"liver": dice(found > 0, truth > 0), "tumour": lesion_score(found == 2, truth == 2, ml)}
 
 
 def summary(rows: Sequence[dict], key: str = "tumour") -> dict[str, float | None]:

@@ -1,8 +1,10 @@
 """The tables of bench_loop.py: all finished arms of all settings under some folders.
 
 Each arm is compared with ``ssl at equal compute``, the SSL model alone trained for as many steps as the whole loop, and
-with ``self-training``. A scan's Dice is its mean over the labelled sets that both arms have, in the table over all
-settings over these too, so that a scan counts once; the test is Wilcoxon's, two-sided, paired by scan.
+with ``self-training``. A scan's Dice is the mean over its labels, and over the labelled sets in which both arms score
+it, in the table over all settings over these too, so that a scan counts once, whatever data set it is from; the test is
+Wilcoxon's, two-sided, paired by scan. Where a scan has several labels, a second table compares each label by itself, on
+the scans that hold it. Two scans of one patient count as two.
 """
 
 from __future__ import annotations
@@ -15,96 +17,137 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from lits_scoring import COLUMNS, summary
+
 CHOSEN_BY = 16
 """Of the scored scans the first that the arms may be chosen by; the others decide nothing."""
 CONTROLS = ("ssl at equal compute", "self-training")
 CEILING = "true labels for as long"
+LESIONS = ("lesion_recall", "false_lesions", "healthy_called_ill")
 
-Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
-"""By setting, arm and set: result.json."""
+LABELS = ("liver", "tumour")
+
+Runs = dict[Any, dict[str, Any]]
+"""By set, or by setting and set: result.json of an arm."""
+Results = dict[str, dict[str, Runs]]
+"""By setting and arm."""
 
 
 def read_results(folders: Iterable[Path]) -> Results:
     """What is finished under some folders."""
     found: Results = {}
-    for path in sorted(p for folder in folders for p in folder.glob("edge*_labels*/set*/*/result.json")):
+    for path in sorted(p for folder in folders for p in folder.glob("*_labels*/set*/*/result.json")):
         setting, number, arm = path.parts[-4:-1]
         found.setdefault(setting, {}).setdefault(arm, {})[number] = json.loads(path.read_text())
     return found
 
 
 def tables(folders: Sequence[Path]) -> str:
-    """Markdown: a table for each setting and one over all of them."""
+    """Markdown: a table for each setting, one by label where there are several, and one over all settings."""
     results = read_results(folders)
-    parts = [f"### {setting}\n\n{one_setting(found)}" for setting, found in results.items()]
+    parts = []
+    for setting, found in results.items():
+        parts.append(f"### {setting}\n\n{one_setting(found)}")
+        if labels_of(found):
+            parts.append(f"### {setting}, by label\n\n{by_label(found)}")
     if len(results) > 1:
         parts.append(f"### all settings\n\n{over_all(results)}")
     return "\n".join(parts)
 
 
-def one_setting(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+def labels_of(found: dict[str, Runs]) -> tuple[str, ...]:
+    """The labels that are scored one by one; none where there is one label."""
+    return LABELS if any("rows" in run for runs in found.values() for run in runs.values()) else ()
+
+
+def scores(run: dict[str, Any], label: str = "") -> dict[str, float]:
+    """Dice of the scans of a run by id: the mean over their labels, or that of a label in the scans that hold it."""
+    if not label:
+        return run["dice"]
+    if label == "tumour":
+        return {row["case"]: row["tumour"]["dice"] for row in run["rows"] if row["tumour"]["lesions"]}
+    return {row["case"]: row[label] for row in run["rows"]}
+
+
+def one_setting(found: dict[str, Runs]) -> str:
     """The arms of one setting, by their mean Dice on all scored scans."""
     sets = sorted({n for runs in found.values() for n in runs})
-    head = [
-        "arm",
-        "steps",
-        *sets,
-        "to choose by",
-        "held out",
-        *map(_against, CONTROLS),
-        "gap closed",
-        "masks learned",
-        "r",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for arm, runs in sorted(
-        found.items(), key=lambda item: -float(np.mean([list(r["dice"].values()) for r in item[1].values()]))
-    ):
+    chosen_by = () if labels_of(found) else ("to choose by", "held out")
+    head = ["arm", "steps", *sets, *chosen_by, *map(_against, CONTROLS), "gap closed", "masks learned", "r"]
+    lines = _head(head)
+    for arm, runs in sorted(found.items(), key=lambda item: -_mean(item[1].values())):
         first = next(iter(runs.values()))
         cells = [arm, f"{first['units']:g} x {first['unit']}"]
         cells += [_spread(list(runs[n]["dice"].values())) if n in runs else "" for n in sets]
-        mean = np.mean([list(r["dice"].values()) for r in runs.values()], 0)
-        cells += [f"{part.mean():.3f}" if len(part) else "" for part in (mean[:CHOSEN_BY], mean[CHOSEN_BY:])]
+        if chosen_by:
+            mean = np.mean([list(r["dice"].values()) for r in runs.values()], 0)
+            cells += [f"{part.mean():.3f}" if len(part) else "" for part in (mean[:CHOSEN_BY], mean[CHOSEN_BY:])]
         cells += [compared(runs, found.get(control, {})) if arm != control else "" for control in CONTROLS]
         cells += [_gap(arm, found), *_masks(runs.values())]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def by_label(found: dict[str, Runs]) -> str:
+    """The arms of one setting, label by label: mean over patients and spread over sets, and paired tests by scan."""
+    head = ["arm"]
+    for label in LABELS:
+        head += [label, *(f"{label} {_against(control)}" for control in CONTROLS)]
+    lines = _head([*head, *map(COLUMNS.__getitem__, LESIONS)])
+    for arm, runs in sorted(found.items(), key=lambda item: -_mean(item[1].values(), "tumour")):
+        means, cells = [summary(run["rows"]) for run in runs.values()], [arm]
+        for label in LABELS:
+            cells.append(_spread([m[label] for m in means if m[label] is not None]))
+            cells += [compared(runs, found.get(other, {}), label) if arm != other else "" for other in CONTROLS]
+        cells += [_spread([m[key] for m in means if m[key] is not None]) for key in LESIONS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def over_all(results: Results) -> str:
     """Each arm against the controls on all settings and sets that both have."""
-    head = ["arm", *map(_against, CONTROLS), "worst setting against the first"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = _head(["arm", *map(_against, CONTROLS), "worst setting and label against the first"])
     for arm in dict.fromkeys(arm for found in results.values() for arm in found):
-        cells, worst = [], []
+        cells = []
         for control in CONTROLS:
-            mine, theirs = {}, {}
-            for setting, found in results.items():
-                for number in found.get(arm, {}).keys() & found.get(control, {}).keys():
-                    mine[setting, number] = found[arm][number]
-                    theirs[setting, number] = found[control][number]
-                if control == CONTROLS[0] and (pair := paired(found.get(arm, {}), found.get(control, {}))):
-                    worst.append((float(np.mean(pair[0] - pair[1])), setting))
+            mine, theirs = (
+                {(setting, n): run for setting, found in results.items() for n, run in found.get(name, {}).items()}
+                for name in (arm, control)
+            )
             cells.append(compared(mine, theirs) if arm != control else "")
-        lowest = min(worst, default=None)
-        cells.append(f"{lowest[0]:+.3f} ({lowest[1]})" if lowest and arm != CONTROLS[0] else "")
+        worst = min(_differences(arm, results), default=None)
+        cells.append(f"{worst[0]:+.3f} ({worst[1]})" if worst and arm != CONTROLS[0] else "")
         lines.append(f"| {' | '.join([arm, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
-def paired(mine: dict[Any, dict[str, Any]], theirs: dict[Any, dict[str, Any]]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean Dice of each scan over the runs that both arms have, (scans,) each; None where they have none in common."""
-    common = sorted(mine.keys() & theirs.keys())
-    if not common:
+def _differences(arm: str, results: Results) -> list[tuple[float, str]]:
+    """Mean difference to the first control by setting, and by label where there are several."""
+    found = []
+    for setting, arms in results.items():
+        for label in labels_of(arms) or ("",):
+            pair = paired(arms.get(arm, {}), arms.get(CONTROLS[0], {}), label)
+            if pair:
+                found.append((float(np.mean(pair[0] - pair[1])), f"{setting} {label}".strip()))
+    return found
+
+
+def paired(mine: Runs, theirs: Runs, label: str = "") -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean Dice of each scan over the runs in which both arms score it, (scans,) each; None without such a scan."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in sorted(mine.keys() & theirs.keys()):
+        ours, other = scores(mine[run], label), scores(theirs[run], label)
+        for case in ours.keys() & other.keys():
+            found.setdefault(case, []).append((ours[case], other[case]))
+    if not found:
         return None
-    names = list(mine[common[0]]["dice"])
-    ours, other = (np.array([[runs[n]["dice"][c] for c in names] for n in common]).mean(0) for runs in (mine, theirs))
-    return ours, other
+    means = np.array([np.mean(found[case], 0) for case in sorted(found)])
+    return means[:, 0], means[:, 1]
 
 
-def compared(mine: dict[Any, dict[str, Any]], theirs: dict[Any, dict[str, Any]]) -> str:
+def compared(mine: Runs, theirs: Runs, label: str = "") -> str:
     """Mean difference, the p of Wilcoxon's test and the number of runs that both have."""
-    pair = paired(mine, theirs)
+    pair = paired(mine, theirs, label)
     if pair is None:
         return ""
     ours, other = pair
@@ -112,11 +155,23 @@ def compared(mine: dict[Any, dict[str, Any]], theirs: dict[Any, dict[str, Any]])
     return f"{(ours - other).mean():+.3f}, p {p:.2g} ({len(mine.keys() & theirs.keys())})"
 
 
+def _head(names: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
+def _mean(runs: Iterable[dict[str, Any]], label: str = "") -> float:
+    """Mean over runs of the mean Dice of their scans."""
+    means = [np.mean(list(scores(run, label).values())) for run in runs if scores(run, label)]
+    return float(np.mean(means)) if means else 0.0
+
+
 def _against(control: str) -> str:
     return f"minus `{control}`"
 
 
 def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
     deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{deviation}"
 
@@ -127,7 +182,7 @@ def _gap(arm: str, found: dict[str, dict[str, dict[str, Any]]]) -> str:
     common = runs.keys() & low.keys() & high.keys()
     if not common or arm in (CONTROLS[0], CEILING):
         return ""
-    means = [np.mean([list(r[n]["dice"].values()) for n in common]) for r in (runs, low, high)]
+    means = [_mean(r[n] for n in common) for r in (runs, low, high)]
     return f"{(means[0] - means[1]) / (means[2] - means[1]):.0%}" if means[2] > means[1] else ""
 
 

@@ -35,7 +35,8 @@ from aslseg.sam.training import finetune
 from aslseg.settings import Settings
 from aslseg.ssl import predict, specks, training
 from aslseg.ssl.synthetic_lesions import with_synthetic
-from bench_lits import Scored, Split, prepare, shared_arguments, split
+from bench_lits import Scored, prepare, shared_arguments
+from lits_split import Split, split
 
 logger = logging.getLogger("realdata_lits")
 STAGES = ("ssl", "sam", "adapter")

@@ -29,11 +29,12 @@ def benches(monkeypatch: pytest.MonkeyPatch) -> Any:
     import bench_lits
     import lits_plan
     import lits_scoring
+    import lits_split
     import realdata_lits
 
     monkeypatch.setattr(engine, "STATISTICS_BATCHES", 1)
     monkeypatch.setattr(engine, "CLASS_BATCHES", 1)
-    return Namespace(lits=bench_lits, scoring=lits_scoring, stages=realdata_lits, plan=lits_plan)
+    return Namespace(lits=bench_lits, split=lits_split, scoring=lits_scoring, stages=realdata_lits, plan=lits_plan)
 
 
 @pytest.fixture
@@ -101,11 +102,11 @@ def test_the_table_has_a_row_for_each_arm_with_the_spread_over_its_runs(
 def test_what_is_said_of_tumours(benches: Any) -> None:
     label = np.array([[[0, 1, 2]]], np.uint8)
     case = Prepared("a", "a", label.astype(np.float32), Grid.of(Volume(label, np.eye(4)), None), label)
-    assert benches.lits.taught(case, "labelled") is case
-    liver = benches.lits.taught(case, "liver")
+    assert benches.split.taught(case, "labelled") is case
+    liver = benches.split.taught(case, "liver")
     assert liver.label.ravel().tolist() == [0, 1, 1]
     assert liver.voxel_weight is None
-    unknown = benches.lits.taught(case, "unknown")
+    unknown = benches.split.taught(case, "unknown")
     assert unknown.label.ravel().tolist() == [0, 1, 1]
     assert unknown.voxel_weight.ravel().tolist() == [1, 1, 0]
 
