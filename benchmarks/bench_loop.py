@@ -35,8 +35,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,15 @@ from filelock import FileLock, Timeout
 from aslseg.agreement.measures import Agreement, compare
 from aslseg.agreement.promotion_rules import PromotionLimits, Verdict, select
 from aslseg.cases.prepared_case import Prepared
-from aslseg.compute.overlap import dice
 from aslseg.files import atomic_file, write_json
 from aslseg.settings import load_settings
 from aslseg.settings.model import MOST_FOLDS
 from aslseg.ssl import training
 from aslseg.ssl.predict import load
-from lits_scoring import row_of
 from loop_arms import MAIN, Arm, arms
 from loop_data import ATRIA, LIVERS, PATCHES, ScanSet, atria, livers, read_atria, reduce, with_truth
 from loop_rounds import run_one_round
+from loop_scores import Scores
 from loop_table import tables
 
 logger = logging.getLogger("bench_loop")
@@ -90,6 +90,7 @@ class Bench:
         self.conf = conf | {"seed": str(settings.seed + number - 1)}
         self.settings = settings.model_copy(update={"seed": settings.seed + number - 1})
         self.labels = settings.label_set
+        self.scores = Scores(scans, self.labels)
         self.shared = {need for arm in self.arms.values() for need in arm.needs}
 
     def order(self, wanted: Sequence[str]) -> list[str]:
@@ -134,42 +135,25 @@ class Bench:
             self.keep(name, maps)
         predicted = time.monotonic()
         masks = {case: self.labels.decode(p) for case, p in maps.items()}
-        scored = {c.id: self.score(masks[c.id], c) for c in self.scans.scored}
-        rows = [row_of(c, masks[c.id], self.scans.truth(c.id)) for c in self.scans.scored if len(self.labels) > 1]
-        out = [] if arm.fold is None else self.part(arm.fold)
         result = {
-            "dice": scored,
-            **({"rows": rows} if rows else {}),
-            "unlabelled": self.mean(masks, self.unlabelled),
-            "left_out": self.mean(masks, out),
+            **self.scores.of_scored(masks),
+            "unlabelled": self.scores.mean(masks, self.unlabelled),
+            "left_out": self.scores.mean(masks, [] if arm.fold is None else self.part(arm.fold)),
             "units": self.units(name),
             "unit": self.steps,
             "steps": round(arm.steps * self.steps),
             **notes,
-            **(self.about_masks(arm, notes) if arm.masks else {}),
         }
+        if arm.masks:
+            given = ((c, self.labels.decode(self.given(arm, c))) for c in self.unlabelled)
+            names = [c.id for c in self.chosen(arm)]
+            result |= self.scores.of_learned(given, names, self.agreements if arm.compares else {})
         ended = time.monotonic()
         write_json(
             self.folder / name / "result.json",
             result | {"seconds": ended - started, "scoring_seconds": ended - predicted},
         )
-        logger.info("%s %s: %.3f", self.folder.name, name, np.mean(list(scored.values())))
-
-    def mean(self, masks: dict[str, np.ndarray], cases: Iterable[Prepared]) -> float | None:
-        """Mean :meth:`score` of those of some scans that have a mask; None without any."""
-        found = [self.score(masks[c.id], c) for c in cases if c.id in masks]
-        return float(np.mean(found)) if found else None
-
-    def score(self, mask: np.ndarray, case: Prepared) -> float:
-        """Mean over the labels that the truth holds of the Dice of a class map (i, j, k), each with what is in it."""
-        pairs = zip(self.labels.regions(mask), self.labels.regions(self.scans.truth(case.id)), strict=True)
-        known = [dice(found, true) or 0.0 for found, true in pairs if true.any()]
-        return float(np.mean(known)) if known else 0.0
-
-    def about_masks(self, arm: Arm, notes: dict[str, Any]) -> dict[str, Any]:
-        """Dice of all masks that an arm could learn, and of those that it has learned."""
-        everything = {c.id: self.score(self.labels.decode(self.given(arm, c)), c) for c in self.unlabelled}
-        return {"masks": everything, "learned": {case: everything[case] for case in notes["learned"]}}
+        logger.info("%s %s: %.3f", self.folder.name, name, np.mean(list(result["dice"].values())))
 
     def units(self, name: str) -> float:
         """Steps of an arm and of all that it needs, in multiples of ``--steps``."""
@@ -205,13 +189,15 @@ class Bench:
 
     def _trained(self, name: str, arm: Arm) -> tuple[Path, dict[str, Any]]:
         out, iterations = self.work / name / "ssl.safetensors", round(arm.steps * self.steps)
-        learned, about = self.learned(arm)
         asked, kept = [repr(arm), iterations, self.conf], out.with_name("trained.json")
         done = json.loads(kept.read_text()) if kept.exists() and out.exists() else {}
         if done.get("asked") != asked:
             left_out = {c.id for c in (self.part(arm.fold) if arm.fold is not None else ())}
             found = training.train(
-                [*(c for c in self.labelled if c.id not in left_out), *learned],
+                [
+                    *(c for c in self.labelled if c.id not in left_out),
+                    *(self.with_mask(arm, c) for c in self.chosen(arm)),
+                ],
                 self.unlabelled,
                 self.settings.model_copy(update={"ssl_method": arm.method}),
                 out,
@@ -222,7 +208,7 @@ class Bench:
             shown = ("seconds_per_step", "classes", "not_learned")
             done = {"asked": asked, "training_seconds": found["seconds"]} | {key: found[key] for key in shown}
             write_json(kept, done)
-        return out, {key: value for key, value in done.items() if key != "asked"} | about
+        return out, {key: value for key, value in done.items() if key != "asked"}
 
     def average(self, arm: Arm) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The mean of the members' probabilities, and notes."""
@@ -232,21 +218,13 @@ class Bench:
         }
         return maps, {"members": list(arm.members)}
 
-    def learned(self, arm: Arm) -> tuple[list[Prepared], dict[str, Any]]:
-        """The unlabelled scans with the masks and weights that an arm learns, and how they were chosen."""
-        if not arm.masks:
-            return [], {}
-        agreements = self.agreements() if {"ssl", "supervised"} <= {*arm.needs} else {}
-        names = [c.id for c in self.unlabelled]
-        if arm.fraction < 1:
-            limits = PromotionLimits(arm.fraction, empty=self.settings.promote_empty)
-            names = select(dict.fromkeys(names, Verdict(True)), agreements, limits)
+    def chosen(self, arm: Arm) -> list[Prepared]:
+        """The unlabelled scans whose masks an arm learns; where these are a part, ranked as a round ranks them."""
+        if arm.fraction == 1:
+            return list(self.unlabelled) if arm.masks else []
+        limits = PromotionLimits(arm.fraction, empty=self.settings.promote_empty)
         cases = {c.id: c for c in self.unlabelled}
-        return [self.with_mask(arm, cases[name]) for name in names], {
-            "learned": names,
-            "agreement": {case: found.mean for case, found in agreements.items()},
-            "agreement_by_label": {case: found.per_label for case, found in agreements.items()},
-        }
+        return [cases[name] for name in select(dict.fromkeys(cases, Verdict(True)), self.agreements, limits)]
 
     def with_mask(self, arm: Arm, case: Prepared) -> Prepared:
         """An unlabelled scan with the mask and the weights that an arm learns."""
@@ -263,8 +241,9 @@ class Bench:
             return self.labels.regions(self.scans.truth(case.id)).astype(np.float32)
         return self.regions(arm.masks, case)
 
+    @cached_property
     def agreements(self) -> dict[str, Agreement]:
-        """How well the masks of ``ssl`` and ``supervised`` agree on the unlabelled scans, by label as in a round."""
+        """How well the masks of ``ssl`` and ``supervised`` agree on the unlabelled scans."""
         return {c.id: compare(*self.compared(c), self.labels) for c in self.unlabelled}
 
     def compared(self, case: Prepared) -> tuple[np.ndarray, np.ndarray]:
@@ -311,7 +290,7 @@ def write_pairs(bench: Bench, path: Path) -> None:
         for number, case in enumerate(bench.scans.predicted):
             first, second = bench.compared(case)
             agreement = compare(first, second, bench.labels).mean
-            rows.writerow((bench.folder.name, number, round(agreement, 4), round(bench.score(first, case), 4)))
+            rows.writerow((bench.folder.name, number, round(agreement, 4), round(bench.scores.score(first, case), 4)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -361,6 +340,8 @@ def main() -> None:
     conf = LIVERS if has_livers(arguments.data) else ATRIA | {"patch": PATCHES[arguments.edge]}
     conf = conf | dict(pair.split("=", 1) for pair in arguments.conf)
     settings = load_settings(conf, env={})[0]
+    if arguments.reduce and has_livers(arguments.data):
+        raise SystemExit(f"--reduce averages atria; {arguments.data} holds livers, which are used as they are")
     if arguments.reduce:
         reduce(arguments.data, arguments.edge, settings, arguments.reduce)
         return

@@ -42,9 +42,14 @@ class Arm:
     recipe: str = ""
 
     @property
+    def compares(self) -> bool:
+        """Whether it asks where the arms ``ssl`` and ``supervised`` agree."""
+        return self.fraction < 1 or self.disagreement < 1
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Arms that are computed before."""
-        compared = ("ssl", "supervised") if self.fraction < 1 or self.disagreement < 1 else ()
+        compared = ("ssl", "supervised") if self.compares else ()
         masks = (self.masks,) if self.masks not in ("", "true") else ()
         return (*self.members, *masks, *filter(None, [self.start]), *compared)
 

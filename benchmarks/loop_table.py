@@ -92,13 +92,14 @@ def by_label(found: dict[str, Runs]) -> str:
     """The arms of one setting, label by label: mean over patients and spread over sets, and paired tests by scan."""
     head = ["arm"]
     for label in LABELS:
-        head += [label, *(f"{label} {_against(control)}" for control in CONTROLS)]
+        head += [label, *(f"{label} {_against(control)}" for control in CONTROLS), f"{label} masks learned", "r"]
     lines = _head([*head, *map(COLUMNS.__getitem__, LESIONS)])
     for arm, runs in sorted(found.items(), key=lambda item: -_mean(item[1].values(), "tumour")):
         means, cells = [summary(run["rows"]) for run in runs.values()], [arm]
         for label in LABELS:
             cells.append(_spread([m[label] for m in means if m[label] is not None]))
             cells += [compared(runs, found.get(other, {}), label) if arm != other else "" for other in CONTROLS]
+            cells += _masks(run.get("by_label", {}).get(label, {}) for run in runs.values())
         cells += [_spread([m[key] for m in means if m[key] is not None]) for key in LESIONS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
