@@ -6,7 +6,8 @@ the others are not. Lines 49 to 64 are the scans to choose by; lines 65 to 80, t
 Livers with tumours (a folder with a patients.csv, ../shared/data/lits_tumour): set N is rotation N of bench_lits.py, of
 which the first L scans are labelled. All other scans are unlabelled, and those of other patients are scored as well,
 since the scans that are learned without label are those that want masks. So a score says how good the masks of these
-scans are, not those of scans that come later.
+scans are, not those of scans that come later; and arms that learn true labels are scored on scans that they have
+learned, so that they are no ceiling (``bench_lits.py whole --fold`` is one, split by patient).
 
 An arm is a training of a multiple of ``--steps`` steps, in two stages where labels are nested, that may learn masks of
 the unlabelled scans; a mean of several models; or (``round ...``, atria only) a whole round on a studies folder with
