@@ -22,9 +22,6 @@ KEPT_VOXELS = 4000
 class Patch:
     """One crop: image (i, j, k) float32 in 0..1, class map uint8, voxel weights float32.
 
-    ``parent`` is the crop of :attr:`aslseg.cases.prepared_case.Prepared.parent` as float32, None where the case has
-    none.
-
     NumPy arrays; tensors on the device that the case is held on
     (:func:`aslseg.cases.prepared_case.load_within_budget`).
     """
@@ -32,7 +29,6 @@ class Patch:
     image: Any
     label: Any
     weight: Any
-    parent: Any = None
 
 
 class PatchSampler:
@@ -91,8 +87,7 @@ class PatchSampler:
             inner = _full([s.stop - s.start for s in inside], case.weight, case.image)
         else:
             inner = case.weight * _float(case.voxel_weight[inside])
-        parent = None if case.parent is None else _padded(_float(case.parent[inside]), pad)
-        return Patch(image, label, _padded(inner, pad), parent)
+        return Patch(image, label, _padded(inner, pad))
 
 
 class ComponentSampler(PatchSampler):

@@ -30,8 +30,8 @@ class Prepared:
         label: (i, j, k) uint8 class map, or None.
         weight: Weight of this case in the loss (1 for human labels).
         voxel_weight: (i, j, k) float16 weights in 0..1, or None for 1 everywhere.
-        parent: In the second stage of nested labels (:mod:`aslseg.ssl.nested`): how deep in the parent a voxel lies
-            (i, j, k), float16, mm (:func:`aslseg.ssl.nested.depth`). None everywhere else.
+        relative: Whether the intensities are relative to a parent's, as the second stage of nested labels sees them
+            (:func:`aslseg.ssl.nested.view_case`).
         image_hash: SHA-256 of the scan's file; empty where there is none.
         label_hash: SHA-256 of the human label's file; empty without one.
     """
@@ -43,7 +43,7 @@ class Prepared:
     label: np.ndarray | None = None
     weight: float = 1.0
     voxel_weight: np.ndarray | None = field(default=None, repr=False)
-    parent: np.ndarray | None = field(default=None, repr=False)
+    relative: bool = False
     image_hash: str = ""
     label_hash: str = ""
 

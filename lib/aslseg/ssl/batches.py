@@ -101,9 +101,8 @@ class Batches:
         return drawn, self.unlabelled.draw_batch(rng, s.batch_unlabelled)
 
     def _images(self, drawn: list[Patch]) -> Tensor:
-        """Images (B, 1, i, j, k), in the second stage with the parent's depth (B, 2, i, j, k)."""
-        channels = [[d.image] if d.parent is None else [d.image, d.parent] for d in drawn]
-        return torch.stack([torch.stack([torch.as_tensor(c).to(self.device) for c in pair]) for pair in channels])
+        """Images (B, 1, i, j, k)."""
+        return torch.stack([torch.as_tensor(d.image).to(self.device)[None] for d in drawn])
 
     def _maps(self, drawn: list[Patch]) -> Tensor:
         """Class maps and voxel weights (B, 2, i, j, k), float32."""

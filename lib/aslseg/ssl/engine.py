@@ -74,7 +74,7 @@ class Trainer:
         # oneDNN's bfloat16 weight gradient of a 2 x 2 feature map differs from run to run (seen in torch 2.11)
         self.bf16 = bfloat16_pays(self.device) and min(self.patch[:2]) >= 48
         cases = self._held([*labelled, *map(without_label, unlabelled)])
-        source = Batches if labelled[0].parent is None else NestedBatches
+        source = NestedBatches if labelled[0].relative else Batches
         self.batches = source(cases[: len(labelled)], cases[len(labelled) :], settings, self.patch, self.device)
         torch.manual_seed(settings.seed)
         factory, outputs = NETWORKS.get(settings.network), len(settings.label_set) + 1
@@ -395,5 +395,5 @@ def _metadata(trainer: Trainer, spacing: Spacing, init: Path | None) -> dict[str
 
 
 def without_label(case: Prepared) -> Prepared:
-    """The case without anything that a label could have come from; its parent is a predicted one."""
-    return Prepared(case.id, case.patient, case.image, case.grid, parent=case.parent)
+    """The case without anything that a label could have come from."""
+    return Prepared(case.id, case.patient, case.image, case.grid, relative=case.relative)

@@ -38,10 +38,10 @@ def split(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
-# distances from the parent's border are cut off here
-REACH_MM = 15.0
 # voxel size that stands for the scans' own, whatever these are: then mm are voxels
 NATIVE = (1.0, 1.0, 1.0)
+# probability below which nothing is said
+LEAST = 1e-6
 # smaller components of a predicted parent, as a part of its largest, do not widen its box
 LEAST_COMPONENT = 0.2
 
@@ -176,12 +176,10 @@ class View:
     Attributes:
         where: The box on the working grid.
         image: (i, j, k) float32 in 0..1, 0.5 at the parent's median.
-        parent: Where the parent's border is, see :func:`depth`.
     """
 
     where: tuple[slice, slice, slice]
     image: np.ndarray
-    parent: np.ndarray
 
 
 def look(image: np.ndarray, parent: np.ndarray, geometry: Geometry) -> View:
@@ -196,9 +194,7 @@ def look(image: np.ndarray, parent: np.ndarray, geometry: Geometry) -> View:
     inside = np.asarray(image[where], np.float32)
     mask = parent[where]
     centre = float(np.median(inside[mask])) if mask.any() else geometry.centre
-    shape = geometry.shape(mask.shape)
-    pixels = relative(resize(inside, shape), centre, geometry.half_range)
-    return View(where, pixels, depth(resize(mask.astype(np.float32), shape) >= 0.5, geometry))
+    return View(where, relative(resize(inside, geometry.shape(mask.shape)), centre, geometry.half_range))
 
 
 def box(parent: np.ndarray, geometry: Geometry) -> tuple[slice, slice, slice]:
@@ -212,19 +208,6 @@ def box(parent: np.ndarray, geometry: Geometry) -> tuple[slice, slice, slice]:
         margin = int(np.ceil(geometry.margin / mm))
         found.append(slice(max(int(there[0]) - margin, 0), min(int(there[-1]) + 1 + margin, n)))
     return found[0], found[1], found[2]
-
-
-def depth(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """How deep inside a mask on the view's grid a voxel lies, in mm, float16.
-
-    0 is 15 mm or more outside, 15 the border, 30 is 15 mm or more inside: what lies outside of a scan is outside of
-    the parent as well.
-    """
-    if not mask.any():
-        return np.zeros(mask.shape, np.float16)
-    inside = ndimage.distance_transform_edt(mask, geometry.spacing)
-    outside = ndimage.distance_transform_edt(~mask, geometry.spacing)
-    return (np.clip(inside - outside, -REACH_MM, REACH_MM) + REACH_MM).astype(np.float16)
 
 
 def largest(mask: np.ndarray) -> np.ndarray:
@@ -251,7 +234,7 @@ def view_case(case: Prepared, parent: np.ndarray, branch: Branch, geometry: Geom
         grid=geometry.grid(view.image.shape),  # type: ignore[arg-type]
         label=label,
         voxel_weight=weight,
-        parent=view.parent,
+        relative=True,
     )
 
 
@@ -335,21 +318,28 @@ def geometry(labelled: Sequence[Prepared], branch: Branch, settings: Settings, s
     return replace(first, spacing=voxel, centre=float(np.median(centres)))
 
 
-def put(p: np.ndarray, inside: np.ndarray, branch: Branch) -> None:
+def put(p: np.ndarray, inside: np.ndarray, branch: Branch, found: bool = True) -> None:
     """Put the second stage's probabilities into those of the whole label set, in place.
+
+    What belongs to the parent is the mean of both stages, which err in different places: the first sees more of the
+    scan, the second sees it finer. The second alone says which member it is, the first which of the other labels.
 
     Args:
         p: (1 + N, i, j, k) of the first stage in the box.
         inside: (1 + M, i, j, k), first what lies outside of the parent, then its members.
         branch: The members.
+        found: Whether the first stage has found the parent; else the second alone says where it is.
     """
+    within = 1 - inside[0]
+    if found:
+        within = (within + p[branch.values[0]]) / 2
     others = [c for c in range(len(p)) if c not in branch.values]
-    rest = p[others]
-    total = rest.sum(0)
-    # nothing but the parent came into question there: what is no parent after all is background
-    rest[0] += np.where(total < 1e-6, 1, 0)
-    p[others] = rest / rest.sum(0) * inside[0]
-    p[list(branch.values)] = inside[1:]
+    # where a stage is certain of something else, what is left to share out is the parent itself, or background
+    rest, members = p[others], inside[1:].copy()
+    rest[0] += LEAST
+    members[0] += LEAST
+    p[others] = rest / rest.sum(0) * (1 - within)
+    p[list(branch.values)] = members / members.sum(0) * within
 
 
 def clear_outside(p: np.ndarray, where: tuple[slice, slice, slice], branch: Branch) -> None:

@@ -1,6 +1,6 @@
 """Networks of the SSL model: the SSL papers' V-Net, a small one for CPUs, and MONAI's by name.
 
-Every factory takes (classes, patch, channels, last_relu) and returns a module from (B, channels, i, j, k) to
+Every factory takes (classes, patch, last_relu) and returns a module from (B, 1, i, j, k) to
 logits (B, classes, i, j, k) for i, j, k multiples of 16. ``last_relu`` False leaves out the rectifier before the head
 where there is one (V-Net, SegResNet): with eight features that are never negative a rare class gets none of its own. It
 ends as what remains where all features are 0, with a probability that its bias bounds below one half.
@@ -22,7 +22,6 @@ class VNet(nn.Module):
     Args:
         classes: Output channels, background included.
         filters: Channels of the first level, doubled at each of four strided convolutions.
-        channels: Input channels.
         norm: ``batch`` (the papers') or ``instance`` (the same in training and prediction, whatever the batch).
         dropout: Drop probability after the deepest block.
         head_dropout: Drop probability after the last block. With 8 filters, half of 8 channels gone at each step leaves
@@ -40,13 +39,12 @@ class VNet(nn.Module):
         norm: str = "batch",
         dropout: float = 0.5,
         head_dropout: float = 0.5,
-        channels: int = 1,
         last_relu: bool = True,
     ) -> None:
         super().__init__()
         width = [filters * 2**level for level in range(5)]
         self.encoder = nn.ModuleList(
-            _convolutions(n, channels if level == 0 else width[level], width[level], norm)
+            _convolutions(n, 1 if level == 0 else width[level], width[level], norm)
             for level, n in enumerate(self.ENCODER)
         )
         self.down = nn.ModuleList(
@@ -151,30 +149,30 @@ def _convolutions(count: int, inputs: int, outputs: int, norm: str, last_relu: b
     return nn.Sequential(*layers) if last_relu else nn.Sequential(*layers[:-1])
 
 
-def vnet(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
+def vnet(classes: int, patch: Sequence[int], last_relu: bool = True) -> nn.Module:
     """The papers' V-Net: 16 filters, batch norm; the head's dropout goes with the last rectifier, see `VNet`."""
-    return VNet(classes, channels=channels, head_dropout=0.5 if last_relu else 0.0, last_relu=last_relu)
+    return VNet(classes, head_dropout=0.5 if last_relu else 0.0, last_relu=last_relu)
 
 
-def vnet_small(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
+def vnet_small(classes: int, patch: Sequence[int], last_relu: bool = True) -> nn.Module:
     """V-Net with 8 filters (2.4 M parameters), quick enough to train on a CPU overnight; no dropout before its head."""
-    return VNet(classes, filters=8, head_dropout=0.0, channels=channels, last_relu=last_relu)
+    return VNet(classes, filters=8, head_dropout=0.0, last_relu=last_relu)
 
 
-def unet(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
+def unet(classes: int, patch: Sequence[int], last_relu: bool = True) -> nn.Module:
     """MONAI's residual U-Net, 16 to 256 channels."""
-    return UNet(3, channels, classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2)
+    return UNet(3, 1, classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2)
 
 
-def segresnet(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
+def segresnet(classes: int, patch: Sequence[int], last_relu: bool = True) -> nn.Module:
     """MONAI's SegResNet, 16 filters."""
-    network = SegResNet(3, 16, channels, classes)
+    network = SegResNet(3, 16, 1, classes)
     if not last_relu:
         network.conv_final[1] = nn.Identity()
     return network
 
 
-def dynunet(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bool = True) -> nn.Module:
+def dynunet(classes: int, patch: Sequence[int], last_relu: bool = True) -> nn.Module:
     """MONAI's DynUNet with nnU-Net's plain layout; axes that reach four voxels are no longer halved."""
     from monai.networks.nets import DynUNet
 
@@ -185,4 +183,4 @@ def dynunet(classes: int, patch: Sequence[int], channels: int = 1, last_relu: bo
         size = [n // s for n, s in zip(size, stride, strict=True)]
         kernels.append([3, 3, 3])
         strides.append(stride)
-    return DynUNet(3, channels, classes, kernels, strides, strides[1:], filters=(16, 32, 64, 128, 160))
+    return DynUNet(3, 1, classes, kernels, strides, strides[1:], filters=(16, 32, 64, 128, 160))

@@ -42,7 +42,6 @@ from aslseg.ssl.nested import (
     split,
     top_level,
 )
-from aslseg.ssl.nested_batches import plain
 from aslseg.volume.geometry import resize
 
 logger = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ class SSLModel:
         batches get smaller, then windows, then the CPU takes over; the log and ``notes`` say so.
 
         Args:
-            image: (i, j, k) float32 in 0..1, or (C, i, j, k) for a network of C channels; may be a memory map.
+            image: (i, j, k) float32 in 0..1; may be a memory map.
             regions: Region probabilities (:meth:`aslseg.types.Labels.region_probabilities`) instead of the classes'.
             uncertainty: Also the entropy of the averaged class probabilities over that of a coin with 1 + N sides: 0
                 where one class is certain, 1 where all are equally likely.
@@ -119,8 +118,8 @@ class SSLModel:
             NotEnoughMemoryError: Not even the smallest windows fit.
         """
         labels = self.settings.label_set
-        values = np.empty((self.classes - regions, *image.shape[-3:]), np.float32)
-        uncertainty_map = np.empty(image.shape[-3:], np.float32) if uncertainty else None
+        values = np.empty((self.classes - regions, *image.shape), np.float32)
+        uncertainty_map = np.empty(image.shape, np.float32) if uncertainty else None
 
         def take(where: Where, found: Tensor) -> None:
             if uncertainty_map is not None:
@@ -151,7 +150,7 @@ class SSLModel:
             if plan.device.type == "cuda":
                 torch.cuda.empty_cache()
         raise NotEnoughMemoryError(
-            f"not enough memory to predict a scan of {' x '.join(map(str, image.shape[-3:]))} voxels, even with "
+            f"not enough memory to predict a scan of {' x '.join(map(str, image.shape))} voxels, even with "
             f"{plan}; free some memory or choose a coarser spacing"
         )
 
@@ -243,10 +242,10 @@ class NestedModel:
     ) -> Prediction:
         """Predict a volume: the first stage everywhere, then the second inside each parent's box.
 
-        In the box the second stage decides what belongs to the parent, and the first stage shares out what does not
-        among the other top-level labels. Outside of it there is no parent. Where a parent is not found, the whole scan
-        is its box, and ``notes`` says so. Components below the limits in the metadata (:mod:`aslseg.ssl.specks`) count
-        as the label around them.
+        In the box the mean of both stages says what belongs to the parent, the second stage which nested label it is,
+        and the first which of the other top-level labels the rest is. Outside of the box there is no parent. Where a
+        parent is not found, the whole scan is its box, the second stage decides alone, and ``notes`` says so.
+        Components below the limits in the metadata (:mod:`aslseg.ssl.specks`) count as the label around them.
 
         Args:
             image: (i, j, k) float32 in 0..1 on the working grid.
@@ -273,16 +272,16 @@ class NestedModel:
             view = look(image, parent, geometry)
             inside, more = inner_probabilities(model, view, blend)
             notes += more
-            specks.clear(inside, branch.labels, self.metadata.get("specks", {}), geometry.working)
             clear_outside(p, view.where, branch)
-            put(p[:, *view.where], inside, branch)
+            box = p[:, *view.where]
+            put(box, inside, branch, found=bool(parent.any()))
+            specks.clear(box, labels, self.metadata.get("specks", {}), geometry.working)
         return Prediction(*_finished(p, self.settings, regions, uncertainty), tuple(notes))
 
 
 def inner_probabilities(model: SSLModel, view: View, blend: Blend = "gaussian") -> tuple[np.ndarray, tuple[str, ...]]:
     """Class probabilities (1 + M, i, j, k) of the second stage, on the working grid's box, and notes."""
-    maps = torch.from_numpy(np.stack([view.image, view.parent.astype(np.float32)]))
-    found = model.run(plain(maps[None])[0].numpy(), blend=blend)
+    found = model.run(view.image, blend=blend)
     shape = tuple(s.stop - s.start for s in view.where)
     p = np.stack([resize(channel, shape) for channel in found.values])
     return p / p.sum(0), found.notes
@@ -334,6 +333,11 @@ def load(path: Path, settings: Settings) -> SSLModel | NestedModel:
     )
     second = []
     for name, entry in stored["second"].items():
+        if entry["model"].get("options", {}).get("channels", 1) != 1:
+            raise BadWeightsError(
+                f"{path.name} is of a version in which the network of {name} saw the mask of {name} as well; train it "
+                "again (Train, or aslseg train ssl), or put it away"
+            )
         branch = found[name]
         model = stage_model(
             path, split(state, second_prefix(name)), entry["model"], settings_of(settings, branch.labels)

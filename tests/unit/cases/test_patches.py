@@ -144,14 +144,6 @@ def test_rare_classes_of_humans_come_before_promoted_ones_half_of_the_time():
     assert 0.4 < human < 0.6
 
 
-def test_patches_carry_the_depth_in_the_parent():
-    one = replace(case((6, 20, 12)), parent=np.full((6, 20, 12), 7, np.float16))
-    patch = PatchSampler([one], (8, 8, 8), 1).draw(np.random.default_rng(1))
-    assert patch.parent.dtype == np.float32
-    assert (patch.parent[patch.weight == 1] == 7).all()
-    assert (patch.parent[patch.weight == 0] == 0).all()
-
-
 def test_patches_lie_around_voxels_of_an_outer_label_whose_inner_ones_are_open():
     one = case((60, 60, 40))
     # 3: the first of two labels, or anything in it

@@ -11,8 +11,8 @@ import torch
 from aslseg.cases.prepared_case import Prepared
 from aslseg.settings import load_settings
 from aslseg.ssl import nested
-from aslseg.ssl.nested import REACH_MM, Geometry
-from aslseg.ssl.nested_batches import plain, varied
+from aslseg.ssl.nested import Geometry
+from aslseg.ssl.nested_batches import varied
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 
@@ -80,7 +80,6 @@ def test_without_a_parent_the_view_is_the_whole_scan_around_the_usual_median():
     view = nested.look(image, np.zeros(SHAPE, bool), UNIT)
     assert view.image.shape == SHAPE
     assert np.allclose(view.image[label == 1], 0.5)
-    assert not view.parent.any()
 
 
 def test_a_finer_grid_gives_a_larger_view():
@@ -89,16 +88,6 @@ def test_a_finer_grid_gives_a_larger_view():
     view = nested.look(image, label > 0, fine)
     box = [s.stop - s.start for s in view.where]
     assert view.image.shape == (2 * box[0], box[1], box[2] // 2)
-
-
-def test_depth_is_in_mm_and_cut_off():
-    mask = np.zeros((60, 3, 3), bool)
-    mask[20:] = True
-    deep = nested.depth(mask, replace(UNIT, spacing=(2.0, 1.0, 1.0)))[:, 1, 1].astype(float)
-    assert deep[0] == 0
-    assert deep[-1] == 2 * REACH_MM
-    assert deep[21] - deep[20] == 2
-    assert deep[19] < REACH_MM < deep[20]
 
 
 def test_small_islands_of_a_predicted_parent_do_not_count():
@@ -111,11 +100,12 @@ def test_small_islands_of_a_predicted_parent_do_not_count():
     assert not kept[18, 1, 14]
 
 
-def test_labels_weights_and_parents_of_a_case_lie_on_the_views_grid():
+def test_labels_and_weights_of_a_case_lie_on_the_views_grid():
     image, label = scan()
     whole = replace(case(image, label), voxel_weight=np.full(SHAPE, 0.25, np.float16), weight=0.5)
     seen = nested.view_case(whole, label > 0, liver(), UNIT)
-    assert seen.image.shape == seen.label.shape == seen.voxel_weight.shape == seen.parent.shape == (13, 12, 10)
+    assert seen.image.shape == seen.label.shape == seen.voxel_weight.shape == (13, 12, 10)
+    assert seen.relative
     assert (seen.label == label[3:16, 2:14, 4:14]).all()
     assert seen.label.dtype == np.uint8
     assert (seen.voxel_weight == 0.25).all()
@@ -130,12 +120,12 @@ def test_a_lesion_of_one_voxel_survives_where_the_grid_is_not_coarser():
     assert (nested.view_case(case(image, label), label > 0, liver(), UNIT).label == 2).sum() == 1
 
 
-def test_a_parent_cut_by_the_scans_edge_is_deep_there():
+def test_the_box_of_a_parent_cut_by_the_scans_edge_begins_there():
     image, label = scan()
     label[:, :, :4] = 1
     view = nested.look(image, label > 0, UNIT)
     assert view.where[2].start == 0
-    assert (view.parent[:, :, 0] > REACH_MM).all()
+    assert view.image.shape[2] == view.where[2].stop
 
 
 def test_a_nested_label_without_its_parent_is_the_parent_of_its_scan():
@@ -181,33 +171,36 @@ def test_a_scan_on_the_first_stages_grid_keeps_its_label_and_weights():
     assert np.allclose(found.voxel_weight, 0.5)
 
 
-def test_the_second_stage_says_what_is_parent_and_the_first_shares_out_the_rest():
+def test_both_stages_say_what_is_parent_and_the_first_shares_out_the_rest():
     (branch,) = nested.branches(Labels.parse("liver,spleen,tumour", "tumour:liver"))
-    p = np.zeros((4, 1, 1, 3), np.float32)
+    p = np.zeros((4, 1, 1, 4), np.float32)
     p[:3, 0, 0, 0] = 0.2, 0.5, 0.3
     p[:3, 0, 0, 1] = 0.0, 1.0, 0.0  # nothing but liver came into question
     p[:3, 0, 0, 2] = 0.5, 0.0, 0.5
-    inside = np.zeros((3, 1, 1, 3), np.float32)
+    p[:3, 0, 0, 3] = 0.0, 1.0, 0.0
+    inside = np.zeros((3, 1, 1, 4), np.float32)
     inside[:, 0, 0, 0] = 0.5, 0.4, 0.1
     inside[:, 0, 0, 1] = 0.6, 0.3, 0.1
     inside[:, 0, 0, 2] = 0.0, 0.2, 0.8
+    inside[:, 0, 0, 3] = 1.0, 0.0, 0.0
+    alone = p.copy()
     nested.put(p, inside, branch)
-    assert np.allclose(p[:, 0, 0, 0], [0.2, 0.4, 0.3, 0.1])
-    assert np.allclose(p[:, 0, 0, 1], [0.6, 0.3, 0.0, 0.1])
-    assert np.allclose(p[:, 0, 0, 2], [0.0, 0.2, 0.0, 0.8])
+    assert np.allclose(p[:, 0, 0, 0], [0.2, 0.4, 0.3, 0.1], atol=1e-5)
+    assert np.allclose(p[:, 0, 0, 1], [0.3, 0.525, 0.0, 0.175], atol=1e-5)
+    assert np.allclose(p[:, 0, 0, 2], [0.25, 0.1, 0.25, 0.4], atol=1e-5)
+    assert np.allclose(p[:, 0, 0, 3], [0.5, 0.5, 0.0, 0.0], atol=1e-5)
+    nested.put(alone, inside, branch, found=False)
+    assert np.allclose(alone[:, 0, 0, 1], [0.6, 0.3, 0.0, 0.1], atol=1e-5)
+    assert np.allclose(alone[:, 0, 0, 2], [0.0, 0.2, 0.0, 0.8], atol=1e-5)
 
 
-def test_network_input_is_reproducible_and_the_parent_now_and_then_missing():
-    maps = torch.rand(40, 2, 8, 8, 8)
-    maps[:, 1] *= 2 * REACH_MM
-    one, two = (varied(maps, torch.Generator().manual_seed(3)) for _ in range(2))
+def test_changed_intensities_are_reproducible_and_stay_around_the_parents():
+    image = torch.rand(40, 1, 8, 8, 8)
+    one, two = (varied(image, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(one, two)
-    assert not torch.equal(one, varied(maps, torch.Generator().manual_seed(4)))
-    missing = (one[:, 1] == 0).flatten(1).all(1).float().mean()
-    assert 0 < missing < 0.4
-    kept = plain(maps)
-    assert torch.equal(kept[:, 0], maps[:, 0])
-    assert 0 <= kept[:, 1].min() < 0.1 < 0.9 < kept[:, 1].max() <= 1
+    assert not torch.equal(one, varied(image, torch.Generator().manual_seed(4)))
+    assert (one - image).abs().mean() > 0.01
+    assert (varied(torch.full_like(image, 0.5), torch.Generator()) - 0.5).mean(dim=(1, 2, 3, 4)).abs().max() < 0.05
 
 
 def test_islands_outside_of_the_box_become_background():

@@ -24,12 +24,12 @@ def test_without_the_last_rectifier_features_of_the_head_keep_their_sign(name):
     patch, least = (32, 16, 16), {}
     for last_relu in (True, False):
         torch.manual_seed(0)
-        network = NETWORKS.get(name)(3, patch, 2, last_relu).eval()
+        network = NETWORKS.get(name)(3, patch, last_relu).eval()
         convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv3d)]
         head = next(m for m in reversed(convolutions) if m.out_channels == 3)
         head.register_forward_hook(lambda _, given, __, key=last_relu: least.update({key: given[0].min().item()}))
         with torch.no_grad():
-            network(torch.randn(1, 2, *patch))
+            network(torch.randn(1, 1, *patch))
     assert least[True] == 0
     assert least[False] < 0
 

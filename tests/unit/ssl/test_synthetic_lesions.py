@@ -34,7 +34,7 @@ def view(lesions: int = 1, contrast: float = -0.2, spacing: float = 2.0) -> Prep
 
 
 def patch_of(case: Prepared) -> Patch:
-    return Patch(case.image, case.label, np.ones(SHAPE, np.float32), np.zeros(SHAPE, np.float32))
+    return Patch(case.image, case.label, np.ones(SHAPE, np.float32))
 
 
 def test_labelled_lesions_are_measured_one_by_one():
@@ -91,7 +91,7 @@ def test_a_generator_repeats_them_on_arrays_and_on_tensors():
     one, two = (lesions.into(patch_of(case), np.random.default_rng(7)) for _ in range(2))
     assert (one.image == two.image).all()
     assert (one.label == two.label).all()
-    tensors = Patch(torch.from_numpy(case.image), torch.from_numpy(case.label), one.weight, one.parent)
+    tensors = Patch(torch.from_numpy(case.image), torch.from_numpy(case.label), one.weight)
     three = lesions.into(tensors, np.random.default_rng(7))
     assert torch.equal(three.image, torch.from_numpy(one.image))
     assert torch.equal(three.label, torch.from_numpy(one.label))
@@ -101,7 +101,7 @@ def test_a_generator_repeats_them_on_arrays_and_on_tensors():
 
 def test_a_patch_without_parent_stays_as_it_is_and_so_does_every_patch_at_chance_0():
     case = view(0)
-    empty = Patch(case.image, np.zeros_like(case.label), None, None)
+    empty = Patch(case.image, np.zeros_like(case.label), None)
     assert (Lesions([view()], LABELS, 1.0).into(empty, np.random.default_rng(0)).image == case.image).all()
     patch = patch_of(case)
     assert Lesions([view()], LABELS, 0.0).into(patch, np.random.default_rng(0)) is patch

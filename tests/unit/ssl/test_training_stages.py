@@ -126,12 +126,22 @@ def test_methods_with_unlabelled_scans_train_in_both_stages(tmp_path, settings, 
 
 
 @pytest.mark.parametrize("network", ["vnet_small", "segresnet", "dynunet"])
-def test_networks_take_the_parent_as_a_second_channel(tmp_path, settings, network):
+def test_every_network_learns_in_both_stages(tmp_path, settings, network):
     out = tmp_path / "ssl.safetensors"
     run(out, settings(network=network), iterations=2)
-    options = {"channels": 2, "last_relu": False}
+    options = {"last_relu": False}
     assert read_metadata(out)["stages"]["second"]["liver"]["model"]["options"] == options
     assert predict.load(out, settings()).predict(case("a").image).shape == (3, *SHAPE)
+
+
+def test_a_file_whose_second_stage_saw_the_parent_too_is_refused_and_says_what_to_do(tmp_path, settings):
+    out = tmp_path / "ssl.safetensors"
+    run(out, settings(), iterations=2)
+    state, metadata = load_weights(out, "ssl")
+    metadata["stages"]["second"]["liver"]["model"]["options"]["channels"] = 2
+    save_weights(out, state, metadata)
+    with pytest.raises(BadWeightsError, match=r"saw the mask of liver as well; train it again"):
+        predict.load(out, settings())
 
 
 @pytest.mark.parametrize("killed_at", [1, 4])
