@@ -201,6 +201,12 @@ def test_changed_intensities_are_reproducible_and_stay_around_the_parents():
     assert not torch.equal(one, varied(image, torch.Generator().manual_seed(4)))
     assert (one - image).abs().mean() > 0.01
     assert (varied(torch.full_like(image, 0.5), torch.Generator()) - 0.5).mean(dim=(1, 2, 3, 4)).abs().max() < 0.05
+    steps = torch.zeros(400, 1, 8, 8, 8)
+    steps[:, :, :4] = 0.4
+    changed = varied(steps, torch.Generator().manual_seed(5))
+    factor = (changed[:, :, :4].mean((1, 2, 3, 4)) - changed[:, :, 4:].mean((1, 2, 3, 4))) / 0.4
+    assert 0.45 < factor.min() < 0.55
+    assert 1.2 < factor.max() < 1.3
 
 
 def test_islands_outside_of_the_box_become_background():
