@@ -16,20 +16,14 @@ from aslseg.compute.augment import normal_noise
 from aslseg.ssl.batches import Batches
 from aslseg.ssl.synthetic_lesions import Lesions
 
-# a patch's differences from the parent's median are multiplied by a factor between these
-CONTRAST = (0.5, 1.25)
-
 
 def varied(image: Tensor, generator: torch.Generator) -> Tensor:
     """Relative intensities (B, 1, i, j, k) with other contrast, brightness and noise.
 
-    Contrast goes down to half: lesions of other scans may be paler than all that are labelled. Brightness changes
-    little, since it is relative to the parent already.
+    Brightness changes little, since it is relative to the parent already.
     """
     u = torch.rand(len(image), 3, generator=generator).to(image.device)[:, :, None, None, None, None] * 2 - 1
-    low, high = np.log(CONTRAST)
-    contrast = torch.exp((low + high) / 2 + (high - low) / 2 * u[:, 0])
-    changed = 0.5 + (image - 0.5) * contrast + 0.04 * u[:, 1]
+    changed = 0.5 + (image - 0.5) * (1 + 0.25 * u[:, 0]) + 0.04 * u[:, 1]
     return changed + 0.03 * (u[:, 2] + 1) / 2 * normal_noise(image.shape, generator, image.device)
 
 
