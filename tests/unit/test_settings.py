@@ -400,6 +400,15 @@ def test_steps_of_version_0_1_are_found_again() -> None:
         assert json.dumps(relevant(settings, *groups), sort_keys=True) == json.dumps(expected, sort_keys=True)
 
 
+def test_a_second_stage_of_another_version_is_another_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    nested, flat = Settings(), Settings(nested_fraction=0)
+    before = {group: (relevant(nested, group), relevant(flat, group)) for group in GROUPS}
+    monkeypatch.setattr("aslseg.settings.groups.SECOND_STAGE", 1)
+    changed = {group for group, values in before.items() if relevant(nested, group) != values[0]}
+    assert changed == {"ssl"}
+    assert all(relevant(flat, group) == values[1] for group, values in before.items())
+
+
 def test_folders_that_cannot_be_written_to_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     require_writable(Settings(home=str(tmp_path / "a" / "b")), "home", "model_dir")

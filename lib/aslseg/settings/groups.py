@@ -12,6 +12,9 @@ _SAM = {name for name in Settings.model_fields if name.startswith("sam_")}
 _SAM_PROMPTS = {"sam_prompts", "sam_zoom", "box_margin", "min_component"}
 _SAM_FILES = {"sam_checkpoint", "sam_base"}
 _NESTED = {name for name in Settings.model_fields if name.startswith("nested_")}
+SECOND_STAGE = 2
+"""Version of the second stage of nested labels, among the inputs of its training: models of another version are not
+loaded, so that rounds have to train anew. In the first it saw the parent's mask beside the scan."""
 # in SAM and the adaptation network: relative intensities, synthetic lesions, and whether there are any
 _NESTED_LATER = {"nested_fraction", "nested_range", "nested_synthetic"}
 
@@ -51,9 +54,12 @@ def relevant(settings: Settings, *groups: str) -> dict[str, Any]:
     left_out = set().union(*(names for group, names in GROUPS.items() if group not in groups))
     for group in groups:
         left_out -= GROUPS[group]
-    if not settings.nested_fraction or not any(parent is not None for parent in settings.label_set.parents):
+    nested = bool(settings.nested_fraction) and any(parent is not None for parent in settings.label_set.parents)
+    if not nested:
         left_out |= _NESTED
-    values = settings.model_dump(exclude=left_out | GROUPS["machine"])
+    values: dict[str, Any] = settings.model_dump(exclude=left_out | GROUPS["machine"])
+    if nested and "ssl" in groups:
+        values["second_stage"] = SECOND_STAGE
     if values.get("sam_train") == "med2d_adapter":
         values["sam_train"] = "adapter"
     if "prompts" in groups:
