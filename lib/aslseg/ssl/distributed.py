@@ -145,12 +145,13 @@ def _packed(case: Prepared, path: Path) -> dict[str, Any]:
         files[name] = str(backing_file(array) or f"{path}.{name}.npy")
         if backing_file(array) is None:
             np.save(files[name], array)
-    spacing = list(case.grid.spacing)
-    return {"id": case.id, "patient": case.patient, "weight": case.weight, "spacing": spacing, "files": files}
+    about = {"id": case.id, "patient": case.patient, "weight": case.weight, "relative": case.relative}
+    return about | {"spacing": list(case.grid.spacing), "files": files}
 
 
 def unpacked(packed: dict[str, Any]) -> Prepared:
     """A case as process 0 sent it, memory-mapped; of its grid, training uses the spacing only."""
     volumes = {name: np.load(file, mmap_mode="r") for name, file in packed["files"].items()}
     grid = Grid.of(Volume(volumes["image"], np.diag([*packed["spacing"], 1.0])), None)
-    return Prepared(packed["id"], packed["patient"], grid=grid, weight=packed["weight"], **volumes)
+    about = {name: packed[name] for name in ("id", "patient", "weight", "relative")}
+    return Prepared(grid=grid, **about, **volumes)

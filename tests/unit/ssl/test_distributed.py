@@ -7,12 +7,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import two_processes
 
+from aslseg.cases.prepared_case import arrays
 from aslseg.compute.weights import load_weights
 from aslseg.errors import BadSettingsError
 from aslseg.ssl import distributed, engine
@@ -78,6 +80,18 @@ def test_batches_that_cannot_be_shared_out(monkeypatch):
     settings = two_processes.settings()
     with pytest.raises(BadSettingsError, match=r"accumulate is 2, but 3 processes.*--conf accumulate 3"):
         distributed.init(settings)
+
+
+def test_a_worker_gets_the_case_that_the_leading_process_has(tmp_path):
+    """The second stage of nested labels draws other batches, by what the cases say of their intensities."""
+    for case in (c for stream in two_processes.cases(tmp_path) for c in stream):
+        for sent in (case, replace(case, relative=True)):
+            got = distributed.unpacked(json.loads(json.dumps(distributed._packed(sent, tmp_path / sent.id))))
+            assert got.grid.spacing == sent.grid.spacing
+            assert arrays(got).keys() == arrays(sent).keys()
+            assert all((array == arrays(sent)[name]).all() for name, array in arrays(got).items())
+            for name in ("id", "patient", "weight", "relative"):
+                assert getattr(got, name) == getattr(sent, name)
 
 
 def test_one_process_needs_no_group():
