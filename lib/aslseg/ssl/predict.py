@@ -275,7 +275,10 @@ class NestedModel:
             clear_outside(p, view.where, branch)
             box = p[:, *view.where]
             put(box, inside, branch, found=bool(parent.any()))
-            specks.clear(box, labels, self.metadata.get("specks", {}), geometry.working)
+            # this box may cut the components of another parent's labels
+            known = self.metadata.get("specks", {})
+            limits = {name: known[name] for name in branch.labels.names if name in known}
+            specks.clear(box, labels, limits, geometry.working)
         return Prediction(*_finished(p, self.settings, regions, uncertainty), tuple(notes))
 
 
@@ -333,11 +336,6 @@ def load(path: Path, settings: Settings) -> SSLModel | NestedModel:
     )
     second = []
     for name, entry in stored["second"].items():
-        if entry["model"].get("options", {}).get("channels", 1) != 1:
-            raise BadWeightsError(
-                f"{path.name} is of a version in which the network of {name} saw the mask of {name} as well; train it "
-                "again (Train, or aslseg train ssl), or put it away"
-            )
         branch = found[name]
         model = stage_model(
             path, split(state, second_prefix(name)), entry["model"], settings_of(settings, branch.labels)
@@ -353,9 +351,19 @@ def scale_of(metadata: Mapping[str, Any]) -> Scale:
 
 
 def stage_model(path: Path, state: dict[str, Tensor], metadata: dict[str, Any], settings: Settings) -> SSLModel:
-    """One network of a file with what belongs to it."""
-    outputs = metadata.get("outputs", len(metadata["labels"]) + 1)
-    network = NETWORKS.get(metadata["network"])(outputs, metadata["patch"], **metadata.get("options", {}))
+    """One network of a file with what belongs to it.
+
+    Raises:
+        BadWeightsError: The tensors do not fit, or it is a second stage of an earlier version.
+    """
+    outputs, options = metadata.get("outputs", len(metadata["labels"]) + 1), metadata.get("options", {})
+    if options.get("channels", 1) != 1:
+        parent = metadata["labels"][0]
+        raise BadWeightsError(
+            f"{path.name} is of a version in which the network of {parent} saw the mask of {parent} as well; the next "
+            "round trains a new one (Train, or `aslseg round`)"
+        )
+    network = NETWORKS.get(metadata["network"])(outputs, metadata["patch"], **options)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from aslseg.cases.prepared_case import Prepared
 from aslseg.compute.weights import load_weights, read_metadata, save_weights
 from aslseg.errors import BadWeightsError
 from aslseg.files import sha256
-from aslseg.ssl import engine, nested_batches, predict, specks, training
+from aslseg.ssl import engine, nested, nested_batches, predict, specks, training
 from aslseg.ssl.synthetic_lesions import Lesions
-from aslseg.types import Volume
+from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 
 SHAPE = (40, 36, 20)
@@ -140,7 +141,7 @@ def test_a_file_whose_second_stage_saw_the_parent_too_is_refused_and_says_what_t
     state, metadata = load_weights(out, "ssl")
     metadata["stages"]["second"]["liver"]["model"]["options"]["channels"] = 2
     save_weights(out, state, metadata)
-    with pytest.raises(BadWeightsError, match=r"saw the mask of liver as well; train it again"):
+    with pytest.raises(BadWeightsError, match=r"saw the mask of liver as well; the next round trains"):
         predict.load(out, settings())
 
 
@@ -408,3 +409,45 @@ def test_components_below_the_limits_of_the_model_are_taken_away_in_prediction(t
         assert found[24, 20, 8] > 0
         assert (found[14:18, 12:16, 8:12] == 2).all()
     assert read_metadata(limited)["stages"] == read_metadata(out)["stages"]
+
+
+def of_truth(labels: Labels, truth: np.ndarray, specks_limits: dict[str, dict[str, float]]) -> predict.NestedModel:
+    """A model whose stages say what is true with a probability of 0.9."""
+    top, second = nested.top_level(labels), []
+
+    def sure(masks: list[np.ndarray]) -> np.ndarray:
+        return np.stack(masks).astype(np.float32) * 0.9 + 0.1 / len(masks)
+
+    for branch in nested.branches(labels):
+        geometry = nested.Geometry((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), 6.0, 0.25, 0.5)
+        part = branch.inner(truth)[nested.box(np.isin(truth, branch.values), geometry)]
+        said = sure([part == n for n in range(len(branch.values) + 1)])
+        second.append((branch, geometry, SimpleNamespace(run=lambda _, said=said, **__: predict.Prediction(said))))
+    whole = sure([truth == 0, *(np.isin(truth, labels.members(n)) for n in top)])
+    first = SimpleNamespace(run=lambda _, **__: predict.Prediction(whole))
+    return predict.NestedModel(first, second, {"specks": specks_limits}, SimpleNamespace(label_set=labels))
+
+
+def test_a_component_that_the_box_of_another_parent_cuts_is_measured_whole():
+    labels = Labels.parse("liver,kidney,tumour,cyst", "tumour:liver,cyst:kidney")
+    truth = np.zeros((40, 20, 16), np.uint8)
+    truth[2:20, 2:18, 2:14], truth[20:36, 2:18, 2:14] = 1, 2
+    # the kidney's box begins within it
+    truth[10:18, 8:12, 6:10] = 3
+    truth[26:32, 8:12, 6:10] = 4
+    limits = {name: {"probability": 0.0, "mm3": 90.0} for name in ("tumour", "cyst")}
+    found = of_truth(labels, truth, limits).run(np.zeros(truth.shape, np.float32))
+    assert np.allclose(found.values.sum(0), 1, atol=1e-5)
+    assert (labels.decode(labels.region_probabilities(found.values)) == truth).all()
+
+
+def test_labels_in_labels_in_labels_are_put_together():
+    labels = Labels.parse("liver,spleen,tumour,necrosis", "tumour:liver,necrosis:tumour")
+    truth = np.zeros((30, 20, 16), np.uint8)
+    truth[2:20, 2:18, 2:14], truth[22:28, 2:18, 2:14] = 1, 2
+    truth[6:14, 6:14, 4:12], truth[8:12, 8:12, 6:10] = 3, 4
+    for mm3, left in ((0.0, truth), (65.0, np.where(truth == 4, 3, truth))):
+        model = of_truth(labels, truth, {"necrosis": {"probability": 0.0, "mm3": mm3}})
+        found = model.run(np.zeros(truth.shape, np.float32))
+        assert np.allclose(found.values.sum(0), 1, atol=1e-5)
+        assert (labels.decode(labels.region_probabilities(found.values)) == left).all()
