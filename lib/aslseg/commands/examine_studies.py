@@ -108,7 +108,6 @@ def _locked(lock: Path, seconds: float) -> bool:
 def models(paths: Paths, settings: Settings) -> Iterator[Finding]:
     """Published models that are damaged or do not load with these settings."""
     from aslseg.models.kinds import PUBLISHED_KINDS
-    from aslseg.models.loaded import load_model
     from aslseg.models.published import find_published, manifest
 
     remedy = "Run `aslseg round` to train it again, or `aslseg ledger rollback` to serve the one before."
@@ -118,10 +117,21 @@ def models(paths: Paths, settings: Settings) -> Iterator[Finding]:
             if kind in manifest(paths):
                 yield Finding("error", "model", f"the published {kind} is missing or damaged", remedy)
             continue
-        try:
-            load_model(kind, entry.path, settings)
-        except AslsegError as error:
-            yield Finding("error", "model", f"the published {kind} does not load: {error}", remedy)
+        reason = why_not_loaded(kind, entry.path, settings)
+        if reason:
+            yield Finding("error", "model", f"the published {kind} does not load: {reason}", remedy)
+
+
+def why_not_loaded(kind: str, path: Path, settings: Settings) -> str:
+    """Why a model file does not load with these settings; empty where it does."""
+    from aslseg.models.kinds import ModelKind
+    from aslseg.models.loaded import load_model
+
+    try:
+        load_model(ModelKind(kind), path, settings)
+    except AslsegError as error:
+        return str(error)
+    return ""
 
 
 def pacs(address: str) -> Iterator[Finding]:

@@ -51,14 +51,16 @@ def ledger_rollback(
     if sum(given is not None for given in (number, model, case)) != 1:
         raise typer.BadParameter("give one of --round N, --model KIND and --case SCAN")
     settings = read_settings(conf)[0]
+    from aslseg.commands.examine_studies import models, why_not_loaded
     from aslseg.rounds.label_files import rollback
     from aslseg.settings import Paths
 
     paths = Paths(settings, studies)
     if number is not None:
         lines = rollback.roll_back(paths, number)
+        lines += [found.text for found in models(paths, settings)]
     elif model is not None:
-        lines = rollback.roll_back_model(paths, model)
+        lines = rollback.roll_back_model(paths, model, lambda kind, path: not why_not_loaded(kind, path, settings))
     else:
         lines = rollback.roll_back_case(paths, str(case))
     if as_json:

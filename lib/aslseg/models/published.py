@@ -152,7 +152,7 @@ class Candidate:
     tries: int = 1
 
 
-def gate(candidate: Candidate, current: Published | None, tolerance: float) -> tuple[bool, str]:
+def gate(candidate: Candidate, current: Published | None, tolerance: float, first: bool = True) -> tuple[bool, str]:
     """Whether a candidate is published, and the reason in words.
 
     What is asked depends on what has changed (:mod:`aslseg.models.gate_rules`). Where no label is left that the
@@ -162,10 +162,12 @@ def gate(candidate: Candidate, current: Published | None, tolerance: float) -> t
         candidate: The new model.
         current: The published one of its kind that it can be compared with.
         tolerance: By how much the mean validation Dice may be lower where only settings have changed.
+        first: Without ``current``, whether none was published; False: the published one does not load.
     """
     c = candidate
     if current is None:
-        return True, f"{c.kind}: published, the first one" + (f" (Dice {c.dice:.4f})" if c.dice is not None else "")
+        why = "the first one" if first else "as the one before it does not load"
+        return True, f"{c.kind}: published, {why}" + (f" (Dice {c.dice:.4f})" if c.dice is not None else "")
     if current.sha256 == sha256(c.path):
         return True, f"{c.kind}: unchanged"
     if c.cause == Cause.SETTINGS and c.dice is not None and c.published_dice is not None:

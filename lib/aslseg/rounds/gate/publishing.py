@@ -142,7 +142,8 @@ def _decide(
         return False, f"{kind}: not published; this model was rolled back"
     if foreign and kind != ModelKind.SSL:
         return False, f"{kind}: not published; the published ssl works on another spacing"
-    return gate(candidate, current, pipeline.settings.gate_tolerance)
+    first = kind not in entries_before(pipeline)
+    return gate(candidate, current, pipeline.settings.gate_tolerance, first)
 
 
 def _unchecked(pipeline: RoundPipeline, candidate: Candidate, current: Published | None) -> bool:

@@ -5,8 +5,9 @@ Nothing is removed from the ledger: events are added that lead back to an earlie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
@@ -103,14 +104,25 @@ def roll_back_case(paths: Paths, case: str) -> list[str]:
     return lines
 
 
-def roll_back_model(paths: Paths, kind: str) -> list[str]:
+def any_file(kind: str, path: Path) -> bool:
+    """Whether a model file can be served: every one."""
+    return True
+
+
+def roll_back_model(paths: Paths, kind: str, usable: Callable[[str, Path], bool] = any_file) -> list[str]:
     """Serve the model of a kind that was published before the present one, which is not published again.
+
+    Args:
+        paths: Where models and ledger are.
+        kind: ``ssl``, ``sam`` or ``adapter``.
+        usable: Whether a model file of a kind can be served; others are passed over. Nothing would take the place of
+            a model of an earlier version: the next round trains the one that was taken back.
 
     Returns:
         Lines that say what was done.
 
     Raises:
-        LedgerError: None is published, or no earlier one is kept.
+        LedgerError: None is published, or no earlier one is kept that can be served.
         RoundRunningError: A round is running.
     """
     with _held(paths) as (ledger, _):
@@ -118,13 +130,15 @@ def roll_back_model(paths: Paths, kind: str) -> list[str]:
         if kind not in now:
             raise LedgerError(f"no {kind} model is published; published: {', '.join(sorted(now)) or 'none'}")
         digest, why = now[kind]["sha256"], f"rollback of model {kind}"
-        earlier = _earlier(paths, ledger, kind, {digest, *model_vetoes(ledger)})
+        earlier = _earlier(paths, ledger, kind, {digest, *model_vetoes(ledger)}, usable=usable)
         if earlier is None:
             number = now[kind]["round"]
             remedy = (
                 f"`aslseg ledger rollback --round {number}` takes back all of its round" if number else "train another"
             )
-            raise LedgerError(f"no earlier {kind} model is kept (keep_models) that was not taken back; {remedy}")
+            raise LedgerError(
+                f"no earlier {kind} model is kept (keep_models) that was not taken back and still loads; {remedy}"
+            )
         models = {**now, kind: earlier}
         published = Entry("published", None, details={"before": now, "after": models, "why": why})
         ledger.append([veto_model(kind, digest, why), published])
@@ -230,7 +244,12 @@ def _require_kept(paths: Paths, models: dict[str, dict[str, Any]], why: str) -> 
 
 
 def _earlier(
-    paths: Paths, ledger: Ledger, kind: str, passed_over: set[str], before: int | None = None
+    paths: Paths,
+    ledger: Ledger,
+    kind: str,
+    passed_over: set[str],
+    before: int | None = None,
+    usable: Callable[[str, Path], bool] = any_file,
 ) -> dict[str, Any] | None:
     """The entry of the newest model that was served before, is kept, and is none of those passed over.
 
@@ -238,12 +257,15 @@ def _earlier(
         paths, ledger, kind: Where it was served, and what it is.
         passed_over: Hashes of models that it may not be.
         before: It was served before this event; None for any time.
+        usable: As for :func:`roll_back_model`.
     """
     events: list[Event] = ledger.events(kinds=("published",))
     for event in reversed([e for e in events if before is None or e.seq < before]):
         for models in (event.details["after"], event.details["before"]):
             entry = models.get(kind)
-            kept = entry is not None and (paths.models / str(entry["file"])).is_file()
-            if kept and entry["sha256"] not in passed_over:
+            if entry is None or entry["sha256"] in passed_over:
+                continue
+            path = paths.models / str(entry["file"])
+            if path.is_file() and usable(kind, path):
                 return dict(entry)
     return None
