@@ -59,12 +59,8 @@ class Batches:
         return self.labelled.draw_batch(rng, self.settings.batch_labelled)
 
     def strong(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """Images (B, C, i, j, k) with changed intensities."""
+        """Images (B, 1, i, j, k) with changed intensities."""
         return random_intensity(image, generator, self.settings.modality == "ct")
-
-    def weak(self, image: Tensor) -> Tensor:
-        """Images (B, C, i, j, k) as they are when a network predicts."""
-        return image
 
     def __call__(self, number: int) -> Batch:
         """A batch, on the device."""
@@ -79,7 +75,8 @@ class Batches:
         if free_drawn:
             free = self._images(free_drawn)
             free = warp(free, random_geometry(free.shape, generator, s.flips, self.device))
-            strong, weak = self.strong(free, generator), self.weak(free)
+            # the weak ones are as a network sees them when it predicts
+            strong, weak = self.strong(free, generator), free
         else:
             strong = weak = image[:0]
         layout = torch.channels_last_3d

@@ -58,7 +58,7 @@ class VNet(nn.Module):
         self.norm, self.last_relu = norm, last_relu
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, C, i, j, k) to the features of the five levels, (B, filters 2^l, i / 2^l, j / 2^l, k / 2^l)."""
+        """(B, 1, i, j, k) to the features of the five levels, (B, filters 2^l, i / 2^l, j / 2^l, k / 2^l)."""
         features = []
         for level in range(4):
             features.append(self.encoder[level](x))
