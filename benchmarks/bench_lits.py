@@ -9,8 +9,10 @@
 Settings over the defaults with --conf (device=cuda for all parts); --labelled 4 takes the first four of the labelled
 set that --rotation names; --fold 1/4 learns from all patients but a quarter and scores these: full supervision.
 --tumours liver: no tumour is labelled, only livers, so that synthetic lesions alone say what a tumour is; --tumours
-unknown: the same, but true tumours count for nothing in the second stage's loss. --crossfit 4 trains the second stage
-four times more, each without a quarter of the labelled scans, to choose which components are too small or too unsure.
+unknown: the same, but true tumours count for nothing in the second stage's loss. --crossfit 4, with ``second``, trains
+it four times more, each without a quarter of the labelled scans, to choose which components are too small or too
+unsure; ``joined`` does not use these limits, which are those of the second stage alone in the true liver
+(realdata_lits.py fits those of both stages).
 
 An --out that holds a model is only scored; ``prepare`` only brings the scans to the working grid. Without unlabelled
 scans the second stage does not depend on the first, so that both can be trained side by side and joined: the same as
@@ -170,8 +172,8 @@ def joined(arguments: argparse.Namespace, settings: Settings) -> None:
     if inner.metadata["method"] != "supervised":
         raise SystemExit("the second stage has seen the true livers of unlabelled scans; train both stages with whole")
     arguments.steps = metadata["iterations"] + inner.metadata["iterations"]
-    both, parts = metadata | {"specks": inner.metadata.get("specks", {})}, [(second.branch, second.geometry, inner)]
-    score_whole(arguments, settings, predict.NestedModel(first, parts, both, settings), scans.test)
+    parts = [(second.branch, second.geometry, inner)]
+    score_whole(arguments, settings, predict.NestedModel(first, parts, metadata, settings), scans.test)
 
 
 def whole(arguments: argparse.Namespace, settings: Settings) -> None:

@@ -120,7 +120,7 @@ class Plan:
             return max(1, round(a.steps * a.first_part)), a.steps
         pace = self.pace(found[0])
         firsts = len({run.first for run in found})
-        shares = [1 + (0.5 * a.crossfit if "--tumours" not in run.extra else 0) for run in found]
+        shares = [1 + (0.5 * a.crossfit if a.true_liver and "--tumours" not in run.extra else 0) for run in found]
         # in lengths of a second stage: what each job has to do, or the longest call
         length = max((sum(shares) + firsts * a.first_part) / a.jobs, max(shares), a.first_part)
         second = int((self.deadline - time.monotonic()) * (1 - SPARE) / pace / length)
@@ -135,7 +135,8 @@ class Plan:
         for number, run in enumerate({run.split[:2]: run for run in found}.values()):
             self.bench("prepare", f"prepare-{number}", run.split)
         first, second = self.steps(found)
-        crossfit = ("--crossfit", str(a.crossfit), *(() if a.true_liver else ("--train-only",)))
+        # both stages joined have no limits on components, so that nobody needs the folds
+        crossfit = ("--crossfit", str(a.crossfit)) if a.true_liver else ("--train-only",)
         firsts = {run.first: ("first", run.first, (*run.split, "--steps", str(first), "--train-only")) for run in found}
         seconds = [
             ("second", f"{run.name}/second", (*run.split, *run.extra, *crossfit, "--steps", str(second)))
@@ -174,7 +175,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="of the second stage; 0: as many as fit")
     parser.add_argument("--first-part", type=float, default=1.0, help="steps of the first stage, as a part of these")
     parser.add_argument("--true-liver", action="store_true", help="score the second stage in the true liver as well")
-    parser.add_argument("--crossfit", type=int, default=2)
+    parser.add_argument("--crossfit", type=int, default=2, help="folds for limits on components, with --true-liver")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cache", type=Path, default=Path("work/lits_cache"))

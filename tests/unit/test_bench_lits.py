@@ -128,6 +128,11 @@ def test_stages_apart_are_trained_and_joined(
         "joined": ["--first", str(tmp_path / "first"), "--second", str(tmp_path / "second")],
     }.items():
         monkeypatch.setattr(sys, "argv", ["bench", what, *arguments(tmp_path, data, what), "--fold", "2/2", *more])
+        path = tmp_path / "second" / "second.safetensors"
+        if what == "joined":
+            # limits of the second stage alone
+            state, metadata = load_weights(path, "ssl")
+            save_weights(path, state, metadata | {"specks": {"tumour": {"probability": 1.0, "mm3": 1e9}}})
         benches.lits.main()
     assert not (tmp_path / "first" / "result.json").exists()
     assert {p.name for p in (tmp_path / "second").glob("fold-*")} == {"fold-0.safetensors", "fold-1.safetensors"}
@@ -135,10 +140,10 @@ def test_stages_apart_are_trained_and_joined(
     assert [r["patient"] for r in result["rows"]] == ["b", "d"]
     assert result["arm"] == "full supervision, supervised"
     assert result["steps"] == 4
+    assert result["limits"] == {}
     assert not list((tmp_path / "joined").glob("*.npz"))
     assert (tmp_path / "joined" / "outlines.png").exists()
     # a second stage trained apart with unlabelled scans has seen their true livers
-    path = tmp_path / "second" / "second.safetensors"
     state, metadata = load_weights(path, "ssl")
     save_weights(path, state, metadata | {"method": "bcp_mt"})
     with pytest.raises(SystemExit, match="true livers of unlabelled scans"):
