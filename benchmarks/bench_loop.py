@@ -350,6 +350,12 @@ def main() -> None:
     known = arms(arguments.labelled)
     named = {"main": MAIN, "all": ",".join(known), "none": ""}.get(arguments.arms, arguments.arms)
     wanted = [name for name in named.split(",") if name in known]
+    unknown = sorted(set(named.split(",")) - {*known, ""})
+    # with one label there are no folds, and arms that need them are left out
+    if unknown and arguments.arms != "main":
+        raise SystemExit(
+            f"no such arm with {arguments.labelled} labels: {', '.join(unknown)}; arms: {', '.join(known)}"
+        )
     if wanted:
         found = benches(arguments, conf)
         work_through(found, wanted)

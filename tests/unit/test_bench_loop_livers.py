@@ -179,6 +179,14 @@ def test_labels_of_unlabelled_scans_change_no_model(
     assert results(right)["today"]["dice"] != results(wrong)["today"]["dice"]
 
 
+def test_an_arm_that_does_not_exist_is_named(
+    bench: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=r"no such arm with 2 labels: tody; arms: supervised, ssl, "):
+        run(bench, monkeypatch, data, tmp_path / "out", "--arms", "ssl,tody")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_label_that_cannot_be_read_ends_the_scores_and_changes_no_model(
     bench: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
