@@ -60,13 +60,17 @@ MAIN = "ssl,ssl at equal compute,self-training,today,today with the ensemble,dis
 """The arms of ``--arms main``."""
 
 
-def arms(labelled: int) -> dict[str, Arm]:
+def arms(labelled: int, with_folds: bool = True) -> dict[str, Arm]:
     """The arms with so many labelled scans.
 
-    The loop's compute is that of a round with folds: the SSL model, the folds, the second network (here as long as the
-    first one), and retraining. ``at equal compute`` and ``for as long`` spend all of it.
+    The loop's compute is that of a round: the SSL model, the folds, the second network (here as long as the first one),
+    and retraining. ``at equal compute`` and ``for as long`` spend all of it.
+
+    Args:
+        labelled: Number of labelled scans.
+        with_folds: Whether the round has folds (setting ``label_folds``); with one label it has none.
     """
-    count = min(MOST_FOLDS, labelled) if labelled > 1 else 0
+    count = min(MOST_FOLDS, labelled) if with_folds and labelled > 1 else 0
     folds = {f"fold {n + 1}": Arm("bcp_mt", fold_share(count), fold=n) for n in range(count)}
     loop = 2 + count * fold_share(count) + TODAY.steps
     found = {

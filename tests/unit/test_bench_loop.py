@@ -119,16 +119,16 @@ def test_arms_learn_what_they_say_and_are_computed_once(
 
 
 def test_every_control_spends_what_the_loop_does(bench: Any, tmp_path: Path) -> None:
-    for labelled, loop in ((1, 2.75), (2, 4.75), (4, 4.75), (8, 4.75)):
+    for labelled, folds, loop in ((1, True, 2.75), (2, True, 4.75), (4, True, 4.75), (8, True, 4.75), (8, False, 2.75)):
         one = object.__new__(bench.Bench)
-        one.arms = bench.arms(labelled)
+        one.arms = bench.arms(labelled, folds)
         units = {name: one.units(name) for name in one.arms}
         spent = [
             n for n in units if n.endswith(("equal compute", "for as long")) or n in ("self-training", "round cfr")
         ]
         assert {n: units[n] for n in spent} == dict.fromkeys(spent, pytest.approx(loop))
         assert max(units[n] for n in ("today", "round aslseg")) <= loop
-        assert ("ensemble" in units) == (labelled > 1)
+        assert ("ensemble" in units) == (folds and labelled > 1)
 
 
 def test_an_arm_of_another_process_is_left_to_it(bench: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
