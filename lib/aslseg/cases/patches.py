@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 
 from aslseg.cases.prepared_case import Prepared
 
@@ -90,12 +89,11 @@ class PatchSampler:
         return Patch(image, label, _padded(inner, pad))
 
 
-class ComponentSampler(PatchSampler):
-    """Draws batches in which rare classes are present, and their small components as often as the large ones.
+class RareClassSampler(PatchSampler):
+    """Draws batches in which rare classes are present, also where few of many scans have them.
 
-    At least one patch of each batch lies around a component of each rare class that any case holds (as many classes
-    as there are patches, in random order). The case is drawn first, then one of its components (26 neighbours), then a
-    voxel of it, so that many small lesions are not outweighed by a large one. The other patches are drawn as by
+    At least one patch of each batch lies around a voxel of each rare class that any case holds (as many classes as
+    there are patches, in random order); the case is drawn first. The other patches are drawn as by
     :class:`PatchSampler`.
 
     Args:
@@ -105,38 +103,22 @@ class ComponentSampler(PatchSampler):
 
     def __init__(self, cases: Sequence[Prepared], patch: Sequence[int], classes: int, rare: Sequence[int]) -> None:
         super().__init__(cases, patch, classes)
-        fixed = np.random.default_rng(0)
-        self.components = {value: self._components(value, fixed) for value in rare}
-
-    def _components(self, value: int, rng: np.random.Generator) -> dict[int, list[np.ndarray]]:
-        """Case number to voxels of each component, at most 4000 a case; only cases that have the class."""
-        found = {}
-        for n, case in enumerate(self.cases):
-            if value not in self.foreground[n]:
-                continue
-            label = case.label.cpu().numpy() if isinstance(case.label, torch.Tensor) else case.label
-            numbers, count = ndimage.label(np.asarray(label) == value, np.ones((3, 3, 3)))
-            flat = np.flatnonzero(numbers)
-            order = np.argsort(numbers.ravel()[flat], kind="stable")
-            parts = np.split(flat[order], np.cumsum(np.bincount(numbers.ravel()[flat])[1:])[:-1])
-            most = max(1, KEPT_VOXELS // count)
-            found[n] = [p if len(p) <= most else rng.choice(p, most, replace=False) for p in parts]
-        return found
+        holding = {value: [n for n, found in enumerate(self.foreground) if value in found] for value in rare}
+        self.holding = {value: cases for value, cases in holding.items() if cases}
 
     def draw_batch(self, rng: np.random.Generator, count: int) -> list[Patch]:
         """The patches of a batch."""
-        present = [value for value, cases in self.components.items() if cases]
+        present = list(self.holding)
         chosen = [present[int(n)] for n in rng.permutation(len(present))[:count]]
         return [self._rare(value, rng) for value in chosen] + [self.draw(rng) for _ in range(count - len(chosen))]
 
     def _rare(self, value: int, rng: np.random.Generator) -> Patch:
-        cases = self.components[value]
-        human, promoted = ([n for n in group if n in cases] for group in (self.human, self.promoted))
+        human, promoted = ([n for n in group if n in self.holding[value]] for group in (self.human, self.promoted))
         group = human or promoted
         if human and promoted and rng.random() >= HUMAN_PART:
             group = promoted
         n = group[int(rng.integers(len(group)))]
-        return self._around(self.cases[n], cases[n][int(rng.integers(len(cases[n])))], rng)
+        return self._around(self.cases[n], self.foreground[n][value], rng)
 
 
 def fit_start(start: np.ndarray, shape: np.ndarray, patch: np.ndarray) -> np.ndarray:

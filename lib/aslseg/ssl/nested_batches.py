@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aslseg.cases.patches import ComponentSampler, Patch, PatchSampler
+from aslseg.cases.patches import Patch, PatchSampler, RareClassSampler
 from aslseg.cases.prepared_case import Prepared, human_labelled
 from aslseg.compute.augment import normal_noise
 from aslseg.ssl.batches import Batches
@@ -38,7 +38,7 @@ class NestedBatches(Batches):
         human = human_labelled(labelled)
         self.lesions = Lesions(human, labels, self.settings.nested_synthetic)
         rare = [n + 1 for n, parent in enumerate(labels.parents) if parent is not None]
-        return ComponentSampler(labelled, patch, len(labels), rare)
+        return RareClassSampler(labelled, patch, len(labels), rare)
 
     def draw(self, rng: np.random.Generator) -> list[Patch]:
         """The labelled patches of a batch, some of them with synthetic lesions."""
