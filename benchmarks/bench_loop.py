@@ -18,15 +18,15 @@ No limits on components are fitted.
     python benchmarks/bench_loop.py --edge 2 --labelled 4 --sets 1,2,3 --out work/loop
     python benchmarks/bench_loop.py --data ../shared/data/lits_tumour --labelled 8 --sets 1,2,3 --out work/loop
     python benchmarks/bench_loop.py --arms ssl,student,today --sets 1 --out work/loop
-    python benchmarks/bench_loop.py --no-folds --sets 1,2,3 --out work/short          # a round with label_folds = 0
+    python benchmarks/bench_loop.py --conf label_folds=0 --sets 1,2,3 --out work/loop  # without folds
     python benchmarks/bench_loop.py --arms none --out work/loop --pool other/loop     # only the tables
     python benchmarks/bench_loop.py --arms ssl,supervised --pairs pairs.csv --out work/loop   # for bench_promise.py
     python benchmarks/bench_loop.py --edge 2 --reduce work/la2         # the scans, averaged; to be used as --data
 
 Any number of processes may share one --out: an arm that another one computes is left to it, and finished arms are not
 computed again. A killed training goes on from its checkpoint. OUT/SETTING/setN/ARM/result.json has the scores, where
-SETTING is edgeE_labelsL or lits_labelsL; models and maps are beside it or under --work. OUT/table.md compares arms with
-the SSL model alone, trained for as long as the whole loop (:mod:`loop_table`).
+SETTING is edgeE_labelsL or lits_labelsL, with _nofolds where label_folds is 0; models and maps are beside it or under
+--work. OUT/table.md compares arms with the SSL model alone, trained for as long as the whole loop (:mod:`loop_table`).
 """
 
 from __future__ import annotations
@@ -80,23 +80,16 @@ class Bench:
         number: The labelled set, from 1.
         steps: Training steps of an arm.
         conf: Settings of all trainings.
-        with_folds: As for :func:`loop_arms.arms`.
     """
 
     def __init__(
-        self,
-        scans: ScanSet,
-        folders: tuple[Path, Path],
-        number: int,
-        steps: int,
-        conf: dict[str, str],
-        with_folds: bool = True,
+        self, scans: ScanSet, folders: tuple[Path, Path], number: int, steps: int, conf: dict[str, str]
     ) -> None:
         self.scans, self.labelled, self.unlabelled = scans, scans.labelled, scans.unlabelled
         (self.folder, self.work), self.steps = folders, steps
-        known = arms(len(scans.labelled), with_folds)
-        self.arms = {name: arm for name, arm in known.items() if scans.volumes or not arm.recipe}
         settings = load_settings(conf, env={})[0]
+        known = arms(len(scans.labelled), settings.label_folds != 0)
+        self.arms = {name: arm for name, arm in known.items() if scans.volumes or not arm.recipe}
         self.conf = conf | {"seed": str(settings.seed + number - 1)}
         self.settings = settings.model_copy(update={"seed": settings.seed + number - 1})
         self.labels = settings.label_set
@@ -319,7 +312,6 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--arms", default="main", help="names; main; all; none: only the tables")
     found.add_argument("--steps", type=int, default=600)
-    found.add_argument("--no-folds", action="store_true", help="the loop of a round without folds; wants its own --out")
     found.add_argument("--pairs", type=Path, help="CSV for agreement of ssl and supervised, and Dice of ssl")
     found.add_argument("--reduce", type=Path, metavar="DIR", help="write the averaged atria there, and nothing else")
     found.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="settings over the defaults")
@@ -332,11 +324,13 @@ def benches(arguments: argparse.Namespace, conf: dict[str, str]) -> list[Bench]:
     of_livers = has_livers(arguments.data)
     scans = [] if of_livers else list(read_atria(arguments.data, arguments.edge, settings))
     setting = f"lits_labels{count}" if of_livers else f"edge{arguments.edge}_labels{count}"
+    # what equal compute is differs: results of the two loops are never mixed
+    setting += "_nofolds" if settings.label_folds == 0 else ""
     found = []
     for n in map(int, arguments.sets.split(",")):
         folders = tuple(folder / setting / f"set{n}" for folder in (arguments.out, arguments.work or arguments.out))
         one = livers(arguments.data, count, n, settings, arguments.cache) if of_livers else atria(scans, count, n)
-        found.append(Bench(one, folders, n, arguments.steps, conf, not arguments.no_folds))
+        found.append(Bench(one, folders, n, arguments.steps, conf))
     return found
 
 
@@ -357,7 +351,7 @@ def main() -> None:
         reduce(arguments.data, arguments.edge, settings, arguments.reduce)
         return
     torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-    known = arms(arguments.labelled, not arguments.no_folds)
+    known = arms(arguments.labelled, settings.label_folds != 0)
     named = {"main": MAIN, "all": ",".join(known), "none": ""}.get(arguments.arms, arguments.arms)
     wanted = [name for name in named.split(",") if name in known]
     unknown = sorted(set(named.split(",")) - {*known, ""})

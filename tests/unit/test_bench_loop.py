@@ -131,6 +131,18 @@ def test_every_control_spends_what_the_loop_does(bench: Any, tmp_path: Path) -> 
         assert ("ensemble" in units) == (folds and labelled > 1)
 
 
+def test_a_loop_without_folds_has_arms_and_results_of_its_own(
+    bench: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--data", str(data), "--out", str(data / "out"), "--arms", "ssl,ssl at equal compute"]
+    run(bench, monkeypatch, *given, "--conf", "label_folds=0")
+    found = results(data / "out" / "edge3_labels2_nofolds" / "set1")
+    assert {name: one["units"] for name, one in found.items()} == {"ssl": 1, "ssl at equal compute": 2.75}
+    assert not (data / "out" / "edge3_labels2").exists()
+    with pytest.raises(SystemExit, match="no such arm"):
+        run(bench, monkeypatch, *given[:-1], "ensemble", "--conf", "label_folds=0")
+
+
 def test_an_arm_of_another_process_is_left_to_it(bench: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another process trains ssl, this one does what does not need it, then waits for its result."""
     out = data / "out" / "edge3_labels2" / "set1"
