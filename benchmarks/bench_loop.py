@@ -12,7 +12,8 @@ learned, so that they are no ceiling (``bench_lits.py whole --fold`` is one, spl
 An arm is a training of a multiple of ``--steps`` steps, in two stages where labels are nested, that may learn masks of
 the unlabelled scans; a mean of several models; or (``round ...``, atria only) a whole round on a studies folder with
 the settings' defaults and the small SAM. Masks are ranked as a round ranks them. Labels of unlabelled and scored scans
-are used for scores alone, after an arm's training; arms named after true labels, and ``perfect selection``, learn them.
+are used for scores alone, after an arm's training; arms named after true labels learn them,
+and ``perfect`` selection and weights come from them.
 No limits on components are fitted.
 
     python benchmarks/bench_loop.py --edge 2 --labelled 4 --sets 1,2,3 --out work/loop
@@ -148,7 +149,7 @@ class Bench:
             **notes,
         }
         if arm.masks:
-            given = ((c, self.labels.decode(self.given(arm, c))) for c in self.unlabelled)
+            given = ((c, self.mask(arm, c)) for c in self.unlabelled)
             names = [c.id for c in self.chosen(arm)]
             result |= self.scores.of_learned(given, names, self.agreements if arm.compares else {})
         ended = time.monotonic()
@@ -227,7 +228,10 @@ class Bench:
             return list(self.unlabelled) if arm.masks else []
         limits = PromotionLimits(arm.fraction, empty=self.settings.promote_empty)
         cases = {c.id: c for c in self.unlabelled}
-        return [cases[name] for name in select(dict.fromkeys(cases, Verdict(True)), self.agreements, limits)]
+        ranks = self.agreements
+        if "selection" in arm.oracle:
+            ranks = {name: compare(self.mask(arm, c), self.scans.truth(name), self.labels) for name, c in cases.items()}
+        return [cases[name] for name in select(dict.fromkeys(cases, Verdict(True)), ranks, limits)]
 
     def with_mask(self, arm: Arm, case: Prepared) -> Prepared:
         """An unlabelled scan with the mask and the weights that an arm learns."""
@@ -236,7 +240,13 @@ class Bench:
         if arm.disagreement < 1:
             weight = np.where(np.not_equal(*self.compared(case)), arm.disagreement * weight, weight)
         mask = self.labels.decode(p)
+        if "weights" in arm.oracle:
+            weight = np.where(mask == self.scans.truth(case.id), weight, 0)
         return replace(case, label=mask, weight=arm.weight, voxel_weight=weight.astype(np.float16))
+
+    def mask(self, arm: Arm, case: Prepared) -> np.ndarray:
+        """The class map that an arm may learn."""
+        return self.labels.decode(self.given(arm, case))
 
     def given(self, arm: Arm, case: Prepared) -> np.ndarray:
         """Region probabilities (N, i, j, k) whose mask an arm may learn; those of the truth are 0 and 1."""

@@ -27,6 +27,8 @@ class Arm:
         fold: The part of the labelled scans that is left out, from 0; None: none is.
         members: Arms whose mean it is.
         recipe: Of the round that it is; its model is the retrained one.
+        oracle: What the truth says of its masks: ``selection``, which scans have the best ones; ``weights``, which
+            voxels are right, the others have weight 0.
     """
 
     method: str = "supervised"
@@ -40,6 +42,7 @@ class Arm:
     fold: int | None = None
     members: tuple[str, ...] = ()
     recipe: str = ""
+    oracle: tuple[str, ...] = ()
 
     @property
     def compares(self) -> bool:
@@ -96,7 +99,10 @@ def arms(labelled: int, with_folds: bool = True) -> dict[str, Arm]:
         "student of the student": replace(STUDENT, masks="student"),
         "true labels": replace(STUDENT, masks="true"),
         "true labels for as long": replace(STUDENT, masks="true", steps=loop),
-        "perfect selection": replace(TODAY, masks="true"),
+        "perfect selection": replace(TODAY, oracle=("selection",)),
+        "perfect weights": replace(TODAY, oracle=("weights",)),
+        "perfect selection and weights": replace(TODAY, oracle=("selection", "weights")),
+        "true labels of the agreed half": replace(TODAY, masks="true"),
         "round aslseg": Arm(steps=loop - 1 + SAM + ADAPTER, recipe="aslseg"),
         "round cfr": Arm(steps=loop, recipe="cfr"),
         "round self_training": Arm(steps=loop - 1 + SAM + ADAPTER, recipe="self_training"),

@@ -223,3 +223,30 @@ def test_tables_pair_scans_over_sets_and_settings(bench: Any, tmp_path: Path) ->
     # two runs of +0.04 and one of -0.02; a scan counts once
     assert today.startswith("| today | +0.020, p 0.00049 (3) |")
     assert "-0.020 (edge2_labels4)" in today
+
+
+def test_the_truth_may_choose_scans_and_voxels(
+    bench: Any, data: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = data / "out"
+    run(bench, monkeypatch, "--data", str(data), "--out", str(out), "--arms", "perfect selection and weights")
+    made = results(out / "edge3_labels2" / "set1")["perfect selection and weights"]
+    *_, (cases, _) = trained
+    truth = {c.id: c.label for c in averaged(bench, data)}
+    dice = {}
+    with np.load(out / "edge3_labels2" / "set1" / "ssl" / "maps.npz") as maps:
+        for name in ("case2", "case3", "case4", "case5"):
+            mask = maps[name][0] >= 0.5
+            dice[name] = 2 * (mask & (truth[name] == 1)).sum() / (mask.sum() + (truth[name] == 1).sum())
+    best = sorted(dice, key=lambda name: -dice[name])[:2]
+    assert set(made["learned"]) == {c.id for c in cases[2:]} == set(best)
+    for case in cases[2:]:
+        wrong = case.label != truth[case.id]
+        assert (case.voxel_weight[wrong] == 0).all()
+        assert (case.voxel_weight[~wrong] > 0).all()
+
+
+def averaged(bench: Any, data: Path) -> list[Any]:
+    """The scans as the bench reads them, with their labels."""
+    settings = bench.load_settings(bench.ATRIA, env={})[0]
+    return [case for _, case in bench.read_atria(data, 3, settings)]

@@ -38,7 +38,7 @@ GROUPS = {
     "night": set(NightSettings.model_fields),
     "server": set(ServerSettings.model_fields),
     "machine": {"device", "threads", "home", "model_dir", "min_free_gb", "training_memory_gb", "tracking"}
-    | {"round_disk_gb"}
+    | {"round_disk_gb", "folds_at_once"}
     | _SAM_FILES,
 }
 

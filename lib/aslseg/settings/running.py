@@ -96,6 +96,13 @@ class RoundSettings(Section):
         "none",
         example="0",
     )
+    folds_at_once: Auto | Annotated[int, Field(ge=1)] = setting(
+        "auto",
+        "Models of label_folds that are trained at a time, each in a process of its own with its share of threads; "
+        "auto: on a CPU one for each thread, as far as memory allows, on a GPU one after the other",
+        unit="models",
+        example="1",
+    )
     promote_threshold: LabelThresholds = setting(
         Thresholds(0.9, (("tumour", 0.7),)),
         "Least agreement of SSL and adaptation network at which a machine mask is promoted to train on: a number for "

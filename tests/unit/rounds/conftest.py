@@ -17,7 +17,7 @@ from aslseg.compute.weights import load_weights, save_weights
 from aslseg.rounds.promotion import canaries, promotion
 from aslseg.rounds.run import train_stage
 from aslseg.rounds.steps import pipeline
-from aslseg.ssl import engine, networks
+from aslseg.ssl import engine, networks, training
 from tiny_rounds import Judged, Learned, Scored, Training, tiny_network, tiny_settings, tiny_studies
 
 
@@ -111,5 +111,5 @@ def trainings(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> list[Trainin
         return {}
 
     monkeypatch.setattr(networks, "unet", tiny_network)
-    monkeypatch.setattr(pipeline.training, "train", train)
+    monkeypatch.setattr(training, "train", train)
     return done

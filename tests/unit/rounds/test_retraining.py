@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from aslseg.rounds.run import run_round
 from aslseg.rounds.steps import pipeline
 from aslseg.rounds.steps.artefacts import confidence
 from aslseg.settings import Paths
+from aslseg.ssl import training
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
 
@@ -45,14 +47,14 @@ def test_where_retraining_starts_and_how_voxels_weigh(
         return StageOutput(regions)
 
     trainings: list[tuple[str, list[Prepared]]] = []
-    train = pipeline.training.train
+    train = training.train
 
     def watched(labelled: list[Prepared], *rest: Any, init: Path | None, **more: Any) -> Any:
         trainings.append((init.name if init else "", [c for c in labelled if c.voxel_weight is not None]))
         return train(labelled, *rest, init=init, **more)
 
     monkeypatch.setattr(pipeline, "compute", compute)
-    monkeypatch.setattr(pipeline.training, "train", watched)
+    monkeypatch.setattr(training, "train", watched)
     settings = tiny_settings(tmp_path, promote_fraction=1, promote_empty=1, validation_fraction=0, **retraining)
     summary = run_round(tiny_studies(tmp_path, cases=4, labelled=2), settings)
     assert [init for init, _ in trainings] == started
@@ -84,6 +86,11 @@ def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path: Path, monk
         for group in (cases.unlabelled, cases.predict_only):
             group[:] = [replace(c, label=poison(n, c.image.shape)) for n, c in enumerate(group)]
         assert [len(group) for group in (cases.unlabelled, cases.predict_only)] == [2, 1]
+        # and files of a tag that is none of ours
+        (root / "studies" / "labels" / "draft").mkdir(exist_ok=True)
+        for n, case in enumerate((*cases.unlabelled, *cases.predict_only)):
+            path = root / "studies" / "labels" / "draft" / f"{case.id}.nii.gz"
+            nib.save(nib.Nifti1Image(poison(n, case.grid.native_shape), case.grid.affine), path)
         return cases
 
     found = []
@@ -103,5 +110,6 @@ def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path: Path, monk
         decided = [{k: v for k, v in s.items() if k not in TIMES} for s in summaries]
         shown = {k: v for k, v in reported.items() if k not in (*TIMES, "opened", "closed", "written", "computed")}
         models = [{kind: sha256(Path(path)) for kind, path in s["models"].items()} for s in summaries]
-        found.append((label_hashes(studies), published_hashes(settings, studies), models, decided, shown))
+        labels = {name: digest for name, digest in label_hashes(studies).items() if not name.startswith("draft/")}
+        found.append((labels, published_hashes(settings, studies), models, decided, shown))
     assert found[0] == found[1]

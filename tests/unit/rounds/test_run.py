@@ -27,6 +27,7 @@ from aslseg.rounds.scheduling.lock import round_lock
 from aslseg.rounds.scheduling.progress import read_progress
 from aslseg.rounds.steps import pipeline
 from aslseg.settings import Paths
+from aslseg.ssl import training
 from aslseg.volume.io import read_image, write_label
 from tiny_rounds import Judged, label_hashes, published_hashes, tiny_settings, tiny_studies
 
@@ -158,13 +159,13 @@ def test_validation_is_never_learned_from_nor_promoted(tmp_path: Path, monkeypat
     shutil.copy(studies / f"{judge}.nii.gz", studies / "copy.nii.gz")
     (studies / "patients.csv").write_text(f"case,patient,role\n{judge},P,validation\nphantom_005,P,\n")
     seen: list[set[str]] = []
-    train = pipeline.training.train
+    train = training.train
 
     def watched(labelled: Any, unlabelled: Any, *rest: Any, **more: Any) -> Any:
         seen.append({c.id for c in (*labelled, *unlabelled)})
         return train(labelled, unlabelled, *rest, **more)
 
-    monkeypatch.setattr(pipeline.training, "train", watched)
+    monkeypatch.setattr(training, "train", watched)
     summary = run_round(studies, settings)
     learned = set().union(*seen)
     assert not learned & {judge, "copy", "phantom_005"}

@@ -111,6 +111,8 @@ def folds(cases: Sequence[Prepared], count: int) -> list[list[Prepared]]:
 def cross_fit(pipeline: RoundPipeline, report: ProgressCallback) -> CrossFit | None:
     """Train a model on the complement of each fold, without promoted masks, and score it on the fold.
 
+    Several are trained at a time (:func:`aslseg.ssl.side_by_side.places`).
+
     Promoted masks come from models that have seen all labels, so that a fold's model must not learn from them. A
     fold whose training fails is left out with a warning; its labels are scored by nobody.
 
@@ -118,16 +120,19 @@ def cross_fit(pipeline: RoundPipeline, report: ProgressCallback) -> CrossFit | N
         None where the setting ``label_folds`` or the number of labelled patients gives no two folds.
     """
     parts = folds(pipeline.cases.train, pipeline.settings.most_folds)
+    if not parts:
+        return None
+    ids = [[c.id for c in part] for part in parts]
     found: list[Fold] = []
-    for number, part in enumerate(parts):
-        ids = [c.id for c in part]
-        shown = share(report, number, len(parts))
-        try:
-            model = pipeline.train_ssl([], shown, without=ids, part=fold_share(len(parts)))
-        except TrainingDivergedError as error:
-            pipeline.cases.warnings.append(f"no model without {', '.join(ids)} ({error}): their labels score nothing")
-            continue
-        found.append(Fold(part, model, pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model}))))
+    for part, left_out, model in zip(
+        parts, ids, pipeline.train_folds(ids, report, fold_share(len(parts))), strict=True
+    ):
+        if isinstance(model, TrainingDivergedError):
+            pipeline.cases.warnings.append(
+                f"no model without {', '.join(left_out)} ({model}): their labels score nothing"
+            )
+        else:
+            found.append(Fold(part, model, pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model}))))
     return CrossFit.scored(pipeline, found) if found else None
 
 

@@ -8,8 +8,9 @@ was chosen by models that know the fold; nothing else of it gets in.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from aslseg.errors import TrainingDivergedError
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.folds.component_limits import limited
-from aslseg.rounds.folds.cross_fit import CrossFit, folds, share
+from aslseg.rounds.folds.cross_fit import CrossFit, folds
 from aslseg.rounds.folds.fold_share import fold_share
 from aslseg.rounds.steps.artefacts import CachedProbabilities, confidence
 from aslseg.rounds.steps.pipeline import Promoted, RoundPipeline
@@ -52,23 +53,31 @@ def retrained_dice(
     """
     unlabelled = [c for c in pipeline.cases.unlabelled if c.id in promoted]
     found: dict[str, float | None] = {}
-    steps = fold_share(len(folds(pipeline.cases.train, pipeline.settings.most_folds)))
-    for number, fold in enumerate(crossed.folds):
+    for fold, model in zip(crossed.folds, _retrained(pipeline, crossed, unlabelled, report, unknown), strict=True):
         part, maps = [c.id for c in fold.cases], fold.maps
+        if isinstance(model, TrainingDivergedError):
+            ids = ", ".join(part)
+            pipeline.cases.warnings.append(f"no retrained model without {ids} ({model}): their labels compare nothing")
+            continue
         if unlabelled:
-            own = [own_mask(pipeline, maps, case, unknown) for case in unlabelled]
-            shown = share(report, number, len(crossed.folds))
-            try:
-                model = limited(pipeline, fold, pipeline.train_ssl(own, shown, without=part, part=steps))
-            except TrainingDivergedError as error:
-                ids = ", ".join(part)
-                pipeline.cases.warnings.append(
-                    f"no retrained model without {ids} ({error}): their labels compare nothing"
-                )
-                continue
-            maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: model}))
+            maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: limited(pipeline, fold, model)}))
         found |= {c.id: pipeline.dice(maps, [c]) for c in pipeline.cases.train if c.id in part}
     return {case: value for case, value in sorted(found.items()) if value is not None}
+
+
+def _retrained(
+    pipeline: RoundPipeline,
+    crossed: CrossFit,
+    promoted: Sequence[Prepared],
+    report: ProgressCallback,
+    unknown: tuple[str, ...],
+) -> list[Path | TrainingDivergedError]:
+    """The model of each fold, retrained on promoted cases where there are any."""
+    if not promoted:
+        return [fold.model for fold in crossed.folds]
+    part = fold_share(len(folds(pipeline.cases.train, pipeline.settings.most_folds)))
+    own = [[own_mask(pipeline, fold.maps, case, unknown) for case in promoted] for fold in crossed.folds]
+    return pipeline.train_folds(crossed.parts, report, part, own)
 
 
 def own_mask(

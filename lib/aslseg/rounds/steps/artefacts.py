@@ -20,7 +20,9 @@ import numpy as np
 from scipy import ndimage
 
 from aslseg.cases.prepared_case import Prepared
+from aslseg.errors import TrainingDivergedError
 from aslseg.files import atomic_file, write_json
+from aslseg.ssl.side_by_side import Outcome
 from aslseg.types import Labels
 
 logger = logging.getLogger(__name__)
@@ -60,13 +62,38 @@ class ArtefactStore:
             name, inputs: As for :meth:`folder`.
             train: Writes the file it is given, atomically and last; returns numbers for ``result.json``.
         """
+        out, there = self._file(name, inputs)
+        if not there:
+            _note(out, train(out))
+        return out
+
+    def models(
+        self, name: str, inputs: Sequence[dict[str, Any]], train: Callable[[dict[int, Path]], Sequence[Outcome]]
+    ) -> list[Path | TrainingDivergedError]:
+        """The model files of several training steps, those trained together that do not exist.
+
+        Args:
+            name: Of the steps.
+            inputs: Of each, as for :meth:`folder`.
+            train: Is given number and file of those that are missing; writes each file atomically and last; returns
+                numbers for each ``result.json``, or why a training diverged.
+        """
+        files = [self._file(name, one) for one in inputs]
+        missing = {number: out for number, (out, there) in enumerate(files) if not there}
+        found: list[Path | TrainingDivergedError] = [out for out, _ in files]
+        for (number, out), outcome in zip(missing.items(), train(missing) if missing else (), strict=True):
+            if isinstance(outcome, TrainingDivergedError):
+                found[number] = outcome
+            else:
+                _note(out, outcome)
+        return found
+
+    def _file(self, name: str, inputs: dict[str, Any]) -> tuple[Path, bool]:
+        """The model file of a step, and whether it exists."""
         out = self.folder(name, inputs) / f"{name}.safetensors"
         if out.exists():
             logger.info("%s: same inputs as before, reused", out.parent.name)
-        else:
-            result = train(out)
-            write_json(out.with_name("result.json"), result)
-        return out
+        return out, out.exists()
 
     @staticmethod
     def result(model: Path) -> dict[str, Any]:
@@ -111,6 +138,10 @@ class CachedProbabilities:
 
     def _path(self, case: Prepared) -> Path:
         return _path(self.folder, case.id, case.image_hash)
+
+
+def _note(model: Path, result: dict[str, Any]) -> None:
+    write_json(model.with_name("result.json"), result)
 
 
 def mixed(store: ArtefactStore, labels: Labels, maps: Sequence[CachedProbabilities]) -> CachedProbabilities:

@@ -20,7 +20,7 @@ from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import PSEUDO
 from aslseg.compute.hardware import resolved
 from aslseg.compute.overlap import dice
-from aslseg.errors import BadWeightsError
+from aslseg.errors import BadWeightsError, TrainingDivergedError
 from aslseg.files import require_disk_budget
 from aslseg.models.cascade import NEEDS, CascadeInput, compute
 from aslseg.models.kinds import ModelKind
@@ -36,8 +36,8 @@ from aslseg.sam.cfr import canvas
 from aslseg.sam.modeling import build as sam_build
 from aslseg.sam.training import finetune
 from aslseg.settings import Paths, Settings, relevant
-from aslseg.ssl import training
 from aslseg.ssl.class_watch import warnings_of
+from aslseg.ssl.side_by_side import Training, places, train_all
 from aslseg.ssl.synthetic_lesions import with_synthetic
 from aslseg.types import ProgressCallback
 from aslseg.volume.io import read_image, require_free_disk
@@ -116,8 +116,53 @@ class RoundPipeline:
             without: Ids of labelled cases that are left out.
             part: Part of the training's steps that are done.
         """
+        init = self.train_ssl([], report, without, part) if promoted and self.settings.retrain_from == "ssl" else None
+        inputs, training = self._ssl_step(promoted, init, without, part)
+        path = self._model("ssl", inputs, lambda out: replace(training, out=out).run(report))
+        if not without:
+            self.not_learned = warnings_of(self.artefacts.result(path).get("classes", {}))
+        return path
+
+    def train_folds(
+        self,
+        parts: Sequence[Collection[str]],
+        report: ProgressCallback,
+        part: float,
+        promoted: Sequence[Sequence[Promoted]] = (),
+    ) -> list[Path | TrainingDivergedError]:
+        """Models as :meth:`train_ssl` makes them, each without some labelled cases, several trained at a time.
+
+        Args:
+            parts: Ids of the labelled cases that are left out of each.
+            report: Called with (step, steps) of all that are trained.
+            part: Part of the training's steps that each does.
+            promoted: Machine masks that each learns beside the human labels; none learns any by default. With
+                ``retrain_from ssl`` those go on from the models that are there without any.
+
+        Returns:
+            Their files, and for each training that diverged why.
+        """
+        self._require_disk()
+        steps = []
+        for number, without in enumerate(parts):
+            own = promoted[number] if promoted else ()
+            init = self.train_ssl([], report, without, part) if own and self.settings.retrain_from == "ssl" else None
+            steps.append(self._ssl_step(own, init, without, part))
+        return self.artefacts.models(
+            "ssl",
+            [inputs for inputs, _ in steps],
+            lambda outs: train_all(
+                [replace(steps[number][1], out=out) for number, out in outs.items()],
+                places(self.settings, len(outs)),
+                report,
+            ),
+        )
+
+    def _ssl_step(
+        self, promoted: Sequence[Promoted], init: Path | None, without: Collection[str], part: float
+    ) -> tuple[dict[str, Any], Training]:
+        """What a training of the SSL model depends on, and the training, whose file is set later."""
         s, cases = self.settings, self.cases
-        init = self.train_ssl([], report, without, part) if promoted and s.retrain_from == "ssl" else None
         iterations = max(1, round(part * (s.retrain_iterations if promoted else s.ssl_iterations)))
         inputs = {
             "human": [key for key in self._human() if key[0] not in without],
@@ -130,24 +175,8 @@ class RoundPipeline:
             "settings": relevant(s, "ssl"),
         }
         labelled = [*(c for c in cases.train if c.id not in without), *(p.case for p in promoted)]
-
-        def train(out: Path) -> dict[str, Any]:
-            return training.train(
-                labelled,
-                cases.unlabelled,
-                s,
-                out,
-                iterations=iterations,
-                spacing=cases.spacing,
-                init=init,
-                logs=self.paths.home / "tracking",
-                report=report,
-            )
-
-        path = self._model("ssl", inputs, train)
-        if not without:
-            self.not_learned = warnings_of(self.artefacts.result(path).get("classes", {}))
-        return path
+        logs = self.paths.home / "tracking"
+        return inputs, Training(labelled, cases.unlabelled, s, Path(), iterations, cases.spacing, init, logs)
 
     def train_sam(self, report: ProgressCallback, faults: Faults | None = None) -> Path:
         """SAM, fine-tuned on the human labels with prompts from masks with errors, by default synthetic ones."""

@@ -20,7 +20,7 @@ from aslseg.rounds.recipes import aslseg
 from aslseg.rounds.run import run_round, train_stage
 from aslseg.rounds.steps import pipeline
 from aslseg.settings import Paths, Settings
-from aslseg.ssl import nested, specks
+from aslseg.ssl import nested, specks, training
 from aslseg.ssl.synthetic_lesions import COPY
 from aslseg.types import Labels, no_progress
 from tiny_rounds import published_hashes, tiny_settings, tiny_studies
@@ -154,7 +154,7 @@ def test_a_single_training_makes_what_a_round_makes(tmp_path: Path, monkeypatch:
         assert sha256(Path(summary["models"][kind])) == models[kind]
     # the folds give nothing to a network of one stage
     trained: list[int] = []
-    train = pipeline.training.train
-    monkeypatch.setattr(pipeline.training, "train", lambda *a, **k: trained.append(len(a[0])) or train(*a, **k))
+    train = training.train
+    monkeypatch.setattr(training, "train", lambda *a, **k: trained.append(len(a[0])) or train(*a, **k))
     train_stage("ssl", studies, settings.model_copy(update={"nested_fraction": 0.0}))
     assert trained == [3]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from aslseg.adaptation.faults import Faults
+from aslseg.files import sha256
 from aslseg.review.page import render
 from aslseg.review.status import collect
 from aslseg.rounds.folds.cross_fit import cross_fit, folds
@@ -59,13 +60,13 @@ def test_every_label_is_scored_by_a_model_that_has_not_seen_its_patient(
     studies, settings = tiny_studies(tmp_path, cases=5, labelled=4), tiny_settings(tmp_path, label_folds=4)
     (studies / "patients.csv").write_text(PATIENTS)
     trained: list[set[str]] = []
-    train = pipeline.training.train
+    train = training.train
 
     def watched(labelled: Any, *rest: Any, **more: Any) -> Any:
         trained.append({c.id for c in labelled})
         return train(labelled, *rest, **more)
 
-    monkeypatch.setattr(pipeline.training, "train", watched)
+    monkeypatch.setattr(training, "train", watched)
     # as if the ensemble had been best
     monkeypatch.setattr(aslseg, "choose_source", lambda *_: "ensemble")
     summary = run_round(studies, settings)
@@ -219,3 +220,25 @@ def test_a_round_killed_in_its_folds_goes_on_and_ends_the_same(tmp_path: Path, m
         # after the last kill nothing but the retraining is left
         assert len(trained) == (4 if name == "whole" else 1)
     assert ended["killed"] == ended["whole"]
+
+
+def test_folds_that_are_trained_at_a_time_are_those_of_one_after_the_other(tmp_path: Path) -> None:
+    found = []
+    for at_once in (1, 2):
+        root = tmp_path / str(at_once)
+        root.mkdir()
+        studies, settings = tiny_studies(root), tiny_settings(root, label_folds=2, folds_at_once=at_once)
+        (studies / "patients.csv").write_text("case,patient,role\nphantom_000,P,validation\n")
+        seen: list[tuple[int, int]] = []
+
+        def end_behind_folds(done: int, total: int, seen: list[tuple[int, int]] = seen, **shown: Any) -> None:
+            if shown.get("stage") == "folds":
+                seen.append((done, total))
+            elif seen:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run_round(studies, settings, end_behind_folds)
+        found.append(sorted(sha256(p) for p in Paths(settings, studies).rounds.glob("steps/ssl-*/ssl.safetensors")))
+    assert found[0] == found[1]
+    assert len(found[0]) == 3

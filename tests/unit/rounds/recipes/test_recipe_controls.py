@@ -12,8 +12,8 @@ from aslseg.cases.prepared_case import Prepared
 from aslseg.models.cascade import Cascade
 from aslseg.models.kinds import ModelKind
 from aslseg.rounds.run import run_round
-from aslseg.rounds.steps import pipeline
 from aslseg.settings import Paths
+from aslseg.ssl import training
 from aslseg.volume.io import read_image
 from tiny_rounds import published_hashes, tiny_settings, tiny_studies
 
@@ -26,13 +26,13 @@ Learned = tuple[list[Prepared], str, int]
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Learned]:
     """Labelled cases, SSL method and steps of each training of the SSL network."""
     seen: list[Learned] = []
-    train = pipeline.training.train
+    train = training.train
 
     def watched(labelled: Any, unlabelled: Any, settings: Any, *rest: Any, iterations: int, **more: Any) -> Any:
         seen.append((list(labelled), settings.ssl_method, iterations))
         return train(labelled, unlabelled, settings, *rest, iterations=iterations, **more)
 
-    monkeypatch.setattr(pipeline.training, "train", watched)
+    monkeypatch.setattr(training, "train", watched)
     return seen
 
 

@@ -1,0 +1,265 @@
+"""Several trainings of the SSL model at a time, each in a process of its own.
+
+A small network keeps neither several threads nor a GPU busy: two trainings with a thread each do more steps a second
+than one with two threads. A process, because the random generators of PyTorch are one for all threads of a process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from aslseg.cases.prepare import Spacing
+from aslseg.cases.prepared_case import Prepared, arrays, backing_file
+from aslseg.compute.device import choose_device
+from aslseg.errors import NoResourcesError, TrainingDivergedError
+from aslseg.settings import Settings
+from aslseg.ssl import distributed, training
+from aslseg.types import ProgressCallback
+
+logger = logging.getLogger(__name__)
+
+GB = 1e9
+PROCESS_GB = 3.0
+"""Memory of a training beside its scans: Python and its packages, network, patches and what they leave behind."""
+END_SECONDS = 600.0
+"""How long a process may take to its next step, and to write its checkpoint, once it has been told to end."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Arguments of :func:`aslseg.ssl.training.train`."""
+
+    labelled: Sequence[Prepared]
+    unlabelled: Sequence[Prepared]
+    settings: Settings
+    out: Path
+    iterations: int
+    spacing: Spacing
+    init: Path | None = None
+    logs: Path | None = None
+
+    def run(self, report: ProgressCallback) -> dict[str, Any]:
+        """Train in this process."""
+        return training.train(
+            self.labelled,
+            self.unlabelled,
+            self.settings,
+            self.out,
+            iterations=self.iterations,
+            spacing=self.spacing,
+            init=self.init,
+            logs=self.logs,
+            report=report,
+        )
+
+    def packed(self) -> Training:
+        """Without the arrays that lie in files: a process that is sent them would have copies of its own."""
+        return self._with(_packed)
+
+    def unpacked(self) -> Training:
+        """With the arrays of these files, memory-mapped."""
+        return self._with(_unpacked)
+
+    def _with(self, change: Callable[[Prepared], Prepared]) -> Training:
+        return replace(self, labelled=[*map(change, self.labelled)], unlabelled=[*map(change, self.unlabelled)])
+
+
+Outcome = dict[str, Any] | TrainingDivergedError
+"""What a training returns, or why it gave no model."""
+
+
+def places(settings: Settings, count: int) -> int:
+    """How many of so many trainings are done at a time: ``folds_at_once``, or as many as threads and memory allow.
+
+    One where several processes share a training (:mod:`aslseg.ssl.distributed`); ``auto`` is one on a GPU, which other
+    trainings may fill.
+    """
+    if distributed.world() > 1:
+        return 1
+    if settings.folds_at_once != "auto":
+        return min(count, settings.folds_at_once)
+    if choose_device(settings).type != "cpu":
+        return 1
+    room = psutil.virtual_memory().available / GB - settings.training_memory_gb
+    return max(1, min(count, _threads(settings), int(room / PROCESS_GB)))
+
+
+def train_all(trainings: Sequence[Training], at_once: int, report: ProgressCallback) -> list[Outcome]:
+    """Do some trainings, several at a time.
+
+    Threads and memory for scans are shared out among those that run. With one at a time they run in this process.
+
+    Args:
+        trainings: Each as :meth:`Training.run`.
+        at_once: How many run at a time.
+        report: Called with (step, steps) of all trainings, after each step of one. Where it waits, they wait; where it
+            raises, each of them writes a checkpoint and ends.
+
+    Returns:
+        What each has given, in their order.
+
+    Raises:
+        NoResourcesError: A process died, or none could be started.
+    """
+    steps = Steps([t.iterations for t in trainings], report)
+    at_once = min(at_once, len(trainings))
+    if at_once < 2:
+        return [_here(one, steps, number) for number, one in enumerate(trainings)]
+    settings = trainings[0].settings
+    share = {
+        "threads": max(1, _threads(settings) // at_once),
+        "training_memory_gb": settings.training_memory_gb / at_once,
+    }
+    waiting = [(n, replace(t, settings=t.settings.model_copy(update=share))) for n, t in enumerate(trainings)]
+    running: dict[Connection, Process] = {}
+    found: dict[int, Outcome] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                process = Process(*waiting.pop(0))
+                running[process.connection] = process
+            for connection in wait(list(running)):
+                process = running[connection]  # type: ignore[index]
+                outcome = process.answer(steps)
+                if outcome is not None:
+                    found[process.number] = outcome
+                    steps.finish(process.number)
+                    del running[process.connection]
+    finally:
+        # all of them first, so that they end at the same time
+        for process in running.values():
+            process.connection.close()
+        for process in running.values():
+            process.end()
+    return [found[n] for n in range(len(trainings))]
+
+
+class Steps:
+    """Steps of several trainings, as those of one.
+
+    Args:
+        totals: Steps of each.
+        report: Called with (steps done, all steps).
+    """
+
+    def __init__(self, totals: Sequence[int], report: ProgressCallback) -> None:
+        self.totals, self.report = totals, report
+        self.done = [0] * len(totals)
+
+    def __call__(self, number: int, step: int, shown: dict[str, Any]) -> None:
+        """A training has done so many steps."""
+        self.done[number] = step
+        self.report(sum(self.done), sum(self.totals), **shown)
+
+    def finish(self, number: int) -> None:
+        """A training has ended; what it found done, or left undone since it diverged, counts as done."""
+        self.done[number] = self.totals[number]
+
+
+class Process:
+    """A training in a process of its own, which waits after each step until it is told to go on.
+
+    Args:
+        number: Of the training.
+        training: What it does.
+
+    Raises:
+        NoResourcesError: The system has no room for a process.
+    """
+
+    def __init__(self, number: int, training: Training) -> None:
+        self.number, self.training = number, training
+        self.connection, theirs = Pipe()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [sys.executable, "-m", "aslseg.ssl.own_process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": str(training.settings.threads)},
+            )
+        except OSError as error:
+            self.connection.close()
+            raise NoResourcesError(f"no process for the training of a fold could be started ({error})") from error
+        finally:
+            theirs.close()
+        with suppress(OSError):
+            # a process that has ended already says so when it is read from
+            self.connection.send(training.packed())
+
+    def answer(self, steps: Steps) -> Outcome | None:
+        """Take what it says, and let it go on; returns its outcome once there is one.
+
+        Raises:
+            NoResourcesError: It has died.
+            Exception: What it raised.
+        """
+        try:
+            kind, value = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise NoResourcesError(self._died()) from error
+        if kind == "log":
+            logging.getLogger(value.name).handle(value)
+            return None
+        if kind == "step":
+            steps(self.number, *value)
+            with suppress(OSError):
+                self.connection.send(True)
+            return None
+        self.end()
+        if isinstance(value, BaseException) and not isinstance(value, TrainingDivergedError):
+            raise value
+        return value
+
+    def end(self) -> None:
+        """Tell it to write a checkpoint and to end; it does so after the step in which it is."""
+        self.connection.close()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _died(self) -> str:
+        code = self._process.wait(END_SECONDS)
+        return (
+            f"the training for {self.training.out} ended without a result (exit code {code}); where the machine had no "
+            "memory left, --conf folds_at_once 1 trains the folds one after the other. What is done is kept"
+        )
+
+
+def _here(one: Training, steps: Steps, number: int) -> Outcome:
+    result: Outcome
+    try:
+        result = one.run(lambda step, _, **shown: steps(number, step, shown))
+    except TrainingDivergedError as error:
+        result = error
+    steps.finish(number)
+    return result
+
+
+def _threads(settings: Settings) -> int:
+    return settings.threads or torch.get_num_threads()
+
+
+def _packed(case: Prepared) -> Prepared:
+    files = {name: backing_file(array) for name, array in arrays(case).items()}
+    return replace(case, **{name: file for name, file in files.items() if file is not None})  # type: ignore[arg-type]
+
+
+def _unpacked(case: Prepared) -> Prepared:
+    names = ("image", "label", "voxel_weight")
+    files = {name: getattr(case, name) for name in names if isinstance(getattr(case, name), Path)}
+    return replace(case, **{name: np.load(file, mmap_mode="r") for name, file in files.items()})
