@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from aslseg.settings import Paths, Settings
 from aslseg.types import ProgressCallback, Volume, no_progress
 from aslseg.volume.geometry import Grid
 from aslseg.volume.io import case_id, extension, read_image, write_label
+
+logger = logging.getLogger(__name__)
 
 NEEDS: Mapping[ModelKind, tuple[ModelKind, ...]] = {
     ModelKind.SSL: (),
@@ -77,7 +80,7 @@ class StageOutput:
 
     Attributes:
         regions: Region probabilities (N, i, j, k) float32 on the working grid.
-        notes: What was given up for lack of memory, for people.
+        notes: As :class:`aslseg.ssl.predict.Prediction` has them.
     """
 
     regions: np.ndarray
@@ -177,9 +180,14 @@ class Cascade:
 
     def masks(self, volume: Volume) -> dict[ModelKind, np.ndarray]:
         """Class maps (i, j, k) uint8 of all stages on the scan's own grid."""
+        return {kind: mask for kind, (mask, _) in self.masks_with_notes(volume).items()}
+
+    def masks_with_notes(self, volume: Volume) -> dict[ModelKind, tuple[np.ndarray, tuple[str, ...]]]:
+        """The same, each with what there is to say of it."""
         given = CascadeInput.from_volume(volume, self.settings, self.models[ModelKind.SSL].spacing)
-        labels = self.settings.label_set
-        return {kind: given.grid.regions_to_native(out.regions, labels) for kind, out in self.outputs(given).items()}
+        labels, outputs = self.settings.label_set, self.outputs(given)
+        notes = tuple(dict.fromkeys(note for out in outputs.values() for note in out.notes))
+        return {kind: (given.grid.regions_to_native(out.regions, labels), notes) for kind, out in outputs.items()}
 
 
 def published_files(paths: Paths, kind: ModelKind) -> ModelSet:
@@ -225,7 +233,10 @@ def segment_files(
         out = target if single else target / f"{case_id(scan)}.nii.gz"
         try:
             volume = read_image(scan, settings.max_voxels)
-            write_label(out, cascade.masks(volume)[kind], volume.affine)
+            mask, notes = cascade.masks_with_notes(volume)[kind]
+            for note in notes:
+                logger.warning("%s: %s", case_id(scan), note)
+            write_label(out, mask, volume.affine)
             written[case_id(scan)] = str(out)
         except BadImageError as error:
             skipped[case_id(scan)] = str(error)

@@ -22,7 +22,7 @@ from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.relative import relative
 from aslseg.settings import Settings
 from aslseg.types import Labels
-from aslseg.volume.geometry import Grid, resize
+from aslseg.volume.geometry import Grid, resize, resize_label
 
 # names of the stages' tensors in a model file start with these
 FIRST = "first."
@@ -93,8 +93,8 @@ def without_parent(case: Prepared, branch: Branch) -> str | None:
         return None
     parent, *inner = branch.labels.names
     return (
-        f"{case.id} is labelled with {' or '.join(inner)} but without {parent} around it: the second stage learns "
-        "without it"
+        f"{case.id} is labelled with {' or '.join(inner)} but without {parent} around it: nothing is learned from "
+        f"this label; draw {parent} too"
     )
 
 
@@ -225,7 +225,7 @@ def view_case(case: Prepared, parent: np.ndarray, branch: Branch, geometry: Geom
     view = look(case.image, parent, geometry)
     label = weight = None
     if case.label is not None:
-        label = _resized_label(branch.inner(np.asarray(case.label[view.where])), branch.labels, view.image.shape)
+        label = resize_label(branch.inner(np.asarray(case.label[view.where])), branch.labels, view.image.shape)
     if case.voxel_weight is not None:
         weight = _resized_weight(case.voxel_weight[view.where], view.image.shape)
     return replace(
@@ -251,14 +251,9 @@ def scaled_case(case: Prepared, labels: Labels, scale: Scale) -> Prepared:
         case,
         image=resize(np.asarray(case.image, np.float32), shape),
         grid=scale.grid(shape),
-        label=None if case.label is None else _resized_label(np.asarray(case.label), labels, shape),
+        label=None if case.label is None else resize_label(np.asarray(case.label), labels, shape),
         voxel_weight=None if case.voxel_weight is None else _resized_weight(case.voxel_weight, shape),
     )
-
-
-def _resized_label(class_map: np.ndarray, labels: Labels, shape: tuple[int, ...]) -> np.ndarray:
-    masks = (m.astype(np.float32) for m in labels.regions(class_map))
-    return labels.decode(resize(m, shape) for m in masks)  # type: ignore[arg-type]
 
 
 def _resized_weight(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -22,7 +22,6 @@ class VNet(nn.Module):
     Args:
         classes: Output channels, background included.
         filters: Channels of the first level, doubled at each of four strided convolutions.
-        norm: ``batch`` (the papers') or ``instance`` (the same in training and prediction, whatever the batch).
         dropout: Drop probability after the deepest block.
         head_dropout: Drop probability after the last block. With 8 filters, half of 8 channels gone at each step leaves
             a rare class no feature of its own: it ends as what remains when all features are off, and loses.
@@ -36,7 +35,6 @@ class VNet(nn.Module):
         self,
         classes: int,
         filters: int = 16,
-        norm: str = "batch",
         dropout: float = 0.5,
         head_dropout: float = 0.5,
         last_relu: bool = True,
@@ -44,18 +42,17 @@ class VNet(nn.Module):
         super().__init__()
         width = [filters * 2**level for level in range(5)]
         self.encoder = nn.ModuleList(
-            _convolutions(n, 1 if level == 0 else width[level], width[level], norm)
-            for level, n in enumerate(self.ENCODER)
+            _convolutions(n, 1 if level == 0 else width[level], width[level]) for level, n in enumerate(self.ENCODER)
         )
         self.down = nn.ModuleList(
-            nn.Sequential(nn.Conv3d(width[level], width[level + 1], 2, 2), *_norm_relu(width[level + 1], norm))
+            nn.Sequential(nn.Conv3d(width[level], width[level + 1], 2, 2), *_norm_relu(width[level + 1]))
             for level in range(4)
         )
-        half = VNetDecoder(classes, filters, norm, head_dropout, last_relu=last_relu)
+        half = VNetDecoder(classes, filters, head_dropout, last_relu=last_relu)
         # the decoder's parts keep the names under which they stand in published model files
         self.up, self.decoder, self.head, self.head_dropout = half.up, half.decoder, half.head, half.head_dropout
         self.dropout = nn.Dropout3d(dropout)
-        self.norm, self.last_relu = norm, last_relu
+        self.last_relu = last_relu
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """(B, 1, i, j, k) to the features of the five levels, (B, filters 2^l, i / 2^l, j / 2^l, k / 2^l)."""
@@ -71,9 +68,7 @@ class VNet(nn.Module):
 
     def decoder_with(self, up: str) -> VNetDecoder:
         """A fresh decoder for the same features and classes; ``up`` as in :class:`VNetDecoder`."""
-        return VNetDecoder(
-            self.head.out_channels, self.head.in_channels, self.norm, self.head_dropout.p, up, self.last_relu
-        )
+        return VNetDecoder(self.head.out_channels, self.head.in_channels, self.head_dropout.p, up, self.last_relu)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1, i, j, k) to logits (B, classes, i, j, k)."""
@@ -86,7 +81,6 @@ class VNetDecoder(nn.Module):
     Args:
         classes: Output channels, background included.
         filters: Channels of the first level.
-        norm: ``batch`` or ``instance``.
         head_dropout: Drop probability after the last block.
         up: ``transposed`` convolution (V-Net), or as in MC-Net+ ``trilinear`` (corners aligned) or ``nearest``
             interpolation followed by a 3 x 3 x 3 convolution.
@@ -97,7 +91,6 @@ class VNetDecoder(nn.Module):
         self,
         classes: int,
         filters: int,
-        norm: str,
         head_dropout: float,
         up: str = "transposed",
         last_relu: bool = True,
@@ -105,12 +98,11 @@ class VNetDecoder(nn.Module):
         super().__init__()
         width = [filters * 2**level for level in range(5)]
         self.up = nn.ModuleList(
-            nn.Sequential(_upsample(up, width[level + 1], width[level]), *_norm_relu(width[level], norm))
+            nn.Sequential(_upsample(up, width[level + 1], width[level]), *_norm_relu(width[level]))
             for level in range(4)
         )
         self.decoder = nn.ModuleList(
-            _convolutions(n, width[level], width[level], norm, last_relu or level > 0)
-            for level, n in enumerate(VNet.DECODER)
+            _convolutions(n, width[level], width[level], last_relu or level > 0) for level, n in enumerate(VNet.DECODER)
         )
         self.head = nn.Conv3d(filters, classes, 1)
         self.head_dropout = nn.Dropout3d(head_dropout)
@@ -134,17 +126,16 @@ def _upsample(kind: str, inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Upsample(scale_factor=2, mode=kind, **corners), nn.Conv3d(inputs, outputs, 3, padding=1))
 
 
-def _norm_relu(channels: int, norm: str) -> tuple[nn.Module, nn.Module]:
-    layer = nn.BatchNorm3d(channels) if norm == "batch" else nn.InstanceNorm3d(channels, affine=True)
-    return layer, nn.ReLU(inplace=True)
+def _norm_relu(channels: int) -> tuple[nn.Module, nn.Module]:
+    return nn.BatchNorm3d(channels), nn.ReLU(inplace=True)
 
 
-def _convolutions(count: int, inputs: int, outputs: int, norm: str, last_relu: bool = True) -> nn.Sequential:
+def _convolutions(count: int, inputs: int, outputs: int, last_relu: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = []
     for n in range(count):
         layers += [
             nn.Conv3d(inputs if n == 0 else outputs, outputs, 3, padding=1),
-            *_norm_relu(outputs, norm),
+            *_norm_relu(outputs),
         ]
     return nn.Sequential(*layers) if last_relu else nn.Sequential(*layers[:-1])
 

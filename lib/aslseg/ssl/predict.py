@@ -56,7 +56,7 @@ class Prediction:
     Attributes:
         values: Class probabilities (1 + N, i, j, k), or region probabilities (N, i, j, k); float32.
         uncertainty: (i, j, k) float32 in 0..1, or None if not asked for; see :meth:`SSLModel.run`.
-        notes: What had to be given up because memory ran out, for people; empty where nothing had to.
+        notes: For people: what had to be given up because memory ran out, and parents that were not found.
     """
 
     values: np.ndarray
@@ -268,7 +268,6 @@ class NestedModel:
                     f"{labels.names[branch.parent]} was not found; "
                     f"the whole scan was searched for {', '.join(branch.labels.names[1:])}"
                 )
-                logger.warning("%s", notes[-1])
             view = look(image, parent, geometry)
             inside, more = inner_probabilities(model, view, blend)
             notes += more

@@ -138,6 +138,7 @@ class _Run:
 
 def _train_stages(run: _Run, branches: Sequence[Branch], iterations: int) -> dict[str, Any]:
     """Both stages, and the file that holds them."""
+    run = replace(run, labelled=_without_orphans(run.labelled, branches))
     each = max(1, round(iterations * run.settings.nested_fraction / len(branches)))
     steps = max(1, iterations - each * len(branches))
     results, files = [], [run.beside("first")]
@@ -239,16 +240,20 @@ def _some(unlabelled: Sequence[Prepared], settings: Settings) -> Sequence[Prepar
     return [unlabelled[n] for n in sorted(chosen)]
 
 
-def _with_parent(cases: Sequence[Prepared], branch: Branch) -> list[Prepared]:
-    """The labelled cases that show the parent itself; intensities relative to a lesion alone would mislead."""
+def _without_orphans(cases: Sequence[Prepared], branches: Sequence[Branch]) -> list[Prepared]:
+    """The labelled cases that show a parent wherever they show what is nested in it."""
     found = []
     for case in cases:
-        reason = nested.without_parent(case, branch)
-        if reason:
+        reasons = [reason for branch in branches if (reason := nested.without_parent(case, branch))]
+        for reason in reasons:
             logger.warning("%s", reason)
-        elif case.label is not None and (np.asarray(case.label) == branch.values[0]).any():
-            found.append(case)
+        found += [] if reasons else [case]
     return found
+
+
+def _with_parent(cases: Sequence[Prepared], branch: Branch) -> list[Prepared]:
+    """The labelled cases that show the parent."""
+    return [c for c in cases if c.label is not None and (np.asarray(c.label) == branch.values[0]).any()]
 
 
 def _folder(out: Path) -> Path:

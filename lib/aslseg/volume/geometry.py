@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 from aslseg.types import Labels, Volume
 
@@ -60,13 +61,12 @@ class Grid:
     def label_to_working(self, class_map: np.ndarray, labels: Labels) -> np.ndarray:
         """A class map on the scan's grid to the working grid, uint8.
 
-        Resampled region by region so that borders stay smooth; a nested label keeps its place.
+        See :func:`resize_label`.
         """
         canonical = nib.orientations.apply_orientation(class_map, _orientation(self.affine))
         if self.shape == self.canonical_shape:
             return np.ascontiguousarray(canonical, np.uint8)
-        masks = (np.isin(canonical, labels.members(n)) for n in range(len(labels)))
-        return labels.decode(resize(mask.astype(np.float32), self.shape) for mask in masks)
+        return resize_label(canonical, labels, self.shape)
 
     def to_native(self, array: np.ndarray) -> np.ndarray:
         """A float array on the working grid back to the scan's grid, trilinear."""
@@ -100,6 +100,39 @@ def resize(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     if tuple(tensor.shape[2:]) != shape:
         tensor = F.interpolate(tensor, size=shape, mode="trilinear", align_corners=False)
     return tensor[0, 0].numpy()
+
+
+def resize_label(class_map: np.ndarray, labels: Labels, shape: tuple[int, int, int]) -> np.ndarray:
+    """A class map (i, j, k) on a grid of another shape, uint8.
+
+    Resampled region by region so that borders stay smooth; a nested label keeps its place. A component of a nested
+    label that is too small for the grid, a lesion of one voxel, keeps one voxel: that in which its middle lies.
+    """
+    masks = (np.isin(class_map, labels.members(n)) for n in range(len(labels)))
+    found = labels.decode(resize(mask.astype(np.float32), shape) for mask in masks)
+    for n, parent in enumerate(labels.parents):
+        if parent is not None:
+            _keep_small(np.isin(class_map, labels.members(n)), found, n, labels)
+    return found
+
+
+def _keep_small(mask: np.ndarray, found: np.ndarray, n: int, labels: Labels) -> None:
+    """Set a voxel of ``found`` for each component of the label n, in ``mask``, that has none there."""
+    boxes = ndimage.find_objects(mask.astype(np.uint8))
+    if not boxes:
+        return
+    scale = np.array(found.shape) / mask.shape
+    first = np.array([s.start for s in boxes[0]])
+    numbers, count = ndimage.label(mask[boxes[0]], np.ones((3, 3, 3), bool))
+    where = np.argwhere(numbers)
+    owner = numbers[tuple(where.T)]
+    at = np.minimum(((where + first + 0.5) * scale).astype(int), np.array(found.shape) - 1)
+    there = np.isin(found[tuple(at.T)], labels.members(n))
+    lost = np.setdiff1d(np.arange(1, count + 1), owner[there])
+    for number in lost:
+        mine = where[owner == number]
+        middle = np.argmin(((mine - mine.mean(0)) ** 2).sum(1))
+        found[tuple(at[owner == number][middle])] = n + 1
 
 
 def _whole(old: tuple[int, ...], new: tuple[int, ...]) -> bool:

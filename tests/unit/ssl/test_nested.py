@@ -113,11 +113,13 @@ def test_labels_and_weights_of_a_case_lie_on_the_views_grid():
     assert seen.grid.spacing == UNIT.spacing
 
 
-def test_a_lesion_of_one_voxel_survives_where_the_grid_is_not_coarser():
+@pytest.mark.parametrize("spacing", [1.0, 1.02, 1.6])
+def test_a_lesion_of_one_voxel_survives(spacing):
     image, label = scan()
     label[label == 2] = 1
     label[8, 8, 8] = 2
-    assert (nested.view_case(case(image, label), label > 0, liver(), UNIT).label == 2).sum() == 1
+    geometry = replace(UNIT, spacing=(spacing,) * 3)
+    assert (nested.view_case(case(image, label), label > 0, liver(), geometry).label == 2).sum() == 1
 
 
 def test_the_box_of_a_parent_cut_by_the_scans_edge_begins_there():

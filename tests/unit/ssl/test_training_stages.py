@@ -245,7 +245,7 @@ def test_scans_without_tumours_without_liver_or_without_any_are_no_obstacle(tmp_
     cases = [case("a"), case("bb", tumour=False), case("ccc", liver=False), case("dddd", tumour=False, liver=False)]
     run(tmp_path / "ssl.safetensors", settings(), cases)
     assert "tumour is labelled in 2 of 4 scans" in caplog.text
-    assert "ccc is labelled with tumour but without liver around it: the second stage learns without it" in caplog.text
+    assert "ccc is labelled with tumour but without liver around it: nothing is learned from this label" in caplog.text
     assert "dddd is labelled" not in caplog.text
 
 

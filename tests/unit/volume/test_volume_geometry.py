@@ -9,7 +9,7 @@ import torch
 
 from aslseg.compute.overlap import dice
 from aslseg.types import Labels, Volume
-from aslseg.volume.geometry import Grid, resize
+from aslseg.volume.geometry import Grid, resize, resize_label
 
 LABELS = Labels.parse("liver,tumour", "tumour:liver")
 SPACING = (0.8, 1.5, 4.0)
@@ -172,3 +172,29 @@ def test_what_is_mapped_read_only_is_resized_without_a_warning_of_torch():
             assert resize(array, (4, 4, 4)).shape == (4, 4, 4)
     finally:
         torch.set_warn_always(before)
+
+
+@pytest.mark.parametrize("shape", [(19, 20, 10), (9, 11, 7), (30, 31, 20)])
+def test_a_lesion_of_one_voxel_keeps_a_voxel_where_it_lies(shape):
+    label = ball((20, 21, 12), 5).astype(np.uint8)
+    middles = [(9, 10, 5), (11, 13, 6), (7, 9, 7)]
+    for at in middles:
+        label[at] = 2
+    # an organ's specks are none of a lesion's: they go as before
+    label[1, 1, 1] = 1
+    small = resize_label(label, LABELS, shape)
+    found = np.argwhere(small == 2)
+    places = [tuple(((np.array(at) + 0.5) * shape / label.shape).astype(int)) for at in middles]
+    assert all(min(np.abs(found - place).max(1)) <= 1 for place in places)
+    if np.prod(shape) < label.size:
+        assert sorted(map(tuple, found)) == sorted(places)
+    if shape == (9, 11, 7):
+        assert small[0, 0, 0] == 0
+    assert dice(small > 0, resize((label > 0).astype(np.float32), shape) >= 0.5) > 0.99
+
+
+def test_a_lesion_that_the_grid_shows_is_drawn_as_before():
+    label = ball((24, 24, 24), 9).astype(np.uint8)
+    label[ball((24, 24, 24), 4)] = 2
+    smooth = LABELS.decode(resize(np.isin(label, m).astype(np.float32), (15, 15, 15)) for m in ([1, 2], [2]))
+    np.testing.assert_array_equal(resize_label(label, LABELS, (15, 15, 15)), smooth)

@@ -106,6 +106,7 @@ def prepare_cases(
         report(done, len(listed) + len(others))
     _leave_out_unusual(cases, studies, settings)
     _leave_out_copies(cases)
+    _leave_out_without_parent(cases, settings)
     cases.unlike = unlike_labelled([*cases.train, *cases.validation], cases.without_label, studies.confirmed)
     _check(cases, studies, settings)
     return cases
@@ -166,6 +167,25 @@ def _leave_out_copies(cases: RoundCases) -> None:
             )
 
 
+def _leave_out_without_parent(cases: RoundCases, settings: Settings) -> None:
+    """Leave out labels that show something nested but not its parent, where others show the parent.
+
+    To every network they would say that the lesion is all there is of the organ, and as validation that a model which
+    finds the organ is wrong. Where nobody has drawn the parent, nothing of it is learned, and the labels are as good
+    as any.
+    """
+    for branch in nested.branches(settings.label_set):
+        if not _any_holds(branch.values[0], cases.train):
+            continue
+        for group in (cases.train, cases.validation):
+            for case in list(group):
+                reason = nested.without_parent(case, branch)
+                if reason:
+                    group.remove(case)
+                    cases.skipped[case.id] = reason
+                    cases.warnings.append(reason)
+
+
 def _voxel_hash(case: Prepared) -> str:
     return hashlib.sha256(np.ascontiguousarray(case.image).data).hexdigest()
 
@@ -204,8 +224,6 @@ def _about_labels(cases: RoundCases, settings: Settings) -> list[str]:
                 f"no training label holds {name!r}: it cannot be learned; label it in at least one scan or take it "
                 "out of labels"
             )
-    for branch in nested.branches(labels) if settings.nested_fraction else ():
-        found += filter(None, (nested.without_parent(case, branch) for case in cases.train))
     return found
 
 

@@ -78,6 +78,7 @@ class RoundPipeline:
         opened: The ledger's event that opened the round; None where there is no round.
 
     Attributes:
+        notes: What predictions of this run say of themselves, and of which scans.
         dropped: Cases that could not stay promoted, with the reason (:mod:`aslseg.rounds.feedback.late`).
     """
 
@@ -98,6 +99,7 @@ class RoundPipeline:
         self.masks = MaskStore(paths.home)
         self.not_learned: list[str] = []  # about the SSL model of all labels that was trained last
         self.dropped: dict[str, str] = {}
+        self.notes: dict[str, set[str]] = {}
 
     # training
 
@@ -265,7 +267,10 @@ class RoundPipeline:
 
         def make(case: Prepared) -> np.ndarray:
             given = {need: maps(case) for need, maps in before.items()}
-            return compute(kind, get_model(), self._input(case), given, settings).regions
+            found = compute(kind, get_model(), self._input(case), given, settings)
+            for note in found.notes:
+                self.notes.setdefault(note, set()).add(case.id)
+            return found.regions
 
         return CachedProbabilities(self.artefacts.folder(PREDICTION_STEPS[kind].name, inputs), make)
 

@@ -61,10 +61,24 @@ def test_a_nested_label_that_nobody_drew_is_learned_from_synthetic_ones_where_th
         assert any("no training label holds 'tumour': it cannot be learned" in w for w in found)
 
 
-def test_lesions_without_the_parent_around_them_are_named(studies):
+def test_a_label_without_the_parent_that_others_show_is_left_out(studies):
+    everything = gather(studies)
+    before = sorted(c.id for c in everything.train)
+    path = studies / "labels" / "final" / f"{before[0]}.nii.gz"
+    volume = read_image(path)
+    write_label(path, np.array([0, 0, 2], np.uint8)[volume.array.astype(int)], volume.affine)
+    found = gather(studies)
+    assert sorted(c.id for c in found.train) == before[1:]
+    reason = f"{before[0]} is labelled with tumour but without liver around it: nothing is learned from this label"
+    assert found.skipped[before[0]].startswith(reason)
+    assert any(w.startswith(reason) for w in found.warnings)
+    assert before[0] not in gather(studies, nested=()).skipped
+
+
+def test_lesions_that_nobody_drew_a_parent_around_are_labels_like_others(studies):
     redraw(studies, [0, 0, 2])
-    found = gather(studies).warnings
-    assert [w for w in found if "labelled with tumour but without liver around it" in w]
+    found = gather(studies)
+    assert found.train
+    assert not any("without liver" in reason for reason in found.skipped.values())
     # without a parent there is nothing to be synthetic in
-    assert any("no training label holds 'liver': it cannot be learned" in w for w in found)
-    assert not any("without liver" in w for w in gather(studies, nested_fraction=0).warnings)
+    assert any("no training label holds 'liver': it cannot be learned" in w for w in found.warnings)
