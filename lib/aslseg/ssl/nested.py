@@ -257,7 +257,7 @@ def scaled_case(case: Prepared, labels: Labels, scale: Scale) -> Prepared:
 
 
 def _resized_weight(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return resize(np.asarray(weight, np.float32), shape).astype(np.float16)  # type: ignore[arg-type]
+    return resize(np.asarray(weight, np.float32), shape).astype(np.float16)
 
 
 def first_scale(labelled: Sequence[Prepared], settings: Settings, spacing: Spacing) -> Scale:

@@ -200,7 +200,7 @@ class ScaledModel:
             return found
         values = np.empty((len(found.values), *image.shape), np.float32)
         for n, channel in enumerate(found.values):
-            values[n] = resize(channel, image.shape)  # type: ignore[arg-type]
+            values[n] = resize(channel, image.shape)
         return Prediction(values, notes=found.notes)
 
 

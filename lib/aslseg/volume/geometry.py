@@ -84,7 +84,7 @@ def _orientation(affine: np.ndarray) -> np.ndarray:
     return nib.orientations.io_orientation(affine)
 
 
-def resize(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+def resize(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Trilinear resize of (i, j, k), each axis averaged first where it shrinks by more than half a voxel."""
     if array.shape == shape:
         return array
@@ -102,7 +102,7 @@ def resize(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     return tensor[0, 0].numpy()
 
 
-def resize_label(class_map: np.ndarray, labels: Labels, shape: tuple[int, int, int]) -> np.ndarray:
+def resize_label(class_map: np.ndarray, labels: Labels, shape: tuple[int, ...]) -> np.ndarray:
     """A class map (i, j, k) on a grid of another shape, uint8.
 
     Resampled region by region so that borders stay smooth; a nested label keeps its place. A component of a nested
