@@ -7,6 +7,10 @@ settings.
 
     python benchmarks/bench_ssl.py train --methods supervised,mean_teacher,bcp --network vnet_small --patch 64,64,48
     python benchmarks/bench_ssl.py predict --network vnet_small --patch 64,64,48 --shape 160,160,128
+    python benchmarks/bench_ssl.py folds --threads 2 --steps 100 --repeats 3 --warm 0
+
+``folds``: as many trainings as threads, of --steps steps each, one after the other with all threads, and side by side
+with one each, the start of their processes included.
 
 On a shared machine trust the ratios of the medians, not the times; the load before and after stands in the result.
 """
@@ -21,6 +25,7 @@ import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +48,8 @@ from aslseg.registry import NETWORKS
 from aslseg.settings import Settings, load_settings
 from aslseg.ssl.engine import Trainer
 from aslseg.ssl.predict import SSLModel, load
-from aslseg.types import Volume
+from aslseg.ssl.side_by_side import Training, train_all
+from aslseg.types import Volume, no_progress
 from aslseg.volume.geometry import Grid
 from aslseg.volume.io import read_image
 from public_loop import METHODS, PublicLoop
@@ -161,6 +167,32 @@ def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
+def bench_folds(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of several trainings, one after the other and side by side."""
+    labelled, unlabelled = sizes(arguments.batch)
+    more = {"batch_labelled": str(labelled), "batch_unlabelled": str(unlabelled), "threads": str(arguments.threads)}
+    settings, shape = settings_of(arguments, **more), tuple(n + 16 for n in sizes(arguments.patch))
+    cases = [blob(n, shape, arguments.classes) for n in range(4)]
+    free = [blob(n, shape, arguments.classes, labelled=False) for n in range(4, 8)]
+
+    def works(at_once: int) -> Callable[[int], None]:
+        def work(turn: int) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                outs = [Path(folder) / str(n) / "ssl.safetensors" for n in range(arguments.threads)]
+                for out in outs:
+                    out.parent.mkdir()
+                train_all(
+                    [Training(cases, free, settings, out, arguments.steps, None) for out in outs], at_once, no_progress
+                )
+
+        return work
+
+    both = {"one after the other": works(1), "side by side": works(arguments.threads)}
+    rows = compared(turns(both, arguments.repeats, arguments.warm, torch.device("cpu")), "side by side")
+    logger.info(f"{settings.ssl_method}: {line(rows['one after the other'])}; {line(rows['side by side'])}")
+    return rows
+
+
 def bench_prediction(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times and masks of a volume, by what predicts it."""
     settings = settings_of(arguments, overlap="0.25", batch_unlabelled="0", ssl_method="supervised")
@@ -261,7 +293,7 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "predict"))
+    parser.add_argument("what", choices=("train", "predict", "folds"))
     parser.add_argument("--network", default="vnet_small", choices=list(NETWORKS))
     parser.add_argument("--patch", default="64,64,48", help="voxels; multiples of 16")
     parser.add_argument("--classes", type=int, default=2, help="foreground classes")
@@ -276,7 +308,7 @@ def main() -> None:
     parser.add_argument("--batch", default="2,2", help="train: labelled, unlabelled patches")
     parser.add_argument("--workers", type=int, default=0, help="train: loader processes of the plain loop")
     parser.add_argument("--shape", default="160,160,128", help="predict: voxels of the volume")
-    parser.add_argument("--steps", type=int, default=40, help="predict: training steps before, for masks to compare")
+    parser.add_argument("--steps", type=int, default=40, help="predict: training steps before; folds: of each")
     parser.add_argument("--model", type=Path, help="predict: a published SSL model instead, with --image")
     parser.add_argument("--image", type=Path, help="predict: a scan")
     arguments = parser.parse_args()
@@ -289,7 +321,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}}
     result["load_before"] = os.getloadavg()
-    result["result"] = bench_training(arguments) if arguments.what == "train" else bench_prediction(arguments)
+    parts = {"train": bench_training, "predict": bench_prediction, "folds": bench_folds}
+    result["result"] = parts[arguments.what](arguments)
     result["load_after"] = os.getloadavg()
     logger.info("%s", json.dumps(result, indent=1))
     if arguments.out:

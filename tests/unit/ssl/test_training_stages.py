@@ -116,17 +116,18 @@ def test_one_network_for_all_labels_on_request_and_its_old_files_still_load(tmp_
     assert model.regions(case("a").image).shape == (2, *SHAPE)
 
 
-@pytest.mark.parametrize("method", ["bcp_mt", "cps", "dtc"])
+@pytest.mark.parametrize("method", ["bcp_mt", "bcp", "cps", "dtc", "mcnet", "ua_mt"])
 def test_methods_with_unlabelled_scans_train_in_both_stages(tmp_path, settings, method, monkeypatch):
     monkeypatch.setattr("aslseg.ssl.predict.largest", lambda mask: case("x").label > 0)
     monkeypatch.setattr("aslseg.ssl.nested.largest", lambda mask: case("x").label > 0)
     out = tmp_path / "ssl.safetensors"
-    result = run(out, settings(ssl_method=method), free=[case("ccc", labelled=False)])
+    network = "vnet_small" if method == "mcnet" else "unet"
+    result = run(out, settings(ssl_method=method, network=network), free=[case("ccc", labelled=False)])
     assert result["steps"] == STEPS
     assert np.allclose(predict.load(out, settings()).predict(case("a").image).sum(0), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("network", ["vnet_small", "segresnet", "dynunet"])
+@pytest.mark.parametrize("network", ["vnet", "vnet_small", "segresnet", "dynunet"])
 def test_every_network_learns_in_both_stages(tmp_path, settings, network):
     out = tmp_path / "ssl.safetensors"
     run(out, settings(network=network), iterations=2)
