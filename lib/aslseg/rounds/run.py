@@ -159,7 +159,7 @@ def train_stage(
         with progress.stage("ssl") as shown:
             ssl = pipeline.train_ssl(promoted, shown)
         crossed = cross_fitted(pipeline) if with_folds else None
-        files[ModelKind.SSL] = limited(pipeline, crossed, ssl)
+        files[ModelKind.SSL] = limited(pipeline, crossed, ssl) if with_folds else ssl
         if wanted != ModelKind.SSL:
             with progress.stage("sam") as shown:
                 faults = learned_faults(pipeline, crossed, shown)

@@ -1,7 +1,7 @@
 """Components of a nested label that are too small or too unsure to be lesions, and the limits that say so.
 
 The limits are fitted on labelled scans that the network has not learned: on scans that it has, nearly all that it
-finds is right. Without such scans there are no limits, and nothing is taken away.
+finds is right. Where a round has no such scans, it uses :data:`USUAL`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class Limits:
 
     probability: float
     mm3: float
+
+
+USUAL = Limits(0.8, 0.0)
+"""Chosen on one split of LiTS: takes away eight of ten false lesions and next to no true ones (docs/nested.md)."""
 
 
 @dataclass(frozen=True)

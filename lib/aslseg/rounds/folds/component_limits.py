@@ -20,6 +20,7 @@ from aslseg.rounds.steps.pipeline import RoundPipeline
 from aslseg.settings import Settings
 from aslseg.ssl import specks
 from aslseg.ssl.nested import NATIVE
+from aslseg.types import Labels
 
 logger = logging.getLogger(__name__)
 
@@ -70,20 +71,26 @@ def limited(pipeline: RoundPipeline, found: CrossFit | Fold | None, model: Path)
 
     Args:
         pipeline: The round.
-        found: What has the limits: the folds, for a model of all labels, or the fold that it has not seen; or None.
+        found: What has the limits: the folds, for a model of all labels, or the fold that it has not seen. None, a
+            round without folds: :data:`aslseg.ssl.specks.USUAL` for every nested label.
         model: File of the model.
 
     Returns:
         Another file, or the same one where there are no limits or the model has one stage only.
     """
-    if found is None or not found.limits or "stages" not in read_metadata(model):
+    limits = _usual(pipeline.labels) if found is None else found.limits
+    if not limits or "stages" not in read_metadata(model):
         return model
-    limits = found.limits
     # the inputs of the training among them: the gate reads what a model has learned beside its file
     inputs = json.loads(model.with_name("inputs.json").read_text())
     inputs |= {"ssl": pipeline.cases.hashes(model), "limits": limits}
     known = pipeline.artefacts.result(model)
     return pipeline.artefacts.model("ssl", inputs, lambda out: known | specks.write_limited(model, out, limits))
+
+
+def _usual(labels: Labels) -> dict[str, Any]:
+    nested = (name for name, parent in zip(labels.names, labels.parents, strict=True) if parent is not None)
+    return specks.stored(dict.fromkeys(nested, specks.USUAL))
 
 
 def _scans(pipeline: RoundPipeline, fold: Fold) -> FoldScans:

@@ -158,3 +158,13 @@ def test_a_single_training_makes_what_a_round_makes(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(training, "train", lambda *a, **k: trained.append(len(a[0])) or train(*a, **k))
     train_stage("ssl", studies, settings.model_copy(update={"nested_fraction": 0.0}))
     assert trained == [3]
+
+
+@pytest.mark.usefixtures("plausible")
+def test_without_folds_the_published_model_has_the_usual_limits(tmp_path: Path) -> None:
+    studies, settings = tiny_studies(tmp_path), tiny_settings(tmp_path, nested_fraction=0.5)
+    train_stage("ssl", studies, settings)
+    (published,) = Paths(settings, studies).models.glob("ssl-*.safetensors")
+    assert read_metadata(published)["specks"] == {"tumour": {"probability": 0.8, "mm3": 0.0}}
+    before = published_hashes(settings, studies)
+    assert sha256(Path(run_round(studies, settings)["models"]["ssl"])) == before["ssl"]
