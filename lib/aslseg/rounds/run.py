@@ -216,9 +216,7 @@ def _about(pipeline: RoundPipeline) -> dict[str, Any]:
     """What a summary says of the cases, of new labels and the time."""
     cases, progress = pipeline.cases, pipeline.progress
     return {
-        "warnings": cases.warnings
-        + pipeline.not_learned
-        + [f"{', '.join(sorted(scans))}: {note}" for note, scans in pipeline.notes.items()],
+        "warnings": [*cases.warnings, *pipeline.not_learned, *pipeline.noted],
         "skipped": cases.skipped,
         "fresh": pooled(pipeline.ledger.events(kinds=(FRESH,))),
         "seconds": progress.spent,

@@ -35,7 +35,7 @@ GB = 1e9
 PROCESS_GB = 3.0
 """Memory of a training beside its scans: Python and its packages, network, patches and what they leave behind."""
 END_SECONDS = 600.0
-"""How long a process may take to its next step, and to write its checkpoint, once it has been told to end."""
+"""How long a process may take to its next step, and to write its checkpoint, once nobody waits for it."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Steps:
 
 
 class Process:
-    """A training in a process of its own, which waits after each step until it is told to go on.
+    """A training in a process of its own, which waits after each step for its answer.
 
     Args:
         number: Of the training.

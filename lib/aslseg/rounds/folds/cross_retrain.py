@@ -23,7 +23,8 @@ from aslseg.rounds.folds.component_limits import limited
 from aslseg.rounds.folds.cross_fit import CrossFit, folds
 from aslseg.rounds.folds.fold_share import fold_share
 from aslseg.rounds.steps.artefacts import CachedProbabilities, confidence
-from aslseg.rounds.steps.pipeline import Promoted, RoundPipeline
+from aslseg.rounds.steps.pipeline import RoundPipeline
+from aslseg.rounds.steps.promoted import Promoted
 from aslseg.types import ProgressCallback
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from scipy import stats
 
 from aslseg.cases.prepared_case import Prepared
-from aslseg.rounds.steps.pipeline import Promoted, RoundPipeline
+from aslseg.rounds.steps.pipeline import RoundPipeline
+from aslseg.rounds.steps.promoted import Promoted
 from aslseg.types import Labels
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,8 @@ from aslseg.rounds.promotion.promises import withdrawn
 from aslseg.rounds.promotion.state import CaseAssessment, RoundState
 from aslseg.rounds.promotion.stored_scores import settings_key
 from aslseg.rounds.steps.artefacts import CachedProbabilities, confidence
-from aslseg.rounds.steps.pipeline import Promoted, RoundPipeline
+from aslseg.rounds.steps.pipeline import RoundPipeline
+from aslseg.rounds.steps.promoted import Promoted
 from aslseg.types import Labels, ProgressCallback
 from aslseg.volume.io import read_image
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from aslseg.adaptation import train as adapter_train
 from aslseg.adaptation.faults import Faults
 from aslseg.agreement.plausibility import Reference, reference
-from aslseg.cases.prepare import PreparedStore, Spacing, save_array
+from aslseg.cases.prepare import PreparedStore, Spacing
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import PSEUDO
 from aslseg.compute.hardware import resolved
@@ -32,6 +32,7 @@ from aslseg.rounds.scheduling.progress import Progress
 from aslseg.rounds.steps.artefacts import ArtefactStore, CachedProbabilities
 from aslseg.rounds.steps.cases import RoundCases
 from aslseg.rounds.steps.predictions import PREDICTION_STEPS, prediction_inputs
+from aslseg.rounds.steps.promoted import Promoted, promoted_case
 from aslseg.sam.cfr import canvas
 from aslseg.sam.modeling import build as sam_build
 from aslseg.sam.training import finetune
@@ -41,28 +42,6 @@ from aslseg.ssl.side_by_side import Training, places, train_all
 from aslseg.ssl.synthetic_lesions import with_synthetic
 from aslseg.types import ProgressCallback
 from aslseg.volume.io import read_image, require_free_disk
-
-
-@dataclass(frozen=True)
-class Promoted:
-    """A promoted case on the working grid, and the hashes of what it was made from.
-
-    ``confidence`` is empty where all voxels are equally certain or their certainty was not kept. ``unknown`` are the
-    nested labels of which the case says nothing.
-    """
-
-    case: Prepared
-    image: str
-    mask: str
-    disagreement: str
-    confidence: str = ""
-    unknown: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> list[str]:
-        """What a training step depends on."""
-        more = [*filter(None, [self.confidence]), *(f"unknown: {name}" for name in self.unknown)]
-        return [self.case.id, self.image, self.mask, self.disagreement, *more]
 
 
 class RoundPipeline:
@@ -100,6 +79,11 @@ class RoundPipeline:
         self.not_learned: list[str] = []  # about the SSL model of all labels that was trained last
         self.dropped: dict[str, str] = {}
         self.notes: dict[str, set[str]] = {}
+
+    @property
+    def noted(self) -> list[str]:
+        """The notes, each with the scans that it is about."""
+        return [f"{', '.join(sorted(scans))}: {note}" for note, scans in self.notes.items()]
 
     # training
 
@@ -383,45 +367,8 @@ class RoundPipeline:
         return [self.cases.spacing, steps, relevant(s, "ssl", "predict", "sam", "prompts", "adapter")]
 
     def promoted(self, case: Prepared, details: dict[str, Any]) -> Promoted:
-        """A promoted case from its kept files, memory-mapped; training decides how much of it is held in memory.
-
-        Args:
-            case: The unlabelled case.
-            details: ``sha256`` of its mask; ``disagreement``: of the map where both networks disagree;
-                ``confidence``: of the map from :func:`aslseg.rounds.steps.artefacts.confidence`, which is kept
-                only where ``uncertainty_weight`` is less than 1; ``unknown``: nested labels of which it says nothing.
-        """
-        s = self.settings
-        confidence = details.get("confidence", "") if s.uncertainty_weight < 1 else ""
-        inputs = {
-            **{k: details[k] for k in ("image", "sha256", "disagreement")},
-            "spacing": self.cases.spacing,
-            "settings": [*s.model_dump(include={"labels", "nested"}).values(), s.disagreement_weight],
-        }
-        if confidence:
-            inputs |= {"confidence": confidence, "uncertainty_weight": s.uncertainty_weight}
-        unknown = tuple(n for n in details.get("unknown", ()) if n in self.labels.names)
-        if unknown:
-            inputs |= {"unknown": unknown}
-        folder = self.artefacts.folder("promoted", inputs)
-        # checkpoints know an array by the name of its file (aslseg.cases.prepared_case.backing_file)
-        label, weight = (folder / f"{folder.name}.{part}.npy" for part in ("label", "weight"))
-        if not (label.exists() and weight.exists()):
-            differ = case.grid.to_working(self.kept(details["disagreement"]))
-            weights = 1 - (1 - s.disagreement_weight) * differ
-            if confidence:
-                certain = case.grid.to_working(self.kept(confidence)) / 255
-                weights *= 1 - (1 - s.uncertainty_weight) * (1 - certain)
-            save_array(weight, weights.astype(np.float16))
-            mask = self.kept(details["sha256"]).astype(np.uint8)
-            save_array(label, self.labels.mark_unknown(case.grid.label_to_working(mask, self.labels), unknown))
-        learned = replace(
-            case,
-            label=np.load(label, mmap_mode="r"),
-            weight=s.promote_weight,
-            voxel_weight=np.load(weight, mmap_mode="r"),
-        )
-        return Promoted(learned, details["image"], details["sha256"], details["disagreement"], confidence, unknown)
+        """A promoted case from its kept files; see :func:`aslseg.rounds.steps.promoted.promoted_case`."""
+        return promoted_case(case, details, self.settings, self.cases.spacing, self.artefacts, self.kept)
 
     def kept(self, digest: str) -> np.ndarray:
         """A map from the store of masks, (i, j, k) on its scan's own grid."""
