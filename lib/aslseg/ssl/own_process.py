@@ -42,8 +42,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Sender(connection)])
-    training: Training = connection.recv()
-    training = training.unpacked()
+    # it is asked for, so that processes start side by side: sending waits until it is read
+    _send(connection, "ready", None)
+    try:
+        training: Training = connection.recv().unpacked()
+    except (EOFError, OSError):
+        return  # nobody wants it any more
     torch.set_num_threads(training.settings.threads)
 
     def report(step: int, _: int, **shown: Any) -> None:

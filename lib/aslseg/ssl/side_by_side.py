@@ -195,9 +195,6 @@ class Process:
             raise NoResourcesError(f"no process for the training of a fold could be started ({error})") from error
         finally:
             theirs.close()
-        with suppress(OSError):
-            # a process that has ended already says so when it is read from
-            self.connection.send(training.packed())
 
     def answer(self, steps: Steps) -> Outcome | None:
         """Take what it says, and let it go on; returns its outcome once there is one.
@@ -213,10 +210,12 @@ class Process:
         if kind == "log":
             logging.getLogger(value.name).handle(value)
             return None
-        if kind == "step":
-            steps(self.number, *value)
+        if kind in ("ready", "step"):
+            if kind == "step":
+                steps(self.number, *value)
+            # one that has ended meanwhile says so the next time it is read from
             with suppress(OSError):
-                self.connection.send(True)
+                self.connection.send(self.training.packed() if kind == "ready" else True)
             return None
         self.end()
         if isinstance(value, BaseException) and not isinstance(value, TrainingDivergedError):
