@@ -240,6 +240,7 @@ class Bench:
         if arm.disagreement < 1:
             weight = np.where(np.not_equal(*self.compared(case)), arm.disagreement * weight, weight)
         mask = self.labels.decode(p)
+        weight = np.where(np.abs(2 * p - 1).min(0) >= arm.sure, weight, 0)
         if "weights" in arm.oracle:
             weight = np.where(mask == self.scans.truth(case.id), weight, 0)
         return replace(case, label=mask, weight=arm.weight, voxel_weight=weight.astype(np.float16))

@@ -22,6 +22,7 @@ class Arm:
         start: Arm from whose model it goes on; empty: random weights.
         confidence: Whether a voxel of a mask weighs max(0.1, |2p - 1|), or 1.
         disagreement: Weight of voxels on which the arms ``ssl`` and ``supervised`` disagree.
+        sure: Least |2p - 1| of the voxels of a mask that have a weight at all.
         weight: Weight of a scan with such a mask.
         fraction: Part of the scans that is learned: those on which ``ssl`` and ``supervised`` agree best.
         fold: The part of the labelled scans that is left out, from 0; None: none is.
@@ -37,6 +38,7 @@ class Arm:
     start: str = ""
     confidence: bool = True
     disagreement: float = 1
+    sure: float = 0
     weight: float = 1
     fraction: float = 1
     fold: int | None = None
@@ -87,6 +89,8 @@ def arms(labelled: int, with_folds: bool = True) -> dict[str, Arm]:
         "today from scratch": replace(TODAY, start="", steps=1),
         "today with confidence": replace(TODAY, confidence=True),
         "today all scans": replace(TODAY, fraction=1),
+        "today sure voxels": replace(TODAY, disagreement=0, sure=0.9),
+        "today sure voxels of all scans": replace(TODAY, disagreement=0, sure=0.9, fraction=1, weight=1),
         "ssl going on without masks": Arm("bcp_mt", RETRAIN, start="ssl"),
         "student": STUDENT,
         "student for as long": replace(STUDENT, steps=loop - 1),
