@@ -14,6 +14,7 @@ from monai.networks.nets import UNet
 from torch import nn
 
 from aslseg.compute.weights import save_weights
+from aslseg.errors import TrainingDivergedError
 from aslseg.files import sha256
 from aslseg.sam.modeling.architecture import Architecture, build
 from aslseg.settings import Paths, Settings
@@ -116,6 +117,24 @@ def copy_with_steps(before: Path, after: Path, root: Path) -> None:
         folder = Path("studies") / ".aslseg" / name
         # files are only ever replaced, so that a second name is as good as a copy
         shutil.copytree(after / folder, root / folder, copy_function=os.link)
+
+
+def folds_one_by_one(pipeline: Any) -> Callable[..., list[Path | TrainingDivergedError]]:
+    """``train_folds`` by way of ``train_ssl``, for a pipeline in which that is a stand-in."""
+
+    def train_folds(
+        parts: Sequence[Any], report: Any, part: float, promoted: Sequence[Any] = ()
+    ) -> list[Path | TrainingDivergedError]:
+        found: list[Path | TrainingDivergedError] = []
+        for number, without in enumerate(parts):
+            own = promoted[number] if promoted else []
+            try:
+                found.append(pipeline.train_ssl(own, report, without=without, part=part))
+            except TrainingDivergedError as error:
+                found.append(error)
+        return found
+
+    return train_folds
 
 
 def label_hashes(studies: Path) -> dict[str, str]:

@@ -18,7 +18,16 @@ from aslseg.rounds.promotion import canaries, promotion
 from aslseg.rounds.run import train_stage
 from aslseg.rounds.steps import pipeline
 from aslseg.ssl import engine, networks, training
-from tiny_rounds import Judged, Learned, Scored, Training, tiny_network, tiny_settings, tiny_studies
+from tiny_rounds import (
+    Judged,
+    Learned,
+    Scored,
+    Training,
+    folds_one_by_one,
+    tiny_network,
+    tiny_settings,
+    tiny_studies,
+)
 
 
 @pytest.fixture
@@ -77,6 +86,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Scored:
             return sum(found) / len(found) if found else None
 
         monkeypatch.setattr(pipeline.RoundPipeline, "train_ssl", trained)
+        monkeypatch.setattr(pipeline.RoundPipeline, "train_folds", lambda self, *given: folds_one_by_one(self)(*given))
         monkeypatch.setattr(pipeline.RoundPipeline, "dice", scored_dice)
 
     return by

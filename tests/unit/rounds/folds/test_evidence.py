@@ -41,7 +41,7 @@ from aslseg.rounds.steps.pipeline import RoundPipeline
 from aslseg.settings import Paths
 from aslseg.types import Labels, Volume, no_progress
 from aslseg.volume.geometry import Grid
-from tiny_rounds import tiny_settings
+from tiny_rounds import folds_one_by_one, tiny_settings
 
 SHAPE = (40, 32, 16)
 LABELS = Labels.parse("liver,tumour", "tumour:liver")
@@ -104,6 +104,7 @@ class Night:
             return Known(root / f"{kind}-{models[ModelKind.SSL].name}", drawn)
 
         monkeypatch.setattr(self.pipeline, "train_ssl", train_ssl)
+        monkeypatch.setattr(self.pipeline, "train_folds", folds_one_by_one(self.pipeline))
         monkeypatch.setattr(self.pipeline, "predict", predict)
         monkeypatch.setattr(self.pipeline, "consensus", lambda first, second: first)
         self.root = root

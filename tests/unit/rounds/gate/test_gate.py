@@ -38,7 +38,7 @@ from aslseg.rounds.run import opened_pipeline, run_round, train_stage
 from aslseg.rounds.steps.cases import trained_before
 from aslseg.settings import Paths, Settings
 from aslseg.types import no_progress
-from tiny_rounds import Learned, Scored, Training, published_hashes, tiny_settings, tiny_studies
+from tiny_rounds import Learned, Scored, Training, folds_one_by_one, published_hashes, tiny_settings, tiny_studies
 
 TRAIN, JUDGE = ["phantom_000", "phantom_001", "phantom_002"], "phantom_003"
 ROLES = "case,patient,role\n" + "".join(f"{case},{case},train\n" for case in TRAIN) + f"{JUDGE},{JUDGE},validation\n"
@@ -386,7 +386,9 @@ def test_a_fold_whose_retraining_diverges_compares_nothing(monkeypatch: pytest.M
         predict=lambda *_: None,
         dice=lambda *_: 0.8,
     )
-    crossed: Any = SimpleNamespace(folds=[SimpleNamespace(cases=[c], maps=None, limits={}) for c in cases.train])
+    pipeline.train_folds = folds_one_by_one(pipeline)
+    parts = [SimpleNamespace(cases=[c], maps=None, limits={}) for c in cases.train]
+    crossed: Any = SimpleNamespace(folds=parts, parts=[["a"], ["b"]])
     monkeypatch.setattr(cross_retrain, "own_mask", lambda *_: None)
     assert cross_retrain.retrained_dice(pipeline, crossed, ["u"], no_progress) == {"b": 0.8}
     (warning,) = cases.warnings
