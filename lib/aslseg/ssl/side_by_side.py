@@ -183,12 +183,17 @@ class Process:
     def __init__(self, number: int, training: Training) -> None:
         self.number, self.training = number, training
         self.connection, theirs = Pipe()
+        # the same code as here, wherever this was imported from
+        library = os.pathsep.join(
+            filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
+        )
+        given = {"OMP_NUM_THREADS": str(training.settings.threads), "PYTHONPATH": library}
         try:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-m", "aslseg.ssl.own_process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"OMP_NUM_THREADS": str(training.settings.threads)},
+                env=os.environ | given,
             )
         except OSError as error:
             self.connection.close()

@@ -183,7 +183,7 @@ def _leave_out_without_parent(cases: RoundCases, settings: Settings) -> None:
                 if reason:
                     group.remove(case)
                     cases.skipped[case.id] = reason
-                    cases.warnings.append(reason)
+                    logger.warning("skipped case %s", reason)
 
 
 def _voxel_hash(case: Prepared) -> str:
