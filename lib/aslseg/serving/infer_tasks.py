@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ class MaskTask(InferTask):
         """Class map (i, j, k) uint8 on the scan's own grid, its affine, and what else to send to the client."""
         scan = self.scans.open(path, times)
         regions = self.scans.stage(scan, self.kind, times)
-        more = {"notes": list(scan.notes)} if scan.notes else {}
-        return _native(scan.grid, regions, self.scans.models.settings.label_set, times), scan.grid.affine, more
+        labels = self.scans.models.settings.label_set
+        return _native(scan.grid, regions, labels, times), scan.grid.affine, _noted(scan.notes)
 
 
 class CascadeTask(MaskTask):
@@ -100,22 +100,25 @@ class CascadeTask(MaskTask):
         """As :meth:`MaskTask.mask`."""
         stored = self._stored(request.case, path, times) if request.case and not request.params.prompts else None
         if stored is not None:
-            return stored.array, stored.affine, {"source": "stored"}
+            mask, about = stored
+            return mask.array, mask.affine, {"source": "stored", **about}
         class_map, affine, more = super().mask(path, request, times)
         return class_map, affine, {"source": "computed", **more}
 
-    def _stored(self, case: str, image: Path, times: dict[str, float]) -> Volume | None:
+    def _stored(self, case: str, image: Path, times: dict[str, float]) -> tuple[Volume, dict[str, Any]] | None:
+        """The mask that a round has stored for a scan, and what else to send to the client."""
         models = self.scans.models
         sidecar = models.paths.home / "original" / f"{case}.json"
         start = time.perf_counter()
         try:
-            if json.loads(sidecar.read_text())["models"] != models.hashes():
+            about = json.loads(sidecar.read_text())
+            if about["models"] != models.hashes():
                 return None
         except (OSError, ValueError, KeyError, TypeError):
             return None
         found = stored_mask(models.paths, case, image)
         times["read"] = time.perf_counter() - start
-        return found
+        return None if found is None else (found, _noted(about.get("notes")))
 
 
 class AdapterTask(MaskTask):
@@ -135,7 +138,7 @@ class AdapterTask(MaskTask):
         """As :meth:`MaskTask.mask`."""
         if request.label_file is None:
             refined = self._refined(request.case, path, times) if request.case else None
-            return super().mask(path, request, times) if refined is None else (*refined, {"source": "stored"})
+            return super().mask(path, request, times) if refined is None else refined
         labels = self.scans.models.settings.label_set
         scan = self.scans.open(path, times)
         shape = np.broadcast_to(np.float32(0), scan.grid.native_shape)
@@ -146,19 +149,27 @@ class AdapterTask(MaskTask):
         times["adapter"] = time.perf_counter() - start
         return _native(scan.grid, regions, labels, times), scan.grid.affine, {"source": "label"}
 
-    def _refined(self, case: str, path: Path, times: dict[str, float]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Class map (i, j, k) on the scan's grid and its affine, from what the round that ranked the scan has kept."""
+    def _refined(
+        self, case: str, path: Path, times: dict[str, float]
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]] | None:
+        """As :meth:`mask`, from what the round that ranked the scan has kept."""
         models, start = self.scans.models, time.perf_counter()
         score, ssl = _score(models, case), models.published(ModelKind.SSL)
         if score is None or ssl is None:
             return None
-        regions = find_prediction(ModelKind.ADAPTER, score, self._hashes(path), models.paths, models.settings)
+        found = find_prediction(ModelKind.ADAPTER, score, self._hashes(path), models.paths, models.settings)
         spacing = read_metadata(ssl.path).get("spacing")
         grid = Grid.of(read_header(path), tuple(spacing) if spacing else None)
-        if regions is None or regions.shape[1:] != grid.shape:
+        if found is None or found.regions.shape[1:] != grid.shape:
             return None
         times["read"] = time.perf_counter() - start
-        return _native(grid, regions, models.settings.label_set, times), grid.affine
+        mask = _native(grid, found.regions, models.settings.label_set, times)
+        return mask, grid.affine, {"source": "stored", **_noted(found.notes)}
+
+
+def _noted(notes: Iterable[str] | None) -> dict[str, Any]:
+    """Notes as the client gets them; nothing where there are none."""
+    return {"notes": list(notes)} if notes else {}
 
 
 def _score(models: Models, case: str) -> Score | None:

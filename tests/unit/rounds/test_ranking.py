@@ -91,14 +91,14 @@ def test_what_the_adaptation_network_drew_is_found_again(rounded: Any) -> None:
     studies, settings = rounded
     paths, scan = Paths(settings, studies), studies / "phantom_003.nii.gz"
     score = next(s for s in Ledger(paths.ledger).scores() if s.case == "phantom_003")
-    regions = find_prediction(ModelKind.ADAPTER, score, sha256(scan), paths, settings)
-    assert regions is not None
+    found = find_prediction(ModelKind.ADAPTER, score, sha256(scan), paths, settings)
+    assert found is not None
     files = Ledger(paths.ledger).rounds()[0].summary["models"]
     models = ModelSet({kind: Path(files[kind.value]) for kind in PUBLISHED_KINDS})
     cascade = Cascade.load(models, settings)
     given = CascadeInput.from_volume(read_image(scan), settings, models.spacing)
     computed = cascade.outputs(given)[ModelKind.ADAPTER].regions
-    assert np.abs(regions - computed).max() < 0.02, "each stage is kept in 8 bits"
+    assert np.abs(found.regions - computed).max() < 0.02, "each stage is kept in 8 bits"
     assert find_prediction(ModelKind.ADAPTER, score, "0" * 64, paths, settings) is None, "another version of the scan"
     other = settings.model_copy(update={"overlap": 0.75})
     assert find_prediction(ModelKind.ADAPTER, score, sha256(scan), paths, other) is None

@@ -371,7 +371,7 @@ def write_originals(
     promoted = {c for c, e in p.ledger.masks(PSEUDO).items() if e.kind == "mask"}
     wanted = {}
     for done, case in enumerate(cases, 1):
-        agreement = state.assessments[case.id].agreement
+        agreement, notes = state.assessments[case.id].agreement, masks.output(case).notes
         wanted[case.id] = {
             "sha256": keep_mask(p, case, masks),
             "image": case.image_hash,
@@ -381,7 +381,7 @@ def write_originals(
             "per_label": agreement.per_label,
             "promoted": case.id in promoted,
             "models": published.hashes,
-        }
+        } | ({"notes": list(notes)} if notes else {})
         report(done, len(cases))
     record(p, ORIGINAL, wanted)
     return shown, masks

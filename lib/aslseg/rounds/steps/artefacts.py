@@ -22,6 +22,7 @@ from scipy import ndimage
 from aslseg.cases.prepared_case import Prepared
 from aslseg.errors import TrainingDivergedError
 from aslseg.files import atomic_file, write_json
+from aslseg.models.cascade import StageOutput
 from aslseg.ssl.side_by_side import Outcome
 from aslseg.types import Labels
 
@@ -110,7 +111,7 @@ class ArtefactStore:
 
 
 class CachedProbabilities:
-    """Region probabilities of cases, each computed when first asked for and kept on disk.
+    """Region probabilities of cases, each computed when first asked for and kept on disk with its notes.
 
     They are stored as 8-bit numbers; 0.5 lies between two of these, so that masks do not change.
 
@@ -118,18 +119,28 @@ class CachedProbabilities:
         folder: From :meth:`ArtefactStore.folder`.
         make: Case to region probabilities (R, i, j, k) float32 on its working grid. Another scan under the same id,
             which has another hash, is another entry.
+        heard: Called with the id of a case and each note, whenever its probabilities are asked for.
     """
 
-    def __init__(self, folder: Path, make: Callable[[Prepared], np.ndarray]) -> None:
-        self.folder, self.make = folder, make
+    def __init__(
+        self, folder: Path, make: Callable[[Prepared], StageOutput], heard: Callable[[str, str], None] | None = None
+    ) -> None:
+        self.folder, self.make, self.heard = folder, make, heard
 
     def __call__(self, case: Prepared) -> np.ndarray:
+        return self.output(case).regions
+
+    def output(self, case: Prepared) -> StageOutput:
+        """The probabilities of a case with their notes."""
         kept = read_probabilities(self.folder, case.id, case.image_hash)
         if kept is None:
-            made = np.rint(np.clip(self.make(case), 0, 1) * 255).astype(np.uint8)
+            made = self.make(case)
+            stored = np.rint(np.clip(made.regions, 0, 1) * 255).astype(np.uint8)
             with atomic_file(self._path(case)) as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, regions=made)
-            kept = made.astype(np.float32) / np.float32(255)
+                np.savez_compressed(file, regions=stored, notes=np.array(made.notes, dtype=np.str_))
+            kept = StageOutput(_probabilities(stored), made.notes)
+        for note in kept.notes if self.heard else ():
+            self.heard(case.id, note)
         return kept
 
     def has(self, case: Prepared) -> bool:
@@ -144,6 +155,25 @@ def _note(model: Path, result: dict[str, Any]) -> None:
     write_json(model.with_name("result.json"), result)
 
 
+def joined(
+    folder: Path, maps: Sequence[CachedProbabilities], join: Callable[[list[np.ndarray]], np.ndarray]
+) -> CachedProbabilities:
+    """Probabilities that are made of several models', with the notes of all.
+
+    Args:
+        folder: From :meth:`ArtefactStore.folder`.
+        maps: Of the models.
+        join: Region probabilities (R, i, j, k) of a case, one for each model, to one.
+    """
+
+    def make(case: Prepared) -> StageOutput:
+        found = [one.output(case) for one in maps]
+        notes = dict.fromkeys(note for output in found for note in output.notes)
+        return StageOutput(join([output.regions for output in found]), tuple(notes))
+
+    return CachedProbabilities(folder, make)
+
+
 def mixed(store: ArtefactStore, labels: Labels, maps: Sequence[CachedProbabilities]) -> CachedProbabilities:
     """The probability of each label from maps of its own, put together by :func:`nest`.
 
@@ -153,9 +183,7 @@ def mixed(store: ArtefactStore, labels: Labels, maps: Sequence[CachedProbabiliti
         maps: One for each label.
     """
     folder = store.folder("mixed", {"labels": [m.folder.name for m in maps], "parents": labels.parents})
-    return CachedProbabilities(
-        folder, lambda case: nest(np.stack([one(case)[n] for n, one in enumerate(maps)]), labels)
-    )
+    return joined(folder, maps, lambda regions: nest(np.stack([one[n] for n, one in enumerate(regions)]), labels))
 
 
 def nest(regions: np.ndarray, labels: Labels) -> np.ndarray:
@@ -187,8 +215,8 @@ def confidence(regions: np.ndarray) -> np.ndarray:
     return np.asarray(np.abs(2 * regions - 1).min(0))
 
 
-def read_probabilities(folder: Path, case: str, image_hash: str) -> np.ndarray | None:
-    """Region probabilities (R, i, j, k) float32 of a case; None if they are not there, or damaged.
+def read_probabilities(folder: Path, case: str, image_hash: str) -> StageOutput | None:
+    """Region probabilities (R, i, j, k) float32 of a case, and notes; None if they are not there, or damaged.
 
     Args:
         folder: Of the step.
@@ -200,10 +228,16 @@ def read_probabilities(folder: Path, case: str, image_hash: str) -> np.ndarray |
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            return np.asarray(file["regions"]).astype(np.float32) / np.float32(255)
+            # files of earlier versions hold no notes
+            notes = tuple(map(str, file["notes"])) if "notes" in file.files else ()
+            return StageOutput(_probabilities(np.asarray(file["regions"])), notes)
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("%s is damaged (%s); computed again", path.name, type(error).__name__)
         return None
+
+
+def _probabilities(stored: np.ndarray) -> np.ndarray:
+    return np.asarray(stored.astype(np.float32) / np.float32(255))
 
 
 def _path(folder: Path, case: str, image_hash: str) -> Path:

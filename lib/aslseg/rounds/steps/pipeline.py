@@ -22,14 +22,14 @@ from aslseg.compute.hardware import resolved
 from aslseg.compute.overlap import dice
 from aslseg.errors import BadWeightsError, TrainingDivergedError
 from aslseg.files import require_disk_budget
-from aslseg.models.cascade import NEEDS, CascadeInput, compute
+from aslseg.models.cascade import NEEDS, CascadeInput, StageOutput, compute
 from aslseg.models.kinds import ModelKind
 from aslseg.models.loaded import load_model
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.label_files.masks import MaskStore
 from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.rounds.scheduling.progress import Progress
-from aslseg.rounds.steps.artefacts import ArtefactStore, CachedProbabilities
+from aslseg.rounds.steps.artefacts import ArtefactStore, CachedProbabilities, joined
 from aslseg.rounds.steps.cases import RoundCases
 from aslseg.rounds.steps.predictions import PREDICTION_STEPS, prediction_inputs
 from aslseg.rounds.steps.promoted import Promoted, promoted_case
@@ -57,7 +57,7 @@ class RoundPipeline:
         opened: The ledger's event that opened the round; None where there is no round.
 
     Attributes:
-        notes: What predictions of this run say of themselves, and of which scans.
+        notes: What the predictions that this run used say of themselves, and of which scans.
         dropped: Cases that could not stay promoted, with the reason (:mod:`aslseg.rounds.feedback.late`).
     """
 
@@ -249,26 +249,27 @@ class RoundPipeline:
         inputs = prediction_inputs(kind, models, settings)
         get_model = lru_cache(maxsize=1)(partial(load_model, kind, models[kind], settings))
 
-        def make(case: Prepared) -> np.ndarray:
-            given = {need: maps(case) for need, maps in before.items()}
-            found = compute(kind, get_model(), self._input(case), given, settings)
-            for note in found.notes:
-                self.notes.setdefault(note, set()).add(case.id)
-            return found.regions
+        def make(case: Prepared) -> StageOutput:
+            given = {need: maps.output(case) for need, maps in before.items()}
+            regions = {need: output.regions for need, output in given.items()}
+            found = compute(kind, get_model(), self._input(case), regions, settings)
+            notes = dict.fromkeys(note for output in (*given.values(), found) for note in output.notes)
+            return replace(found, notes=tuple(notes))
 
-        return CachedProbabilities(self.artefacts.folder(PREDICTION_STEPS[kind].name, inputs), make)
+        def heard(case: str, note: str) -> None:
+            self.notes.setdefault(note, set()).add(case)
+
+        return CachedProbabilities(self.artefacts.folder(PREDICTION_STEPS[kind].name, inputs), make, heard)
 
     def consensus(self, first: CachedProbabilities, second: CachedProbabilities) -> CachedProbabilities:
         """The mean of the SSL model's and the adaptation network's probabilities."""
         inputs = {"regions": first.folder.name, "refined": second.folder.name}
-        return CachedProbabilities(
-            self.artefacts.folder("consensus", inputs), lambda case: (first(case) + second(case)) / 2
-        )
+        return joined(self.artefacts.folder("consensus", inputs), [first, second], lambda maps: (maps[0] + maps[1]) / 2)
 
     def ensemble(self, members: Sequence[CachedProbabilities]) -> CachedProbabilities:
         """The mean of several models' probabilities."""
         folder = self.artefacts.folder("ensemble", {"members": [m.folder.name for m in members]})
-        return CachedProbabilities(folder, lambda case: np.mean([m(case) for m in members], axis=0))
+        return joined(folder, members, lambda maps: np.mean(maps, axis=0))
 
     def fill(
         self, maps: CachedProbabilities, cases: Sequence[Prepared], report: ProgressCallback

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from aslseg.compute.hardware import resolved
-from aslseg.models.cascade import NEEDS
+from aslseg.models.cascade import NEEDS, StageOutput
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.ledger.ledger import Score
@@ -66,8 +64,8 @@ def prediction_folder(kind: ModelKind, models: ModelSet, settings: Settings) -> 
 
 def find_prediction(
     kind: ModelKind, score: Score, image_hash: str, paths: Paths, settings: Settings
-) -> np.ndarray | None:
-    """Region probabilities (R, i, j, k) on the working grid that the round kept when it measured a score.
+) -> StageOutput | None:
+    """Region probabilities (R, i, j, k) on the working grid, and notes, that the round kept when it measured a score.
 
     Args:
         kind: ``ssl``, ``sam`` or ``adapter``.

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from aslseg.cases.prepared_case import Prepared
-from aslseg.rounds.steps.artefacts import ArtefactStore, CachedProbabilities, nest
+from aslseg.models.cascade import StageOutput
+from aslseg.rounds.steps.artefacts import ArtefactStore, CachedProbabilities, joined, nest
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 
@@ -41,9 +42,9 @@ def test_maps_are_computed_once_and_keep_the_mask_exactly(tmp_path: Path) -> Non
     regions.flat[:4] = [0.5, 0.4999, 0.49999, 0.50001]
     made = []
 
-    def make(c: Prepared) -> np.ndarray:
+    def make(c: Prepared) -> StageOutput:
         made.append(c.id)
-        return regions
+        return StageOutput(regions)
 
     maps = CachedProbabilities(tmp_path, make)
     assert not maps.has(case())
@@ -57,9 +58,9 @@ def test_maps_are_computed_once_and_keep_the_mask_exactly(tmp_path: Path) -> Non
 def test_another_scan_under_the_same_name_and_a_damaged_file_are_computed_again(tmp_path: Path) -> None:
     made = []
 
-    def make(c: Prepared) -> np.ndarray:
+    def make(c: Prepared) -> StageOutput:
         made.append(c.id)
-        return np.zeros((1, 3, 4, 5), np.float32)
+        return StageOutput(np.zeros((1, 3, 4, 5), np.float32))
 
     maps = CachedProbabilities(tmp_path, make)
     maps(case(content="1"))
@@ -68,6 +69,28 @@ def test_another_scan_under_the_same_name_and_a_damaged_file_are_computed_again(
         path.write_bytes(path.read_bytes()[:40])
     maps(case(content="2"))
     assert len(made) == 3
+
+
+def test_notes_are_kept_and_said_each_time_a_map_is_used(tmp_path: Path) -> None:
+    regions = np.full((1, 3, 4, 5), 0.2, np.float32)
+    said: list[tuple[str, str]] = []
+
+    def maps(name: str, *notes: str) -> CachedProbabilities:
+        return CachedProbabilities(tmp_path / name, lambda _: StageOutput(regions, notes), lambda *n: said.append(n))
+
+    first, second = maps("first", "liver was not found"), maps("second")
+    mean = joined(tmp_path / "mean", [first, second], lambda found: np.mean(found, 0))
+    for _ in range(2):
+        assert mean.output(case()).notes == ("liver was not found",)
+        assert second.output(case()).notes == ()
+    again = maps("first")  # a round that goes on, or the next one, finds what an earlier one computed
+    assert again.output(case()).notes == ("liver was not found",)
+    assert said == [("a", "liver was not found")] * 2, "once for the mean, once for the next round"
+
+    path = next((tmp_path / "second").glob("*.npz"))
+    with path.open("wb") as file:  # as versions before notes wrote it
+        np.savez_compressed(file, regions=np.zeros((1, 3, 4, 5), np.uint8))
+    assert second.output(case()).notes == ()
 
 
 def test_a_nested_label_at_the_border_enlarges_what_it_lies_in_and_is_cut_elsewhere() -> None:
