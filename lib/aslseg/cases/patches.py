@@ -40,6 +40,9 @@ class PatchSampler:
         cases: Labelled cases, or unlabelled ones (label None).
         patch: Patch shape in voxels; smaller scans are padded with zeros of weight 0.
         classes: Number of foreground classes.
+
+    Attributes:
+        holding: Value of each class that any case holds to the numbers of these cases.
     """
 
     def __init__(self, cases: Sequence[Prepared], patch: Sequence[int], classes: int) -> None:
@@ -50,10 +53,14 @@ class PatchSampler:
         fixed = np.random.default_rng(0)
         # values above the number of classes are "a label, or anything nested in it"
         self.foreground = [{} if c.label is None else _class_voxels(c.label, 2 * classes, fixed) for c in self.cases]
+        holding = {
+            value: [n for n, found in enumerate(self.foreground) if value in found] for value in range(1, classes + 1)
+        }
+        self.holding = {value: numbers for value, numbers in holding.items() if numbers}
 
-    def draw_batch(self, rng: np.random.Generator, count: int) -> list[Patch]:
-        """The patches of a batch."""
-        return [self.draw(rng) for _ in range(count)]
+    def draw_batch(self, rng: np.random.Generator, count: int, around: Sequence[int] = ()) -> list[Patch]:
+        """The patches of a batch, the first of them around a voxel of each of some classes that cases hold."""
+        return [self._of_class(value, rng) for value in around] + [self.draw(rng) for _ in range(count - len(around))]
 
     def draw(self, rng: np.random.Generator) -> Patch:
         """One random patch."""
@@ -68,6 +75,15 @@ class PatchSampler:
             return self._around(case, foreground[values[int(rng.integers(len(values)))]], rng)
         start = np.array([int(rng.integers(0, max(s - p, 0) + 1)) for s, p in zip(shape, self.patch, strict=True)])
         return self._crop(case, start)
+
+    def _of_class(self, value: int, rng: np.random.Generator) -> Patch:
+        """A patch around a voxel of a class; the case is drawn first."""
+        human, promoted = ([n for n in group if n in self.holding[value]] for group in (self.human, self.promoted))
+        group = human or promoted
+        if human and promoted and rng.random() >= HUMAN_PART:
+            group = promoted
+        n = group[int(rng.integers(len(group)))]
+        return self._around(self.cases[n], self.foreground[n][value], rng)
 
     def _around(self, case: Prepared, voxels: np.ndarray, rng: np.random.Generator) -> Patch:
         """A patch with one of the voxels (flat indices) near its middle."""
@@ -93,8 +109,7 @@ class RareClassSampler(PatchSampler):
     """Draws batches in which rare classes are present, also where few of many scans have them.
 
     At least one patch of each batch lies around a voxel of each rare class that any case holds (as many classes as
-    there are patches, in random order); the case is drawn first. The other patches are drawn as by
-    :class:`PatchSampler`.
+    there are patches, in random order). The other patches are drawn as by :class:`PatchSampler`.
 
     Args:
         cases, patch, classes: As for :class:`PatchSampler`.
@@ -103,22 +118,13 @@ class RareClassSampler(PatchSampler):
 
     def __init__(self, cases: Sequence[Prepared], patch: Sequence[int], classes: int, rare: Sequence[int]) -> None:
         super().__init__(cases, patch, classes)
-        holding = {value: [n for n, found in enumerate(self.foreground) if value in found] for value in rare}
-        self.holding = {value: cases for value, cases in holding.items() if cases}
+        self.rare = [value for value in rare if value in self.holding]
 
-    def draw_batch(self, rng: np.random.Generator, count: int) -> list[Patch]:
+    def draw_batch(self, rng: np.random.Generator, count: int, around: Sequence[int] = ()) -> list[Patch]:
         """The patches of a batch."""
-        present = list(self.holding)
-        chosen = [present[int(n)] for n in rng.permutation(len(present))[:count]]
-        return [self._rare(value, rng) for value in chosen] + [self.draw(rng) for _ in range(count - len(chosen))]
-
-    def _rare(self, value: int, rng: np.random.Generator) -> Patch:
-        human, promoted = ([n for n in group if n in self.holding[value]] for group in (self.human, self.promoted))
-        group = human or promoted
-        if human and promoted and rng.random() >= HUMAN_PART:
-            group = promoted
-        n = group[int(rng.integers(len(group)))]
-        return self._around(self.cases[n], self.foreground[n][value], rng)
+        return super().draw_batch(
+            rng, count, around or [self.rare[int(n)] for n in rng.permutation(len(self.rare))[:count]]
+        )
 
 
 def fit_start(start: np.ndarray, shape: np.ndarray, patch: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -54,9 +54,9 @@ class Batches:
         """Draws labelled patches."""
         return PatchSampler(labelled, patch, len(self.settings.label_set))
 
-    def draw(self, rng: np.random.Generator) -> list[Patch]:
-        """The labelled patches of a batch."""
-        return self.labelled.draw_batch(rng, self.settings.batch_labelled)
+    def draw(self, rng: np.random.Generator, around: Sequence[int] = ()) -> list[Patch]:
+        """The labelled patches of a batch, the first of them around a voxel of each of some classes."""
+        return self.labelled.draw_batch(rng, self.settings.batch_labelled, around)
 
     def strong(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """Images (B, 1, i, j, k) with changed intensities."""
@@ -64,10 +64,28 @@ class Batches:
 
     def __call__(self, number: int) -> Batch:
         """A batch, on the device."""
+        return self._batch(number, *self._drawn(number))
+
+    def watched(self, number: int, least: int) -> Iterator[Batch]:
+        """Batches without unlabelled patches for :mod:`aslseg.ssl.class_watch`.
+
+        Half of the patches lie around the classes in turn, so that each that a label shows is seen.
+
+        Args:
+            number: Of the first; others than those of training have the same number.
+            least: So many batches, or as many as it takes to see each class.
+        """
+        seed, values = self.settings.seed, sorted(self.labelled.holding)
+        each = max(1, self.settings.batch_labelled // 2)
+        for n in range(max(least, -(-len(values) // each))):
+            around = [values[(n * each + k) % len(values)] for k in range(min(each, len(values)))]
+            yield self._batch(number + n, self.draw(np.random.default_rng([seed, number + n, 1]), around), [])
+
+    def _batch(self, number: int, drawn: list[Patch], free_drawn: list[Patch]) -> Batch:
+        """A batch of patches of the two streams, augmented."""
         s = self.settings
         torch.manual_seed(s.seed * 1_000_003 + number)
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + number)
-        drawn, free_drawn = self._drawn(number)
         image, maps = self._images(drawn), self._maps(drawn)
         grid = random_geometry(image.shape, generator, s.flips, self.device)
         image = self.strong(warp(image, grid), generator)

@@ -191,7 +191,7 @@ class Trainer:
 
     def class_probabilities(self, network: nn.Module, first: int) -> Probabilities:
         """How well a network knows each class on labelled patches of some steps; see :mod:`aslseg.ssl.class_watch`."""
-        batches = (self.batch(step) for step in range(first, first + CLASS_BATCHES))
+        batches = self.batches.watched(first, CLASS_BATCHES)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return class_probabilities(network, batches, self.settings.label_set.names)
 

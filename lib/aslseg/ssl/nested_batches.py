@@ -40,9 +40,9 @@ class NestedBatches(Batches):
         rare = [n + 1 for n, parent in enumerate(labels.parents) if parent is not None]
         return RareClassSampler(labelled, patch, len(labels), rare)
 
-    def draw(self, rng: np.random.Generator) -> list[Patch]:
+    def draw(self, rng: np.random.Generator, around: Sequence[int] = ()) -> list[Patch]:
         """The labelled patches of a batch, some of them with synthetic lesions."""
-        return [self.lesions.into(patch, rng) for patch in super().draw(rng)]
+        return [self.lesions.into(patch, rng) for patch in super().draw(rng, around)]
 
     def strong(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """See :func:`varied`."""

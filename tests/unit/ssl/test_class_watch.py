@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from aslseg.cases.prepared_case import Prepared
+from aslseg.compute.hardware import resolved
+from aslseg.settings import Settings
+from aslseg.ssl.batches import Batches
 from aslseg.ssl.class_watch import class_probabilities, described, not_learned, warnings_of
 from aslseg.ssl.methods.base import Batch
+from aslseg.types import Volume
+from aslseg.volume.geometry import Grid
 
 
 class Fixed(nn.Module):
@@ -55,3 +62,33 @@ def test_what_is_not_learned_is_said():
     assert everywhere.startswith("everywhere is not learned")
     assert described(classes).startswith("; fine 0.90 on its voxels, 0.020 elsewhere; low 0.07")
     assert "absent - on its voxels" in described(classes)
+
+
+def scan(name: str, *values: int) -> Prepared:
+    """A scan with a cube of each of some classes."""
+    label = np.zeros((40, 40, 40), np.uint8)
+    for n, value in enumerate(values):
+        label[8 * n : 8 * n + 8, :8, :8] = value
+    image = label.astype(np.float32) / 10
+    return Prepared(name, name, image, Grid.of(Volume(image, np.eye(4)), None), label=label)
+
+
+@pytest.mark.parametrize("each", [1, 4])
+def test_each_class_that_any_of_many_labels_shows_is_watched(each: int) -> None:
+    settings = resolved(Settings(labels="a,b,c,d,e", nested="", batch_labelled=each, device="cpu"))
+    scans = [*(scan(str(n), 1) for n in range(30)), scan("other", 1, 2, 3, 4)]
+    batches = Batches(scans, [], settings, (16, 16, 16), torch.device("cpu"))
+    watched = list(batches.watched(7, 1))
+    assert {b.image.shape[0] for b in watched} == {each}
+    seen = class_probabilities(Fixed6(), watched, settings.label_set.names)
+    assert {name for name, (own, _) in seen.items() if own is not None} == {"a", "b", "c", "d"}
+    again = batches.watched(7, 1)
+    assert all(torch.equal(one.image, two.image) for one, two in zip(watched, again, strict=True))
+    assert len(list(batches.watched(7, 8))) == 8
+
+
+class Fixed6(nn.Module):
+    """Gives six classes the same probability."""
+
+    def forward(self, x):
+        return torch.zeros(len(x), 6, *x.shape[2:])
