@@ -101,7 +101,12 @@ def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path: Path, monk
         settings = tiny_settings(root, promote_fraction=1, promote_empty=1, label_folds=2, nested_fraction=0.5)
         (studies / "patients.csv").write_text("case,patient,role\nphantom_000,P,validation\nphantom_005,P,\n")
         monkeypatch.setattr(run, "prepare_cases", preparation)
-        summaries = [run_round(studies, settings) for _ in range(2)]
+        summaries, trained = [], []
+        for _ in range(2):
+            summaries.append(run_round(studies, settings))
+            steps = Paths(settings, studies).rounds / "steps"
+            trained.append(sorted(path.parent.name for path in steps.glob("*/*.safetensors")))
+        assert trained[0] == trained[1], "a second night without new labels or masks trains nothing"
         assert summaries[0]["promoted"] + summaries[0]["withdrawn"] == ["phantom_003", "phantom_004"]
         assert summaries[0]["out_of_fold"]["folds"] == 2
         assert summaries[0]["canaries"]["cases"]
