@@ -217,6 +217,7 @@ def serve(
 
     command = [
         sys.executable,
+        "-P",  # Python files of the current folder, which may be the studies folder, are not ours
         "-m",
         "monailabel.main",
         "start_server",

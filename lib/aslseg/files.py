@@ -7,9 +7,13 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
 import tempfile
 import threading
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,11 +22,27 @@ from typing import Any
 
 from aslseg.errors import DiskFullError, FileWriteError
 
+DAMAGED = (
+    *(OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError),
+    *(SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
+"""What NumPy raises on a file of arrays with wrong bytes, wherever these are."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_BYTES = 1_000_000
 """Free bytes below which a writer that gives no error number is taken to have met a full disk."""
 # the umask can only be read by setting it, which two threads must not do at once
 _UMASK = threading.Lock()
+
+
+def allow_open_files() -> None:
+    """Let this process, and those that it starts, open as many files as the system permits at most.
+
+    A memory-mapped array is an open file, and a round maps each scan; the usual 1024 are for programs that select().
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager

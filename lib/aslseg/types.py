@@ -108,6 +108,11 @@ class Labels:
         """
         return cls.of(parse_names(names), parse_nesting(nested))
 
+    @property
+    def has_nested(self) -> bool:
+        """Whether any label lies in another one."""
+        return any(parent is not None for parent in self.parents)
+
     def __len__(self) -> int:
         return len(self.names)
 

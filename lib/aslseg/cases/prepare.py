@@ -15,7 +15,7 @@ from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import Case
 from aslseg.compute.hardware import resolved
 from aslseg.errors import BadImageError, BadLabelError
-from aslseg.files import FileHashes, atomic_file
+from aslseg.files import DAMAGED, FileHashes, atomic_file
 from aslseg.settings import Settings
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 Spacing = tuple[float, float, float] | None
 
+LESIONS_KEPT = 1
+"""Version of how nested labels are brought to the working grid: 1 keeps a voxel of each lesion."""
 MAX_ENLARGEMENT = 25  # voxels of a scan's working grid, as a multiple of what the median scan may have
 
 
@@ -93,6 +95,8 @@ class PreparedStore:
         """
         chosen = self.settings.model_dump(include={"modality", "window_low", "window_high", "labels", "nested"})
         image_hash, label_hash = self.hashes(case.image), self.hashes(case.label) if case.label else ""
+        if case.label and self.settings.label_set.has_nested:
+            chosen |= {"lesions": LESIONS_KEPT}
         text = json.dumps([image_hash, label_hash, self.spacing, chosen], sort_keys=True)
         entry = self.folder / f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         files = [entry.with_name(f"{entry.name}.{part}.npy") for part in ("label", "image")]
@@ -136,7 +140,7 @@ def _open_array(path: Path) -> np.ndarray | None:
         return np.load(path, mmap_mode="r")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError) as error:
+    except DAMAGED as error:
         logger.warning("%s is damaged (%s); it is computed again", path.name, error)
         return None
 

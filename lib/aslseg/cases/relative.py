@@ -31,7 +31,7 @@ def half_range(settings: Settings) -> float | None:
 
     That is without nested labels, or with one network for all of them (``nested_fraction`` 0).
     """
-    nested = any(parent is not None for parent in settings.label_set.parents)
+    nested = settings.label_set.has_nested
     return settings.nested_range if nested and settings.nested_fraction else None
 
 

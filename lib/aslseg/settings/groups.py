@@ -54,7 +54,7 @@ def relevant(settings: Settings, *groups: str) -> dict[str, Any]:
     left_out = set().union(*(names for group, names in GROUPS.items() if group not in groups))
     for group in groups:
         left_out -= GROUPS[group]
-    nested = bool(settings.nested_fraction) and any(parent is not None for parent in settings.label_set.parents)
+    nested = bool(settings.nested_fraction) and settings.label_set.has_nested
     if not nested:
         left_out |= _NESTED
     values: dict[str, Any] = settings.model_dump(exclude=left_out | GROUPS["machine"])

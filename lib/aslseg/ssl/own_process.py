@@ -45,7 +45,7 @@ def main() -> None:
     # it is asked for, so that processes start side by side: sending waits until it is read
     _send(connection, "ready", None)
     try:
-        training: Training = connection.recv().unpacked()
+        training: Training = connection.recv()
     except (EOFError, OSError):
         return  # nobody wants it any more
     torch.set_num_threads(training.settings.threads)

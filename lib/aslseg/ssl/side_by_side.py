@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 GB = 1e9
 PROCESS_GB = 3.0
 """Memory of a training beside its scans: Python and its packages, network, patches and what they leave behind."""
+BOUND = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+"""Variables that bind the threads of a process to cores: several processes would share the first ones."""
 END_SECONDS = 600.0
 """How long a process may take to its next step, and to write its checkpoint, once nobody waits for it."""
 
@@ -52,10 +55,11 @@ class Training:
     logs: Path | None = None
 
     def run(self, report: ProgressCallback) -> dict[str, Any]:
-        """Train in this process."""
+        """Train in this process, with the arrays of files memory-mapped."""
+        cases = self.unpacked()
         return training.train(
-            self.labelled,
-            self.unlabelled,
+            cases.labelled,
+            cases.unlabelled,
             self.settings,
             self.out,
             iterations=self.iterations,
@@ -67,7 +71,7 @@ class Training:
 
     def packed(self) -> Training:
         """Without the arrays that lie in files: a process that is sent them would have copies of its own."""
-        return self._with(_packed)
+        return self._with(packed)
 
     def unpacked(self) -> Training:
         """With the arrays of these files, memory-mapped."""
@@ -150,23 +154,30 @@ def train_all(trainings: Sequence[Training], at_once: int, report: ProgressCallb
 class Steps:
     """Steps of several trainings, as those of one.
 
+    Steps that a checkpoint had done, or that are left undone since the training diverged, are taken out of the total:
+    they say nothing of how long a step takes.
+
     Args:
         totals: Steps of each.
         report: Called with (steps done, all steps).
     """
 
     def __init__(self, totals: Sequence[int], report: ProgressCallback) -> None:
-        self.totals, self.report = totals, report
+        self.totals, self.report = list(totals), report
         self.done = [0] * len(totals)
+        self.found: dict[int, int] = {}
 
     def __call__(self, number: int, step: int, shown: dict[str, Any]) -> None:
         """A training has done so many steps."""
-        self.done[number] = step
+        if number not in self.found:
+            self.found[number] = step - 1
+            self.totals[number] -= step - 1
+        self.done[number] = step - self.found[number]
         self.report(sum(self.done), sum(self.totals), **shown)
 
     def finish(self, number: int) -> None:
-        """A training has ended; what it found done, or left undone since it diverged, counts as done."""
-        self.done[number] = self.totals[number]
+        """A training has ended."""
+        self.totals[number] = self.done[number]
 
 
 class Process:
@@ -182,18 +193,22 @@ class Process:
 
     def __init__(self, number: int, training: Training) -> None:
         self.number, self.training = number, training
-        self.connection, theirs = Pipe()
         # the same code as here, wherever this was imported from
         library = os.pathsep.join(
             filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
         )
         given = {"OMP_NUM_THREADS": str(training.settings.threads), "PYTHONPATH": library}
         try:
+            self.connection, theirs = Pipe()
+        except OSError as error:
+            raise NoResourcesError(f"no process for the training of a fold could be started ({error})") from error
+        try:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", "aslseg.ssl.own_process", str(theirs.fileno())],
+                # -P: Python files of the current folder, which may be the studies folder, are not ours
+                [sys.executable, "-P", "-m", "aslseg.ssl.own_process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | given,
+                env={name: value for name, value in os.environ.items() if name not in BOUND} | given,
             )
         except OSError as error:
             self.connection.close()
@@ -213,7 +228,9 @@ class Process:
         except (EOFError, OSError) as error:
             raise NoResourcesError(self._died()) from error
         if kind == "log":
-            logging.getLogger(value.name).handle(value)
+            log = logging.getLogger(value.name)
+            if log.isEnabledFor(value.levelno):
+                log.handle(value)
             return None
         if kind in ("ready", "step"):
             if kind == "step":
@@ -238,10 +255,10 @@ class Process:
 
     def _died(self) -> str:
         code = self._process.wait(END_SECONDS)
-        return (
-            f"the training for {self.training.out} ended without a result (exit code {code}); where the machine had no "
-            "memory left, --conf folds_at_once 1 trains the folds one after the other. What is done is kept"
-        )
+        memory = "the machine may have had no memory left: --conf folds_at_once 1 trains one fold after the other"
+        why = memory if code == -signal.SIGKILL else "what it wrote before is in the log"
+        ended = f"the training for {self.training.out} ended without a result (exit code {code})"
+        return f"{ended}; {why}. What is done is kept"
 
 
 def _here(one: Training, steps: Steps, number: int) -> Outcome:
@@ -258,7 +275,8 @@ def _threads(settings: Settings) -> int:
     return settings.threads or torch.get_num_threads()
 
 
-def _packed(case: Prepared) -> Prepared:
+def packed(case: Prepared) -> Prepared:
+    """A case with the files of its memory-mapped arrays in their place: each mapped file is an open one."""
     files = {name: backing_file(array) for name, array in arrays(case).items()}
     return replace(case, **{name: file for name, file in files.items() if file is not None})  # type: ignore[arg-type]
 

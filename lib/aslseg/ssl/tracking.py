@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from ignite.engine import Engine, Events
 from ignite.handlers import MLflowLogger, TensorboardLogger
 
@@ -87,6 +88,18 @@ def _mlflow(settings: Settings, folder: Path, name: str) -> Iterator[MLflowLogge
     import mlflow
 
     folder.mkdir(parents=True, exist_ok=True)
+    # several processes must not make one database, or bring it up to date, at the same time
+    with FileLock(folder / "mlflow.lock"):
+        _start_run(mlflow, settings, folder, name)
+    status = "FAILED"
+    try:
+        yield MLflowLogger()
+        status = "FINISHED"
+    finally:
+        mlflow.end_run(status)
+
+
+def _start_run(mlflow: Any, settings: Settings, folder: Path, name: str) -> None:
     mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.sqlite').resolve()}")
     if mlflow.get_experiment_by_name("aslseg") is None:
         mlflow.create_experiment("aslseg", artifact_location=(folder / "mlflow").resolve().as_uri())
@@ -100,9 +113,3 @@ def _mlflow(settings: Settings, folder: Path, name: str) -> Iterator[MLflowLogge
     else:
         mlflow.start_run(run_name=quoted)
         mlflow.log_params({k: v for k, v in settings.model_dump().items() if v != ""})
-    status = "FAILED"
-    try:
-        yield MLflowLogger()
-        status = "FINISHED"
-    finally:
-        mlflow.end_run(status)

@@ -123,16 +123,17 @@ def _keep_small(mask: np.ndarray, found: np.ndarray, n: int, labels: Labels) -> 
         return
     scale = np.array(found.shape) / mask.shape
     first = np.array([s.start for s in boxes[0]])
-    numbers, count = ndimage.label(mask[boxes[0]], np.ones((3, 3, 3), bool))
+    numbers, _ = ndimage.label(mask[boxes[0]], np.ones((3, 3, 3), bool))
     where = np.argwhere(numbers)
     owner = numbers[tuple(where.T)]
     at = np.minimum(((where + first + 0.5) * scale).astype(int), np.array(found.shape) - 1)
     there = np.isin(found[tuple(at.T)], labels.members(n))
-    lost = np.setdiff1d(np.arange(1, count + 1), owner[there])
-    for number in lost:
-        mine = where[owner == number]
-        middle = np.argmin(((mine - mine.mean(0)) ** 2).sum(1))
-        found[tuple(at[owner == number][middle])] = n + 1
+    lost = np.isin(owner, owner[there], invert=True)
+    where, at, owner = where[lost], at[lost], owner[lost]
+    order = np.argsort(owner, kind="stable")
+    for mine in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1) if len(order) else ():
+        middle = np.argmin(((where[mine] - where[mine].mean(0)) ** 2).sum(1))
+        found[tuple(at[mine][middle])] = n + 1
 
 
 def _whole(old: tuple[int, ...], new: tuple[int, ...]) -> bool:

@@ -3,6 +3,7 @@ import logging
 import numpy as np
 import pytest
 
+from aslseg.cases import prepare as module
 from aslseg.cases.prepare import PreparedStore, automatic_patch, prepare, working_spacing
 from aslseg.cases.studies import Case
 from aslseg.compute.hardware import resolved
@@ -160,6 +161,17 @@ def test_a_scan_of_a_wrong_voxel_size_is_skipped_with_the_reason(tmp_path, case)
     assert not prepared
     assert "24 x 24 x 8 voxels of 40.0 x 40.0 x 40.0 mm" in skipped["big"]
     assert "correct its voxel size" in skipped["big"]
+
+
+def test_a_label_prepared_by_a_version_that_lost_small_lesions_is_prepared_again(tmp_path, case, monkeypatch):
+    for labels, files in (("liver,tumour", 4), ("liver,spleen", 2)):
+        cache = tmp_path / labels
+        store = PreparedStore(cache, Settings(labels=labels), None)
+        monkeypatch.setattr(module, "LESIONS_KEPT", 0)
+        store.load(case)
+        monkeypatch.undo()
+        store.load(case)
+        assert len(list(cache.glob("*.npy"))) == files
 
 
 @pytest.mark.parametrize("part", ["image", "label"])

@@ -77,4 +77,5 @@ def test_a_stored_mask_says_what_a_computed_one_says(served: Served) -> None:
 def test_a_round_that_finds_its_predictions_says_it_again(served: Served) -> None:
     says = f"phantom_002, phantom_003, phantom_004: {NOTE}"
     assert says in served.summary["warnings"]
+    assert not any("phantom_000" in line and NOTE in line for line in served.summary["warnings"]), "a human label"
     assert says in run_round(served.studies, served.settings)["warnings"]

@@ -25,6 +25,7 @@ from aslseg.rounds.folds.fold_share import fold_share
 from aslseg.rounds.steps.artefacts import CachedProbabilities, confidence
 from aslseg.rounds.steps.pipeline import RoundPipeline
 from aslseg.rounds.steps.promoted import Promoted
+from aslseg.ssl.side_by_side import packed
 from aslseg.types import ProgressCallback
 
 
@@ -77,14 +78,20 @@ def _retrained(
     if not promoted:
         return [fold.model for fold in crossed.folds]
     part = fold_share(len(folds(pipeline.cases.train, pipeline.settings.most_folds)))
-    own = [[own_mask(pipeline, fold.maps, case, unknown) for case in promoted] for fold in crossed.folds]
+    total = len(crossed.folds) * len(promoted)
+    own: list[list[Promoted]] = []
+    for number, fold in enumerate(crossed.folds):
+        own.append([])
+        for case in promoted:
+            own[number].append(own_mask(pipeline, fold.maps, case, unknown))
+            report(number * len(promoted) + len(own[number]), total)
     return pipeline.train_folds(crossed.parts, report, part, own)
 
 
 def own_mask(
     pipeline: RoundPipeline, maps: CachedProbabilities, case: Prepared, unknown: tuple[str, ...] = ()
 ) -> Promoted:
-    """A promoted case with the mask that a fold's model draws on it."""
+    """A promoted case with the mask that a fold's model draws on it; its arrays are files, as there may be many."""
     s = pipeline.settings
     inputs = {
         "maps": maps.folder.name,
@@ -105,4 +112,4 @@ def own_mask(
         weight=s.promote_weight,
         voxel_weight=np.load(weight, mmap_mode="r"),
     )
-    return Promoted(learned, case.image_hash, folder.name, "", unknown=unknown)
+    return Promoted(packed(learned), case.image_hash, folder.name, "", unknown=unknown)

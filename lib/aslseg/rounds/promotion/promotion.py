@@ -22,7 +22,7 @@ from aslseg.errors import LedgerError
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.feedback.late import NOT_USED, REPLACED, drop_late, late_changes
-from aslseg.rounds.folds.component_limits import limited
+from aslseg.rounds.folds.component_limits import depends_on_folds, limited
 from aslseg.rounds.gate.comparisons import Compared, crossed_differences
 from aslseg.rounds.gate.publishing import publish_better
 from aslseg.rounds.label_files.masks import plan_label_changes, sync_label_files
@@ -77,7 +77,9 @@ def conclude(
     with progress.stage("retrain") as report:
         promoted = without_late(pipeline, promoted)
         drift = find_drift(pipeline, promoted)
-        retrained = limited(pipeline, state.crossed, pipeline.train_ssl(promoted, report))
+        retrained = pipeline.train_ssl(promoted, report)
+        if depends_on_folds(ModelKind.SSL, pipeline.settings):
+            retrained = limited(pipeline, state.crossed, retrained)
     learned = {p.case.id: p.mask for p in promoted}
     judged = _compare(state, retrained, list(learned))
     with progress.stage("publish") as report:
@@ -390,7 +392,7 @@ def write_originals(
 def _best_masks(state: RoundState, published: ModelSet) -> tuple[str, CachedProbabilities]:
     """Whose masks clients see: the round's source, or the published SSL model where it validates better."""
     p = state.pipeline
-    model = p.predict(ModelKind.SSL, published)
+    model = p.predict(ModelKind.SSL, published, noted=True)
     ours, theirs = p.dice(state.masks), p.dice(model) if published.spacing == p.cases.spacing else None
     if ours is not None and theirs is not None and theirs > ours:
         return "published ssl", model

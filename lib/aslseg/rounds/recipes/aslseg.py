@@ -44,19 +44,19 @@ def aslseg(pipeline: RoundPipeline) -> dict[str, Any]:
     crossed = cross_fitted(pipeline)
     ssl = limited(pipeline, crossed, ssl)
     with progress.stage("predict") as report:
-        ssl_maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: ssl}))
+        ssl_maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: ssl}), noted=True)
         pipeline.fill(ssl_maps, cases.predicted, report)
     with progress.stage("sam") as report:
         faults = learned_faults(pipeline, crossed, report)
         sam = pipeline.train_sam(report, faults)
     with progress.stage("redraw") as report:
-        sam_maps = pipeline.predict(ModelKind.SAM, ModelSet({ModelKind.SSL: ssl, ModelKind.SAM: sam}))
+        sam_maps = pipeline.predict(ModelKind.SAM, ModelSet({ModelKind.SSL: ssl, ModelKind.SAM: sam}), noted=True)
         pipeline.fill(sam_maps, cases.predicted, report)
     with progress.stage("adapter") as report:
         adapter = pipeline.train_adapter(sam, report, faults)
     models = ModelSet({ModelKind.SSL: ssl, ModelKind.SAM: sam, ModelKind.ADAPTER: adapter})
     with progress.stage("refine") as report:
-        refined_maps = pipeline.fill(pipeline.predict(ModelKind.ADAPTER, models), cases.predicted, report)
+        refined_maps = pipeline.fill(pipeline.predict(ModelKind.ADAPTER, models, noted=True), cases.predicted, report)
     sources = cascade_sources(pipeline, models)
     if crossed:
         sources["ensemble"] = pipeline.ensemble([ssl_maps, *crossed.maps])

@@ -32,13 +32,13 @@ def cfr(pipeline: RoundPipeline) -> dict[str, Any]:
     with progress.stage("ssl") as report:
         ssl = pipeline.train_ssl([], report)
     with progress.stage("predict") as report:
-        ssl_maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: ssl}))
+        ssl_maps = pipeline.predict(ModelKind.SSL, ModelSet({ModelKind.SSL: ssl}), noted=True)
         pipeline.fill(ssl_maps, cases.predicted, report)
     with progress.stage("sam") as report:
         canvas = pipeline.train_canvas(report)
     models = ModelSet({ModelKind.SSL: ssl, ModelKind.CANVAS: canvas})
     with progress.stage("redraw") as report:
-        canvas_maps = pipeline.fill(pipeline.predict(ModelKind.CANVAS, models), cases.predicted, report)
+        canvas_maps = pipeline.fill(pipeline.predict(ModelKind.CANVAS, models, noted=True), cases.predicted, report)
     sources = {"ssl": ssl_maps, "canvas": canvas_maps}
     dice = {name: pipeline.dice(maps) for name, maps in sources.items()}
     evidence = validated(pipeline, "canvas", sources)

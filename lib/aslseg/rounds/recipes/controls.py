@@ -56,7 +56,7 @@ def _one_network(pipeline: RoundPipeline, choose: Choice) -> dict[str, Any]:
         ssl = pipeline.train_ssl([], report)
     models = ModelSet({ModelKind.SSL: ssl})
     with pipeline.progress.stage("predict") as report:
-        maps = pipeline.fill(pipeline.predict(ModelKind.SSL, models), pipeline.cases.predicted, report)
+        maps = pipeline.fill(pipeline.predict(ModelKind.SSL, models, noted=True), pipeline.cases.predicted, report)
     evidence = validated(pipeline, "ssl", {"ssl": maps})
     floors = judge_labels(evidence, "ssl", pipeline.settings.floors, pipeline.labels)
     state = RoundState(pipeline, models, maps, maps, "ssl", maps, evidence, floors)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from aslseg.cases.prepared_case import Prepared
 from aslseg.errors import TrainingDivergedError
-from aslseg.files import atomic_file, write_json
+from aslseg.files import DAMAGED, atomic_file, write_json
 from aslseg.models.cascade import StageOutput
 from aslseg.ssl.side_by_side import Outcome
 from aslseg.types import Labels
@@ -156,20 +156,25 @@ def _note(model: Path, result: dict[str, Any]) -> None:
 
 
 def joined(
-    folder: Path, maps: Sequence[CachedProbabilities], join: Callable[[list[np.ndarray]], np.ndarray]
+    folder: Path,
+    maps: Sequence[CachedProbabilities],
+    join: Callable[[list[np.ndarray]], np.ndarray],
+    most: bool = False,
 ) -> CachedProbabilities:
-    """Probabilities that are made of several models', with the notes of all.
+    """Probabilities that are made of several models', with their notes.
 
     Args:
         folder: From :meth:`ArtefactStore.folder`.
         maps: Of the models.
         join: Region probabilities (R, i, j, k) of a case, one for each model, to one.
+        most: Whether more than half of the models must say the same.
     """
 
     def make(case: Prepared) -> StageOutput:
         found = [one.output(case) for one in maps]
-        notes = dict.fromkeys(note for output in found for note in output.notes)
-        return StageOutput(join([output.regions for output in found]), tuple(notes))
+        said = Counter(note for output in found for note in output.notes)
+        notes = tuple(note for note, times in said.items() if times > len(maps) / 2 or not most)
+        return StageOutput(join([output.regions for output in found]), notes)
 
     return CachedProbabilities(folder, make)
 
@@ -227,11 +232,11 @@ def read_probabilities(folder: Path, case: str, image_hash: str) -> StageOutput 
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             # files of earlier versions hold no notes
             notes = tuple(map(str, file["notes"])) if "notes" in file.files else ()
             return StageOutput(_probabilities(np.asarray(file["regions"])), notes)
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         logger.warning("%s is damaged (%s); computed again", path.name, type(error).__name__)
         return None
 

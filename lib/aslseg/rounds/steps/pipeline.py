@@ -237,15 +237,16 @@ class RoundPipeline:
 
     # prediction
 
-    def predict(self, kind: ModelKind, models: ModelSet) -> CachedProbabilities:
+    def predict(self, kind: ModelKind, models: ModelSet, *, noted: bool = False) -> CachedProbabilities:
         """Region probabilities of a model, given those of the models before it.
 
         Args:
             kind: The last model.
             models: It, and those that it needs.
+            noted: Whether the round's summary says what they say of themselves; not for models that judge others.
         """
         settings = self.settings
-        before = {need: self.predict(need, models) for need in NEEDS[kind]}
+        before = {need: self.predict(need, models, noted=noted) for need in NEEDS[kind]}
         inputs = prediction_inputs(kind, models, settings)
         get_model = lru_cache(maxsize=1)(partial(load_model, kind, models[kind], settings))
 
@@ -259,7 +260,8 @@ class RoundPipeline:
         def heard(case: str, note: str) -> None:
             self.notes.setdefault(note, set()).add(case)
 
-        return CachedProbabilities(self.artefacts.folder(PREDICTION_STEPS[kind].name, inputs), make, heard)
+        folder = self.artefacts.folder(PREDICTION_STEPS[kind].name, inputs)
+        return CachedProbabilities(folder, make, heard if noted else None)
 
     def consensus(self, first: CachedProbabilities, second: CachedProbabilities) -> CachedProbabilities:
         """The mean of the SSL model's and the adaptation network's probabilities."""
@@ -269,7 +271,7 @@ class RoundPipeline:
     def ensemble(self, members: Sequence[CachedProbabilities]) -> CachedProbabilities:
         """The mean of several models' probabilities."""
         folder = self.artefacts.folder("ensemble", {"members": [m.folder.name for m in members]})
-        return joined(folder, members, lambda maps: np.mean(maps, axis=0))
+        return joined(folder, members, lambda maps: np.mean(maps, axis=0), most=True)
 
     def fill(
         self, maps: CachedProbabilities, cases: Sequence[Prepared], report: ProgressCallback

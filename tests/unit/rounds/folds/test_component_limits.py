@@ -161,6 +161,14 @@ def test_a_single_training_makes_what_a_round_makes(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.usefixtures("plausible")
+def test_a_control_has_no_limits(tmp_path: Path) -> None:
+    studies, settings = tiny_studies(tmp_path), tiny_settings(tmp_path, nested_fraction=0.5, recipe="supervised")
+    model = Path(run_round(studies, settings)["models"]["retrained"])
+    assert "stages" in read_metadata(model)
+    assert "specks" not in read_metadata(model)
+
+
+@pytest.mark.usefixtures("plausible")
 def test_without_folds_the_published_model_has_the_usual_limits(tmp_path: Path) -> None:
     studies, settings = tiny_studies(tmp_path), tiny_settings(tmp_path, nested_fraction=0.5)
     train_stage("ssl", studies, settings)

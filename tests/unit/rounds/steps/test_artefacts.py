@@ -55,6 +55,20 @@ def test_maps_are_computed_once_and_keep_the_mask_exactly(tmp_path: Path) -> Non
     assert np.abs(first - regions).max() <= 0.5 / 255 + 1e-6
 
 
+def cut(content: bytes) -> bytes:
+    return content[:40]
+
+
+def zeros(content: bytes) -> bytes:
+    """With a block of zeros in the compressed array."""
+    return content[:60] + bytes(20) + content[80:]
+
+
+def flipped(content: bytes) -> bytes:
+    """With one bit of the compressed array the other way."""
+    return content[:62] + bytes([content[62] ^ 64]) + content[63:]
+
+
 def test_another_scan_under_the_same_name_and_a_damaged_file_are_computed_again(tmp_path: Path) -> None:
     made = []
 
@@ -65,10 +79,11 @@ def test_another_scan_under_the_same_name_and_a_damaged_file_are_computed_again(
     maps = CachedProbabilities(tmp_path, make)
     maps(case(content="1"))
     maps(case(content="2"))
-    for path in tmp_path.glob("*.npz"):
-        path.write_bytes(path.read_bytes()[:40])
-    maps(case(content="2"))
-    assert len(made) == 3
+    for times, damage in enumerate((cut, zeros, flipped), 3):
+        (path,) = tmp_path.glob("a-2*.npz")
+        path.write_bytes(damage(path.read_bytes()))
+        maps(case(content="2"))
+        assert len(made) == times
 
 
 def test_notes_are_kept_and_said_each_time_a_map_is_used(tmp_path: Path) -> None:
@@ -85,6 +100,9 @@ def test_notes_are_kept_and_said_each_time_a_map_is_used(tmp_path: Path) -> None
         assert second.output(case()).notes == ()
     again = maps("first")  # a round that goes on, or the next one, finds what an earlier one computed
     assert again.output(case()).notes == ("liver was not found",)
+    mostly = joined(tmp_path / "mostly", [first, second, second], lambda found: np.mean(found, 0), most=True)
+    assert mostly.output(case()).notes == (), "one of three says nothing of their mean"
+    said.pop()
     assert said == [("a", "liver was not found")] * 2, "once for the mean, once for the next round"
 
     path = next((tmp_path / "second").glob("*.npz"))
