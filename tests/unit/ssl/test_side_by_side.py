@@ -63,22 +63,30 @@ def test_they_give_the_models_of_one_after_the_other(
     assert sum("unet" in record.getMessage() for record in caplog.records) >= 5
 
 
-def test_what_ends_the_work_ends_all_of_them_and_they_go_on_from_there(make) -> None:
+def test_what_ends_the_work_ends_all_of_them_and_they_go_on_from_there(make, monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = train_all([make("whole")], 1, no_progress)
+    counted: list[Steps] = []
+
+    class Counted(Steps):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            counted.append(self)
 
     def stop(done: int, total: int, **shown: Any) -> None:
         if done >= 4:
             raise OutOfTimeError("the night is over")
 
+    monkeypatch.setattr(side_by_side, "Steps", Counted)
     trainings = [make("a"), make("b", 1)]
     with pytest.raises(OutOfTimeError, match="the night is over"):
         train_all(trainings, 2, stop)
-    assert all(t.out.with_name("ssl.checkpoint.pt").exists() for t in trainings)
+    # on a busy machine one may have begun only
+    begun = [done > 0 for done in counted[0].done]
+    assert [t.out.with_name("ssl.checkpoint.pt").exists() for t in trainings] == begun
     assert not any(t.out.exists() for t in trainings)
-    first, second = train_all(trainings, 2, no_progress)
-    assert first["sha256"] == whole["sha256"]
-    assert first["steps"] < STEPS
-    assert second["steps"] < STEPS
+    found = train_all(trainings, 2, no_progress)
+    assert found[0]["sha256"] == whole["sha256"]
+    assert [one["steps"] < STEPS for one in found] == begun
 
 
 def test_one_that_is_killed_says_what_to_do_and_ends_the_others(make, monkeypatch: pytest.MonkeyPatch) -> None:
