@@ -16,6 +16,7 @@ from aslseg.agreement.promise import Pair
 from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import Case
 from aslseg.errors import TrainingDivergedError
+from aslseg.models.cascade import StageOutput
 from aslseg.models.kinds import ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.folds.cross_fit import cross_fit
@@ -132,7 +133,10 @@ class Known:
         self.folder, self.drawn = folder, drawn
 
     def __call__(self, case: Prepared) -> np.ndarray:
-        return self.labels.regions(self.drawn(case)).astype(np.float32)
+        return self.output(case).regions
+
+    def output(self, case: Prepared) -> StageOutput:
+        return StageOutput(self.labels.regions(self.drawn(case)).astype(np.float32))
 
     def has(self, case: Prepared) -> bool:
         return False
