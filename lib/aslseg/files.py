@@ -35,7 +35,7 @@ _UMASK = threading.Lock()
 
 
 def allow_open_files() -> None:
-    """Let this process, and those that it starts, open as many files as the system permits at most.
+    """Let this process, and those that it starts, open as many files as the system permits.
 
     A memory-mapped array is an open file, and a round maps each scan; the usual 1024 are for programs that select().
     """

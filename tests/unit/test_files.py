@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -90,3 +92,13 @@ def test_files_of_rounds_may_take_only_so_much_disk(tmp_path: Path) -> None:
     require_disk_budget(tmp_path / "nowhere", 0.001)
     with pytest.raises(DiskFullError, match=r"takes 0\.0 GB, but round_disk_gb allows 0\.002 GB"):
         require_disk_budget(tmp_path, 0.002)
+
+
+def test_as_many_open_files_as_the_system_permits():
+    code = (
+        "import resource as r; from aslseg.files import allow_open_files; hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; "
+        "r.setrlimit(r.RLIMIT_NOFILE, (64, hard)); allow_open_files(); "
+        "print(r.getrlimit(r.RLIMIT_NOFILE) == (hard, hard))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "True"

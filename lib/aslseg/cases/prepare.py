@@ -15,7 +15,7 @@ from aslseg.cases.prepared_case import Prepared
 from aslseg.cases.studies import Case
 from aslseg.compute.hardware import resolved
 from aslseg.errors import BadImageError, BadLabelError
-from aslseg.files import DAMAGED, FileHashes, atomic_file
+from aslseg.files import DAMAGED, FileHashes, allow_open_files, atomic_file
 from aslseg.settings import Settings
 from aslseg.types import Volume
 from aslseg.volume.geometry import Grid
@@ -124,6 +124,7 @@ class PreparedStore:
 
     def load_all(self, cases: Iterable[Case]) -> tuple[list[Prepared], dict[str, str]]:
         """All cases that can be read, and the reason for each that cannot."""
+        allow_open_files()
         prepared, skipped = [], {}
         for case in cases:
             try:

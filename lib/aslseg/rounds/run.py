@@ -15,7 +15,7 @@ from typing import Any
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.compute.hardware import resolved
 from aslseg.errors import AslsegError, DiskFullError, OutOfTimeError
-from aslseg.files import FULL, allow_open_files, write_json
+from aslseg.files import FULL, write_json
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import find_published
@@ -97,7 +97,7 @@ def run_round(
     require_writable(settings, "home", "model_dir")
     paths = paths or Paths(settings, studies)
     ledger, found = Ledger(paths.ledger), read_studies(studies)
-    _take_resources(settings)
+    _set_threads(settings)
     with round_lock(paths.home):
         require_free_disk(paths.home, settings.min_free_gb)
         ledger.require_whole()
@@ -159,7 +159,7 @@ def train_stage(
         with progress.stage("ssl") as shown:
             ssl = pipeline.train_ssl(promoted, shown)
         crossed = cross_fitted(pipeline) if with_folds else None
-        files[ModelKind.SSL] = limited(pipeline, crossed, ssl) if with_folds else ssl
+        files[ModelKind.SSL] = limited(pipeline, crossed, ssl)
         if wanted != ModelKind.SSL:
             with progress.stage("sam") as shown:
                 faults = learned_faults(pipeline, crossed, shown)
@@ -192,7 +192,7 @@ def opened_pipeline(
 ) -> Iterator[RoundPipeline]:
     """Hold the studies folder for work that is no round, and give a pipeline over its cases."""
     ledger, found = Ledger(paths.ledger), read_studies(studies)
-    _take_resources(settings)
+    _set_threads(settings)
     with round_lock(paths.home):
         require_free_disk(paths.home, settings.min_free_gb)
         ledger.require_whole()
@@ -363,8 +363,7 @@ def _remove_stale_temporaries(paths: Paths, studies: Studies) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _take_resources(settings: Settings) -> None:
-    allow_open_files()
+def _set_threads(settings: Settings) -> None:
     if settings.threads:
         import torch
 

@@ -73,6 +73,7 @@ class ServedApp(MONAILabelApp):
     studies: str
 
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
+        refuse_python_of_the_current_folder()
         try:
             self.settings, self.origin = load_settings(conf)
             require_writable(self.settings, "home")
@@ -330,3 +331,13 @@ def refuse_to_start(message: str, code: int) -> NoReturn:
     sys.stderr.write(f"ASLseg does not start: {message}\n")
     sys.stderr.flush()
     os._exit(code)
+
+
+def refuse_python_of_the_current_folder() -> None:
+    """Trainings, which are processes of MONAI Label, execute no Python files of the folder in which it was started.
+
+    That may be the studies folder. MONAI Label leaves an empty entry in ``PYTHONPATH``, which means that folder.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, entries))

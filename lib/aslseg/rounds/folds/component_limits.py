@@ -72,12 +72,14 @@ def limited(pipeline: RoundPipeline, found: CrossFit | Fold | None, model: Path)
     Args:
         pipeline: The round.
         found: What has the limits: the folds, for a model of all labels, or the fold that it has not seen. None, a
-            round without folds: :data:`aslseg.ssl.specks.USUAL` for every nested label.
+            round without folds: :data:`aslseg.ssl.specks.USUAL` for every nested label, and for a control none.
         model: File of the model.
 
     Returns:
         Another file, or the same one where there are no limits or the model has one stage only.
     """
+    if found is None and not depends_on_folds(ModelKind.SSL, pipeline.settings):
+        return model
     limits = _usual(pipeline.labels) if found is None else found.limits
     if not limits or "stages" not in read_metadata(model):
         return model

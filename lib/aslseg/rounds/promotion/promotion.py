@@ -22,7 +22,7 @@ from aslseg.errors import LedgerError
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.rounds.feedback.late import NOT_USED, REPLACED, drop_late, late_changes
-from aslseg.rounds.folds.component_limits import depends_on_folds, limited
+from aslseg.rounds.folds.component_limits import limited
 from aslseg.rounds.gate.comparisons import Compared, crossed_differences
 from aslseg.rounds.gate.publishing import publish_better
 from aslseg.rounds.label_files.masks import plan_label_changes, sync_label_files
@@ -77,9 +77,7 @@ def conclude(
     with progress.stage("retrain") as report:
         promoted = without_late(pipeline, promoted)
         drift = find_drift(pipeline, promoted)
-        retrained = pipeline.train_ssl(promoted, report)
-        if depends_on_folds(ModelKind.SSL, pipeline.settings):
-            retrained = limited(pipeline, state.crossed, retrained)
+        retrained = limited(pipeline, state.crossed, pipeline.train_ssl(promoted, report))
     learned = {p.case.id: p.mask for p in promoted}
     judged = _compare(state, retrained, list(learned))
     with progress.stage("publish") as report:
