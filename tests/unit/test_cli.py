@@ -189,7 +189,7 @@ def test_serve_hands_over_to_monailabel(run: Run, tmp_path: Path, monkeypatch: p
     studies = tmp_path / "two words"
     assert run("serve", "--studies", studies, "--port", 8001, "--conf", "labels", "liver", "--", "--dryrun")[0] == 0
     (command,) = started
-    assert command[1:4] == ["-m", "monailabel.main", "start_server"]
+    assert command[1:5] == ["-P", "-m", "monailabel.main", "start_server"]
     assert command[command.index("--studies") + 1] == str(studies)
     assert command[-4:] == ["--conf", "labels", "liver", "--dryrun"]
     assert run("serve", "--studies", studies, "--conf", "lables", "liver")[0] == 2

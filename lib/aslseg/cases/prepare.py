@@ -95,11 +95,12 @@ class PreparedStore:
         """
         chosen = self.settings.model_dump(include={"modality", "window_low", "window_high", "labels", "nested"})
         image_hash, label_hash = self.hashes(case.image), self.hashes(case.label) if case.label else ""
-        if case.label and self.settings.label_set.has_nested:
-            chosen |= {"lesions": LESIONS_KEPT}
         text = json.dumps([image_hash, label_hash, self.spacing, chosen], sort_keys=True)
-        entry = self.folder / f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        files = [entry.with_name(f"{entry.name}.{part}.npy") for part in ("label", "image")]
+        entry = f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        version = ""
+        if case.label and lesions_may_vanish(Grid.of(read_header(case.image), self.spacing), self.settings):
+            version = f"-lesions{LESIONS_KEPT}"
+        files = [self.folder / f"{entry}{version}.label.npy", self.folder / f"{entry}.image.npy"]
         wanted = files if case.label else files[1:]
         volume = None
         arrays = {f: array for f in wanted if (array := _open_array(f)) is not None}
@@ -133,6 +134,11 @@ class PreparedStore:
                 logger.warning("skipped case %s: %s", case.id, error)
                 skipped[case.id] = str(error)
         return prepared, skipped
+
+
+def lesions_may_vanish(grid: Grid, settings: Settings) -> bool:
+    """Whether bringing a label to the working grid may lose a small lesion: the grid is another one than the scan's."""
+    return settings.label_set.has_nested and sorted(grid.shape) != sorted(grid.native_shape)
 
 
 def _open_array(path: Path) -> np.ndarray | None:

@@ -164,9 +164,10 @@ def test_a_scan_of_a_wrong_voxel_size_is_skipped_with_the_reason(tmp_path, case)
 
 
 def test_a_label_prepared_by_a_version_that_lost_small_lesions_is_prepared_again(tmp_path, case, monkeypatch):
-    for labels, files in (("liver,tumour", 4), ("liver,spleen", 2)):
-        cache = tmp_path / labels
-        store = PreparedStore(cache, Settings(labels=labels), None)
+    coarse = (20.0, 20.0, 20.0)
+    for labels, spacing, files in (("liver,tumour", coarse, 3), ("liver,tumour", None, 2), ("liver,spleen", coarse, 2)):
+        cache = tmp_path / f"{labels}{spacing is None}"
+        store = PreparedStore(cache, Settings(labels=labels), spacing)
         monkeypatch.setattr(module, "LESIONS_KEPT", 0)
         store.load(case)
         monkeypatch.undo()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from aslseg.cases.prepare import LESIONS_KEPT, Spacing, save_array
+from aslseg.cases.prepare import LESIONS_KEPT, Spacing, lesions_may_vanish, save_array
 from aslseg.cases.prepared_case import Prepared
 from aslseg.rounds.steps.artefacts import ArtefactStore
 from aslseg.settings import Settings
@@ -68,7 +68,7 @@ def promoted_case(
     unknown = tuple(n for n in details.get("unknown", ()) if n in labels.names)
     if unknown:
         inputs |= {"unknown": unknown}
-    if labels.has_nested:
+    if lesions_may_vanish(case.grid, s):
         inputs |= {"lesions": LESIONS_KEPT}
     folder = artefacts.folder("promoted", inputs)
     # checkpoints know an array by the name of its file (aslseg.cases.prepared_case.backing_file)
