@@ -26,7 +26,11 @@ DAMAGED = (
     *(OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError),
     *(SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
-"""What NumPy raises on a file of arrays with wrong bytes, wherever these are."""
+"""What NumPy raises on a file of arrays with wrong bytes, wherever these are.
+
+A zip file that names an unknown compression gives NotImplementedError, one that calls itself encrypted RuntimeError,
+and a broken header of an array SyntaxError or TokenError.
+"""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_BYTES = 1_000_000
 """Free bytes below which a writer that gives no error number is taken to have met a full disk."""

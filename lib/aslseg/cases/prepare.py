@@ -97,12 +97,10 @@ class PreparedStore:
         image_hash, label_hash = self.hashes(case.image), self.hashes(case.label) if case.label else ""
         text = json.dumps([image_hash, label_hash, self.spacing, chosen], sort_keys=True)
         entry = f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        version = ""
-        if case.label and lesions_may_vanish(Grid.of(read_header(case.image), self.spacing), self.settings):
-            version = f"-lesions{LESIONS_KEPT}"
+        grid = Grid.of(read_header(case.image), self.spacing)
+        version = f"-lesions{LESIONS_KEPT}" if lesions_may_vanish(grid, self.settings) else ""
         files = [self.folder / f"{entry}{version}.label.npy", self.folder / f"{entry}.image.npy"]
         wanted = files if case.label else files[1:]
-        volume = None
         arrays = {f: array for f in wanted if (array := _open_array(f)) is not None}
         if len(arrays) < len(wanted):
             volume = read_image(case.image, self.settings.max_voxels)
@@ -112,7 +110,6 @@ class PreparedStore:
                 save_array(files[0], grid.label_to_working(label, self.settings.label_set))
             save_array(files[1], image)
             arrays = {f: np.load(f, mmap_mode="r") for f in wanted}
-        grid = Grid.of(volume or read_header(case.image), self.spacing)
         return Prepared(
             case.id,
             case.patient,

@@ -69,7 +69,7 @@ class Batches:
     def watched(self, number: int, least: int) -> Iterator[Batch]:
         """Batches without unlabelled patches for :mod:`aslseg.ssl.class_watch`.
 
-        Half of the patches lie around the classes in turn, so that each that a label shows is seen.
+        Half of the patches of a batch, at least one, lie around the classes in turn: each that a label shows is seen.
 
         Args:
             number: Of the first; others than those of training have the same number.

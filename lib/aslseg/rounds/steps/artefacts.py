@@ -232,7 +232,7 @@ def read_probabilities(folder: Path, case: str, image_hash: str) -> StageOutput 
     if not path.exists():
         return None
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             # files of earlier versions hold no notes
             notes = tuple(map(str, file["notes"])) if "notes" in file.files else ()
             return StageOutput(_probabilities(np.asarray(file["regions"])), notes)
