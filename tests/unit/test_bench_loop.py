@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from filelock import FileLock
 from aslseg.ssl import engine
 from aslseg.types import Volume
 from aslseg.volume.io import read_image, write_image, write_label
+from own_thread import for_this_thread
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = [f"case{n}" for n in range(8)]  # six to train on, two of them labelled, one to choose by, one held out
@@ -155,7 +157,7 @@ def test_an_arm_of_another_process_is_left_to_it(bench: Any, data: Path, monkeyp
         waited.append(sorted(results(out)))
         lock.release()
 
-    monkeypatch.setattr(bench.time, "sleep", other_finishes)
+    monkeypatch.setattr(time, "sleep", for_this_thread(other_finishes, time.sleep))
     run(bench, monkeypatch, "--data", str(data), "--out", str(data / "out"), "--arms", "student,supervised")
     assert waited == [["supervised"]]
     assert set(results(out)) == {"ssl", "student", "supervised"}

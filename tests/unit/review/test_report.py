@@ -23,6 +23,7 @@ from aslseg.rounds.label_files.masks import MaskStore
 from aslseg.rounds.ledger.ledger import Entry, Ledger
 from aslseg.settings import Paths, Settings
 from aslseg.volume.io import read_image
+from own_thread import for_this_thread
 from tiny_rounds import tiny_settings, tiny_studies
 
 EVIL = "<script>alert(1)</script>"
@@ -259,7 +260,7 @@ def test_a_full_disk_leaves_the_report_as_it_was(
     def full(source: Any, target: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "replace", for_this_thread(full, os.replace))
     with pytest.raises(DiskFullError, match="free some space"):
         write(paths, settings, 1)
     assert path.read_bytes() == before

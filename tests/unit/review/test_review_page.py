@@ -16,6 +16,7 @@ from aslseg.review.status import collect
 from aslseg.rounds.ledger.ledger import Entry, Ledger, Score
 from aslseg.rounds.scheduling.nights import Nights
 from aslseg.settings import Paths, load_settings
+from own_thread import for_this_thread
 
 STORE = {"total": 3, "completed": 1, "label_tags": {"final": 1}}
 
@@ -171,7 +172,8 @@ def test_a_saved_label_does_not_list_the_scans_again(paths: Paths, monkeypatch: 
     assert [p for p in first if p.startswith("b.nrrd: b.nii.gz has the same id")]
     listed: list[Path] = []
     scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(Path(folder)) or scandir(folder))
+    noting = for_this_thread(lambda folder: listed.append(Path(folder)) or scandir(folder), scandir)
+    monkeypatch.setattr(os, "scandir", noting)
     (root / "labels" / "final" / "c.nii.gz").write_bytes(b"")
     os.utime(root / "labels" / "final", (1.1e9, 1.1e9))
     second = status(paths)["problems"]

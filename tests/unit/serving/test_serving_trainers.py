@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from aslseg.errors import NotEnoughCasesError
 from aslseg.serving import trainers
 from aslseg.serving.trainers import Trainer, trainer_stats
 from aslseg.settings import Paths, load_settings
+from own_thread import for_this_thread
 
 SETTINGS, _ = load_settings({}, env={})
 
@@ -48,7 +50,7 @@ def test_a_pacs_is_no_studies_folder() -> None:
 
 def test_ends_when_its_server_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parents = iter([100, 100, 1])
-    monkeypatch.setattr(trainers.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "getppid", for_this_thread(lambda: next(parents), os.getppid))
     monkeypatch.setattr(trainers, "lower_priority", lambda *_, **__: None)  # this is the tests' own process
     reported = []
 
