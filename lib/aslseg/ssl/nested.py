@@ -86,10 +86,17 @@ def top_level(labels: Labels) -> list[int]:
     return [n for n, parent in enumerate(labels.parents) if parent is None]
 
 
-def without_parent(case: Prepared, branch: Branch) -> str | None:
-    """What is said of a labelled case that shows something nested in a parent but not the parent itself; else None."""
+def without_parent(case: Prepared, branch: Branch, labels: Labels) -> str | None:
+    """What is said of a labelled case that shows something nested in a parent but not the parent itself; else None.
+
+    Args:
+        case: Its label may hold values of :meth:`aslseg.types.Labels.mark_unknown`.
+        branch: The parent and what is nested in it.
+        labels: All labels.
+    """
     values = np.unique(case.label) if case.label is not None else np.zeros(0)
-    if branch.values[0] in values or not np.isin(values, branch.values).any():
+    shown = np.isin(branch.values, values) | np.isin(np.add(branch.values, len(labels)), values)
+    if shown[0] or not shown.any():
         return None
     parent, *inner = branch.labels.names
     return (

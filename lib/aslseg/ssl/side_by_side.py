@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from aslseg.cases.prepare import Spacing
 from aslseg.cases.prepared_case import Prepared, arrays, backing_file
 from aslseg.compute.device import choose_device
+from aslseg.compute.free_memory import free_memory
 from aslseg.errors import NoResourcesError, TrainingDivergedError
 from aslseg.settings import Settings
 from aslseg.ssl import distributed, training
@@ -97,7 +97,7 @@ def places(settings: Settings, count: int) -> int:
         return min(count, settings.folds_at_once)
     if choose_device(settings).type != "cpu":
         return 1
-    room = psutil.virtual_memory().available / GB - settings.training_memory_gb
+    room = free_memory() / GB - settings.training_memory_gb
     return max(1, min(count, _threads(settings), int(room / PROCESS_GB)))
 
 

@@ -22,7 +22,7 @@ from aslseg.ssl import engine, nested
 from aslseg.ssl.class_watch import not_learned
 from aslseg.ssl.nested import Branch, Geometry, Scale
 from aslseg.ssl.predict import ScaledModel, load, scale_of
-from aslseg.types import ProgressCallback, no_progress
+from aslseg.types import Labels, ProgressCallback, no_progress
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class _Run:
 
 def _train_stages(run: _Run, branches: Sequence[Branch], iterations: int) -> dict[str, Any]:
     """Both stages, and the file that holds them."""
-    run = replace(run, labelled=_without_orphans(run.labelled, branches))
+    run = replace(run, labelled=_without_orphans(run.labelled, branches, run.settings.label_set))
     each = max(1, round(iterations * run.settings.nested_fraction / len(branches)))
     steps = max(1, iterations - each * len(branches))
     results, files = [], [run.beside("first")]
@@ -240,11 +240,11 @@ def _some(unlabelled: Sequence[Prepared], settings: Settings) -> Sequence[Prepar
     return [unlabelled[n] for n in sorted(chosen)]
 
 
-def _without_orphans(cases: Sequence[Prepared], branches: Sequence[Branch]) -> list[Prepared]:
+def _without_orphans(cases: Sequence[Prepared], branches: Sequence[Branch], labels: Labels) -> list[Prepared]:
     """The labelled cases that show a parent wherever they show what is nested in it."""
     found = []
     for case in cases:
-        reasons = [reason for branch in branches if (reason := nested.without_parent(case, branch))]
+        reasons = [reason for branch in branches if (reason := nested.without_parent(case, branch, labels))]
         for reason in reasons:
             logger.warning("%s", reason)
         found += [] if reasons else [case]

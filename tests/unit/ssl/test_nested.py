@@ -137,6 +137,29 @@ def test_a_nested_label_without_its_parent_is_the_parent_of_its_scan():
     assert sorted(np.unique(seen.label)) == [0, 2]
 
 
+@pytest.mark.parametrize(
+    ("values", "unknown", "said"),
+    [
+        ((1, 3), (), False),
+        ((3,), (), True),
+        ((), (), False),
+        # where nobody learns the tumours, the liver is "liver or anything in it", and vessels are still shown
+        ((1, 3, 4), ("tumour",), False),
+        ((1, 3, 5), ("necrosis",), False),
+        ((3, 5), ("necrosis",), True),
+    ],
+)
+def test_a_parent_of_which_only_the_outline_is_known_is_there(values, unknown, said):
+    labels = Labels.parse("liver,spleen,tumour,vessel,necrosis", "tumour:liver,vessel:liver,necrosis:tumour")
+    image, label = scan()
+    label[:] = 0
+    for n, value in enumerate(values):
+        label[n + 1] = value
+    found = case(image, labels.mark_unknown(label, unknown))
+    reason = nested.without_parent(found, nested.branches(labels)[0], labels)
+    assert (reason is not None and "without liver around it" in reason) == said
+
+
 def test_the_grid_is_the_working_grid_coarsened_to_the_size_wanted():
     image, label = scan(0.7)
     cases = [case(image, label), case(image, None), case(image, np.zeros_like(label))]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -184,7 +182,7 @@ def test_as_many_as_threads_and_memory_allow(
     conf: dict[str, Any], threads: int, free_gb: float, count: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_gb * 1e9))
+    monkeypatch.setattr(side_by_side, "free_memory", lambda: free_gb * 1e9)
     assert places(Settings(device="cpu", **conf), count) == expected
 
 

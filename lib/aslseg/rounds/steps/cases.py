@@ -179,7 +179,7 @@ def _leave_out_without_parent(cases: RoundCases, settings: Settings) -> None:
             continue
         for group in (cases.train, cases.validation):
             for case in list(group):
-                reason = nested.without_parent(case, branch)
+                reason = nested.without_parent(case, branch, settings.label_set)
                 if reason:
                     group.remove(case)
                     cases.skipped[case.id] = reason
