@@ -40,6 +40,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda i: (not groups[i], i.path.stem != first, i.get_closest_marker("slow") is None))
 
 
+def _with_own_environment() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+# a server in this process forbids its child processes the current folder, MLflow its telemetry: with variables that
+# processes of later tests would inherit
+_file_with_own_environment = pytest.fixture(autouse=True, scope="module")(_with_own_environment)
+_test_with_own_environment = pytest.fixture(autouse=True)(_with_own_environment)
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on at this moment."""
     with socket.socket() as found:

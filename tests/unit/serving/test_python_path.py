@@ -16,7 +16,6 @@ def test_processes_of_the_server_import_nothing_from_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "colorsys.py").write_text("print('another one')")
-    monkeypatch.setenv("PYTHONSAFEPATH", "")  # so that it is as before after the test; empty is unset
     # as MONAI Label leaves it: an empty entry is the current folder
     monkeypatch.setenv("PYTHONPATH", os.pathsep + "/somewhere/apps")
     imports = [sys.executable, "-c", "import colorsys"]
