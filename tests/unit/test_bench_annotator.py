@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from aslseg.volume.io import read_image, write_label
+from tiny_rounds import tiny_sam
 
 
 @pytest.fixture
@@ -37,7 +38,8 @@ def test_a_curve_of_two_rounds_goes_on_after_a_kill(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = bench.Plan(nights=2, labels=2, pool=7, first=2, strategy="foreground")
-    conf, save = bench.PHANTOM | TINY, bench.Week.label
+    conf = bench.PHANTOM | TINY | {"sam_checkpoint": str(tiny_sam(tmp_path / "sam.safetensors"))}
+    save = bench.Week.label
 
     def killed(self: Any, strategy: str, case: str) -> None:
         save(self, strategy, case)

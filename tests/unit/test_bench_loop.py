@@ -16,6 +16,7 @@ from aslseg.ssl import engine
 from aslseg.types import Volume
 from aslseg.volume.io import read_image, write_image, write_label
 from own_thread import for_this_thread
+from tiny_rounds import tiny_sam
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = [f"case{n}" for n in range(8)]  # six to train on, two of them labelled, one to choose by, one held out
@@ -175,11 +176,12 @@ def test_reduced_scans_give_the_same_cases(bench: Any, data: Path, monkeypatch: 
         next(bench.read_atria(small, 3, settings))
 
 
-def test_a_round_is_an_arm(bench: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_is_an_arm(bench: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The retrained model of a whole round is scored; a second call runs no round."""
     out = data / "out"
     # masks after four steps are specks, which SAM redraws one by one
     conf = ["--conf", "promote_floor=0", "--conf", "promote_threshold=0", "--conf", "ssl_iterations=40"]
+    conf += ["--conf", f"sam_checkpoint={tiny_sam(tmp_path / 'sam.safetensors')}"]
     arguments = ["--data", str(data), "--out", str(out), "--arms", "round aslseg", *conf]
     run(bench, monkeypatch, *arguments)
     [made] = results(out / "edge3_labels2" / "set1").values()
