@@ -188,12 +188,16 @@ def test_serve_hands_over_to_monailabel(run: Run, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "execv", instead)
     studies = tmp_path / "two words"
     assert run("serve", "--studies", studies, "--port", 8001, "--conf", "labels", "liver", "--", "--dryrun")[0] == 0
-    (command,) = started
+    command = started[0]
     assert command[1:5] == ["-P", "-m", "monailabel.main", "start_server"]
     assert command[command.index("--studies") + 1] == str(studies)
     assert command[-4:] == ["--conf", "labels", "liver", "--dryrun"]
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("ACTIVE", "5000")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert run("serve", "--studies", studies)[0] == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE", "a value of one's own is left alone"
     assert run("serve", "--studies", studies, "--conf", "lables", "liver")[0] == 2
-    assert len(started) == 1
+    assert len(started) == 2
 
 
 def test_progress_in_a_log_is_not_too_frequent() -> None:

@@ -132,7 +132,8 @@ class SSLSettings(Section):
     )
     consistency: Auto | Annotated[float, Field(ge=0)] = setting(
         "auto",
-        "Largest weight of the loss on unlabelled patches; auto: as published, 1 for dtc and mcnet, 0.1 for the others",
+        "Largest weight of the loss on unlabelled patches in mean_teacher, ua_mt, cps, dtc and mcnet; the other "
+        "methods have none; auto: as published, 1 for dtc and mcnet, 0.1 for the others",
         example="0.1",
     )
     ema_decay: float = setting(

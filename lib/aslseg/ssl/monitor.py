@@ -54,7 +54,7 @@ class TrainingMonitor:
         In the second half of the run, over 200 steps, less than a tenth of the labelled foreground is predicted.
 
         Args:
-            consistency: Largest weight of the unlabelled loss, for the message.
+            consistency: Largest weight of the unlabelled loss, for the message; 0 where no setting changes it.
 
         Raises:
             TrainingDivergedError: It collapsed.
@@ -63,7 +63,8 @@ class TrainingMonitor:
             return
         _, got, expected = np.mean(self.recent, axis=0)
         if expected > 0 and got < COLLAPSE_PART * expected:
+            lower = f"lower consistency (now {consistency:g}), " if consistency else ""
             raise TrainingDivergedError(
                 f"collapsed to the empty mask: {got:.2%} of the labelled patches predicted as foreground, "
-                f"{expected:.2%} labelled; lower consistency (now {consistency:g}) or train longer (ssl_iterations)"
+                f"{expected:.2%} labelled; {lower}train longer (ssl_iterations) or label a scan with more of the target"
             )

@@ -58,3 +58,9 @@ def test_consistency_weight_is_the_published_one_unless_set(method, published):
     assert weight(0.5) == pytest.approx(published * math.exp(-1.25))
     assert weight(1.0, consistency="0.7") == 0.7
     assert weight(0.0, consistency="0") == 0
+
+
+@pytest.mark.parametrize("method", ["supervised", "bcp", "bcp_mt"])
+def test_methods_whose_loss_has_no_consistency_say_so(method):
+    settings = load_settings({"ssl_method": method, "consistency": "0.7"}, env={})[0]
+    assert SSL_METHODS.get(method)(lambda extra=0: VNet(3 + extra, filters=1), settings).consistency_weight(1.0) == 0

@@ -133,6 +133,8 @@ def test_collapse_below_a_tenth_of_the_labelled_foreground():
     seen(402, (200, 0.0, 0.1)).check_collapse(0.1)
     seen(300, (199, 0.0, 0.1)).check_collapse(0.1)
     seen(400, (200, 0.0, 0.0)).check_collapse(0.1)
+    with pytest.raises(TrainingDivergedError, match=r"10\.00% labelled; train longer"):
+        seen(400, (200, 0.009, 0.1)).check_collapse(0.0)
     # what was before the last 200 steps does not count
     with pytest.raises(TrainingDivergedError, match="collapsed"):
         seen(400, (150, 0.1, 0.1), (200, 0.0, 0.1)).check_collapse(0.1)

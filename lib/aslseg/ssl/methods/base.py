@@ -49,12 +49,13 @@ class Method(nn.Module, ABC):
         settings: Weights and decays.
 
     Attributes:
-        published_consistency: Largest weight of the unlabelled loss in the method's paper.
+        published_consistency: Largest weight of the unlabelled loss in the method's paper; None where no setting
+            changes it.
         labelled_fraction: Fraction of the training before the unlabelled patches are used.
         warm: Whether training started from a trained model, which needs no such phase.
     """
 
-    published_consistency = 0.1
+    published_consistency: float | None = 0.1
     labelled_fraction = 0.0
     warm: Tensor
 
@@ -70,7 +71,9 @@ class Method(nn.Module, ABC):
         return 0
 
     def consistency_weight(self, fraction: float) -> float:
-        """lambda(t): the setting ``consistency`` or the published weight, times exp(-5 (1 - t)^2)."""
+        """lambda(t): the setting ``consistency`` or the published weight, times exp(-5 (1 - t)^2); 0 without one."""
+        if self.published_consistency is None:
+            return 0.0
         chosen = self.settings.consistency
         return (self.published_consistency if chosen == "auto" else chosen) * sigmoid_ramp(fraction)
 

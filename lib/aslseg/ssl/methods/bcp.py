@@ -32,6 +32,7 @@ class BidirectionalCopyPaste(Method):
     test set becomes the teacher, and predicts in the end).
     """
 
+    published_consistency = None
     labelled_fraction = 0.25
 
     def __init__(self, network: Callable[..., nn.Module], settings: Settings) -> None:

@@ -29,6 +29,7 @@ class CopyPasteTeacher(MeanTeacher):
     left: while labelled patches alone still improve the network, steps are better spent on them.
     """
 
+    published_consistency = None
     labelled_fraction = 0.6
 
     def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:

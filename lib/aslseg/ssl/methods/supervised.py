@@ -12,6 +12,8 @@ from aslseg.ssl.methods.base import Batch, Logs, Method
 class Supervised(Method):
     """Half cross-entropy, half Dice on the labelled stream."""
 
+    published_consistency = None
+
     def loss(self, batch: Batch, fraction: float, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """See :class:`Method`."""
         logits = self.student(batch.image)
