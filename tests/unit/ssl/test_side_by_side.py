@@ -78,13 +78,14 @@ def test_what_ends_the_work_ends_all_of_them_and_they_go_on_from_there(make, mon
     trainings = [make("a"), make("b", 1)]
     with pytest.raises(OutOfTimeError, match="the night is over"):
         train_all(trainings, 2, stop)
-    # on a busy machine one may have begun only
-    begun = [done > 0 for done in counted[0].done]
-    assert [t.out.with_name("ssl.checkpoint.pt").exists() for t in trainings] == begun
+    # on a busy machine one may not have begun, or may have been in its first step, which it ends and keeps
+    kept = [t.out.with_name("ssl.checkpoint.pt").exists() for t in trainings]
+    assert all(there for there, done in zip(kept, counted[0].done, strict=True) if done)
+    assert any(kept)
     assert not any(t.out.exists() for t in trainings)
     found = train_all(trainings, 2, no_progress)
     assert found[0]["sha256"] == whole["sha256"]
-    assert [one["steps"] < STEPS for one in found] == begun
+    assert [one["steps"] < STEPS for one in found] == kept
 
 
 def test_one_that_is_killed_says_what_to_do_and_ends_the_others(make, monkeypatch: pytest.MonkeyPatch) -> None:
