@@ -2,6 +2,7 @@
 
 import numpy as np
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -21,6 +22,7 @@ def settings(liver: float, tumour: float) -> Settings:
     return Settings(promote_threshold=f"{liver:.6f},tumour={tumour:.6f}")
 
 
+@examples(deadline=None)
 @given(maps, maps, parts, parts, parts, parts)
 def test_raising_a_threshold_never_promotes(a, b, liver, tumour, more_liver, more_tumour):
     agreement = compare(a, b, LABELS)
@@ -30,6 +32,7 @@ def test_raising_a_threshold_never_promotes(a, b, liver, tumour, more_liver, mor
     assert set(loose.reasons) == set() or strict.reasons
 
 
+@examples(deadline=None)
 @given(
     hnp.arrays(
         st.sampled_from([np.uint8, np.int64, np.float32, np.float64, bool]),
@@ -44,6 +47,7 @@ def test_any_mask_gets_a_verdict(odd, liver, tumour, spacing):
     assert verdict.promote == (not verdict.reasons)
 
 
+@examples(deadline=None)
 @given(maps, maps)
 def test_agreement_is_symmetric_and_bounded(a, b):
     forth, back = compare(a, b, LABELS), compare(b, a, LABELS)
@@ -53,6 +57,7 @@ def test_agreement_is_symmetric_and_bounded(a, b):
     assert compare(a, a, LABELS).mean == 1
 
 
+@examples(deadline=None)
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=3), st.tuples(st.booleans(), parts)), parts, st.randoms())
 def test_selection_does_not_depend_on_the_order_of_cases(cases, fraction, shuffler):
     agreements = {case: Agreement({}, mean) for case, (_, mean) in cases.items()}

@@ -31,11 +31,11 @@ def wait_for(what: Callable[[], Any], server: Any) -> Any:
 @pytest.mark.slow
 def test_two_nights_by_itself_and_a_stop_that_holds(serve: Callable[..., Any], tmp_path: Path) -> None:
     studies = tiny_studies(tmp_path, cases=3, labelled=2)
-    clock = tmp_path / "ahead"
+    clock, today = tmp_path / "ahead", datetime.now(UTC)
 
     def set_clock(day: int, hour: int) -> None:
         """So many days from today."""
-        wanted = datetime.now(UTC).replace(hour=hour, minute=0, second=0) + timedelta(days=day)
+        wanted = today.replace(hour=hour, minute=0, second=0) + timedelta(days=day)
         with atomic_file(clock) as temporary:
             temporary.write_text(str((wanted - datetime.now(UTC)).total_seconds()))
 

@@ -66,7 +66,7 @@ class WriteBehind:
                 self.flush()
                 said = ""
             except Exception as error:  # whatever it was, the next request must find a thread
-                if str(error) != said:
+                if self.wanted() and str(error) != said:
                     said = str(error)
                     logger.error("not written, and tried again: %s", error, exc_info=not isinstance(error, OSError))
                 rest = RETRY_SECONDS

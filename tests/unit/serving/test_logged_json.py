@@ -22,6 +22,7 @@ from aslseg.serving import listing
 from aslseg.serving.change_log import Change, ChangeLog, DataModel
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.serving.write_behind import WriteBehind
+from own_thread import for_this_thread
 
 
 @pytest.fixture
@@ -102,13 +103,15 @@ def test_the_list_of_all_entries_is_ready_after_a_start(folder: Path, monkeypatc
     store = settled(open_store(folder))
     made: list[ImageLabelModel] = []
     dump = ImageLabelModel.model_dump
-    monkeypatch.setattr(ImageLabelModel, "model_dump", lambda entry: made.append(entry) or dump(entry))
+    noting = for_this_thread(lambda entry: made.append(entry) or dump(entry), dump)
+    monkeypatch.setattr(ImageLabelModel, "model_dump", noting)
     store.prepare_text()
     assert len(made) == 4
     text = store.json_text()
     assert len(made) == 4, "nothing is made while somebody waits"
     assert json.loads(text)["objects"].keys() == {f"case{n}" for n in range(4)}
-    store.update_image_info("case1", {"note": "new"})
+    with mock.patch.object(WriteBehind, "request"):
+        store.update_image_info("case1", {"note": "new"})
     assert '"note": "new"' in store.json_text()
     assert len(made) == 5
 

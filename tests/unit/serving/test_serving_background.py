@@ -117,11 +117,10 @@ def test_a_slice_that_is_being_encoded_stands_still_while_somebody_clicks() -> N
     background.add(encode, object())
     assert begun.wait(20)
     with background.click():
-        time.sleep(0.1)
-        before = len(seen)
-        time.sleep(0.2)
-        assert len(seen) == before < 200
-    assert background.idle(20)
+        most = len(seen) + 1  # the block that it is in
+        time.sleep(0.3)
+        assert len(seen) <= most < 200
+    assert background.idle(120)
     assert len(seen) == 200
 
 
@@ -188,6 +187,6 @@ def test_time_that_a_slice_stood_still_does_not_count_as_encoding() -> None:
     background.add(encode, object())
     assert begun.wait(20)
     with background.click():
-        time.sleep(1)
+        time.sleep(3)
     assert background.idle(20)
-    assert taken[0] < 0.9
+    assert taken[0] < 2.5

@@ -242,7 +242,7 @@ def test_two_processes_append_without_loss(ledger: Ledger) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(300)
     sys.path.pop(0)
     assert [w.exitcode for w in workers] == [0, 0]
     found = ledger.events(kinds=("note",))
