@@ -206,7 +206,7 @@ def serve(
     conf: Conf = None,
 ) -> None:
     """Start MONAI Label with this app; further arguments go to `monailabel start_server`."""
-    # threads that sleep between two layers make a click slower; spinning for a tenth of a millisecond disturbs nobody
+    # threads that sleep between two layers make a click slower; so they spin for a tenth of a millisecond
     if sys.platform == "linux" and "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
