@@ -25,6 +25,7 @@ START_SECONDS = 300
 SHARED_SERVERS = {"starting": "trained", "trained": "trained", "untrained": "untrained"}  # fixture to xdist group
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist writes the groups into the tests' ids in this same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Share out tests between the workers of pytest-xdist.
 
@@ -38,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(groups[item] or str(item.path)))
     first = "test_server_first_hour"  # it needs a server that has not trained yet
     items.sort(key=lambda i: (not groups[i], i.path.stem != first, i.get_closest_marker("slow") is None))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fail where pytest-xdist would share tests out without their groups; it does so in silence."""
+    if getattr(session.config.option, "loadgroup", False):  # set in its workers only
+        assert all("@" in item.nodeid for item in session.items), (
+            "pytest-xdist has not put the groups into the ids of tests: is pytest newer than requirements.txt says?"
+        )
 
 
 def _with_own_environment() -> Iterator[None]:
