@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from aslseg.cases.prepare import Spacing, automatic_patch
-from aslseg.cases.prepared_case import Prepared, load_within_budget
+from aslseg.cases.prepared_case import Prepared, human_labelled, load_within_budget
 from aslseg.compute.device import bfloat16_pays, choose_device
 from aslseg.compute.hardware import resolved
 from aslseg.compute.schedules import SCHEDULES
@@ -70,7 +70,8 @@ class Trainer:
         settings = resolved(settings)
         self.settings, self.iterations = settings, iterations
         self.device = choose_device(settings)
-        self.patch = automatic_patch([c.image.shape for c in labelled], settings)
+        # promoted masks decide nothing of it: a network's layers may depend on it, and those of ``init`` have to fit
+        self.patch = automatic_patch([c.image.shape for c in human_labelled(labelled)], settings)
         # oneDNN's bfloat16 weight gradient of a 2 x 2 feature map differs from run to run (seen in torch 2.11)
         self.bf16 = bfloat16_pays(self.device) and min(self.patch[:2]) >= 48
         cases = self._held([*labelled, *map(without_label, unlabelled)])
@@ -267,20 +268,21 @@ def train(
     metadata = _metadata(trainer, spacing, init)
     path = out.with_name(f"{out.stem}.checkpoint.pt")
     owner = checkpoint.fingerprint(metadata, settings, trainer.method.state_dict(), labelled, unlabelled)
-    if reuse:
-        metadata["inputs"] = owner
+    metadata |= {"inputs": owner} if reuse else {}
     monitor = TrainingMonitor(iterations, report)
     if reuse and _written(trainer, out, owner):
-        return _result(trainer, monitor, out, 0, started, None)
+        return _result(trainer, monitor, 0, started, None) | {"sha256": sha256(out)}
     first = _resume(trainer, monitor, path, owner)
     job = {"iterations": iterations, "init": str(init or ""), "checkpoint": str(path), "owner": owner, "first": first}
     with distributed.with_workers(labelled, unlabelled, settings, out.with_name(f"{out.stem}.share"), **job):
         seconds = _run(trainer, monitor, path, owner, logs or out.parent / "tracking")
     trainer.refresh_statistics()
+    steps = iterations - first
+    # before the file is there: where one is, nothing is trained or looked at again
+    result = _result(trainer, monitor, steps, started, seconds / steps if steps else None)
     save_weights(out, trainer.method.predictor.state_dict(), metadata)
     path.unlink(missing_ok=True)
-    steps = iterations - first
-    return _result(trainer, monitor, out, steps, started, seconds / steps if steps else None)
+    return result | {"sha256": sha256(out)}
 
 
 def _written(trainer: Trainer, out: Path, owner: str) -> bool:
@@ -293,9 +295,9 @@ def _written(trainer: Trainer, out: Path, owner: str) -> bool:
 
 
 def _result(
-    trainer: Trainer, monitor: TrainingMonitor, out: Path, steps: int, started: float, pace: float | None
+    trainer: Trainer, monitor: TrainingMonitor, steps: int, started: float, pace: float | None
 ) -> dict[str, Any]:
-    """What :func:`train` returns."""
+    """What :func:`train` returns, but for the file's hash."""
     classes = trainer.class_probabilities(trainer.method.predictor, trainer.iterations)
     for line in warnings_of(classes):
         logger.warning("%s", line)
@@ -308,7 +310,6 @@ def _result(
         "steps": steps,
         "skipped_steps": trainer.skipped,
         "patch": list(trainer.patch),
-        "sha256": sha256(out),
     }
 
 

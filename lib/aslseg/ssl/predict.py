@@ -331,16 +331,26 @@ def load(path: Path, settings: Settings) -> SSLModel | NestedModel:
             f"{settings.nested!r}; set nested to what the model knows or retrain it"
         )
     first = ScaledModel(
-        stage_model(path, split(state, FIRST), stored["first"], first_settings(settings)), scale_of(metadata)
+        _of_labels(path, split(state, FIRST), stored["first"], first_settings(settings)), scale_of(metadata)
     )
     second = []
     for name, entry in stored["second"].items():
         branch = found[name]
-        model = stage_model(
+        model = _of_labels(
             path, split(state, second_prefix(name)), entry["model"], settings_of(settings, branch.labels)
         )
         second.append((branch, Geometry.of(entry["geometry"]), model))
     return NestedModel(first, second, metadata, settings)
+
+
+def _of_labels(path: Path, state: dict[str, Any], stored: dict[str, Any], settings: Settings) -> SSLModel:
+    """A stage, if it knows the labels that it has with these settings."""
+    if stored["labels"] != list(settings.labels):
+        raise BadWeightsError(
+            f"{path.name} has a stage for {', '.join(stored['labels'])}, but with nested as it is set now it would be "
+            f"for {', '.join(settings.labels)}; set nested to what the model knows or retrain it"
+        )
+    return stage_model(path, state, stored, settings)
 
 
 def scale_of(metadata: Mapping[str, Any]) -> Scale:

@@ -155,7 +155,7 @@ class Steps:
     """Steps of several trainings, as those of one.
 
     Steps that a checkpoint had done, or that are left undone since the training diverged, are taken out of the total:
-    they say nothing of how long a step takes.
+    they say nothing of how long a step takes. A step is reported by itself, so that what is more was found done.
 
     Args:
         totals: Steps of each.
@@ -165,14 +165,14 @@ class Steps:
     def __init__(self, totals: Sequence[int], report: ProgressCallback) -> None:
         self.totals, self.report = list(totals), report
         self.done = [0] * len(totals)
-        self.found: dict[int, int] = {}
+        self.last = [0] * len(totals)
 
     def __call__(self, number: int, step: int, shown: dict[str, Any]) -> None:
         """A training has done so many steps."""
-        if number not in self.found:
-            self.found[number] = step - 1
-            self.totals[number] -= step - 1
-        self.done[number] = step - self.found[number]
+        new = step - self.last[number]
+        self.totals[number] -= max(0, new - 1)
+        self.done[number] += min(1, max(0, new))
+        self.last[number] = step
         self.report(sum(self.done), sum(self.totals), **shown)
 
     def finish(self, number: int) -> None:

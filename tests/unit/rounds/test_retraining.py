@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -16,11 +17,15 @@ from aslseg.models.cascade import StageOutput
 from aslseg.review.report import collect
 from aslseg.rounds import run
 from aslseg.rounds.ledger.ledger import Ledger
+from aslseg.rounds.promotion.state import RoundState
 from aslseg.rounds.run import run_round
 from aslseg.rounds.steps import pipeline
-from aslseg.rounds.steps.artefacts import confidence
+from aslseg.rounds.steps.artefacts import ArtefactStore, confidence
+from aslseg.rounds.steps.promoted import promoted_case
 from aslseg.settings import Paths
 from aslseg.ssl import training
+from aslseg.types import Volume
+from aslseg.volume.geometry import Grid
 from tiny_rounds import label_hashes, published_hashes, tiny_settings, tiny_studies
 
 
@@ -67,6 +72,29 @@ def test_where_retraining_starts_and_how_voxels_weigh(
             (case.voxel_weight[..., :middle], case.voxel_weight[..., middle:]), weights, strict=True
         ):
             np.testing.assert_allclose(part.astype(np.float32), expected, atol=0.01)
+
+
+def test_voxels_on_which_the_networks_disagree_weigh_less(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, disagreement_weight=0.3)
+    labels, shape = settings.label_set, (4, 5, 6)
+    case = Prepared("a", "a", np.zeros(shape, np.float32), Grid.of(Volume(np.zeros(shape), np.eye(4)), None))
+    first, second = (np.zeros((len(labels), *shape), np.float32) for _ in range(2))
+    first[0] = second[0] = 0.9
+    second[0, :, :2] = 0.2
+    state: Any = SimpleNamespace(
+        pipeline=SimpleNamespace(labels=labels, decode=labels.decode),
+        floors=SimpleNamespace(unknown=()),
+        ssl_maps=lambda _: first,
+        second_maps=lambda _: second,
+    )
+    differ = RoundState.differs(state, case)
+    assert differ[:, :2].all()
+    assert not differ[:, 2:].any()
+    files = {"disagreement": differ, "mask": labels.decode(first)}
+    details = {"image": "image", "sha256": "mask", "disagreement": "disagreement"}
+    learned = promoted_case(case, details, settings, None, ArtefactStore(tmp_path), files.__getitem__).case
+    assert learned.voxel_weight is not None
+    np.testing.assert_allclose(learned.voxel_weight, np.where(differ, 0.3, 1), atol=0.001)
 
 
 TIMES = ("seconds", "measured", "rates", "ledger", "models", "inputs")

@@ -43,6 +43,15 @@ def gradients(trainer):
     return {name: p.grad.clone() for name, p in trainer.method.named_parameters() if p.grad is not None}
 
 
+def test_promoted_masks_decide_nothing_of_the_patch(make_case, quick):
+    """The layers of some networks depend on it, and retraining goes on from the model without promoted masks."""
+    human, large = make_case(0, shape=(100, 90, 45)), make_case(1, shape=(100, 90, 52))
+    promoted = [replace(large, id=f"p{n}", weight=0.5, voxel_weight=np.ones(large.image.shape)) for n in range(3)]
+    wanted = quick(patch="auto", patch_voxels=2e5)
+    assert engine.Trainer([large], [], wanted, 5).patch != engine.Trainer([human], [], wanted, 5).patch
+    assert engine.Trainer([human, *promoted], [], wanted, 5).patch == engine.Trainer([human], [], wanted, 5).patch
+
+
 # learning rate
 
 

@@ -61,6 +61,16 @@ def test_they_give_the_models_of_one_after_the_other(
     assert sum("unet" in record.getMessage() for record in caplog.records) >= 5
 
 
+def test_steps_that_a_checkpoint_had_done_do_not_count() -> None:
+    """Also where the training has paused before its first step, and where its second stage goes on too."""
+    seen: list[tuple[int, int]] = []
+    steps = Steps([100, 10], lambda done, total: seen.append((done, total)))
+    for step in (0, 0, 61, 62, 91, 92):
+        steps(0, step, {})
+    steps(1, 1, {})
+    assert seen == [(0, 110), (0, 110), (1, 50), (2, 50), (3, 22), (4, 22), (5, 22)]
+
+
 def test_what_ends_the_work_ends_all_of_them_and_they_go_on_from_there(make, monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = train_all([make("whole")], 1, no_progress)
     counted: list[Steps] = []

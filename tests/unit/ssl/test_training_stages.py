@@ -355,6 +355,34 @@ def test_a_model_of_other_nesting_is_refused(tmp_path, settings):
         predict.load(out, settings(nested=""))
 
 
+@pytest.mark.parametrize("other", ["tumour:liver,cyst:liver", "cyst:liver,tumour:kidney"])
+def test_a_model_is_refused_whose_second_stage_is_for_other_labels(tmp_path, settings, other):
+    """The file loads and has the same parents: what it takes for a tumour would be called a cyst, or nothing fits."""
+    known = "tumour:liver,cyst:kidney" if "kidney" in other else "tumour:liver"
+    names = "liver,kidney,tumour,cyst" if "kidney" in other else "liver,tumour,cyst"
+    kidney = [replace(case(n), label=np.array([0, 2, 4], np.uint8)[case(n).label]) for n in ("cc", "ddd")]
+    out = tmp_path / "ssl.safetensors"
+    liver = [
+        replace(case(n), label=np.array([0, 1, names.split(",").index("tumour") + 1])[case(n).label]) for n in "ab"
+    ]
+    run(out, settings(labels=names, nested=known), [*liver, *(kidney if "kidney" in other else [])])
+    assert predict.load(out, settings(labels=names, nested=known))
+    with pytest.raises(BadWeightsError, match="set nested to what the model knows or retrain it"):
+        predict.load(out, settings(labels=names, nested=other))
+
+
+def test_each_batch_of_the_second_stage_holds_the_nested_label(settings):
+    """A few voxels of one case: by chance alone most batches would hold none of it."""
+    rare = case("a")
+    rare.label[rare.label == 2] = 1
+    rare.label[16:19, 14:17, 9:11] = 2
+    inner = nested.settings_of(settings(patch="16,16,16"), Labels(("liver", "tumour"), (None, 0)))
+    batches = nested_batches.NestedBatches(
+        [case("bb", tumour=False), rare], [], inner, (16, 16, 16), torch.device("cpu")
+    )
+    assert all((batches(step).target == 2).any() for step in range(10))
+
+
 def test_poisoned_labels_of_unlabelled_scans_change_nothing(tmp_path, settings, monkeypatch):
     monkeypatch.setattr("aslseg.ssl.nested.largest", lambda mask: case("x").label > 0)
     clean = case("ccc")

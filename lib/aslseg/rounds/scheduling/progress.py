@@ -42,8 +42,8 @@ class Work:
 class Pace:
     """Units that a stage has really worked on, and the seconds they took.
 
-    What a stage finds done (a checkpoint, predictions on disk) shows in its first report, which then counts more than
-    one unit; neither these units nor the seconds before that report count.
+    What a stage finds done (a checkpoint, predictions on disk) shows in its first report of any unit, which then counts
+    more than one; neither these units nor the seconds before that report count.
 
     Attributes:
         units, seconds: With the time before the first unit, in which models are loaded and scans read.
@@ -66,7 +66,7 @@ class Pace:
         now = time.monotonic()
         again = total != self._total or done < self._done
         before = 0.0 if again else self._done
-        if again and done > 1:
+        if (again or not self._done) and done > 1:
             before, self._last, self._begun = done, now, True
         gained, passed = done - before, now - self._last
         self.units, self.seconds = self.units + gained, self.seconds + passed

@@ -147,14 +147,21 @@ class RoundPipeline:
     def _ssl_step(
         self, promoted: Sequence[Promoted], init: Path | None, without: Collection[str], part: float
     ) -> tuple[dict[str, Any], Training]:
-        """What a training of the SSL model depends on, and the training, whose file is set later."""
+        """What a training of the SSL model depends on, and the training, whose file is set later.
+
+        It learns from no scan of the patients of the cases that are left out.
+        """
         s, cases = self.settings, self.cases
         iterations = max(1, round(part * (s.retrain_iterations if promoted else s.ssl_iterations)))
+        # other scans of those patients would show it what it is judged on
+        unseen = {c.patient for c in cases.train if c.id in without}
+        promoted = [p for p in promoted if p.case.patient not in unseen]
+        unlabelled = [c for c in cases.unlabelled if c.patient not in unseen]
         inputs = {
             "human": [key for key in self._human() if key[0] not in without],
             "promoted": [p.key for p in promoted],
             "weights": self._weights(promoted),
-            "unlabelled": [[c.id, c.image_hash] for c in cases.unlabelled],
+            "unlabelled": [[c.id, c.image_hash] for c in unlabelled],
             "spacing": cases.spacing,
             "iterations": iterations,
             "init": self.cases.hashes(init) if init else None,
@@ -162,7 +169,7 @@ class RoundPipeline:
         }
         labelled = [*(c for c in cases.train if c.id not in without), *(p.case for p in promoted)]
         logs = self.paths.home / "tracking"
-        return inputs, Training(labelled, cases.unlabelled, s, Path(), iterations, cases.spacing, init, logs)
+        return inputs, Training(labelled, unlabelled, s, Path(), iterations, cases.spacing, init, logs)
 
     def train_sam(self, report: ProgressCallback, faults: Faults | None = None) -> Path:
         """SAM, fine-tuned on the human labels with prompts from masks with errors, by default synthetic ones."""

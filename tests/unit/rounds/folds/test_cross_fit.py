@@ -58,22 +58,27 @@ def test_every_label_is_scored_by_a_model_that_has_not_seen_its_patient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studies, settings = tiny_studies(tmp_path, cases=5, labelled=4), tiny_settings(tmp_path, label_folds=4)
-    (studies / "patients.csv").write_text(PATIENTS)
-    trained: list[set[str]] = []
+    (studies / "patients.csv").write_text(f"{PATIENTS}phantom_004,b,train\n")
+    trained: list[tuple[set[str], set[str]]] = []
     train = training.train
 
-    def watched(labelled: Any, *rest: Any, **more: Any) -> Any:
-        trained.append({c.id for c in labelled})
-        return train(labelled, *rest, **more)
+    def watched(labelled: Any, unlabelled: Any, *rest: Any, **more: Any) -> Any:
+        trained.append(({c.id for c in labelled}, {c.id for c in unlabelled}))
+        return train(labelled, unlabelled, *rest, **more)
 
     monkeypatch.setattr(training, "train", watched)
     # as if the ensemble had been best
     monkeypatch.setattr(aslseg, "choose_source", lambda *_: "ensemble")
     summary = run_round(studies, settings)
-    assert {frozenset(t) for t in trained[1:3]} == {
-        frozenset({"phantom_000", "phantom_001"}),
-        frozenset({"phantom_002"}),
-    }
+    # patient b has an unlabelled scan too
+    assert sorted(map(sorted, (labelled for labelled, _ in trained[1:3]))) == [
+        ["phantom_000", "phantom_001"],
+        ["phantom_002"],
+    ]
+    assert [unlabelled for _, unlabelled in trained[:3]] == [
+        {"phantom_004"},
+        *({"phantom_004"} if "phantom_002" in labelled else set() for labelled, _ in trained[1:3]),
+    ]
     found = summary["out_of_fold"]
     assert found["folds"] == 2
     assert list(found["cases"]) == ["phantom_000", "phantom_001", "phantom_002"]

@@ -84,6 +84,7 @@ def test_what_was_found_done_says_nothing_about_speed(tmp_path: Path, now: list[
     work = {"ssl": Work(2000, 0.3), "predict": Work(50, 2.0), "retrain": Work(1500, 0.3)}
     progress = Progress(tmp_path / "p.json", work, lambda d, t, eta, **_: told.append(eta))
     with progress.stage("ssl") as report:
+        report(0, 2000)  # scans are read, between which it may pause
         now[0] += 5  # reading the checkpoint
         for step in range(1901, 2001):
             now[0] += 0.3

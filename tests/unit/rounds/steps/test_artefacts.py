@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from aslseg.cases.prepared_case import Prepared
 from aslseg.models.cascade import StageOutput
 from aslseg.rounds.steps.artefacts import ArtefactStore, CachedProbabilities, joined, nest
+from aslseg.rounds.steps.pipeline import RoundPipeline
 from aslseg.types import Labels, Volume
 from aslseg.volume.geometry import Grid
 
@@ -67,6 +69,16 @@ def zeros(content: bytes) -> bytes:
 def flipped(content: bytes) -> bytes:
     """With one bit of the compressed array the other way."""
     return content[:62] + bytes([content[62] ^ 64]) + content[63:]
+
+
+def test_the_ensemble_and_the_consensus_are_means(tmp_path: Path) -> None:
+    def constant(name: str, value: float) -> CachedProbabilities:
+        return CachedProbabilities(tmp_path / name, lambda c: StageOutput(np.full((1, *c.image.shape), value)))
+
+    members = [constant(name, value) for name, value in (("a", 0.2), ("b", 0.4), ("c", 0.9))]
+    pipeline: Any = SimpleNamespace(artefacts=ArtefactStore(tmp_path))
+    np.testing.assert_allclose(RoundPipeline.ensemble(pipeline, members)(case()), 0.5, atol=0.003)
+    np.testing.assert_allclose(RoundPipeline.consensus(pipeline, *members[1:])(case()), 0.65, atol=0.003)
 
 
 def test_another_scan_under_the_same_name_and_a_damaged_file_are_computed_again(tmp_path: Path) -> None:
