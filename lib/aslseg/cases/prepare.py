@@ -86,6 +86,19 @@ class PreparedStore:
     def __init__(self, folder: Path, settings: Settings, spacing: Spacing, hashes: FileHashes | None = None) -> None:
         self.folder, self.settings, self.spacing = folder, settings, spacing
         self.hashes = hashes or FileHashes()
+        self.used: set[Path] = set()
+
+    def prune(self) -> None:
+        """Delete what lies in the folder for other labels, scans or settings than those that were loaded here.
+
+        Only where nobody else opens files of this folder by their names, as a round that holds its lock.
+        """
+        for path in set(self.folder.glob("*.npy")) - self.used:
+            path.unlink(missing_ok=True)
+
+    def _entry(self, case: Case, hashes: list[str], settings: set[str]) -> str:
+        text = json.dumps([*hashes, self.spacing, self.settings.model_dump(include=settings)], sort_keys=True)
+        return f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def load(self, case: Case) -> Prepared:
         """The case on the working grid; the image is a read-only memory map.
@@ -93,22 +106,23 @@ class PreparedStore:
         Raises:
             BadImageError, BadLabelError: As the readers.
         """
-        chosen = self.settings.model_dump(include={"modality", "window_low", "window_high", "labels", "nested"})
         image_hash, label_hash = self.hashes(case.image), self.hashes(case.label) if case.label else ""
-        text = json.dumps([image_hash, label_hash, self.spacing, chosen], sort_keys=True)
-        entry = f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        # a label that is saved again, or a further label, makes no further copy of the image
+        image = self._entry(case, [image_hash], {"modality", "window_low", "window_high"})
+        entry = self._entry(case, [image_hash, label_hash], {"labels", "nested"})
         grid = Grid.of(read_header(case.image), self.spacing)
         version = f"-lesions{LESIONS_KEPT}" if lesions_may_vanish(grid, self.settings) else ""
-        files = [self.folder / f"{entry}{version}.label.npy", self.folder / f"{entry}.image.npy"]
+        files = [self.folder / f"{entry}{version}.label.npy", self.folder / f"{image}.image.npy"]
         wanted = files if case.label else files[1:]
+        self.used.update(wanted)
         arrays = {f: array for f in wanted if (array := _open_array(f)) is not None}
         if len(arrays) < len(wanted):
             volume = read_image(case.image, self.settings.max_voxels)
-            image, grid = prepare(volume, self.settings, self.spacing)
+            voxels, grid = prepare(volume, self.settings, self.spacing)
             if case.label:
                 label = read_label(case.label, volume, self.settings.label_set, self.settings.max_voxels)
                 save_array(files[0], grid.label_to_working(label, self.settings.label_set))
-            save_array(files[1], image)
+            save_array(files[1], voxels)
             arrays = {f: np.load(f, mmap_mode="r") for f in wanted}
         return Prepared(
             case.id,

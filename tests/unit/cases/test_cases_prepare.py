@@ -97,6 +97,21 @@ def test_store_sees_a_new_label_and_new_settings(tmp_path, case):
     assert coarse.load(case).image.shape == (12, 12, 8)
 
 
+def test_one_image_for_all_labels_and_nothing_that_is_no_longer_used(tmp_path, case):
+    store = PreparedStore(tmp_path / "cache", SETTINGS, None)
+    first = store.load(case)
+    write_label(case.label, np.zeros(SHAPE, np.uint8), io.read_image(case.image).affine)
+    later = PreparedStore(tmp_path / "cache", SETTINGS, None)
+    again = later.load(case)
+    later.load(Case("x", case.image, "P", "unlabelled"))
+    parts = [p.name.split(".")[-2] for p in (tmp_path / "cache").iterdir()]
+    assert sorted(parts) == ["image", "label", "label"]
+    later.prune()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert np.array_equal(first.image, again.image)
+    assert PreparedStore(tmp_path / "cache", SETTINGS, None).load(case).label.max() == 0
+
+
 def test_unlabelled_cases_have_no_label(tmp_path, case):
     found = PreparedStore(tmp_path / "cache", SETTINGS, None).load(Case("x", case.image, "P", "unlabelled"))
     assert found.label is None

@@ -104,6 +104,7 @@ def prepare_cases(
         cases.sources |= {c.id: case for c in loaded}
         group += loaded
         report(done, len(listed) + len(others))
+    store.prune()
     _leave_out_unusual(cases, studies, settings)
     _leave_out_copies(cases)
     _leave_out_without_parent(cases, settings)
