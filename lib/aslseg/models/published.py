@@ -156,7 +156,7 @@ def gate(candidate: Candidate, current: Published | None, tolerance: float, firs
     """Whether a candidate is published, and the reason in words.
 
     What is asked depends on what has changed (:mod:`aslseg.models.gate_rules`). Where no label is left that the
-    published model has not learned, a candidate is published only if it learned from more human labels.
+    published model has not learned, a candidate is published only if it learned from new human labels and no fewer.
 
     Args:
         candidate: The new model.
@@ -229,12 +229,12 @@ def _mean(differences: list[float]) -> str:
 def _without_judge(candidate: Candidate, current: Published) -> tuple[bool, str]:
     """The gate where nobody can say which model is better."""
     known = current.trained_on if current.labelled is None else current.labelled
-    new = len(set(candidate.labels) - set(known))
-    if new:
+    new, fewer = len(set(candidate.labels) - set(known)), len(candidate.labels) < len(known)
+    if new and not fewer:
         return True, (
             f"{candidate.kind}: published unchecked; no validation case is left that the published model has not "
-            f"learned from, but this one learned from {new} more human label{'s' if new > 1 else ''}. Label a scan of "
-            "another patient"
+            f"learned from, but this one learned from {new} new human label{'s' if new > 1 else ''} and no fewer. "
+            "Label a scan of another patient"
         )
     return False, (
         f"{candidate.kind}: not published; without validation cases that it has not learned from, a published model is "

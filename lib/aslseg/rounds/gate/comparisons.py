@@ -181,7 +181,9 @@ def first_with_its_labels(pipeline: RoundPipeline, current: Published) -> tuple[
     entry, seq = first_entry(events, current.kind)
     first = find_published(pipeline.paths, current.kind, entries={current.kind: entry}) if entry else None
     done = [r for r in pipeline.ledger.rounds() if r.seq > seq and r.number != pipeline.number]
-    tried = [r for r in done if r.summary.get("withdrawn") or any(e.round == r.number for e in events)]
+    published = {e.round for e in events}
+    # rounds of earlier versions say only whether they have withdrawn masks
+    tried = [r for r in done if r.summary.get("rejected", r.summary.get("withdrawn")) or r.number in published]
     return first or current, 1 + len(tried)
 
 

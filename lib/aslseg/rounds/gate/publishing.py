@@ -86,7 +86,7 @@ def publish_better(
             chosen.append(candidate)
         elif current is not None:
             best = best.with_file(kind, current.path)
-            foreign = kind == ModelKind.SSL and best.spacing != pipeline.cases.spacing
+            foreign = foreign or (kind == ModelKind.SSL and best.spacing != pipeline.cases.spacing)
         if accepted and kind not in before:
             words, warning = first_model(kind, _measured(pipeline, kind, best, evidence))
             line += words

@@ -98,6 +98,7 @@ def conclude(
         "shown": shown,
         "promoted": [p.case.id for p in promoted],
         "withdrawn": sorted(learned) if rejected else [],
+        "rejected": rejected,
         "dropped": pipeline.dropped,
         "agreement": {case: found.agreement.mean for case, found in sorted(state.assessments.items())},
         "promise": withdrawn(state.promise) if rejected else state.promise,

@@ -23,6 +23,7 @@ from aslseg.rounds.folds import cross_fit as cross_fit_module
 from aslseg.rounds.folds import cross_retrain
 from aslseg.rounds.folds.cross_fit import cross_fit
 from aslseg.rounds.folds.cross_retrain import own_mask
+from aslseg.rounds.gate import publishing
 from aslseg.rounds.gate.comparisons import (
     Compared,
     comparable,
@@ -393,3 +394,47 @@ def test_a_fold_whose_retraining_diverges_compares_nothing(monkeypatch: pytest.M
     assert cross_retrain.retrained_dice(pipeline, crossed, ["u"], no_progress) == {"b": 0.8}
     (warning,) = cases.warnings
     assert "no retrained model without a (loss is nan)" in warning
+
+
+def test_models_of_another_grid_replace_none_of_a_set_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SSL model stays, on its 2 mm; neither SAM nor the adapter is published, which were made for 3 mm."""
+    asked: list[tuple[ModelKind, bool]] = []
+
+    class Kept(ModelSet):
+        spacing = (2.0, 2.0, 2.0)
+
+    def decide(_: Any, candidate: Any, __: Any, foreign: bool) -> tuple[bool, str]:
+        asked.append((candidate.kind, foreign))
+        return False, "not published"
+
+    made = Kept({kind: tmp_path / str(kind) for kind in ModelKind})
+    for name, value in {
+        "_candidate_ssl": lambda *_: tmp_path / "ssl",
+        "_promoted_before": lambda *_: (),
+        "comparable": lambda *_: SimpleNamespace(path=tmp_path / "old"),
+        "entries_before": lambda *_: {},
+        "_score": lambda _, kind, *__: SimpleNamespace(kind=kind, path=tmp_path, dice=None, published_dice=None),
+        "_held_against_first": lambda _, candidate, *__: candidate,
+        "_decide": decide,
+        "_ssl_maps": lambda *_: None,
+        "_about_ssl": lambda _, line, *__: line,
+        "_serve": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(publishing, name, value)
+    monkeypatch.setattr(ModelSet, "with_file", lambda self, *_: self)
+    cases = SimpleNamespace(spacing=(3.0, 3.0, 3.0), warnings=[])
+    publish_better(SimpleNamespace(cases=cases, dice=lambda *_: None), made, tmp_path / "ssl", [], no_progress)
+    assert asked == [(ModelKind.SSL, False), (ModelKind.SAM, True), (ModelKind.ADAPTER, True)]
+
+
+def test_a_round_that_was_rejected_without_masks_is_a_try_too(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for number, summary in enumerate(
+        ({"rejected": True, "withdrawn": []}, {"rejected": False}, {"withdrawn": ["a"]}), 1
+    ):
+        ledger.append([Entry("opened", number)])
+        ledger.close_round(number, summary)
+    current: Any = SimpleNamespace(kind=ModelKind.SSL)
+    assert first_with_its_labels(SimpleNamespace(ledger=ledger, number=None), current) == (current, 3)
