@@ -84,9 +84,15 @@ RECIPES = Registry(
     },
 )
 
-# what is made of a round: its page just before it is closed, its headline after; rounds do not know the pages
+# what is made of a round: its page just before it is closed, its headline after, or that it failed; rounds do not know
+# the pages
 REPORTS = Registry(
-    "report", {"page": "aslseg.review.report:write_page", "headline": "aslseg.review.report:send_headline"}
+    "report",
+    {
+        "page": "aslseg.review.report:write_page",
+        "headline": "aslseg.review.report:send_headline",
+        "failure": "aslseg.review.report:send_failure",
+    },
 )
 
 # in the order in which they are tried: the first that recognises a folder is taken

@@ -70,6 +70,16 @@ def ledger_rollback(
         typer.echo(line)
 
 
+@ledger_app.command("labels")
+def ledger_labels(studies: Studies, conf: Conf = None) -> None:
+    """Say that label files hold the values of `labels` as it is set now, where earlier rounds took them for others."""
+    from aslseg.rounds.label_files.label_values import note_values
+
+    settings = read_settings(conf)[0]
+    note_values(_ledger(studies, conf), settings)
+    typer.echo(f"noted: {', '.join(f'{n} = {value}' for value, n in enumerate(settings.labels, 1))}")
+
+
 @ledger_app.command("verify")
 def ledger_verify(
     studies: Studies,

@@ -86,6 +86,22 @@ def send_headline(paths: Paths, settings: Settings, row: RoundRow) -> None:
         send(settings.report_webhook, headline(collect(paths, settings, row)))
 
 
+def send_failure(settings: Settings, night: str, error: Exception) -> None:
+    """Send that the round of a night failed, if the settings have an address for it.
+
+    The message of the error may name scans, and names of scans may be names of patients: only its kind is sent.
+
+    Args:
+        settings: ``report_webhook``.
+        night: When the night opened, in UTC.
+        error: What ended the round.
+    """
+    if settings.report_webhook:
+        kind = type(error).__name__
+        text = f"The round of the night of {night} failed ({kind}). The page says why; the next night tries again."
+        send(settings.report_webhook, {"text": text, "state": "failed", "night": night, "error": kind})
+
+
 def report_path(paths: Paths, number: int) -> Path:
     """The report of a round, beside the ledger."""
     return paths.reports / f"round-{number}.html"

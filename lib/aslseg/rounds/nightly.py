@@ -9,6 +9,7 @@ from typing import Any
 from aslseg.cases.studies import read_studies
 from aslseg.compute.hardware import resolved
 from aslseg.errors import AslsegError, NotEnoughCasesError, OutOfTimeError, RoundRunningError
+from aslseg.registry import REPORTS
 from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.rounds.run import run_round
 from aslseg.rounds.scheduling import schedule
@@ -41,8 +42,8 @@ def run_night(
         goes on in the next night, or there is nothing to train on.
 
     Raises:
-        AslsegError: As ``run_round``. It is noted, as every other exception is, and the round is not tried again before
-            the next night.
+        AslsegError: As ``run_round``. It is noted and sent to ``report_webhook``, as every other exception is, and the
+            round is not tried again before the next night.
     """
     paths, settings = paths or Paths(settings, studies), resolved(settings)
     ledger = Ledger(paths.ledger)
@@ -57,6 +58,7 @@ def run_night(
     except Exception as error:
         # also what nobody expects, such as a GPU without memory: the schedule starts a night without an end again
         reason = str(error) if isinstance(error, AslsegError) else f"{type(error).__name__}: {error}"
+        REPORTS.get("failure")(settings, night, error)
         nights.note_end(night, f"failed: {reason}", schedule.utc_now())
         raise
     outcome = summary.get("ended") or f"round {summary['round']} is done"

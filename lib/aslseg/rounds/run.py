@@ -30,6 +30,7 @@ from aslseg.rounds.gate.publishing import publish_better
 from aslseg.rounds.label_files.masks import sync_label_files, unwritable_labels
 from aslseg.rounds.ledger.ledger import Entry, Ledger, RoundRow
 from aslseg.rounds.ledger.reports import write_report
+from aslseg.rounds.ready import make_ready
 from aslseg.rounds.scheduling.brake import NO_BRAKE, Brake
 from aslseg.rounds.scheduling.lock import round_lock
 from aslseg.rounds.scheduling.nights import inputs_hash
@@ -39,7 +40,6 @@ from aslseg.rounds.steps.pipeline import RoundPipeline
 from aslseg.settings import Paths, ResolvedSettings, Settings
 from aslseg.settings.paths import require_writable
 from aslseg.types import ProgressCallback, no_progress
-from aslseg.volume.io import require_free_disk
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +97,8 @@ def run_round(
     require_writable(settings, "home", "model_dir")
     paths = paths or Paths(settings, studies)
     ledger, found = Ledger(paths.ledger), read_studies(studies)
-    _set_threads(settings)
     with round_lock(paths.home):
-        require_free_disk(paths.home, settings.min_free_gb)
-        ledger.require_whole()
+        make_ready(paths, settings, ledger)
         number, continued = ledger.open_round({"settings": settings.model_dump(exclude={"report_webhook"})})
         inputs = inputs_hash(found, settings)
         work = expected_work(found, settings, ledger, UNUSED_STAGES.get(settings.recipe, ()))
@@ -192,10 +190,8 @@ def opened_pipeline(
 ) -> Iterator[RoundPipeline]:
     """Hold the studies folder for work that is no round, and give a pipeline over its cases."""
     ledger, found = Ledger(paths.ledger), read_studies(studies)
-    _set_threads(settings)
     with round_lock(paths.home):
-        require_free_disk(paths.home, settings.min_free_gb)
-        ledger.require_whole()
+        make_ready(paths, settings, ledger)
         work = expected_work(found, settings, ledger)
         progress = Progress(
             paths.home / "progress.json", {s: work[s] for s in stages if s in work}, report, brake=brake
@@ -282,15 +278,15 @@ def _found_stages(before: Mapping[str, Any], ledger: Ledger, inputs: str) -> set
 
 
 def _cases(studies: Studies, settings: Settings, paths: Paths, ledger: Ledger, progress: Progress) -> RoundCases:
-    before = ledger.validation_patients()
+    before = ledger.validation_patients(studies.patients)
     unwritable = unwritable_labels(studies)
     if unwritable:
         logger.warning("%s", unwritable)
     with progress.stage("prepare") as shown:
         cases = prepare_cases(studies, settings, paths, before, shown, trained_before(ledger, paths))
     cases.warnings += [unwritable] if unwritable else []
-    new = sorted({c.patient for c in cases.validation} - before)
-    ledger.append([Entry("validation", details={"patient": p}) for p in new])
+    new = {p: sorted(c.id for c in cases.validation if c.patient == p) for p in {c.patient for c in cases.validation}}
+    ledger.append([Entry("validation", details={"patient": p, "cases": new[p]}) for p in sorted(new.keys() - before)])
     return cases
 
 
@@ -361,13 +357,6 @@ def _remove_stale_temporaries(paths: Paths, studies: Studies) -> None:
             # a server may be writing here at this moment
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink(missing_ok=True)
-
-
-def _set_threads(settings: Settings) -> None:
-    if settings.threads:
-        import torch
-
-        torch.set_num_threads(settings.threads)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from aslseg.models.kinds import PUBLISHED_KINDS
 from aslseg.models.published import find_published
 from aslseg.review.page import prepare
 from aslseg.rounds.feedback.corrections import record_checked
+from aslseg.rounds.label_files.label_values import require_same_values
 from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.rounds.scheduling.brake import answering
 from aslseg.rounds.scheduling.nights import Nights
@@ -220,6 +221,7 @@ class ServedApp(MONAILabelApp):
 
         try:
             require_safe_exposure(bound_host(sys.argv), self.settings)
+            require_same_values(self.nights.ledger, self.paths.studies, self.settings)
             install_auth(host, self.settings)
         except BadSettingsError as error:
             refuse_to_start(str(error), 2)

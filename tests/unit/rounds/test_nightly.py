@@ -12,6 +12,7 @@ import pytest
 from aslseg.compute.overlap import dice
 from aslseg.errors import OutOfTimeError, TrainingDivergedError
 from aslseg.models.published import find_published
+from aslseg.review import report
 from aslseg.rounds import nightly
 from aslseg.rounds.ledger.ledger import Ledger
 from aslseg.rounds.nightly import run_night
@@ -180,12 +181,18 @@ def test_a_night_with_nothing_to_learn_from_is_quiet_and_one_that_fails_is_noted
     assert "draw at least one label" in run_night(studies, settings, night="1")["ended"]
 
     def diverges(*_: Any, **__: Any) -> dict[str, Any]:
-        raise TrainingDivergedError("loss became nan")
+        raise TrainingDivergedError("loss became nan at Smith_John")
 
+    sent: list[tuple[str, Any]] = []
+    monkeypatch.setattr(report, "send", lambda *given: sent.append(given))
     monkeypatch.setattr(nightly, "run_round", diverges)
+    watched = settings.model_copy(update={"report_webhook": "http://chat/hook"})
     with pytest.raises(TrainingDivergedError):
-        run_night(studies, settings, night="2")
-    assert outcomes(settings, studies)[1] == "failed: loss became nan"
+        run_night(studies, watched, night="2")
+    assert outcomes(settings, studies)[1] == "failed: loss became nan at Smith_John"
+    ((address, content),) = sent
+    assert (address, content["state"], content["error"]) == ("http://chat/hook", "failed", "TrainingDivergedError")
+    assert "Smith" not in str(content), "names of scans may be names of patients"
 
     def is_out_of_memory(*_: Any, **__: Any) -> dict[str, Any]:
         raise RuntimeError("CUDA out of memory")
@@ -240,6 +247,8 @@ def test_without_a_fair_judge_more_human_labels_are_published_with_a_warning(tmp
     assert all("only when there are more human labels" in line for line in unchanged["published"])
     aside.rename(studies / "labels" / "final" / "phantom_002.nii.gz")
     more = train_stage("ssl", studies, settings)
-    assert all("published unchecked" in line and "1 more human label." in line for line in more["published"])
+    assert all(
+        "published unchecked" in line and "1 new human label and no fewer." in line for line in more["published"]
+    )
     assert set(more["published"]) <= set(more["warnings"])
     assert published_hashes(settings, studies) != first

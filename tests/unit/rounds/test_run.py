@@ -173,7 +173,9 @@ def test_validation_is_never_learned_from_nor_promoted(tmp_path: Path, monkeypat
     assert f"validation case {judge}" in summary["skipped"]["copy"]
     # the other scan of the validation patient still gets a mask that clients can show
     assert (studies / "labels" / "original" / "phantom_005.nii.gz").exists()
-    assert Ledger(Paths(settings, studies).ledger).validation_patients() == {"P"}
+    ledger = Ledger(Paths(settings, studies).ledger)
+    assert ledger.validation_patients() == {"P"}
+    assert ledger.validation_patients({judge: "P9"}) == {"P", "P9"}, "patients.csv may call the patient otherwise later"
 
 
 @pytest.mark.usefixtures("quick")

@@ -22,6 +22,7 @@ class Entry:
             model that somebody took back); ``saved``, ``deleted``, ``refused`` (by people, through the server);
             ``audit``, ``checked`` (a mask drawn for a person, and its Dice); ``compared`` (a mask that was shown
             and the label that a person saved); ``fresh`` (Dice of the served models with a label that is new to them);
+            ``labels`` (which values label files hold, as a person said);
             ``lost`` (what a repair could not bring back); ``note``.
         round, case, tag: What it is about, where that applies.
         details: JSON-serialisable.
