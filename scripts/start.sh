@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start the ASLseg server.
 #
-#   bash scripts/start.sh [--studies DIR] [--port N] [-- more arguments for monailabel start_server]
+#   bash scripts/start.sh [--studies DIR] [--port N] [--host ADDRESS] [-- more arguments for monailabel start_server]
 #
 # Without --studies, a folder of synthetic CTs is made in demo/. Settings: ... -- --conf labels liver
 set -euo pipefail

@@ -95,7 +95,7 @@ def train(
     conf: Conf = None,
     as_json: Json = False,
 ) -> None:
-    """Train one model, with those it needs; it is published if it validates no worse than the published one.
+    """Train one model, with those it needs; it is published by the rules of docs/nights.md, on the validation cases.
 
     As in a round, the folds are trained where the model depends on them; what a round has made is found.
     """

@@ -86,6 +86,16 @@ def test_the_image_starts_our_server_as_no_root() -> None:
         assert (ROOT / source).exists(), source
 
 
+def test_the_image_takes_in_no_secrets_and_no_scans() -> None:
+    """BuildKit reads the file beside the Dockerfile that has its name and this ending."""
+    ignored = set((DEPLOY / "Dockerfile.dockerignore").read_text().splitlines())
+    mounted = [secret["file"] for secret in COMPOSE["secrets"].values()]
+    mounted += [v.partition(":")[0] for service in COMPOSE["services"].values() for v in service["volumes"]]
+    beside = {f"docs/deploy/{path[2:]}" for path in mounted if path.startswith("./")}
+    assert beside == {"docs/deploy/tokens", "docs/deploy/orthanc-db"}
+    assert ignored >= beside | {".git", ".venv", "**/.env", "demo", "work", "apps/aslseg/model", "apps/aslseg/logs"}
+
+
 @pytest.mark.parametrize("name", ["aslseg", "orthanc"])
 def test_services_run_as_no_root_and_listen_on_this_machine_only(name: str) -> None:
     service = COMPOSE["services"][name]

@@ -183,8 +183,8 @@ class RoundSettings(Section):
     )
     uncertainty_weight: float = setting(
         1.0,
-        "Weight, within a promoted scan, of voxels whose probability p is 0.5; it rises with |2p - 1| to 1 where p is "
-        "0 or 1. 1: all weigh the same",
+        "Weight, within a promoted scan, of voxels whose probability p is 0.5; it rises with the distance of p "
+        "from 0.5, to 1 where p is 0 or 1. 1: all weigh the same",
         example="0.1",
         ge=0,
         le=1,
@@ -294,7 +294,8 @@ class MachineSettings(Section):
     )
     model_dir: FolderName = setting(
         "",
-        "Folder of the published models, which servers may share; empty: one per studies folder, below the app's own",
+        "Folder of the published models, one of each kind: servers on the same task may share it, another organ needs "
+        "another one; empty: one per studies folder, below the app's own",
         unit="folder",
         example="/data/models",
         common=True,
