@@ -82,8 +82,9 @@ def run_round(
     Returns:
         ``round``, ``continued``, ``validation`` (Dice by mask or model), ``source`` and ``shown`` (whose masks were
         promoted, and are shown), ``classes`` (validation Dice of the shown ones by label), ``promoted``,
-        ``decisions`` (on each scan, :func:`aslseg.rounds.promotion.decisions.decide`), ``withdrawn`` (promotions of a
-        rejected round), ``dropped`` (cases that a person labelled or changed meanwhile, with the reason),
+        ``decisions`` (on each scan, :func:`aslseg.rounds.promotion.decisions.decide`), ``rejected`` (what was
+        retrained is not published), ``withdrawn`` (promotions of a rejected round), ``dropped`` (cases that a person
+        labelled or changed meanwhile, with the reason),
         ``agreement`` (by case), ``fresh`` (:func:`aslseg.rounds.gate.fresh.pooled`), ``published`` (a line per model),
         ``models`` (this round's files, kept until the round after next), ``warnings``, ``skipped``, ``seconds`` by
         stage, in all nights that the round took, ``rates`` (seconds for a unit of each stage), ``inputs``

@@ -253,9 +253,8 @@ def train(
         reuse: A file that a run with the same inputs has written is left as it is.
 
     Returns:
-        ``loss`` (mean of the last 100 steps), ``classes`` and ``not_learned`` (:mod:`aslseg.ssl.class_watch`),
-        ``seconds``, ``seconds_per_step``, ``steps`` (of this call), ``skipped_steps`` (gradients not finite),
-        ``patch``, ``sha256``.
+        ``loss`` (of the last 100 steps), ``classes`` and ``not_learned`` (:mod:`aslseg.ssl.class_watch`), ``seconds``,
+        ``seconds_per_step``, ``steps`` (of this call), ``skipped_steps`` (gradients not finite), ``patch``, ``sha256``.
 
     Raises:
         NotEnoughCasesError: No labelled case.

@@ -64,8 +64,7 @@ def conclude(
         kinds: Kinds of model that may be published.
 
     Returns:
-        The summary: validation Dice, of the masks that clients see also by label, source of the masks, promoted
-        cases, the decision on each scan, what was published and why.
+        The summary; see :func:`aslseg.rounds.run.run_round`.
     """
     pipeline, progress, models = state.pipeline, state.pipeline.progress, state.models
     with progress.stage("rank") as report:
