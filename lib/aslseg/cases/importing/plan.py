@@ -159,7 +159,7 @@ def _named(found: Found, source: Path, pseudonyms: Pseudonyms, settings: Setting
 
 
 def _ambiguous(pairs: Iterable[Pair], source: Path) -> Iterator[Question]:
-    """Cases with several scans, and scans with several label maps."""
+    """Cases with several scans, labels that may be of several scans, and scans with several label maps."""
     by_case: dict[str, list[Pair]] = {}
     for pair in pairs:
         by_case.setdefault(pair.case, []).append(pair)
@@ -173,6 +173,8 @@ def _ambiguous(pairs: Iterable[Pair], source: Path) -> Iterator[Question]:
             "",
             _pattern(files, source),
         )
+    else:  # the same option would answer both
+        yield from _shared(pairs, source)
     for pair in pairs:
         maps = [label for label in pair.labels if not label.name]
         if len(maps) > 1:
@@ -184,6 +186,25 @@ def _ambiguous(pairs: Iterable[Pair], source: Path) -> Iterator[Question]:
                 _pattern(files, source),
             )
             return
+
+
+def _shared(pairs: Iterable[Pair], source: Path) -> Iterator[Question]:
+    """The first label that may be of several cases, if any: to guess would give one of them the label of another."""
+    owners: dict[Path, dict[str, Path]] = {}
+    for pair in pairs:
+        for label in pair.labels:
+            owners.setdefault(label.path, {}).setdefault(pair.case, pair.files[0])
+    several = {path: list(files.values()) for path, files in owners.items() if len(files) > 1}
+    if several:
+        path, files = next(iter(several.items()))
+        labels = "1 label" if len(several) == 1 else f"{len(several)} labels"
+        yield Question(
+            f"{labels} may be of several scans, as {_listed([path], source)} of {_listed(files, source)}; name it "
+            "after its scan, or choose scans",
+            "--only",
+            "",
+            _pattern(files, source),
+        )
 
 
 def _listed(files: list[Path], source: Path) -> str:
