@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import hmac
 import io
 import os
 import re
 import secrets
+import unicodedata
 from pathlib import Path
 
 from aslseg.cases.patients import read_patients
@@ -63,8 +65,18 @@ class Pseudonyms:
 
 
 def safe_name(name: str) -> str:
-    """A file name that every client takes: letters, digits, ``.``, ``_`` and ``-``, beginning with one of the first."""
-    return UNSAFE.sub("_", name).strip("._-")[:MAX_NAME]
+    """A file name that every client takes: letters, digits, ``.``, ``_`` and ``-``, beginning with a letter or digit.
+
+    Returns:
+        Never an empty one. Where little of the name is left - it is empty, not in ASCII, or too long - a digest of the
+        whole name goes behind, so that two names stay two.
+    """
+    name = unicodedata.normalize("NFC", name)  # macOS writes é as two characters
+    kept = UNSAFE.sub("_", name).strip("._-")
+    if kept and name.isascii() and len(kept) <= MAX_NAME:
+        return kept
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+    return f"{kept[: MAX_NAME - len(digest) - 1] or 'name'}_{digest}"
 
 
 def add_patient(folder: Path, case: str, patient: str) -> bool:

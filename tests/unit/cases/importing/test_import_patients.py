@@ -12,6 +12,7 @@ from aslseg.cases.importing.plan import Options
 from aslseg.cases.patients import read_patients as read_table
 from aslseg.cases.studies import read_studies
 from aslseg.errors import BadSettingsError
+from aslseg.serving.http_errors import safe_name as server_name
 from foreign_folders import scan
 from synthetic_dicom import make_series, write_series
 
@@ -113,7 +114,33 @@ def test_a_table_without_the_columns_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "safe"), [("a b", "a_b"), ("../x", "x"), ("-a.", "a"), ("é1", "1"), ("ok-1.2_3", "ok-1.2_3")]
+    ("name", "safe"), [("a b", "a_b"), ("../x", "x"), ("-a.", "a"), ("ok-1.2_3", "ok-1.2_3"), ("a" * 100, "a" * 100)]
 )
 def test_safe_names(name, safe):
     assert safe_name(name) == safe
+
+
+def test_names_of_which_little_is_left_stay_different_and_are_allowed_by_the_server():
+    names = ["Иванов-1", "Петров-1", "张三", "李四", "é1", "1", "", "---", "_", "\udcff", "a" * 101, "a" * 102]
+    safe = [safe_name(name) for name in names]
+    assert len(set(safe)) == len(names)
+    assert [server_name(name, "image id") for name in safe] == safe
+    assert safe_name("é") == safe_name("e\u0301")
+
+
+def test_keep_ids_keeps_apart_patients_whose_names_are_not_in_ascii(importing):
+    for n, patient in enumerate(("张三", "张三", "李四", "Иванов-1", "Петров-1")):
+        slices = make_series(4, PatientID=patient, SpecificCharacterSet="ISO_IR 192")
+        write_series(importing.source / str(n), slices)
+    importing.run(Options(keep_ids=True))
+    found = read_patients(importing.studies)
+    assert len(found) == 5
+    assert len(set(found.values())) == 4
+    assert all(server_name(case, "image id").startswith(patient) for case, patient in found.items())
+
+
+def test_files_whose_names_are_not_in_ascii_are_two_scans_that_are_seen(importing):
+    for n, name in enumerate(("张三", "李四")):
+        scan(importing.source / f"{name}.nii.gz", n)
+    importing.run()
+    assert len(read_studies(importing.studies).images) == 2
