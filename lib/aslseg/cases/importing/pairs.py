@@ -40,12 +40,16 @@ class Pair:
         scan: Image file or DICOM series.
         labels: None, a label map, or a file for each label.
         patient: Empty where nothing is known.
+        role: ``train``, ``validation`` or nothing, as the ``patients.csv`` of the source says.
+        confirmed: Whether that table confirms its intensities.
     """
 
     case: str
     scan: Path | Series
     labels: tuple[LabelFile, ...] = ()
     patient: str = ""
+    role: str = ""
+    confirmed: bool = False
 
     @property
     def files(self) -> tuple[Path, ...]:
