@@ -18,6 +18,7 @@ from aslseg.volume.container import case_id, extension
 
 ROLES = ("train", "validation")
 CONFIRMED = "confirmed"
+COLUMNS = ("case", "patient", "role", "intensities")
 
 
 @dataclass
@@ -47,13 +48,25 @@ def read_patients(path: Path, known: Collection[str]) -> Patients:
     Raises:
         BadSettingsError: A line that cannot be understood, or that contradicts another; the message names it.
     """
+    return parse_patients(path.name, read_text(path), known) if path.is_file() else Patients()
+
+
+def parse_patients(name: str, text: str, known: Collection[str]) -> Patients:
+    """The table from its text.
+
+    Args:
+        name: Of its file, for messages.
+        text: Any separator and line end.
+        known: Ids of the scans.
+
+    Raises:
+        BadSettingsError: As :func:`read_patients`.
+    """
     table = Patients()
-    if not path.is_file():
-        return table
-    spelled = {_normal(c).casefold(): c for c in known}
-    for number, row in _rows(path):
-        where = f"{path.name}: line {number}"
-        case = spelled.get(_normal(_without_extension(row["case"])).casefold())
+    spelled = {normal(c).casefold(): c for c in known}
+    for number, row in _rows(name, text):
+        where = f"{name}: line {number}"
+        case = spelled.get(normal(_without_extension(row["case"])).casefold())
         if case is None:
             table.problems.append(f"{where}: no scan {row['case']!r} in the folder")
             continue
@@ -79,41 +92,55 @@ def _add(table: Patients, where: str, case: str, row: dict[str, str]) -> None:
         table.confirmed.add(case)
 
 
-def _rows(path: Path) -> Iterable[tuple[int, dict[str, str]]]:
-    """Line number and the four cells of each line that holds anything."""
+def find_header(name: str, text: str) -> tuple[list[str], int, str]:
+    """Lines of a table, the place of its header among them, and what separates its cells.
+
+    Args:
+        name: Of its file, for messages.
+        text: Any separator and line end.
+
+    Raises:
+        BadSettingsError: Nothing is in it.
+    """
     # an old Macintosh program ends lines with \r alone
-    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     first = next((n for n, line in enumerate(lines) if line.strip() and not line.lower().startswith("sep=")), None)
     if first is None:
-        raise BadSettingsError(f"{path.name}: empty; expected the columns case,patient[,role], or no such file")
-    separator = max(",;\t", key=lines[first].count)
+        raise BadSettingsError(f"{name}: empty; expected the columns case,patient[,role], or no such file")
+    return lines, first, max(",;\t", key=lines[first].count)
+
+
+def _rows(name: str, text: str) -> Iterable[tuple[int, dict[str, str]]]:
+    """Line number and the four cells of each line that holds anything."""
+    lines, first, separator = find_header(name, text)
     reader = csv.reader(lines[first:], delimiter=separator, strict=True, skipinitialspace=True)
     columns: list[str] = []
     try:
         for cells in reader:
             number = first + reader.line_num
-            values = [_normal(c) for c in cells]
+            values = [normal(c) for c in cells]
             if any("\ufffd" in v for v in values):
-                raise BadSettingsError(f"{path.name}: line {number}: characters of no known encoding; save it as UTF-8")
+                raise BadSettingsError(f"{name}: line {number}: characters of no known encoding; save it as UTF-8")
             if not columns:
-                columns = _columns(path, number, values)
+                columns = _columns(name, number, values)
             elif any(values):
                 found = dict(zip(columns, values, strict=False))
-                yield number, {name: found.get(name, "") for name in ("case", "patient", "role", "intensities")}
+                yield number, {column: found.get(column, "") for column in COLUMNS}
     except csv.Error as error:
-        raise BadSettingsError(f"{path.name}: line {first + reader.line_num}: {error}; correct its quotes") from None
+        raise BadSettingsError(f"{name}: line {first + reader.line_num}: {error}; correct its quotes") from None
 
 
-def _columns(path: Path, number: int, values: list[str]) -> list[str]:
+def _columns(name: str, number: int, values: list[str]) -> list[str]:
     columns = [v.casefold() for v in values]
     if not {"case", "patient"} <= set(columns):
         raise BadSettingsError(
-            f"{path.name}: line {number}: columns {', '.join(map(repr, values[:6]))}; expected case,patient[,role]"
+            f"{name}: line {number}: columns {', '.join(map(repr, values[:6]))}; expected case,patient[,role]"
         )
     return columns
 
 
-def _normal(text: str) -> str:
+def normal(text: str) -> str:
+    """Text in one form of Unicode, without space around it."""
     return unicodedata.normalize("NFC", text).strip().strip("\u200b")
 
 

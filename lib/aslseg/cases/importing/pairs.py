@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -40,12 +40,16 @@ class Pair:
         scan: Image file or DICOM series.
         labels: None, a label map, or a file for each label.
         patient: Empty where nothing is known.
+        role: ``train``, ``validation`` or nothing, as the ``patients.csv`` of the source says.
+        confirmed: Whether that table confirms its intensities.
     """
 
     case: str
     scan: Path | Series
     labels: tuple[LabelFile, ...] = ()
     patient: str = ""
+    role: str = ""
+    confirmed: bool = False
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -60,7 +64,7 @@ class Found:
     """What lies in a folder.
 
     Attributes:
-        pairs: Scans with their labels. Two of one case are a question to the user.
+        pairs: Scans with their labels. Two of one case, and a label of two scans, are a question to the user.
         names: Label value to name, where the layout says so.
         passed_over: Files that are neither, with the reason.
     """
@@ -113,18 +117,29 @@ def plain_stem(path: Path) -> str:
     return match[1] if match else stem
 
 
+def by_key(paths: Iterable[Path], key: Callable[[Path], Hashable]) -> dict[Hashable, list[Path]]:
+    """Files by what is equal in their names; none displaces another."""
+    found: dict[Hashable, list[Path]] = {}
+    for path in paths:
+        found.setdefault(key(path), []).append(path)
+    return found
+
+
 def pair_by_name(scans: Iterable[Path], labels: Iterable[Path]) -> Found:
-    """Pair every label with the scan of its name; the exact name first, then the name without words like ``_ct``."""
+    """Pair every label with the scan of its name; the exact name first, then the name without words like ``_ct``.
+
+    Returns:
+        A label goes to each scan that it may be of; several are a question to the user.
+    """
     scans = list(scans)
-    exact = {case_id(s): s for s in scans}
-    plain = {plain_stem(s): s for s in scans}
+    exact, plain = by_key(scans, case_id), by_key(scans, plain_stem)
     matched: dict[Path, list[LabelFile]] = {s: [] for s in scans}
     passed_over = []
     for label in labels:
         stem = labelled_stem(label)
-        scan = exact.get(case_id(label)) or exact.get(stem) or plain.get(plain_stem(label))
-        if scan is None:
+        own = exact.get(case_id(label)) or exact.get(stem) or plain.get(plain_stem(label), [])
+        if not own:
             passed_over.append(f"{label.name}: a label, but no scan is called {stem or case_id(label)!r}")
-        else:
+        for scan in own:
             matched[scan].append(LabelFile(label))
     return Found([Pair(case_id(s), s, tuple(files)) for s, files in matched.items()], passed_over=passed_over)

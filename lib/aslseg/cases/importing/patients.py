@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import hmac
 import io
 import os
 import re
 import secrets
+import unicodedata
 from pathlib import Path
 
-from aslseg.cases.patients import read_patients
+from aslseg.cases.patients import CONFIRMED, find_header, normal, parse_patients, read_patients
 from aslseg.errors import BadSettingsError
 from aslseg.files import atomic_file, read_text
+from aslseg.volume.container import case_id, extension
 
 FILE = "patients.csv"
 KEY_FILE = "pseudonym.key"
@@ -63,40 +66,64 @@ class Pseudonyms:
 
 
 def safe_name(name: str) -> str:
-    """A file name that every client takes: letters, digits, ``.``, ``_`` and ``-``, beginning with one of the first."""
-    return UNSAFE.sub("_", name).strip("._-")[:MAX_NAME]
-
-
-def add_patient(folder: Path, case: str, patient: str) -> bool:
-    """Add a line to ``patients.csv`` if the case has none; existing lines are never changed.
+    """A file name that every client takes: letters, digits, ``.``, ``_`` and ``-``, beginning with a letter or digit.
 
     Returns:
-        Whether a line was added.
+        Never an empty one. Where little of the name is left - it is empty, not in ASCII, or too long - a digest of the
+        whole name goes behind, so that two names stay two.
+    """
+    name = unicodedata.normalize("NFC", name)  # macOS writes é as two characters
+    kept = UNSAFE.sub("_", name).strip("._-")
+    if kept and name.isascii() and len(kept) <= MAX_NAME:
+        return kept
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+    return f"{kept[: MAX_NAME - len(digest) - 1] or 'name'}_{digest}"
+
+
+def add_patient(folder: Path, case: str, patient: str, role: str = "", confirmed: bool = False) -> str:
+    """Add a line to ``patients.csv`` if the case has none; existing lines are never changed.
+
+    Args:
+        folder: Studies folder.
+        case: Id of the scan.
+        patient: Whose it is.
+        role: ``train``, ``validation`` or nothing.
+        confirmed: Whether a person has confirmed its intensities.
+
+    Returns:
+        What the user should know: what the line that is there does not say. Empty if nothing is lost.
 
     Raises:
-        BadSettingsError: The file cannot be understood.
+        BadSettingsError: The file cannot be understood, or the line contradicts another.
     """
     path = folder / FILE
-    if case in read_patients(path, [case]).patients:
-        return False
-    before = read_text(path) if path.is_file() else "case,patient\n"
-    separator, columns = _header(path, before)
-    line = io.StringIO()
-    row = {"case": case, "patient": patient}
-    writer = csv.writer(line, delimiter=separator, lineterminator="\n")
-    writer.writerow([row.get(column, "") for column in columns])
-    with atomic_file(path) as temporary:
-        temporary.write_text(before.rstrip() + "\n" + line.getvalue(), encoding="utf-8")
-    return True
-
-
-def _header(path: Path, text: str) -> tuple[str, list[str]]:
-    """Separator and columns of a table."""
-    first = text.splitlines()[0] if text.strip() else ""
-    separator = max(",;\t", key=first.count)
-    columns = [c.strip().casefold() for c in next(csv.reader([first], delimiter=separator), [])]
-    if not {"case", "patient"} <= set(columns):
+    known = [*(case_id(p) for p in folder.glob("*") if extension(p)), case]
+    table = read_patients(path, known)
+    if case in table.patients:
+        lost = [f"role {role}"] if role and table.roles.get(table.patients[case]) != role else []
+        lost += [f"intensities {CONFIRMED}"] if confirmed and case not in table.confirmed else []
+        return f"{FILE} has its line already, without {' and '.join(lost)} of the source; add it there" if lost else ""
+    cells = {"case": case, "patient": patient, "role": role, "intensities": CONFIRMED if confirmed else ""}
+    text = _with_line(read_text(path) if path.is_file() else "case,patient", cells)
+    try:
+        parse_patients(FILE, text, known)
+    except BadSettingsError as error:
         raise BadSettingsError(
-            f"{path}: expected the columns case,patient[,role] in its first line, got {first[:80]!r}"
-        )
-    return separator, columns
+            f"the line of the source for {case!r} does not fit {path}: {error}; correct one of the two tables"
+        ) from None
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return ""
+
+
+def _with_line(text: str, cells: dict[str, str]) -> str:
+    """A table with one line more, and with the columns that it lacks for it."""
+    lines, first, separator = find_header(FILE, text.rstrip())
+    header = next(csv.reader([lines[first]], delimiter=separator, skipinitialspace=True))
+    columns = [normal(c).casefold() for c in header]
+    missing = [name for name, cell in cells.items() if cell and name not in columns]
+    lines[first] = separator.join([lines[first], *missing])
+    line = io.StringIO()
+    writer = csv.writer(line, delimiter=separator, lineterminator="\n")
+    writer.writerow([cells.get(column, "") for column in columns + missing])
+    return "\n".join([*lines, line.getvalue()])

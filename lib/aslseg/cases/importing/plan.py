@@ -13,7 +13,7 @@ from typing import Any
 from aslseg.cases.importing.pairs import Found, LabelFile, Layout, Pair
 from aslseg.cases.importing.patients import FILE, Pseudonyms, safe_name
 from aslseg.cases.importing.values import Meaning, Question, label_values, parse_map, understand
-from aslseg.cases.patients import read_patients
+from aslseg.cases.patients import Patients, read_patients
 from aslseg.errors import AslsegError, BadSettingsError, NotEnoughCasesError
 from aslseg.registry import LAYOUTS
 from aslseg.settings import Paths, Settings
@@ -91,9 +91,11 @@ def make_plan(
     mapping = parse_map(options.mapping, settings.label_set)
     layout = choose_layout(source, options.layout)
     found = layout.pairs(source)
-    chosen = Found(list(_chosen(found.pairs, source, options)), found.names, list(found.passed_over))
+    table = read_patients(source / FILE, [pair.case for pair in found.pairs if pair.case])
+    passed_over = found.passed_over + table.problems
+    chosen = Found(list(_chosen(found.pairs, source, options)), found.names, passed_over)
     pseudonyms = Pseudonyms(paths.home, options.keep_ids)
-    pairs = _named(chosen, source, pseudonyms, settings)
+    pairs = _named(chosen, table, pseudonyms, settings)
     if not pairs:
         reasons = "".join(f"\n  {reason}" for reason in chosen.passed_over[:10])
         raise NotEnoughCasesError(f"{source}: no scan to import (layout: {layout.title}){reasons}")
@@ -139,9 +141,8 @@ def _matches(path: Path, source: Path, pattern: str) -> bool:
     return fnmatchcase(path.name, pattern) or fnmatchcase(path.relative_to(source).as_posix(), pattern)
 
 
-def _named(found: Found, source: Path, pseudonyms: Pseudonyms, settings: Settings) -> list[Pair]:
-    """Pairs with ids and patients that may stand in a studies folder."""
-    patients = read_patients(source / FILE, [pair.case for pair in found.pairs]).patients
+def _named(found: Found, table: Patients, pseudonyms: Pseudonyms, settings: Settings) -> list[Pair]:
+    """Pairs with ids and patients that may stand in a studies folder, and what the table of the source says of them."""
     pairs = []
     for pair in found.pairs:
         if isinstance(pair.scan, Series):
@@ -154,12 +155,21 @@ def _named(found: Found, source: Path, pseudonyms: Pseudonyms, settings: Setting
             patient = pseudonyms.patient(pair.patient)
             pairs.append(replace(pair, case=pseudonyms.case(patient, pair.scan.uid), patient=patient))
         else:
-            pairs.append(replace(pair, case=safe_name(pair.case), patient=pair.patient or patients.get(pair.case, "")))
+            patient = table.patients.get(pair.case, "")
+            pairs.append(
+                replace(
+                    pair,
+                    case=safe_name(pair.case),
+                    patient=pair.patient or patient,
+                    role=table.roles.get(patient, ""),
+                    confirmed=pair.case in table.confirmed,
+                )
+            )
     return pairs
 
 
 def _ambiguous(pairs: Iterable[Pair], source: Path) -> Iterator[Question]:
-    """Cases with several scans, and scans with several label maps."""
+    """Cases with several scans, labels that may be of several scans, and scans with several label maps."""
     by_case: dict[str, list[Pair]] = {}
     for pair in pairs:
         by_case.setdefault(pair.case, []).append(pair)
@@ -173,6 +183,8 @@ def _ambiguous(pairs: Iterable[Pair], source: Path) -> Iterator[Question]:
             "",
             _pattern(files, source),
         )
+    else:  # the same option would answer both
+        yield from _shared(pairs, source)
     for pair in pairs:
         maps = [label for label in pair.labels if not label.name]
         if len(maps) > 1:
@@ -184,6 +196,25 @@ def _ambiguous(pairs: Iterable[Pair], source: Path) -> Iterator[Question]:
                 _pattern(files, source),
             )
             return
+
+
+def _shared(pairs: Iterable[Pair], source: Path) -> Iterator[Question]:
+    """The first label that may be of several cases, if any: to guess would give one of them the label of another."""
+    owners: dict[Path, dict[str, Path]] = {}
+    for pair in pairs:
+        for label in pair.labels:
+            owners.setdefault(label.path, {}).setdefault(pair.case, pair.files[0])
+    several = {path: list(files.values()) for path, files in owners.items() if len(files) > 1}
+    if several:
+        path, files = next(iter(several.items()))
+        labels = "1 label" if len(several) == 1 else f"{len(several)} labels"
+        yield Question(
+            f"{labels} may be of several scans, as {_listed([path], source)} of {_listed(files, source)}; name it "
+            "after its scan, or choose scans",
+            "--only",
+            "",
+            _pattern(files, source),
+        )
 
 
 def _listed(files: list[Path], source: Path) -> str:

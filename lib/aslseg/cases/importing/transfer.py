@@ -107,7 +107,8 @@ class _Case:
                 self._done.scan = "unchanged"
         if pair.patient:
             # before the scan: a round must not see a scan of a patient as one of nobody's
-            add_patient(self._studies, pair.case, pair.patient)
+            lost = add_patient(self._studies, pair.case, pair.patient, pair.role, pair.confirmed)
+            self._done.notes += [lost] if lost else []
         if present is None:
             self._write_scan(volume)
             self._done.scan = "written"

@@ -174,6 +174,44 @@ def test_two_label_maps_of_a_scan_are_asked_about(importing):
     assert importing.run(Options(labels="derivatives/manual/*"))[0].label == "written"
 
 
+@pytest.mark.parametrize(("only", "case"), [("*_ct.nii.gz", "a_ct"), ("*_mr.nii.gz", "a_mr")])
+@pytest.mark.parametrize("folders", [("", ""), ("images", "labels")])
+def test_a_label_that_may_be_of_two_scans_is_asked_about(importing, only, case, folders):
+    scan(importing.source / folders[0] / "a_ct.nii.gz", 0)
+    scan(importing.source / folders[0] / "a_mr.nii.gz", 1)
+    label(importing.source / folders[1] / "a_seg.nii.gz", 1)
+    (question,) = importing.plan().questions
+    assert "1 label may be of several scans" in str(question)
+    assert str(question).endswith("write --only '*_ct.nii.gz'")
+    assert [(d.case, d.label) for d in importing.run(Options(only=only))] == [(case, "written")]
+
+
+def test_two_scans_whose_labels_name_them_exactly_are_no_question(importing):
+    for word in ("ct", "mr"):
+        scan(importing.source / f"a_{word}.nii.gz")
+        label(importing.source / f"a_{word}_seg.nii.gz", 1)
+    assert {d.case: d.label for d in importing.run()} == {"a_ct": "written", "a_mr": "written"}
+
+
+def test_scans_of_one_name_keep_its_label_whichever_is_chosen(importing):
+    for ending in (".nii", ".nii.gz"):
+        scan(importing.source / f"a{ending}")
+    label(importing.source / "a_seg.nii.gz", 1)
+    (question,) = importing.plan().questions
+    assert "'a'" in str(question)
+    for pattern in ("a.nii", "a.nii.gz"):
+        assert importing.plan(Options(only=pattern)).pairs[0].labels != ()
+
+
+def test_a_number_that_lits_has_twice_is_asked_about(importing):
+    for batch in "12":
+        scan(importing.source / batch / "volume-0.nii", int(batch))
+        label(importing.source / batch / "segmentation-0.nii", int(batch))
+    assert [q.option for q in importing.plan().questions] == ["--only", "--labels"]
+    importing.run(Options(only="2/*", labels="2/*"))
+    assert importing.final("volume-0")[:2] == [2, 0]
+
+
 def test_a_folder_without_scans_names_the_layouts(importing):
     (importing.source / "notes.txt").write_text("nothing")
     with pytest.raises(NotEnoughCasesError, match="nnU-Net"):

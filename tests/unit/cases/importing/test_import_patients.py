@@ -12,6 +12,7 @@ from aslseg.cases.importing.plan import Options
 from aslseg.cases.patients import read_patients as read_table
 from aslseg.cases.studies import read_studies
 from aslseg.errors import BadSettingsError
+from aslseg.serving.http_errors import safe_name as server_name
 from foreign_folders import scan
 from synthetic_dicom import make_series, write_series
 
@@ -94,16 +95,69 @@ def test_patients_csv_of_the_source_comes_along(importing):
 def test_lines_that_are_there_stay(tmp_path):
     (tmp_path / "patients.csv").write_text("patient,case,role\nme,a,validation\n")
     assert not add_patient(tmp_path, "a", "other")
-    assert add_patient(tmp_path, "b", "p, 2")
+    add_patient(tmp_path, "b", "p, 2")
     assert (tmp_path / "patients.csv").read_text() == 'patient,case,role\nme,a,validation\n"p, 2",b,\n'
 
 
 def test_a_table_that_excel_wrote_goes_on_as_it_is(tmp_path):
     path = tmp_path / "patients.csv"
     path.write_bytes("Case;Patient\r\na;Müller\r\n".encode("cp1252"))
-    assert add_patient(tmp_path, "b", "p2")
-    assert not add_patient(tmp_path, "b", "p2")
+    for _ in range(2):
+        add_patient(tmp_path, "b", "p2")
     assert read_table(path, ["a", "b"]).patients == {"a": "Müller", "b": "p2"}
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["sep=;\ncase;patient", "\nCase;Patient", "sep=;\r\n\r\ncase;patient;;", '"case"; "patient"', "\u200bcase;patient"],
+)
+def test_each_header_that_rounds_can_read_goes_on(tmp_path, start):
+    path = tmp_path / "patients.csv"
+    path.write_text(f"{start}\na;p1\n", encoding="utf-8", newline="")
+    add_patient(tmp_path, "b", "p2", "validation")
+    found = read_table(path, ["a", "b"])
+    assert (found.patients, found.roles) == ({"a": "p1", "b": "p2"}, {"p2": "validation"})
+
+
+def test_roles_and_confirmations_of_the_source_come_along(importing):
+    for n, name in enumerate("abc"):
+        scan(importing.source / f"{name} 1.nii.gz", n)
+    table = "case,patient,role,intensities\na 1,A,,\nb 1,B,validation,\nc 1,C,train,confirmed\nd,D,,\n"
+    (importing.source / "patients.csv").write_text(table)
+    assert importing.plan().passed_over == ["patients.csv: line 5: no scan 'd' in the folder"]
+    assert [d.notes for d in importing.run()] == [[]] * 3
+    found = read_studies(importing.studies)
+    assert found.problems == ()
+    written = read_table(importing.studies / "patients.csv", ["a_1", "b_1", "c_1"])
+    assert written.patients == {"a_1": "A", "b_1": "B", "c_1": "C"}
+    assert written.roles == {"B": "validation", "C": "train"}
+    assert written.confirmed == {"c_1"}
+
+
+def test_a_role_that_a_line_already_there_lacks_is_said(importing):
+    scan(importing.source / "a.nii.gz")
+    (importing.source / "patients.csv").write_text("case,patient,role,intensities\na,A,validation,confirmed\n")
+    importing.studies.mkdir()
+    (importing.studies / "patients.csv").write_text("case,patient\na,A\n")
+    (note,) = importing.run()[0].notes
+    assert "without role validation and intensities confirmed of the source" in note
+    assert (importing.studies / "patients.csv").read_text() == "case,patient\na,A\n"
+
+
+@pytest.mark.parametrize(
+    ("there", "reason"),
+    [("case,patient,role\na,P,train\n", "patient 'P' has two roles"), ("case,patient\na,A,old\n", "role 'old'")],
+)
+def test_a_role_that_does_not_fit_the_table_refuses_its_scan_and_changes_nothing(importing, there, reason):
+    scan(importing.studies / "a.nii.gz")
+    (importing.studies / "patients.csv").write_text(there)
+    scan(importing.source / "b.nii.gz", 1)
+    (importing.source / "patients.csv").write_text("case,patient,role\nb,P,validation\n")
+    (done,) = importing.run()
+    assert done.scan == "failed"
+    assert reason in done.notes[0]
+    assert (importing.studies / "patients.csv").read_text() == there
+    assert not (importing.studies / "b.nii.gz").exists()
 
 
 def test_a_table_without_the_columns_is_refused(tmp_path):
@@ -113,7 +167,33 @@ def test_a_table_without_the_columns_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "safe"), [("a b", "a_b"), ("../x", "x"), ("-a.", "a"), ("é1", "1"), ("ok-1.2_3", "ok-1.2_3")]
+    ("name", "safe"), [("a b", "a_b"), ("../x", "x"), ("-a.", "a"), ("ok-1.2_3", "ok-1.2_3"), ("a" * 100, "a" * 100)]
 )
 def test_safe_names(name, safe):
     assert safe_name(name) == safe
+
+
+def test_names_of_which_little_is_left_stay_different_and_are_allowed_by_the_server():
+    names = ["Иванов-1", "Петров-1", "张三", "李四", "é1", "1", "", "---", "_", "\udcff", "a" * 101, "a" * 102]
+    safe = [safe_name(name) for name in names]
+    assert len(set(safe)) == len(names)
+    assert [server_name(name, "image id") for name in safe] == safe
+    assert safe_name("é") == safe_name("e\u0301")
+
+
+def test_keep_ids_keeps_apart_patients_whose_names_are_not_in_ascii(importing):
+    for n, patient in enumerate(("张三", "张三", "李四", "Иванов-1", "Петров-1")):
+        slices = make_series(4, PatientID=patient, SpecificCharacterSet="ISO_IR 192")
+        write_series(importing.source / str(n), slices)
+    importing.run(Options(keep_ids=True))
+    found = read_patients(importing.studies)
+    assert len(found) == 5
+    assert len(set(found.values())) == 4
+    assert all(server_name(case, "image id").startswith(patient) for case, patient in found.items())
+
+
+def test_files_whose_names_are_not_in_ascii_are_two_scans_that_are_seen(importing):
+    for n, name in enumerate(("张三", "李四")):
+        scan(importing.source / f"{name}.nii.gz", n)
+    importing.run()
+    assert len(read_studies(importing.studies).images) == 2

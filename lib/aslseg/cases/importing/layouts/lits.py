@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from aslseg.cases.importing.pairs import Found, LabelFile, Pair, image_files
+from aslseg.cases.importing.pairs import Found, LabelFile, Pair, by_key, image_files
 from aslseg.volume.io import case_id
 
 NUMBERED = re.compile(r"(?i)(test-)?(volume|segmentation)-(\d+)")
@@ -21,15 +21,15 @@ class LiTS:
 
     def pairs(self, source: Path) -> Found:
         numbered = _numbered(source)
-        labels = {_number(p): p for p in numbered if "segmentation" in case_id(p).lower()}
+        labels = by_key((p for p in numbered if "segmentation" in case_id(p).lower()), _number)
         pairs, used = [], set()
         for scan in numbered:
-            if scan in labels.values():
+            own = labels.get(_number(scan), [])
+            if scan in own:
                 continue
             used.add(_number(scan))
-            label = labels.get(_number(scan))
-            pairs.append(Pair(case_id(scan), scan, (LabelFile(label),) if label else ()))
-        alone = [f"{p.name}: a label without its volume" for n, p in labels.items() if n not in used]
+            pairs.append(Pair(case_id(scan), scan, tuple(map(LabelFile, own))))
+        alone = [f"{p.name}: a label without its volume" for n in labels if n not in used for p in labels[n]]
         others = sorted(set(image_files(source, "**/*")) - set(numbered))
         return Found(pairs, passed_over=alone + [f"{p.name}: neither volume-N nor segmentation-N" for p in others])
 

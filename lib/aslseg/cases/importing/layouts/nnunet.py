@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from aslseg.cases.importing.layouts.decathlon import label_names
-from aslseg.cases.importing.pairs import Found, LabelFile, Pair, image_files
+from aslseg.cases.importing.pairs import Found, LabelFile, Pair, by_key, image_files
 from aslseg.volume.io import case_id
 
 CHANNEL = re.compile(r"(.+)_\d{4}")
@@ -25,12 +25,14 @@ class NnUNet:
         return bool(scans) and all(CHANNEL.fullmatch(case_id(s)) for s in scans)
 
     def pairs(self, source: Path) -> Found:
-        labels = {case_id(p): p for p in image_files(source / "labelsTr") + image_files(source / "labelsTs")}
+        labels = by_key(image_files(source / "labelsTr") + image_files(source / "labelsTs"), case_id)
         pairs, used = [], set()
         for scan in image_files(source / "imagesTr") + image_files(source / "imagesTs"):
             match = CHANNEL.fullmatch(case_id(scan))
             case = match[1] if match else case_id(scan)
             used.add(case)
-            pairs.append(Pair(case, scan, (LabelFile(labels[case]),) if case in labels else ()))
-        alone = [f"{labels[c].name}: a label, but no scan is called {c}_0000" for c in sorted(set(labels) - used)]
+            pairs.append(Pair(case, scan, tuple(map(LabelFile, labels.get(case, [])))))
+        alone = [
+            f"{p.name}: a label, but no scan is called {c}_0000" for c in labels if c not in used for p in labels[c]
+        ]
         return Found(pairs, label_names(source / "dataset.json"), alone)
