@@ -158,13 +158,14 @@ def test_ten_thousand_points_fit() -> None:
     assert client.post("/form", data={"params": json.dumps(points)}).json() > 500_000
 
 
-def asked(host: Any, method: str, path: str, messages: list[dict[str, Any]]) -> list[Any]:
-    """What an application sends to a client whose messages are there at once, and who is silent after them."""
+def asked(host: Any, method: str, path: str, messages: list[dict[str, Any]], pause: float = 0.0) -> list[Any]:
+    """What an application sends to a client with a pause in seconds before each message, and silent after them."""
     sent: list[Any] = []
     left = [{"type": "http.request"} | message for message in messages]
 
     async def receive() -> Any:
         if left:
+            await asyncio.sleep(pause)
             return left.pop(0)
         await asyncio.Event().wait()
 
@@ -178,8 +179,8 @@ def asked(host: Any, method: str, path: str, messages: list[dict[str, Any]]) -> 
     return sent
 
 
-@pytest.mark.parametrize("pieces", [[], [b"--b\r\n"]])
-def test_an_upload_that_stalls_is_dropped(pieces: list[bytes]) -> None:
+@pytest.mark.parametrize(("pieces", "pause"), [([], 0.0), ([b"--b\r\n"], 0.0), ([b"-"] * 1000, 0.02)])
+def test_an_upload_that_stalls_is_dropped(pieces: list[bytes], pause: float) -> None:
     host = FastAPI()
 
     @host.post("/session/")
@@ -187,7 +188,7 @@ def test_an_upload_that_stalls_is_dropped(pieces: list[bytes]) -> None:
         return 0
 
     host.add_middleware(RequestGuard, stall_seconds=0.05)
-    sent = asked(host, "POST", "/session/", [{"body": piece, "more_body": True} for piece in pieces])
+    sent = asked(host, "POST", "/session/", [{"body": piece, "more_body": True} for piece in pieces], pause)
     assert sent[0]["status"] == 408
     assert (b"connection", b"close") in sent[0]["headers"]
     assert b"stalled" in sent[1]["body"]
