@@ -21,6 +21,7 @@ from aslseg.commands.options import LOCAL, Conf, Json, Studies, leading, read_se
 from aslseg.commands.report import report
 from aslseg.commands.rounds import nightly, round_
 from aslseg.errors import AslsegError, BadSettingsError
+from aslseg.files import FULL
 
 app = typer.Typer(
     add_completion=False,
@@ -260,7 +261,25 @@ def main() -> NoReturn:
     except AslsegError as error:
         typer.echo(f"aslseg: {error}", err=True)
         sys.exit(1)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None:  # not of the operating system: a fault of a program, which needs its traceback
+            raise
+        typer.echo(f"aslseg: {_refused(error)}", err=True)
+        sys.exit(1)
     sys.exit(0)
+
+
+def _refused(error: OSError) -> str:
+    """What the operating system has refused, and what to do."""
+    place = "" if error.filename is None else f"{error.filename}: "
+    if error.errno in FULL:
+        return f"{place}{error.strerror}; free some space and run again"
+    return (
+        f"{place}{error.strerror}; expected files and folders that this user may read and write. Check their owner, "
+        "their permissions and the disk, and run again"
+    )
 
 
 if __name__ == "__main__":

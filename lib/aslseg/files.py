@@ -11,6 +11,7 @@ import resource
 import shutil
 import tempfile
 import threading
+import time
 import tokenize
 import zipfile
 import zlib
@@ -171,15 +172,41 @@ def require_disk_budget(folder: Path, most_gb: float) -> None:
     """
     if not most_gb:
         return
-    used = 0.0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # a temporary file that is gone by now
-            used += path.lstat().st_size / 1e9
+    used = sum(status.st_size for _, status in _files(folder)) / 1e9
     if used > most_gb:
         raise DiskFullError(
             f"{folder} takes {used:.1f} GB, but round_disk_gb allows {most_gb:g} GB; raise it, or delete "
             f"{folder / 'cache'}, which is made again"
         )
+
+
+def temporary_files(*folders: Path, seconds: float = 0.0, deep: bool = True) -> Iterator[Path]:
+    """Temporary files of :func:`atomic_file`.
+
+    Args:
+        folders: Where they lie; folders that are missing hold none.
+        seconds: Only those that were written last longer ago; younger ones may belong to a process that writes now.
+        deep: Whether the folders below these count, too.
+
+    Yields:
+        Their paths. Other processes may delete files and folders meanwhile.
+    """
+    for folder in folders:
+        for path, status in _files(folder, deep):
+            old = not seconds or time.time() - status.st_mtime > seconds
+            if old and path.name.startswith(".tmp-"):
+                yield path
+
+
+def _files(folder: Path, deep: bool = True) -> Iterator[tuple[Path, os.stat_result]]:
+    """Files in a folder with what the system says of them; what is deleted meanwhile is left out."""
+    for parent, below, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            with suppress(FileNotFoundError):
+                yield path, path.lstat()
+        if not deep:
+            below.clear()
 
 
 def sha256(path: Path) -> str:

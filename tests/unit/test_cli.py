@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aslseg import console
+from aslseg import cli, console
 from aslseg.files import write_json
 from aslseg.rounds.ledger.ledger import Entry, Ledger
 from aslseg.rounds.scheduling import brake
@@ -83,6 +84,46 @@ def test_mistakes_give_one_line_and_the_right_code(run: Run, arguments: list[str
     assert message in err.replace("\n", " ")
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize("command", ["round", "nightly"])
+def test_a_folder_that_cannot_be_written_is_named(run: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / ".aslseg").touch()  # tests may run as root, who may write every folder
+    code, out, err = run(command, "--studies", tmp_path / "studies")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"aslseg: {tmp_path / 'studies' / '.aslseg'}: File exists; expected files and folders that")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/s/labels"), "/s/labels: Permission denied; expected"),
+        (OSError(errno.ENOSPC, "No space left on device"), "aslseg: No space left on device; free some space"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: OSError, said: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", refuse)
+    code, out, err = run("rank")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert said in err
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError("a library is missing")])
+def test_other_errors_are_left_to_python(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(type(error)) as caught:
+        cli.main()
+    assert caught.value is error
 
 
 def test_a_round_infer_evaluate_and_ledger(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
 from aslseg.errors import AslsegError, DiskFullError, FileWriteError
-from aslseg.files import FileStamp, atomic_file, require_disk_budget, write_json
+from aslseg.files import FileStamp, atomic_file, require_disk_budget, temporary_files, write_json
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -92,6 +93,45 @@ def test_files_of_rounds_may_take_only_so_much_disk(tmp_path: Path) -> None:
     require_disk_budget(tmp_path / "nowhere", 0.001)
     with pytest.raises(DiskFullError, match=r"takes 0\.0 GB, but round_disk_gb allows 0\.002 GB"):
         require_disk_budget(tmp_path, 0.002)
+
+
+@pytest.mark.parametrize("order", [["kept", "session"], ["session", "kept"]])
+def test_what_is_deleted_while_files_are_counted_or_listed_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: list[str]
+) -> None:
+    """A server deletes a folder that was seen, or a file of it, before they are looked at."""
+    for name in order:
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            (tmp_path / name / f".tmp-{number}").write_bytes(bytes(1_000_000))
+    scandir, lstat = os.scandir, Path.lstat
+
+    def deleting(folder: Any = ".") -> Any:
+        if not isinstance(folder, int) and Path(folder).name == "session":
+            shutil.rmtree(folder, ignore_errors=True)
+        return scandir(folder)
+
+    def gone(path: Path) -> os.stat_result:
+        if path.name == ".tmp-1":
+            path.unlink()
+        return lstat(path)
+
+    monkeypatch.setattr(os, "scandir", deleting)
+    require_disk_budget(tmp_path, 0.0035)
+    monkeypatch.setattr(Path, "lstat", gone)
+    assert sorted(p.name for p in temporary_files(tmp_path, tmp_path / "nowhere")) == [".tmp-0", ".tmp-2"]
+
+
+def test_temporary_files_by_age_and_depth(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / ".tmp-folder").mkdir()
+    for path in (tmp_path / ".tmp-old", tmp_path / ".tmp-new", tmp_path / "kept", tmp_path / "below" / ".tmp-old"):
+        path.touch()
+        if "old" in path.name:
+            os.utime(path, (0, 0))
+    assert list(temporary_files(tmp_path, seconds=600, deep=False)) == [tmp_path / ".tmp-old"]
+    assert len(list(temporary_files(tmp_path, seconds=600))) == 2
+    assert len(list(temporary_files(tmp_path))) == 3
 
 
 def test_as_many_open_files_as_the_system_permits():

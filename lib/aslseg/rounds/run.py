@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Any
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.compute.hardware import resolved
 from aslseg.errors import AslsegError, DiskFullError, OutOfTimeError
-from aslseg.files import FULL, write_json
+from aslseg.files import FULL, temporary_files, write_json
 from aslseg.models.kinds import PUBLISHED_KINDS, ModelKind
 from aslseg.models.model_set import ModelSet
 from aslseg.models.published import find_published
@@ -350,14 +349,10 @@ def _tidy_up(paths: Paths, studies: Studies, settings: Settings, ledger: Ledger)
 
 def _remove_stale_temporaries(paths: Paths, studies: Studies) -> None:
     """Delete temporary files of rounds that were killed while writing."""
-    for folder in (paths.rounds, paths.home / "masks", paths.home / "original", paths.reports, paths.models):
-        for path in folder.rglob(".tmp-*"):
-            path.unlink(missing_ok=True)
-    for tag in (PSEUDO, ORIGINAL):
-        for path in (studies.root / "labels" / tag).glob(".tmp-*"):
-            # a server may be writing here at this moment
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink(missing_ok=True)
+    own = (paths.rounds, paths.home / "masks", paths.home / "original", paths.reports, paths.models)
+    shared = (studies.root / "labels" / tag for tag in (PSEUDO, ORIGINAL))  # a server may be writing here now
+    for path in (*temporary_files(*own), *temporary_files(*shared, seconds=STALE_SECONDS)):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from monailabel.config import settings as platform
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.async_tasks.task import AsyncTask
-from monailabel.utils.async_tasks.utils import processes, tasks
+from monailabel.utils.async_tasks.utils import processes
 from monailabel.utils.sessions import SessionInfo, Sessions
 from starlette.middleware import Middleware
 
@@ -46,7 +46,7 @@ from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies
 from aslseg.serving.network_access import bound_host, require_safe_exposure
 from aslseg.serving.replies import answer, without_model
 from aslseg.serving.scan_watch import watch_headers
-from aslseg.serving.scheduler import Scheduler
+from aslseg.serving.scheduler import Scheduler, training_runs
 from aslseg.serving.strategies import Leases
 from aslseg.serving.studies_datastore import StudiesDatastore
 from aslseg.settings import Paths, load_settings
@@ -258,7 +258,7 @@ class ServedApp(MONAILabelApp):
             self.paths,
             self.nights,
             start=lambda request: AsyncTask.run("train", request=request),
-            running=lambda: any(t["status"] in ("SUBMITTED", "RUNNING") for t in tasks("train")),
+            running=training_runs,
             stop=lambda: AsyncTask.stop("train"),
         ).begin()
 

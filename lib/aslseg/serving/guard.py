@@ -107,19 +107,21 @@ class RequestGuard:
         return self.max_bytes if files else min(self.max_bytes, MOST_OTHER_BYTES)
 
     def _bounded(self, receive: Receive, most: float) -> Receive:
-        """``receive`` with limits on the time and the size of the body."""
-        began, received, complete = time.monotonic(), 0, False
+        """``receive`` with limits on the time that the body is waited for, and on its size."""
+        waited, received, complete = 0.0, 0, False
 
         async def limited() -> Message:
-            nonlocal received, complete
+            nonlocal waited, received, complete
             if complete:
                 return await receive()
-            earned = self.stall_seconds + received / LEAST_BYTES_PER_SECOND - (time.monotonic() - began)
+            # what the server does before it asks for the body, such as an archive, is no delay of the sender
+            began, earned = time.monotonic(), self.stall_seconds + received / LEAST_BYTES_PER_SECOND - waited
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, min(self.stall_seconds, earned)))
             except TimeoutError:
                 text = f"the upload stalled after {received} bytes and was dropped; send it again"
                 raise HTTPException(408, text, {"connection": "close"}) from None
+            waited += time.monotonic() - began
             received += len(message.get("body", b""))
             complete = message["type"] != "http.request" or not message.get("more_body", False)
             if received > most:

@@ -20,7 +20,7 @@ from typing import Any
 from requests import RequestException
 
 from aslseg.errors import AslsegError, DiskFullError, FileWriteError, NoResourcesError
-from aslseg.files import FULL, atomic_file, sync_to_disk, write_errors, write_json
+from aslseg.files import FULL, atomic_file, sync_to_disk, temporary_files, write_errors, write_json
 from aslseg.serving.http_errors import pacs_error
 from aslseg.volume.io import case_id, extension
 
@@ -144,10 +144,8 @@ def _answerable(problem: Exception) -> Exception:
 
 def remove_stale_temporaries(*folders: Path) -> None:
     """Delete temporary files that a killed process left; younger ones may belong to a process that writes now."""
-    for folder in folders:
-        for path in folder.glob(".tmp-*") if folder.is_dir() else ():
-            if path.is_file() and time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink(missing_ok=True)
+    for path in temporary_files(*folders, seconds=STALE_SECONDS, deep=False):
+        path.unlink(missing_ok=True)
 
 
 def copy_file(source: Path, target: Path, durable: bool = True) -> None:

@@ -21,6 +21,8 @@ from prometheus_client import (
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aslseg.errors import AslsegError
+from aslseg.rounds.ledger.ledger import Ledger
+from aslseg.rounds.scheduling.nights import last_night_failed
 from aslseg.rounds.scheduling.progress import read_progress
 from aslseg.settings import Paths
 
@@ -99,8 +101,14 @@ def watch_studies(metrics: Metrics, paths: Paths, store: Datastore) -> None:
     def running() -> float:
         return float(read_progress(paths.home / "progress.json")["state"] == "running")
 
-    round_now = {"number": lambda: progress("round"), "fraction": lambda: progress("part"), "running": running}
-    text = "Number of the last round, the fraction of it that is done, and whether it runs"
+    def failed() -> float:
+        state = read_progress(paths.home / "progress.json")["state"]
+        return float(state == "failed" or (state != "running" and last_night_failed(ledger)))
+
+    ledger = Ledger(paths.ledger)
+    round_now = {"number": lambda: progress("round"), "fraction": lambda: progress("part")}
+    round_now |= {"running": running, "failed": failed}
+    text = "Number of the last round, the fraction of it that is done, whether it runs, and whether the last one failed"
     metrics.watch("aslseg_round", text, round_now, "value")
 
 

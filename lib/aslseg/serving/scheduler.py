@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from filelock import FileLock, Timeout
+from monailabel.utils.async_tasks.utils import processes, tasks
 
 from aslseg.rounds.scheduling import schedule
 from aslseg.rounds.scheduling.lock import round_runs
-from aslseg.rounds.scheduling.nights import Nights
+from aslseg.rounds.scheduling.nights import MOST_STARTS, Nights
 from aslseg.settings import Paths
 
 logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 10.0
+WAITING_SECONDS = 60.0
+"""How long a training may wait for its process; where the system starts none, MONAI Label's task waits for ever."""
 
 
 class Scheduler:
@@ -97,3 +101,25 @@ class Scheduler:
                     logger.exception("the schedule could not be looked at; tried again every %g s", EVERY_SECONDS)
                 known = reason
             wait.wait(EVERY_SECONDS)
+
+
+def training_runs() -> bool:
+    """Whether this server trains or is about to; a training whose process was not started becomes one that failed."""
+    if processes("train"):
+        return True
+    for task in tasks("train"):
+        if task["status"] != "SUBMITTED":
+            continue
+        age = datetime.today() - datetime.strptime(task["start_ts"], "%Y-%m-%d %H:%M:%S")
+        if abs(age.total_seconds()) < WAITING_SECONDS:
+            return True
+        task["status"] = "ERROR"
+        logger.warning(
+            "the training that was asked for at %s has no process: the system started none within %g s. Free some "
+            "memory, or allow more processes (ulimit -u; TasksMax of systemd). The schedule tries again by itself, at "
+            "most %d times a night; what a person has asked for must be asked for again",
+            task["start_ts"],
+            WAITING_SECONDS,
+            MOST_STARTS,
+        )
+    return False

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from fastapi import FastAPI, File, Form, UploadFile
 from starlette.datastructures import Headers
+from starlette.responses import StreamingResponse
 from starlette.testclient import TestClient
 
 from aslseg.errors import BadSettingsError
@@ -156,20 +158,14 @@ def test_ten_thousand_points_fit() -> None:
     assert client.post("/form", data={"params": json.dumps(points)}).json() > 500_000
 
 
-@pytest.mark.parametrize("pieces", [[], [b"--b\r\n"]])
-def test_an_upload_that_stalls_is_dropped(pieces: list[bytes]) -> None:
-    host = FastAPI()
-
-    @host.post("/session/")
-    def upload(file: UploadFile = File(...)) -> int:  # noqa: B008 - FastAPI's form
-        return 0
-
-    host.add_middleware(RequestGuard, stall_seconds=0.05)
+def asked(host: Any, method: str, path: str, messages: list[dict[str, Any]], pause: float = 0.0) -> list[Any]:
+    """What an application sends to a client with a pause in seconds before each message, and silent after them."""
     sent: list[Any] = []
-    left = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
+    left = [{"type": "http.request"} | message for message in messages]
 
     async def receive() -> Any:
         if left:
+            await asyncio.sleep(pause)
             return left.pop(0)
         await asyncio.Event().wait()
 
@@ -177,18 +173,52 @@ def test_an_upload_that_stalls_is_dropped(pieces: list[bytes]) -> None:
         sent.append(message)
 
     headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=b")]
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/session/",
-        "raw_path": b"/session/",
-        "query_string": b"",
-    }
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b""}
     scope |= {"headers": headers, "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1)}
     asyncio.run(host(scope, receive, send))
+    return sent
+
+
+@pytest.mark.parametrize(("pieces", "pause"), [([], 0.0), ([b"--b\r\n"], 0.0), ([b"-"] * 1000, 0.02)])
+def test_an_upload_that_stalls_is_dropped(pieces: list[bytes], pause: float) -> None:
+    host = FastAPI()
+
+    @host.post("/session/")
+    def upload(file: UploadFile = File(...)) -> int:  # noqa: B008 - FastAPI's form
+        return 0
+
+    host.add_middleware(RequestGuard, stall_seconds=0.05)
+    sent = asked(host, "POST", "/session/", [{"body": piece, "more_body": True} for piece in pieces], pause)
     assert sent[0]["status"] == 408
     assert (b"connection", b"close") in sent[0]["headers"]
     assert b"stalled" in sent[1]["body"]
+
+
+def test_an_archive_that_takes_long_to_build_is_sent_whole() -> None:
+    host = FastAPI()
+
+    @host.get("/datastore/dataset")
+    def dataset() -> StreamingResponse:
+        time.sleep(0.1)
+        return StreamingResponse(iter([b"head", b"tail"]))
+
+    host.add_middleware(RequestGuard, stall_seconds=0.05)
+    sent = asked(host, "GET", "/datastore/dataset", [{"body": b"", "more_body": False}])
+    assert sent[0]["status"] == 200
+    assert b"".join(message["body"] for message in sent[1:]) == b"headtail"
+
+
+def test_what_the_server_does_between_two_parts_is_no_delay_of_the_sender() -> None:
+    parts: list[bytes] = []
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        for _ in range(2):
+            parts.append((await receive())["body"])
+            time.sleep(0.1)
+
+    messages = [{"body": b"a", "more_body": True}, {"body": b"b", "more_body": False}]
+    asked(RequestGuard(slow, stall_seconds=0.05), "POST", "/session/", messages)
+    assert parts == [b"a", b"b"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from starlette.testclient import TestClient
 
 from aslseg.files import write_json
 from aslseg.rounds.ledger.ledger import Entry, Ledger
+from aslseg.rounds.scheduling.nights import Nights
+from aslseg.rounds.scheduling.schedule import utc_now
 from aslseg.serving.health import check_health
 from aslseg.serving.http_errors import RefusedError
 from aslseg.serving.metrics import Metrics, RequestTimer, watch_studies
@@ -169,6 +172,33 @@ def test_the_round_and_the_scans_are_measured(tmp_path: Path) -> None:
     assert 'aslseg_tasks_running{queue="train"} 0.0' in text
     assert 'aslseg_round{value="number"} 4.0' in text
     assert 'aslseg_round{value="fraction"} 0.5' in text
+
+
+def test_a_round_or_a_night_that_failed_is_measured(tmp_path: Path) -> None:
+    paths, metrics = Paths(load_settings({}, env={})[0], tmp_path), Metrics()
+    store = SimpleNamespace(status=lambda: {"total": 1, "completed": 0})
+    watch_studies(metrics, paths, store)  # type: ignore[arg-type]
+    nights, now = Nights(Ledger(paths.ledger), load_settings({"night": "22:00-06:00"}, env={})[0]), utc_now()
+
+    def failed() -> str:
+        found = [line for line in metrics.render().decode().splitlines() if 'aslseg_round{value="failed"}' in line]
+        return found[0].split()[-1]
+
+    assert failed() == "0.0", "nothing has happened yet"
+    nights.note_end("2026-11-27T22:00:00+00:00", "failed: disk full", now)
+    assert failed() == "1.0"
+    nights.expect(now)
+    assert failed() == "1.0", "an expectation is no success"
+    write_json(paths.home / "progress.json", {"state": "running", "pid": os.getpid()})
+    assert failed() == "0.0"
+    write_json(paths.home / "progress.json", {"state": "done"})
+    nights.ledger.close_round(nights.ledger.open_round({})[0], {})
+    assert failed() == "0.0"
+    nights.note_end("2026-11-28T22:00:00+00:00", "failed: disk full", now)
+    nights.note_end("2026-11-29T22:00:00+00:00", "settled: nothing new", now)
+    assert failed() == "0.0"
+    write_json(paths.home / "progress.json", {"state": "failed"})
+    assert failed() == "1.0", "of a round that no night has started"
 
 
 def test_a_studies_disk_that_is_away_hides_no_other_measurement(tmp_path: Path) -> None:

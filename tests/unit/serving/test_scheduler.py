@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from monailabel.utils.async_tasks import utils as task_queues
+from monailabel.utils.async_tasks.utils import run_background_task
 
 import recorded_clicks
 from aslseg.rounds.ledger.ledger import Ledger
@@ -16,7 +19,7 @@ from aslseg.rounds.scheduling.brake import clicked
 from aslseg.rounds.scheduling.lock import round_lock
 from aslseg.rounds.scheduling.nights import Nights
 from aslseg.serving import scheduler
-from aslseg.serving.scheduler import Scheduler
+from aslseg.serving.scheduler import Scheduler, training_runs
 from aslseg.settings import Paths, load_settings
 from tiny_rounds import tiny_studies
 
@@ -117,6 +120,32 @@ def test_the_schedule_outlives_what_nobody_expects_and_says_it_once(
     one.scheduler.begin()
     assert over.wait(30)
     assert [str(r.exc_info[1]) for r in caplog.records if r.exc_info] == ["can't start new thread", "disk full"]
+
+
+def test_a_training_whose_process_could_not_be_started_is_said_and_tried_again(
+    tmp_path: Path, now: list[datetime], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    for name in ("background_tasks", "background_processes", "background_executors"):
+        monkeypatch.setattr(task_queues, name, {})
+    monkeypatch.setattr(task_queues.subprocess, "Popen", refused)
+    monkeypatch.setenv("PYTHONPATH", "lib")
+    paths, (one,) = servers(tmp_path, 1)
+    now[0] = datetime(2026, 11, 27, 22, tzinfo=UTC)
+    schedule_ = Scheduler(paths, one.nights, lambda r: run_background_task(r, "train"), training_runs, one.stop)
+    assert schedule_.tick()
+    task_queues.background_executors["train"].submit(int).result()  # after the one that failed
+    assert not schedule_.tick(), "its process may start in a moment"
+    assert "no process" not in caplog.text
+    monkeypatch.setattr(scheduler, "WAITING_SECONDS", 0.0)
+    assert schedule_.tick()
+    task_queues.background_executors["train"].submit(int).result()
+    assert [task["status"] for task in task_queues.tasks("train")] == ["ERROR", "SUBMITTED"]
+    assert caplog.text.count("ulimit -u") == 1
+    task_queues.background_processes["train"]["another"] = object()
+    assert not schedule_.tick()
 
 
 def test_the_first_round_respects_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ Label files of people are never written, moved or removed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from aslseg.cases.studies import ORIGINAL, PSEUDO, Studies, read_studies
 from aslseg.errors import LedgerError
+from aslseg.files import temporary_files
 from aslseg.rounds.label_files.masks import MaskStore, human_labels, sync_label
 from aslseg.rounds.label_files.rebuild import rebuild
 from aslseg.rounds.ledger.anchor import read_head
@@ -80,13 +80,13 @@ def _machine_labels(studies: Studies) -> Iterator[Path]:
 def _remove_temporaries(root: Path, paths: Paths) -> list[str]:
     """Delete what killed processes were writing; where a server writes, only under its lock, or what is old."""
     folders = (paths.rounds, paths.home / "masks", paths.home / "original", paths.reports, paths.models)
-    found = [*paths.home.glob(".tmp-*"), *(p for folder in folders for p in folder.rglob(".tmp-*"))]
-    kept = (p for name in ("parked", "versions", "trash", "cache") for p in (paths.home / name).rglob(".tmp-*"))
-    found += [p for p in kept if time.time() - p.stat().st_mtime > STALE_SECONDS]
+    found = [*temporary_files(paths.home, deep=False), *temporary_files(*folders)]
+    kept = (paths.home / name for name in ("parked", "versions", "trash", "cache"))
+    found += temporary_files(*kept, seconds=STALE_SECONDS)
     lines = []
     try:
         with FileLock(root / ".lock", timeout=LOCK_SECONDS):
-            found += [*root.glob(".tmp-*"), *root.glob("labels/*/.tmp-*")]
+            found += temporary_files(root, *root.glob("labels/*"), deep=False)
             for path in found:
                 path.unlink(missing_ok=True)
     except Timeout:

@@ -91,10 +91,8 @@ class Nights:
 
     def expect(self, now: datetime) -> None:
         """Note that nights are expected from now on, at the first time with these windows."""
-        text = self.settings.model_dump(include={"night", "time_zone"})
-        noted = [e for e in self._events(now) if e.kind == NIGHT and e.details["outcome"] == SCHEDULED]
-        if self.schedule.windows and not (noted and noted[-1].details["windows"] == text):
-            self._append(NIGHT, now, opens=_text(now), outcome=SCHEDULED, windows=text)
+        if self.schedule.windows and self._expected(self._events(now)) is None:
+            self._append(NIGHT, now, opens=_text(now), outcome=SCHEDULED, windows=self._windows())
 
     def note_start(self, start: Start, now: datetime) -> None:
         """A round starts by the schedule."""
@@ -143,6 +141,14 @@ class Nights:
         found = self.ledger.events(kinds=kinds, bare=BARE)
         return [e for e in found if _at(e) <= now + AHEAD]
 
+    def _windows(self) -> dict[str, Any]:
+        return self.settings.model_dump(include={"night", "time_zone"})
+
+    def _expected(self, events: Sequence[Event]) -> Event | None:
+        """From when on nights are expected; None if that was noted last for other windows, or never."""
+        noted = [e for e in events if e.kind == NIGHT and e.details["outcome"] == SCHEDULED]
+        return noted[-1] if noted and noted[-1].details["windows"] == self._windows() else None
+
     def _night_due(self, events: Sequence[Event], now: datetime) -> Start | None:
         night = self.schedule.open_at(now)
         if night is not None:
@@ -154,13 +160,12 @@ class Nights:
         ends = min([*begun, now]) + (missed.closes - missed.opens)
         return self._start(events, missed, ends, "a night that was missed", now)
 
-    @staticmethod
-    def _missed(events: Sequence[Event], night: Night) -> bool:
-        """Whether nights were expected before this one opened, and no round has begun or ended since then."""
-        expected = [e for e in events if e.kind == NIGHT and _at(e) <= night.opens]
+    def _missed(self, events: Sequence[Event], night: Night) -> bool:
+        """Whether this night was expected before it opened, and no round has begun or ended since then."""
+        expected = self._expected(events)
         since = [e for e in events if e.kind in ("opened", "closed") and _at(e) >= night.opens]
         ours = [e for e in events if e.details.get("night") == night.key]
-        return bool(expected) and (bool(ours) or not since)
+        return expected is not None and _at(expected) <= night.opens and (bool(ours) or not since)
 
     def _start(self, events: Sequence[Event], night: Night, ends: datetime, why: str, now: datetime) -> Start | None:
         """The round of a night, unless that night has had its round or was stopped."""
@@ -187,6 +192,16 @@ class Nights:
         last = max((e.seq for e in events if e.kind in (STARTED, "opened")), default=0)
         new = {e.case for e in events if e.kind == "saved" and e.tag == FINAL and e.seq > last}
         return Start(_counted(len(new)), Night(now, now), labels=len(new)) if len(new) >= wanted else None
+
+
+def last_night_failed(ledger: Ledger) -> bool:
+    """Whether a night that failed is the last thing that is noted of nights and rounds.
+
+    Args:
+        ledger: Of the studies folder.
+    """
+    ends = [e for e in ledger.events(kinds=(NIGHT, "closed"), bare=BARE) if e.details.get("outcome") != SCHEDULED]
+    return bool(ends) and ends[-1].details.get("outcome", "").startswith("failed")
 
 
 def inputs_hash(studies: Studies, settings: Settings) -> str:

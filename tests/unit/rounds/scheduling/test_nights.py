@@ -113,6 +113,23 @@ def test_other_windows_are_expected_from_then_on(ledger: Ledger) -> None:
     assert len(ledger.events()) == 2
 
 
+def test_a_night_of_windows_that_were_not_set_yet_was_not_missed(ledger: Ledger, moved: list[datetime]) -> None:
+    before, later = nights(ledger, night="21:00-06:00"), nights(ledger, night="02:00-05:00")
+    before.expect(at("27 12:00"))
+    run(before, at("27 21:00"))
+    moved[0] = at("27 23:40")
+    ledger.close_round(ledger.open_round({})[0], {})
+    for now in ("28 10:00", "28 12:59"):
+        later.expect(at(now))
+        assert later.due(at(now)) is None, now
+    assert run(later, at("29 02:00")).why == "the night"
+    # the windows of before are set again: they count from then on, too
+    before.expect(at("30 10:00"))
+    assert before.due(at("30 10:00")) is None
+    before.expect(at("30 20:00"))
+    assert "missed" in run(before, at("30 21:00") + timedelta(hours=10)).why
+
+
 def test_a_stop_holds_until_train_or_the_next_night(ledger: Ledger) -> None:
     found = nights(ledger, night="22:00-06:00")
     found.expect(at("27 12:00"))
