@@ -6,6 +6,8 @@ them, so that ``aslseg --help`` is quick and threads can be set before torch sta
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -22,6 +24,8 @@ from aslseg.commands.report import report
 from aslseg.commands.rounds import nightly, round_
 from aslseg.errors import AslsegError, BadSettingsError
 from aslseg.files import FULL
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     add_completion=False,
@@ -266,6 +270,7 @@ def main() -> NoReturn:
     except OSError as error:
         if error.errno is None:  # not of the operating system: a fault of a program, which needs its traceback
             raise
+        logger.debug("refused by the operating system", exc_info=True)
         typer.echo(f"aslseg: {_refused(error)}", err=True)
         sys.exit(1)
     sys.exit(0)
@@ -276,10 +281,12 @@ def _refused(error: OSError) -> str:
     place = "" if error.filename is None else f"{error.filename}: "
     if error.errno in FULL:
         return f"{place}{error.strerror}; free some space and run again"
-    return (
-        f"{place}{error.strerror}; expected files and folders that this user may read and write. Check their owner, "
-        "their permissions and the disk, and run again"
-    )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{place}{error.strerror}; expected files and folders that this user may read and write. Check their "
+            "owner, their permissions and the disk, and run again"
+        )
+    return f"{place}{error.strerror}; mend that, and run again"
 
 
 if __name__ == "__main__":

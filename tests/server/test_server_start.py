@@ -9,14 +9,24 @@ from typing import Any
 import pytest
 import requests
 
+from aslseg.rounds.ledger.ledger import Entry, Ledger
+
 
 @pytest.mark.parametrize(
     ("conf", "said"),
-    [({"ssl_iteration": "5"}, "did you mean 'ssl_iterations'?"), ({"overlap": "lots"}, "overlap: ")],
+    [
+        ({"ssl_iteration": "5"}, "did you mean 'ssl_iterations'?"),
+        ({"overlap": "lots"}, "overlap: "),
+        ({"labels": "tumour,liver", "nested": ""}, "tumour has the value 2 in the label files of"),
+    ],
 )
 def test_wrong_setting_ends_with_exit_code_2(
     serve: Callable[..., Any], tmp_path: Path, conf: dict[str, str], said: str
 ) -> None:
+    (tmp_path / "studies" / "labels" / "final").mkdir(parents=True)
+    (tmp_path / "studies" / "labels" / "final" / "a.nii.gz").write_bytes(b"drawn with these values:")
+    ledger = Ledger(tmp_path / "studies" / ".aslseg" / "ledger.sqlite")
+    ledger.append([Entry("opened", 1, details={"settings": {"labels": ["liver", "tumour"]}})])
     server = serve(tmp_path / "studies", **conf)
     assert server.process.wait(300) == 2
     assert f"ASLseg does not start: {'unknown' if 'mean' in said else ''}" in server.log

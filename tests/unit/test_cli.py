@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written_is_named(run: Run, tmp_path: Path, comm
     (tmp_path / "studies" / ".aslseg").touch()  # tests may run as root, who may write every folder
     code, out, err = run(command, "--studies", tmp_path / "studies")
     assert (code, out) == (1, "")
-    assert err.startswith(f"aslseg: {tmp_path / 'studies' / '.aslseg'}: File exists; expected files and folders that")
+    assert err.startswith(f"aslseg: {tmp_path / 'studies' / '.aslseg'}: File exists; mend that, and run again")
     assert err.count("\n") == 1
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -73,6 +74,9 @@ def prepare(volume: Volume, settings: Settings, spacing: Spacing) -> tuple[np.nd
     return grid.to_working(normalise(volume.array, settings)), grid
 
 
+UNUSED_SECONDS = 7 * 24 * 3600.0
+
+
 class PreparedStore:
     """Prepared cases on disk, found again by the hashes of their files and the settings of the preparation.
 
@@ -91,14 +95,12 @@ class PreparedStore:
     def prune(self) -> None:
         """Delete what lies in the folder for other labels, scans or settings than those that were loaded here.
 
-        Only where nobody else opens files of this folder by their names, as a round that holds its lock.
+        What is younger than UNUSED_SECONDS stays: a scan may be away for a night, and another model may have another
+        grid. Only where nobody else opens files of this folder by their names, as a round that holds its lock.
         """
         for path in set(self.folder.glob("*.npy")) - self.used:
-            path.unlink(missing_ok=True)
-
-    def _entry(self, case: Case, hashes: list[str], settings: set[str]) -> str:
-        text = json.dumps([*hashes, self.spacing, self.settings.model_dump(include=settings)], sort_keys=True)
-        return f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
+                path.unlink()
 
     def load(self, case: Case) -> Prepared:
         """The case on the working grid; the image is a read-only memory map.
@@ -106,23 +108,23 @@ class PreparedStore:
         Raises:
             BadImageError, BadLabelError: As the readers.
         """
+        chosen = self.settings.model_dump(include={"modality", "window_low", "window_high", "labels", "nested"})
         image_hash, label_hash = self.hashes(case.image), self.hashes(case.label) if case.label else ""
-        # a label that is saved again, or a further label, makes no further copy of the image
-        image = self._entry(case, [image_hash], {"modality", "window_low", "window_high"})
-        entry = self._entry(case, [image_hash, label_hash], {"labels", "nested"})
+        text = json.dumps([image_hash, label_hash, self.spacing, chosen], sort_keys=True)
+        entry = f"{case.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         grid = Grid.of(read_header(case.image), self.spacing)
         version = f"-lesions{LESIONS_KEPT}" if lesions_may_vanish(grid, self.settings) else ""
-        files = [self.folder / f"{entry}{version}.label.npy", self.folder / f"{image}.image.npy"]
+        files = [self.folder / f"{entry}{version}.label.npy", self.folder / f"{entry}.image.npy"]
         wanted = files if case.label else files[1:]
         self.used.update(wanted)
         arrays = {f: array for f in wanted if (array := _open_array(f)) is not None}
         if len(arrays) < len(wanted):
             volume = read_image(case.image, self.settings.max_voxels)
-            voxels, grid = prepare(volume, self.settings, self.spacing)
+            image, grid = prepare(volume, self.settings, self.spacing)
             if case.label:
                 label = read_label(case.label, volume, self.settings.label_set, self.settings.max_voxels)
                 save_array(files[0], grid.label_to_working(label, self.settings.label_set))
-            save_array(files[1], voxels)
+            save_array(files[1], image)
             arrays = {f: np.load(f, mmap_mode="r") for f in wanted}
         return Prepared(
             case.id,

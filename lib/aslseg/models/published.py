@@ -229,7 +229,9 @@ def _mean(differences: list[float]) -> str:
 def _without_judge(candidate: Candidate, current: Published) -> tuple[bool, str]:
     """The gate where nobody can say which model is better."""
     known = current.trained_on if current.labelled is None else current.labelled
-    new, fewer = len(set(candidate.labels) - set(known)), len(candidate.labels) < len(known)
+    new = len(set(candidate.labels) - set(known))
+    # of models of the first version only the cases are known, promoted ones among them
+    fewer = current.labelled is not None and len(candidate.labels) < len(known)
     if new and not fewer:
         return True, (
             f"{candidate.kind}: published unchecked; no validation case is left that the published model has not "

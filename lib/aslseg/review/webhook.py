@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import urllib.request
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,7 +30,7 @@ def send(address: str, content: dict[str, Any]) -> bool:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):  # noqa: S310
             return True
-    except (OSError, ValueError) as error:  # urllib's and the socket's errors are OSErrors
+    except (OSError, ValueError, HTTPException) as error:  # urllib's and the socket's errors are OSErrors
         logger.warning("report_webhook: %s did not take the headline (%s)", urlsplit(address).hostname, _reason(error))
         return False
 

@@ -58,10 +58,18 @@ def run_night(
     except Exception as error:
         # also what nobody expects, such as a GPU without memory: the schedule starts a night without an end again
         reason = str(error) if isinstance(error, AslsegError) else f"{type(error).__name__}: {error}"
-        REPORTS.get("failure")(settings, night, error)
         nights.note_end(night, f"failed: {reason}", schedule.utc_now())
+        _tell(settings, night, error)
         raise
     outcome = summary.get("ended") or f"round {summary['round']} is done"
     logger.info("night of %s: %s", night, outcome)
     nights.note_end(night, outcome, schedule.utc_now())
     return summary
+
+
+def _tell(settings: Settings, night: str, error: Exception) -> None:
+    """Send that a night failed; another failure must not hide the first one."""
+    try:
+        REPORTS.get("failure")(settings, night, error)
+    except Exception as another:
+        logger.warning("that the night of %s failed could not be sent (%s)", night, type(another).__name__)

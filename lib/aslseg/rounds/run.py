@@ -285,8 +285,12 @@ def _cases(studies: Studies, settings: Settings, paths: Paths, ledger: Ledger, p
     with progress.stage("prepare") as shown:
         cases = prepare_cases(studies, settings, paths, before, shown, trained_before(ledger, paths))
     cases.warnings += [unwritable] if unwritable else []
-    new = {p: sorted(c.id for c in cases.validation if c.patient == p) for p in {c.patient for c in cases.validation}}
-    ledger.append([Entry("validation", details={"patient": p, "cases": new[p]}) for p in sorted(new.keys() - before)])
+    known = {c for e in ledger.events(kinds=("validation",)) for c in e.details.get("cases", ())}
+    new: dict[str, list[str]] = {}
+    for case in sorted(cases.validation, key=lambda c: (c.patient, c.id)):
+        if case.id not in known:
+            new.setdefault(case.patient, []).append(case.id)
+    ledger.append([Entry("validation", details={"patient": p, "cases": ids}) for p, ids in new.items()])
     return cases
 
 

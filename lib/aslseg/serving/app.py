@@ -223,8 +223,8 @@ class ServedApp(MONAILabelApp):
             require_safe_exposure(bound_host(sys.argv), self.settings)
             require_same_values(self.nights.ledger, self.paths.studies, self.settings)
             install_auth(host, self.settings)
-        except BadSettingsError as error:
-            refuse_to_start(str(error), 2)
+        except AslsegError as error:
+            refuse_to_start(str(error), 2 if isinstance(error, BadSettingsError) else 1)
         configure_logs(self.settings, self.paths, self._is_case)
         super().on_init_complete()
         install(host, self)

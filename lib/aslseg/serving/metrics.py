@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aslseg.errors import AslsegError
 from aslseg.rounds.ledger.ledger import Ledger
-from aslseg.rounds.scheduling.nights import last_night_failed
+from aslseg.rounds.scheduling.nights import last_failed
 from aslseg.rounds.scheduling.progress import read_progress
 from aslseg.settings import Paths
 
@@ -102,8 +102,7 @@ def watch_studies(metrics: Metrics, paths: Paths, store: Datastore) -> None:
         return float(read_progress(paths.home / "progress.json")["state"] == "running")
 
     def failed() -> float:
-        state = read_progress(paths.home / "progress.json")["state"]
-        return float(state == "failed" or (state != "running" and last_night_failed(ledger)))
+        return float(not running() and last_failed(ledger))
 
     ledger = Ledger(paths.ledger)
     round_now = {"number": lambda: progress("round"), "fraction": lambda: progress("part")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -61,6 +62,23 @@ def receiver() -> Iterator[Receiver]:
 def test_it_is_sent_as_json(receiver: Receiver) -> None:
     assert webhook.send(f"http://127.0.0.1:{receiver.server_port}/hooks/secret", CONTENT)
     assert receiver.received == [("/hooks/secret", "application/json", CONTENT)]
+
+
+def test_what_is_no_http_server_is_one_line_too(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"220 mail.hospital.example ESMTP\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert not webhook.send(f"http://127.0.0.1:{server.getsockname()[1]}/secret", CONTENT)
+        thread.join()
+    (line,) = (r.getMessage() for r in caplog.records)
+    assert line == "report_webhook: 127.0.0.1 did not take the headline (BadStatusLine)"
 
 
 def test_a_refusal_is_one_line_without_the_address(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:

@@ -199,8 +199,9 @@ def test_a_night_with_nothing_to_learn_from_is_quiet_and_one_that_fails_is_noted
 
     # else the server would start the round again every few seconds until the window closes
     monkeypatch.setattr(nightly, "run_round", is_out_of_memory)
-    with pytest.raises(RuntimeError):
-        run_night(studies, settings, night="3")
+    monkeypatch.setattr(report, "send", lambda *_: 1 / 0)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        run_night(studies, watched, night="3")
     assert outcomes(settings, studies)[2] == "failed: RuntimeError: CUDA out of memory"
 
 

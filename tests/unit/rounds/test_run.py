@@ -175,7 +175,14 @@ def test_validation_is_never_learned_from_nor_promoted(tmp_path: Path, monkeypat
     assert (studies / "labels" / "original" / "phantom_005.nii.gz").exists()
     ledger = Ledger(Paths(settings, studies).ledger)
     assert ledger.validation_patients() == {"P"}
-    assert ledger.validation_patients({judge: "P9"}) == {"P", "P9"}, "patients.csv may call the patient otherwise later"
+    # patients.csv may call the patient otherwise later, by a name that chance would not choose
+    renamed = max((f"P{n}" for n in range(50)), key=hash_fraction)
+    (studies / "patients.csv").write_text(f"case,patient\n{judge},{renamed}\nphantom_005,{renamed}\n")
+    seen.clear()
+    run_round(studies, settings)
+    assert not set().union(*seen) & {judge, "copy", "phantom_005"}
+    assert ledger.validation_patients() == {"P"}
+    assert ledger.validation_patients({judge: renamed}) == {"P", renamed}
 
 
 @pytest.mark.usefixtures("quick")

@@ -198,6 +198,8 @@ def test_a_round_or_a_night_that_failed_is_measured(tmp_path: Path) -> None:
     nights.note_end("2026-11-29T22:00:00+00:00", "settled: nothing new", now)
     assert failed() == "0.0"
     write_json(paths.home / "progress.json", {"state": "failed"})
+    assert failed() == "0.0", "of a command that a person has stopped"
+    nights.ledger.append([Entry("failed", 2, details={"error": "disk full"})])
     assert failed() == "1.0", "of a round that no night has started"
 
 

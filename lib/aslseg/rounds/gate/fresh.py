@@ -138,8 +138,8 @@ def _fresh_cases(pipeline: RoundPipeline) -> list[Prepared]:
 def _judges(pipeline: RoundPipeline) -> set[str]:
     """Patients that validated models already when the last of the served ones was published."""
     published = [e.seq for e in pipeline.ledger.events(kinds=("published",)) if _of_before(pipeline, e)]
-    events = pipeline.ledger.events(kinds=("validation",))
-    return {e.details["patient"] for e in events if published and e.seq < published[-1]}
+    patients = {c.id: c.patient for c in pipeline.cases.sources.values()}
+    return pipeline.ledger.validation_patients(patients, published[-1]) if published else set()
 
 
 def _served(pipeline: RoundPipeline) -> ModelSet:

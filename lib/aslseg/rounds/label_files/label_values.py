@@ -23,9 +23,11 @@ def require_same_values(ledger: Ledger, studies: Path | None, settings: Settings
     Raises:
         BadSettingsError: A label has moved.
     """
+    if studies is None or not any(p.is_file() for p in (studies / "labels").rglob("*")):
+        return
     names, before = list(settings.labels), _before(ledger)
     moved = [n for n in names if n in before and names.index(n) != before.index(n)]
-    if not moved or studies is None or not any(p.is_file() for p in (studies / "labels").rglob("*")):
+    if not moved:
         return
     name, better = moved[0], [*before, *(n for n in names if n not in before)]
     raise BadSettingsError(

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from aslseg.errors import DiskFullError, LedgerError
@@ -150,11 +150,11 @@ class Ledger:
         with self._read() as db:
             return dict(db.execute("SELECT case_id, agreement FROM scores").fetchall() if db else ())
 
-    def validation_patients(self, patients: Mapping[str, str] = MappingProxyType({})) -> set[str]:
-        """Patients that were ever chosen to validate models; they stay chosen, under the names of ``patients`` too."""
-        events = self.events(kinds=("validation",))
-        renamed = {patients[c] for e in events for c in e.details.get("cases", ()) if c in patients}
-        return {e.details["patient"] for e in events} | renamed
+    def validation_patients(self, patients: Mapping[str, str] | None = None, before: float = math.inf) -> set[str]:
+        """Patients ever chosen to validate models, before an event, also as ``patients`` (by case) names them now."""
+        events, now = [e for e in self.events(kinds=("validation",)) if e.seq < before], patients or {}
+        named = {e.details["patient"] for e in events}  # without a table a case is its own patient
+        return named | {now[c] for c in named.union(*(e.details.get("cases", ()) for e in events)) & now.keys()}
 
     # the chain
 

@@ -194,14 +194,15 @@ class Nights:
         return Start(_counted(len(new)), Night(now, now), labels=len(new)) if len(new) >= wanted else None
 
 
-def last_night_failed(ledger: Ledger) -> bool:
-    """Whether a night that failed is the last thing that is noted of nights and rounds.
+def last_failed(ledger: Ledger) -> bool:
+    """Whether a failure is the last thing that is noted of nights and rounds.
 
     Args:
         ledger: Of the studies folder.
     """
-    ends = [e for e in ledger.events(kinds=(NIGHT, "closed"), bare=BARE) if e.details.get("outcome") != SCHEDULED]
-    return bool(ends) and ends[-1].details.get("outcome", "").startswith("failed")
+    events = ledger.events(kinds=(NIGHT, "failed", "closed"), bare=BARE)
+    ends = [e for e in events if e.details.get("outcome") != SCHEDULED]
+    return bool(ends) and (ends[-1].kind == "failed" or ends[-1].details.get("outcome", "").startswith("failed"))
 
 
 def inputs_hash(studies: Studies, settings: Settings) -> str:
