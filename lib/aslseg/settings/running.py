@@ -220,7 +220,8 @@ class RoundSettings(Section):
     )
     report_webhook: HttpAddress = setting(
         "",
-        "Address to which the headline of each round's report is sent as JSON; empty: nothing is sent",
+        "Address to which the headline of each round's report, or that a night failed, is sent as JSON; empty: nothing "
+        "is sent",
         unit="address",
         example="https://chat.hospital.example/hooks/aslseg",
     )
