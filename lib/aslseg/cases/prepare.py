@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +100,9 @@ class PreparedStore:
         grid. Only where nobody else opens files of this folder by their names, as a round that holds its lock.
         """
         for path in set(self.folder.glob("*.npy")) - self.used:
-            if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
-                path.unlink()
+            with suppress(FileNotFoundError):  # somebody empties the cache
+                if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
+                    path.unlink()
 
     def load(self, case: Case) -> Prepared:
         """The case on the working grid; the image is a read-only memory map.

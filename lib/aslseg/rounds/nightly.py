@@ -58,8 +58,10 @@ def run_night(
     except Exception as error:
         # also what nobody expects, such as a GPU without memory: the schedule starts a night without an end again
         reason = str(error) if isinstance(error, AslsegError) else f"{type(error).__name__}: {error}"
-        nights.note_end(night, f"failed: {reason}", schedule.utc_now())
-        _tell(settings, night, error)
+        try:
+            nights.note_end(night, f"failed: {reason}", schedule.utc_now())
+        finally:  # a full disk, on which nothing can be noted, is what people most need to hear of
+            _tell(settings, night, error)
         raise
     outcome = summary.get("ended") or f"round {summary['round']} is done"
     logger.info("night of %s: %s", night, outcome)

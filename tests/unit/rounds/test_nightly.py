@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aslseg.compute.overlap import dice
-from aslseg.errors import OutOfTimeError, TrainingDivergedError
+from aslseg.errors import DiskFullError, OutOfTimeError, TrainingDivergedError
 from aslseg.models.published import find_published
 from aslseg.review import report
 from aslseg.rounds import nightly
@@ -203,6 +203,23 @@ def test_a_night_with_nothing_to_learn_from_is_quiet_and_one_that_fails_is_noted
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
         run_night(studies, watched, night="3")
     assert outcomes(settings, studies)[2] == "failed: RuntimeError: CUDA out of memory"
+
+
+def test_a_night_that_failed_on_a_full_disk_is_sent_although_it_cannot_be_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings(tmp_path, report_webhook="http://chat/hook")
+    sent: list[Any] = []
+
+    def full(*_: Any, **__: Any) -> dict[str, Any]:
+        raise DiskFullError("disk full")
+
+    monkeypatch.setattr(report, "send", lambda _, content: sent.append(content["error"]))
+    monkeypatch.setattr(nightly, "run_round", full)
+    monkeypatch.setattr(nightly.Nights, "note_end", full)
+    with pytest.raises(DiskFullError):
+        run_night(tiny_studies(tmp_path, cases=2, labelled=1), settings, night="1")
+    assert sent == ["DiskFullError"]
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,5 +1,7 @@
 """Which cases a round takes, and which it leaves out."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,17 @@ def test_a_scan_that_is_not_in_hu_is_left_out_until_it_is_confirmed(studies):
     assert sorted(c.id for c in cases.without_label) == ["phantom_002", "phantom_003"]
     (studies / "patients.csv").write_text("case;patient;intensities\nphantom_004;P4;confirmed\n")
     assert gather(studies).skipped == {}
+
+
+def test_what_was_prepared_for_an_earlier_label_does_not_stay(studies):
+    gather(studies)
+    cache = studies / ".aslseg" / "cache"
+    used, earlier = sorted(cache.glob("*.npy")), cache / "phantom_000-0123456789abcdef.image.npy"
+    earlier.write_bytes(b"of a label that was saved again")
+    for path in (*used, earlier):
+        os.utime(path, (0, 0))
+    gather(studies)
+    assert sorted(cache.glob("*.npy")) == used
 
 
 def test_a_table_of_patients_that_cannot_be_read_starts_nothing(studies):
